@@ -1,0 +1,34 @@
+"""Which requests are held out. A split is by request, never by token: tokens of one request are not independent.
+
+Shape letter: B requests.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from profiles.errors import InputError
+
+
+def holdout_requests(requests: pa.Table, *, holdout: float, holdout_domains: list[str], seed: int) -> np.ndarray:
+    """Requests to score on and not to learn from, bool [B].
+
+    A share `holdout` of the requests, drawn at random; with `holdout_domains`, all requests of those domains instead.
+    Raises InputError where a domain is unknown or one side would be empty.
+    """
+    num_requests = requests.num_rows
+    if holdout_domains:
+        domains = np.array(requests.column("domain").to_pylist(), dtype=object)
+        for domain in holdout_domains:
+            if domain not in domains:
+                known = ", ".join(sorted(set(domains))[:12])
+                raise InputError(f"no request has the domain {domain!r}; domains are: {known}")
+        held_out_B = np.isin(domains, holdout_domains)
+    else:
+        if not 0 < holdout < 1:
+            raise InputError(f"--holdout is {holdout}, expected a share between 0 and 1")
+        held_out_B = np.zeros(num_requests, bool)
+        chosen = np.random.default_rng(seed).permutation(num_requests)[: max(1, round(holdout * num_requests))]
+        held_out_B[chosen] = True
+    if held_out_B.all() or not held_out_B.any():
+        raise InputError(f"{num_requests} requests cannot be split: {int(held_out_B.sum())} held out, the rest to learn from")
+    return held_out_B
