@@ -1,0 +1,240 @@
+"""The facts of a Mixture-of-Experts model that its config.json states, whatever the family calls them.
+
+Families spell the same facts differently (num_experts, num_local_experts, n_routed_experts, ...), nest them
+(text_config, thinker_config, ffn_config), and say in a dozen ways which layers are dense. The spellings are those of
+the configuration classes of Transformers 5.23, and of older files that these classes still read. A key that a file
+leaves out has the default of its class, FAMILY_DEFAULTS; a key that is null does not.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import InputError
+
+NUM_EXPERTS = ("n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts")
+TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+    "num_selected_experts",
+)
+NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+NESTED = ("text_config", "thinker_config", "language_config", "llm_config", "ffn_config")
+
+GROUPS_8_4 = {"n_group": 8, "topk_group": 4}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "afmoe": {"num_dense_layers": 1},
+    "axk1": {"first_k_dense_replace": 1, **GROUPS_8_4},
+    "axk2": {"first_k_dense_replace": 1},
+    "bailing_hybrid": {"first_k_dense_replace": 2, **GROUPS_8_4},
+    "beam": {"first_k_dense_replace": 3, **GROUPS_8_4},
+    "deepseek_v3": {"first_k_dense_replace": 3, **GROUPS_8_4},
+    "deepseek_v32": {"first_k_dense_replace": 3, **GROUPS_8_4},
+    "ernie4_5_moe": {"moe_layer_start_index": 1},
+    "ernie4_5_vl_moe": {"first_k_dense_replace": 1},
+    "exaone_moe": {"first_k_dense_replace": 1},
+    "flint": {"mlp_only_layers": [0, 1]},
+    "glm4_moe": {"first_k_dense_replace": 1},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "glm4v_moe": {"first_k_dense_replace": 1},
+    "glm5_next": {"first_k_dense_replace": 3},
+    "glm_moe_dsa": {"first_k_dense_replace": 3},
+    "hy_v3": {"first_k_dense_replace": 1},
+    "hy_v4": {"first_k_dense_replace": 1},
+    "jamba": {"expert_layer_period": 2, "expert_layer_offset": 1},
+    "kimi_k2": {"first_k_dense_replace": 3, **GROUPS_8_4},
+    "kimi_linear": {"first_k_dense_replace": 1},
+    "laguna": {"first_k_dense_replace": 1},
+    "lfm2_moe": {"num_dense_layers": 2},
+    "mimo_v2_flash": {"first_k_dense_replace": 1},
+    "mistral_large4": {"first_k_dense_replace": 1},
+    "nllb-moe": {"top_k": 2},
+    "step3p7": {"first_k_dense_replace": 3},
+    "switch_transformers": {"top_k": 1},
+    "unlimited_ocr": {"first_k_dense_replace": 1},
+}
+# num_hidden_layers counts attention blocks here: two of them make one layer with experts.
+LAYERS_UNDER_NUM_LAYERS = ("longcat_flash",)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a model: a file, a directory that holds one (a checkpoint), or the id of a model of the hub.
+
+    Only a hub id imports transformers. Raises InputError where there is none or it is not a JSON object.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+        if not file.exists():
+            raise InputError(f"{path} holds no config.json: expected a checkpoint directory")
+    elif not file.exists():
+        file = _hub_config(str(path))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds a {type(config).__name__}, expected the JSON object of a model's config.json")
+    return config
+
+
+def _hub_config(name: str) -> Path:
+    parts = name.split("/")
+    if len(parts) > 2 or name.endswith(".json") or not all(p and p[0] not in ".~" for p in parts):
+        raise InputError(f"{name} does not exist: expected a config.json, a checkpoint directory or a hub id")
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(name, "config.json")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name} is neither a file here nor a model of the hub: {reason}") from None
+    if found is None:
+        raise InputError(f"{name} has no config.json on the hub")
+    return Path(found)
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that names the experts of the language model; with the outer keys beneath it."""
+    if any(config.get(key) for key in NUM_EXPERTS):
+        return config
+    for key in NESTED:
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            found = text_config(inner if key != "ffn_config" else {**inner, "model_type": config.get("model_type", "")})
+            if any(found.get(name) for name in NUM_EXPERTS):
+                return {**config, **found}
+    return config
+
+
+def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """What TraceInfo wants of a model: `TraceInfo(model=..., made_by=..., **moe_facts(config))`.
+
+    Keys: model_type (the outermost), num_layers (MoE layers), num_experts, top_k, model_layers (number of each MoE
+    layer in the model, encoder before decoder), num_model_layers, vocab_size (0 = unknown), n_group, topk_group (1 where
+    the router has no groups), empty_slots (the router can choose no routed expert: identity experts or a skip class).
+    Raises InputError where the file lacks a fact, or the model has no experts.
+    """
+    inner = text_config(config)
+    model_type = str(config.get("model_type") or inner.get("model_type") or "")
+    family = _family(model_type, str(inner.get("model_type") or ""))
+    facts = {**FAMILY_DEFAULTS.get(family, {}), **inner}
+    name = model_type or "config.json"
+    num_experts = _uniform(facts, NUM_EXPERTS, f"{name}: the number of experts", first_of_list=True)
+    if num_experts < 2:
+        raise InputError(f"{name} has {num_experts} experts: it is not a Mixture-of-Experts model")
+    top_k = _uniform(
+        facts, (*TOP_K, "top_k") if "top_k" in FAMILY_DEFAULTS.get(family, {}) else TOP_K, f"{name}: top-k"
+    )
+    num_model_layers, model_layers = _model_layers(facts, family, name)
+    if not model_layers:
+        raise InputError(f"{name} has no Mixture-of-Experts layer among its {num_model_layers} layers")
+    return {
+        "model_type": model_type,
+        "num_layers": len(model_layers),
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "model_layers": tuple(model_layers),
+        "num_model_layers": num_model_layers,
+        "vocab_size": _integer(facts.get("vocab_size"), 0),
+        "n_group": _group(facts, inner, ("n_group", "num_expert_group")),
+        "topk_group": _group(facts, inner, ("topk_group",)),
+        "empty_slots": bool(facts.get("zero_expert_num")) or family == "zaya",
+    }
+
+
+def _family(*model_types: str) -> str:
+    """The family of FAMILY_DEFAULTS and of the special rules: qwen3_omni_moe_thinker_text belongs to no entry, fine."""
+    names = [n for t in model_types for n in (t, t.removesuffix("_text"), t.removesuffix("_text").removesuffix("_vl"))]
+    special = (*FAMILY_DEFAULTS, *LAYERS_UNDER_NUM_LAYERS, "zaya", "llama4", "deepseek_v4")
+    return next((n for n in names if n in special), names[0] if names else "")
+
+
+def _integer(value: Any, default: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def _uniform(facts: dict[str, Any], keys: tuple[str, ...], what: str, *, first_of_list: bool = False) -> int:
+    """The first of `keys` that is set. A list holds equal values per layer, or (Ernie VL) text experts first."""
+    value = next((facts[key] for key in keys if facts.get(key) is not None), None)
+    if isinstance(value, list) and value:
+        if len(set(value)) > 1 and not first_of_list:
+            raise InputError(f"{what} differs by layer ({sorted(set(value))}); a trace has one for all layers")
+        value = value[0]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InputError(f"{what} is {value!r}, expected an integer in one of {', '.join(keys)}")
+    return value
+
+
+def _group(facts: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> int:
+    """A group count: the file's own key in any spelling, else the family's default; null means no groups, 1."""
+    value = next((given[key] for key in keys if key in given), facts.get(keys[0]))
+    return max(1, _integer(value, 1))
+
+
+def _model_layers(facts: dict[str, Any], family: str, name: str) -> tuple[int, list[int]]:
+    """How many layers the model has and which of them, counted from 0, route to experts."""
+    if family in ("switch_transformers", "nllb-moe"):
+        return _encoder_decoder_layers(facts, family)
+    blocks = facts.get("layers_block_type") or facts.get("hybrid_override_pattern")  # Nemotron-H: one letter a layer
+    if blocks and ("moe" in blocks or "E" in blocks):
+        return len(blocks), [i for i, kind in enumerate(blocks) if kind in ("moe", "E")]
+    keys = ("num_layers",) if family in LAYERS_UNDER_NUM_LAYERS and facts.get("num_layers") else NUM_LAYERS
+    num_layers = _uniform(facts, keys, f"{name}: the number of layers")
+    return num_layers, [i for i in range(num_layers) if _is_moe_layer(facts, i, num_layers)]
+
+
+def _is_moe_layer(facts: dict[str, Any], layer: int, num_layers: int) -> bool:
+    """Whether one layer routes: an explicit list decides; the rules that a family has must all hold."""
+    kinds = facts.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        return layer < len(kinds) and kinds[layer] != "dense"
+    listed = facts.get("moe_layers", facts.get("moe_layers_enum"))
+    if isinstance(listed, str):
+        listed = [int(i) for i in listed.split(",") if i.strip()]
+    if isinstance(listed, list):
+        return layer in listed
+    frequency = facts.get("moe_layer_freq")
+    if isinstance(frequency, list):
+        return layer < len(frequency) and bool(frequency[layer])
+    if facts.get("enable_moe_block") is False or facts.get("is_moe") is False:
+        return False
+    dense = next((facts[k] for k in ("num_dense_layers", "dense_mlp_idx", "moe_layer_num_skipped") if facts.get(k)), 0)
+    last = _integer(facts.get("moe_layer_end_index"), -1)
+    period = _integer(facts.get("expert_layer_period"), 1)
+    interleave = _integer(facts.get("interleave_moe_layer_step"), 1) or 1
+    return (
+        layer >= max(_integer(facts.get("first_k_dense_replace"), 0), _integer(dense, 0))
+        and layer >= _integer(facts.get("moe_layer_start_index"), 0)
+        and layer <= (num_layers - 1 if last == -1 else last)
+        and layer not in (facts.get("mlp_only_layers") or [])
+        and (layer + 1) % (_integer(facts.get("decoder_sparse_step"), 1) or 1) == 0
+        and (layer + 1) % (_integer(facts.get("moe_layer_interval"), 1) or 1) == 0
+        and layer % (_integer(frequency, 1) or 1) == 0
+        and layer % period == _integer(facts.get("expert_layer_offset"), 0) % period
+        and (layer + 1) % interleave == 0
+    )
+
+
+def _encoder_decoder_layers(facts: dict[str, Any], family: str) -> tuple[int, list[int]]:
+    """Switch and NLLB: the encoder's layers first, then the decoder's."""
+    switch = family == "switch_transformers"
+    encoder = _uniform(facts, ("num_layers", "encoder_layers"), f"{family}: the number of encoder layers")
+    decoder = _integer(facts.get("num_decoder_layers") or facts.get("decoder_layers"), encoder)
+    layers, start = [], 0
+    for count, side in ((encoder, "encoder"), (decoder, "decoder")):
+        step = _integer(facts.get(f"{side}_sparse_step"), 4)
+        sparse = _integer(facts.get(f"num_sparse_{side}_layers"), -1)
+        if switch and sparse >= 0:
+            step = count // sparse if sparse else count
+        at = 1 if switch else step - 1  # the class's own rule: i % step == 1, against (i + 1) % step == 0
+        layers += [start + i for i in range(count) if step > 0 and (step == 1 or i % step == at)]
+        start += count
+    return start, layers
