@@ -45,7 +45,9 @@ def co_activation_EE(expert_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
     return both_EE
 
 
-def token_expert_UE(token_index_T: np.ndarray, expert_ids_TK: np.ndarray, num_ids: int, num_experts: int) -> "csr_array":
+def token_expert_UE(
+    token_index_T: np.ndarray, expert_ids_TK: np.ndarray, num_ids: int, num_experts: int
+) -> "csr_array":
     """How often token id u chose expert e, sparse int32 [U, E]. Rows of index -1 (unknown token) are left out."""
     from scipy.sparse import coo_array
 
@@ -57,11 +59,15 @@ def token_expert_UE(token_index_T: np.ndarray, expert_ids_TK: np.ndarray, num_id
     return coo_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(num_ids, num_experts)).tocsr()
 
 
-def request_expert_BE(request_of_T: np.ndarray, expert_ids_TK: np.ndarray, num_requests: int, num_experts: int) -> np.ndarray:
+def request_expert_BE(
+    request_of_T: np.ndarray, expert_ids_TK: np.ndarray, num_requests: int, num_experts: int
+) -> np.ndarray:
     """How often request b activated expert e, int64 [B, E]."""
     width = num_experts + 1
     keys_TK = request_of_T[:, None] * width + expert_ids_TK
-    return np.bincount(keys_TK.reshape(-1), minlength=num_requests * width).reshape(num_requests, width)[:, :num_experts]
+    return np.bincount(keys_TK.reshape(-1), minlength=num_requests * width).reshape(num_requests, width)[
+        :, :num_experts
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +134,9 @@ def profile_traces(
     return RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, concat_batches(kept, info))
 
 
-def _sample_requests(tokens_B: list[np.ndarray], keep: list[np.ndarray], max_tokens: int, seed: int) -> list[np.ndarray]:
+def _sample_requests(
+    tokens_B: list[np.ndarray], keep: list[np.ndarray], max_tokens: int, seed: int
+) -> list[np.ndarray]:
     """Kept requests whose tokens fit the budget, drawn at random: bool [B] per trace."""
     tokens, kept = np.concatenate(tokens_B), np.concatenate(keep)
     order = np.random.default_rng(seed).permutation(len(tokens))

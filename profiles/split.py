@@ -3,6 +3,8 @@
 Shape letter: B requests.
 """
 
+import hashlib
+
 import numpy as np
 import pyarrow as pa
 
@@ -30,5 +32,18 @@ def holdout_requests(requests: pa.Table, *, holdout: float, holdout_domains: lis
         chosen = np.random.default_rng(seed).permutation(num_requests)[: max(1, round(holdout * num_requests))]
         held_out_B[chosen] = True
     if held_out_B.all() or not held_out_B.any():
-        raise InputError(f"{num_requests} requests cannot be split: {int(held_out_B.sum())} held out, the rest to learn from")
+        raise InputError(
+            f"{num_requests} requests cannot be split: {int(held_out_B.sum())} held out, the rest to learn from"
+        )
     return held_out_B
+
+
+def request_keys(requests: pa.Table) -> np.ndarray:
+    """A key for each request, uint64 [B], equal for the same request in any trace: what a plan keeps of the requests it was fitted on.
+
+    `requests`: the table of RoutingTrace.requests().
+    """
+    columns = ("request_id", "domain", "num_prompt_tokens", "num_tokens")
+    rows = zip(*(requests.column(name).to_pylist() for name in columns), strict=True)
+    digests = b"".join(hashlib.blake2b("\0".join(map(str, row)).encode(), digest_size=8).digest() for row in rows)
+    return np.frombuffer(digests, "<u8")

@@ -169,7 +169,9 @@ class TraceWriter:
             raise InputError(f"cannot create the trace {self.path}: {error.strerror}") from None
         for leftover in self.path.glob(f".{prefix}-*.tmp"):
             leftover.unlink()
-        self._next_part = 1 + max((int(p.stem.rsplit("-", 1)[1]) for p in self.path.glob(f"{prefix}-*.parquet")), default=-1)
+        self._next_part = 1 + max(
+            (int(p.stem.rsplit("-", 1)[1]) for p in self.path.glob(f"{prefix}-*.parquet")), default=-1
+        )
         self._write_facts(complete=False)
 
     def _continue(self) -> None:
@@ -244,14 +246,20 @@ class TraceWriter:
             values = [row.get(column.name) for row in self._rows]
             is_list = pa.types.is_list(column.type)
             arrays[column.name] = (
-                _list_array(values, column.type.value_type.to_pandas_dtype()) if is_list else pa.array(values, column.type)
+                _list_array(values, column.type.value_type.to_pandas_dtype())
+                if is_list
+                else pa.array(values, column.type)
             )
         rows_per_group = max(1, len(self._rows) * ROW_GROUP_VALUES // max(self._values, 1))
         name = f"{self._prefix}-{self._next_part:05d}.parquet"
         temporary = self.path / f".{name}.tmp"
         try:
             pq.write_table(
-                pa.table(arrays, schema=schema), temporary, row_group_size=rows_per_group, compression="zstd", compression_level=3
+                pa.table(arrays, schema=schema),
+                temporary,
+                row_group_size=rows_per_group,
+                compression="zstd",
+                compression_level=3,
             )
             self._hashes[name] = hash_file(temporary)
         except OSError as error:
@@ -271,7 +279,9 @@ class TraceWriter:
             raise InputError(f"counts hold a negative value, {load.min()}")
         column = _list_array(list(load.astype(np.int64)), np.dtype(np.int64))
         temporary = self.path / f".{COUNTS_FILE}.tmp"
-        pq.write_table(pa.table({"window": pa.array(windows, pa.string()), "load": column}), temporary, compression="zstd")
+        pq.write_table(
+            pa.table({"window": pa.array(windows, pa.string()), "load": column}), temporary, compression="zstd"
+        )
         self._hashes[COUNTS_FILE] = hash_file(temporary)
         temporary.replace(self.path / COUNTS_FILE)
 
@@ -285,11 +295,22 @@ class TraceWriter:
         for file in sorted(self.path.glob("*.parquet")) if complete else []:
             metadata = _open_part(file).metadata
             requests = 0 if self.info.kind == "counts" else metadata.num_rows
-            tokens = 0 if self.info.kind == "counts" else int(np.sum(_open_part(file).read(["num_tokens"]).column(0).to_numpy()))
+            tokens = (
+                0
+                if self.info.kind == "counts"
+                else int(np.sum(_open_part(file).read(["num_tokens"]).column(0).to_numpy()))
+            )
             digest = self._hashes.get(file.name) or hash_file(file)
             parts.append({"file": file.name, "requests": requests, "tokens": tokens, "sha256": digest})
         counts = {"requests": sum(p["requests"] for p in parts), "tokens": sum(p["tokens"] for p in parts)}
-        facts = {"format": FORMAT, "version": VERSION, "complete": complete, **asdict(self.info), "counts": counts, "parts": parts}
+        facts = {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": complete,
+            **asdict(self.info),
+            "counts": counts,
+            "parts": parts,
+        }
         try:
             write_json(self.path / "trace.json", facts)
         except OSError as error:
@@ -351,7 +372,9 @@ def _read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) 
 class RoutingTrace:
     """A finished trace, opened for reading. Nothing but trace.json is read until asked for."""
 
-    def __init__(self, path: str, info: TraceInfo, facts: dict[str, Any], filesystem: fsspec.AbstractFileSystem) -> None:
+    def __init__(
+        self, path: str, info: TraceInfo, facts: dict[str, Any], filesystem: fsspec.AbstractFileSystem
+    ) -> None:
         self.path, self.info, self.facts, self._filesystem = path, info, facts, filesystem
 
     @classmethod

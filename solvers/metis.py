@@ -14,7 +14,13 @@ LARGEST_WEIGHT = 1_000_000  # METIS adds weights in 32 bits
 
 
 def place_metis(
-    co_activation_LEE: np.ndarray, load_LE: np.ndarray, num_ranks: int, *, load_cap: float, seed: int, num_seeds: int = 10
+    co_activation_LEE: np.ndarray,
+    load_LE: np.ndarray,
+    num_ranks: int,
+    *,
+    load_cap: float,
+    seed: int,
+    num_seeds: int = 10,
 ) -> np.ndarray:
     """Rank of each expert, int64 [L, E]: most co-activation within ranks among the runs that keep the load cap.
 
@@ -25,7 +31,9 @@ def place_metis(
     placed = []
     for affinity_EE, load_E in zip(co_activation_LEE, load_LE, strict=True):
         partitions = [
-            _partition(affinity_EE, load_E, num_ranks, seed + i, recursive) for i in range(num_seeds) for recursive in (False, True)
+            _partition(affinity_EE, load_E, num_ranks, seed + i, recursive)
+            for i in range(num_seeds)
+            for recursive in (False, True)
         ]
         placed.append(best_within_cap(partitions, affinity_EE, load_E, num_ranks, load_cap))
     return np.stack(placed)

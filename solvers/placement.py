@@ -105,7 +105,9 @@ class Placement:
     def rank_of_LE(self) -> np.ndarray:
         """Rank of each expert, int64 [L, E]. Raises InputError where an expert has replicas."""
         if self.num_replicas:
-            raise InputError(f"this placement has {self.num_replicas} replica slots per rank: an expert has no single rank")
+            raise InputError(
+                f"this placement has {self.num_replicas} replica slots per rank: an expert has no single rank"
+            )
         return self.hosts_LER.argmax(axis=2)
 
     @property

@@ -12,14 +12,24 @@ from solvers.equalize import best_within_cap
 
 
 def place_spectral(
-    co_activation_LEE: np.ndarray, load_LE: np.ndarray, num_ranks: int, *, load_cap: float, seed: int, num_starts: int = 6
+    co_activation_LEE: np.ndarray,
+    load_LE: np.ndarray,
+    num_ranks: int,
+    *,
+    load_cap: float,
+    seed: int,
+    num_starts: int = 6,
 ) -> np.ndarray:
     """Rank of each expert, int64 [L, E]: most co-activation within ranks among several starts, under the load cap where feasible."""
     if num_ranks == 1:
         return np.zeros(load_LE.shape, np.int64)
     placed = [
         best_within_cap(
-            spectral_starts(affinity_EE, num_ranks, seed=seed, num_starts=num_starts), affinity_EE, load_E, num_ranks, load_cap
+            spectral_starts(affinity_EE, num_ranks, seed=seed, num_starts=num_starts),
+            affinity_EE,
+            load_E,
+            num_ranks,
+            load_cap,
         )
         for affinity_EE, load_E in zip(co_activation_LEE, load_LE, strict=True)
     ]

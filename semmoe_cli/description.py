@@ -1,0 +1,108 @@
+"""Facts about any trace or plan, as one dictionary: what `semmoe show` prints.
+
+Heavy modules are imported inside.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiles.errors import InputError
+
+if TYPE_CHECKING:
+    from profiles.trace import RoutingTrace
+    from solvers.plan import Plan
+
+LARGEST_SAMPLE_IDS = 100_000_000  # enough for every statistic of a screen
+
+
+def describe_path(path: str, *, seed: int) -> dict[str, Any]:
+    """Facts about the trace or plan at `path`. Raises InputError where it is neither."""
+    from profiles.trace import RoutingTrace
+    from solvers.plan import Plan
+
+    if (Path(path) / "plan.json").is_file():
+        return _describe_plan(Plan.load(path))
+    if "://" not in path and not (Path(path) / "trace.json").is_file():
+        raise InputError(f"{path} is neither a trace nor a plan: it holds no trace.json and no plan.json")
+    return _describe_trace(RoutingTrace.open(path), seed)
+
+
+def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
+    import numpy as np
+
+    info = trace.info
+    facts: dict[str, Any] = {
+        "kind": "trace",
+        "model": info.model,
+        "layers": info.num_layers,
+        "model_layers": list(info.model_layers),
+        "experts": info.num_experts,
+        "top_k": info.top_k,
+        "routing_groups": info.n_group,
+        "content": "routing per token" if info.kind == "tokens" else "expert loads only",
+        "made_by": info.made_by,
+        "fingerprint": trace.fingerprint,
+    }
+    if info.kind == "counts":
+        windows, load_WLE = trace.load_counts()
+        return facts | {"windows": len(windows), "activations": int(load_WLE.sum())} | _load_skew(load_WLE.sum(0))
+    from profiles.counts import profile_traces
+    from solvers.structure import measure_structure
+
+    requests = trace.requests()
+    domains = requests.column("domain").to_pylist()
+    facts |= {"requests": trace.num_requests, "tokens": trace.num_tokens, "domains": len(set(domains))}
+    if not trace.num_tokens:
+        return facts
+    profile = profile_traces([trace], seed=seed, sample_ids=LARGEST_SAMPLE_IDS)
+    known = profile.sample.token_ids_T >= 0
+    facts |= {
+        "generated_share": float(1 - profile.sample.is_prompt_T.mean()),
+        "token_ids_seen": len(np.unique(profile.sample.token_ids_T[known])),
+    }
+    facts |= _load_skew(profile.load_LE)
+    if structure := measure_structure(profile.sample, info, seed=seed):
+        facts["co_activation_lift"] = float(structure.lift_L.mean())
+        facts["co_activation_lift_per_layer"] = [round(float(v), 3) for v in structure.lift_L]
+        facts["structure"] = structure.verdict
+    else:
+        facts["structure"] = "cannot tell: too few requests, or a single expert per token"
+    return facts
+
+
+def _load_skew(load_LE: Any) -> dict[str, Any]:
+    """Load skew over the experts of a layer: mean over layers of busiest / mean, and the share of experts never used."""
+    import numpy as np
+
+    mean_L = np.maximum(load_LE.mean(1), 1e-12)
+    return {
+        "busiest_expert_over_mean": float((load_LE.max(1) / mean_L).mean()),
+        "unused_expert_share": float((load_LE == 0).mean()),
+    }
+
+
+def _describe_plan(plan: "Plan") -> dict[str, Any]:
+    placement = plan.placement
+    load_LR = (plan.load_LE[:, :, None] * (placement.hosts_LER / placement.hosts_LER.sum(2, keepdims=True))).sum(1)
+    facts: dict[str, Any] = {
+        "kind": "plan",
+        "model": plan.model.model,
+        "layers": placement.num_layers,
+        "experts": placement.num_experts,
+        "top_k": plan.model.top_k,
+        "ranks": placement.num_ranks,
+        "nodes": plan.topology.num_nodes,
+        "slots_per_rank": placement.slots_per_rank,
+        "replica_slots_per_rank": placement.num_replicas,
+        "method": plan.method,
+        "dispatch": plan.dispatch,
+        "seed": plan.seed,
+        "made_by": plan.made_by,
+        "fingerprint": plan.fingerprint,
+        "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
+        "fitted_on": "all requests" if plan.split.get("refit") else "training requests",
+    }
+    for row in plan.scores.get("rows", []):
+        if row["schedule"] == "random":
+            facts[f"held_out_rem_{row['placement']}"] = row["rem"]
+    return facts | ({"notes": plan.notes} if plan.notes else {})

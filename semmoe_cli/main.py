@@ -1,0 +1,57 @@
+"""The `semmoe` command: one Typer app whose subcommands live in the commands_* files.
+
+Nothing heavy is imported here: `semmoe --help` must answer at once. Each command imports what it needs when it runs.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from profiles.errors import InputError
+from semmoe_cli.commands_place import place
+from semmoe_cli.commands_report import report, show
+
+app = typer.Typer(
+    name="semmoe",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Offline expert placement for Mixture-of-Experts models: record routing, place experts, measure the saved traffic.",
+    epilog="Example: semmoe trace --from sglang responses.jsonl.gz -o t; semmoe place t --ranks 4 -o p; semmoe report p t",
+)
+app.command()(place)
+app.command()(report)
+app.command()(show)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"semmoe {version('semmoe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 1."""
+    try:
+        app()
+    except InputError as error:
+        print(f"semmoe: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("semmoe: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

@@ -1,0 +1,48 @@
+"""Option types that several commands share, and the command line as it is recorded in results.
+
+Nothing heavy is imported here.
+"""
+
+import enum
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Method(enum.StrEnum):
+    """Choices of --method; a test keeps them equal to solvers.solve.METHODS."""
+
+    contiguous = "contiguous"
+    load = "load"
+    metis = "metis"
+    spectral = "spectral"
+
+
+class Dispatch(enum.StrEnum):
+    """Choices of --dispatch; a test keeps them equal to solvers.evaluate.DISPATCH_KINDS."""
+
+    per_rank = "per-rank"
+    per_expert = "per-expert"
+    per_node = "per-node"
+    gather = "gather"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input and seed give the same bytes.", min=0)]
+
+
+def command_line(*path_values: Path | str) -> str:
+    """The command line as typed, without the words that name files: a record that does not depend on where files lie."""
+    hidden = {str(p) for p in path_values}
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if skip:
+            skip = False
+        elif word in ("-o", "--output"):
+            skip = True
+        elif word not in hidden and word.rstrip("/") not in hidden:
+            words.append(word)
+    return shlex.join(["semmoe", *words])

@@ -1,0 +1,259 @@
+"""What a placement costs on given requests: LAR, REM, NODE, LINK and load imbalance, with bootstrap intervals over requests.
+
+Every metric is a ratio of sums, so sums are kept per group of requests and layer, and resampled. A token's home is the rank where it
+lives at a layer; without a schedule it is uniformly random, and expectations are exact, not sampled.
+
+Definitions: arXiv 2503.04398 section 2 (LAR); hypergraph connectivity with a home pin (REM, NODE); docs/concepts.md.
+
+Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, N nodes, G groups of requests, P targets of rows (ranks or nodes),
+X resamples.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from math import comb
+from typing import Any
+
+import numpy as np
+
+from profiles.errors import InputError
+from profiles.trace import TraceBatch, TraceInfo
+from solvers.placement import Topology
+
+DISPATCH_KINDS = {
+    "per-rank": "one row per token and rank (DeepEP normal and V2, semmoe run): bytes follow REM",
+    "per-expert": "one row per token and expert (plain all-to-all-v, DeepEP low-latency): bytes follow 1 - LAR",
+    "per-node": "one row per token and node, then fan-out inside it (DeepEP internode): bytes follow NODE",
+    "gather": "all-gather or all-reduce: the same bytes whatever the placement",
+}
+METRICS = ("lar", "rem", "node", "link", "load_imbalance", "load_imbalance_median", "token_imbalance")
+MAX_GROUPS = 512  # requests beyond this number are resampled in groups of several
+
+Homes = Callable[[TraceBatch], np.ndarray]  # homes of a batch's tokens, integers [T, L]
+
+
+@dataclass(frozen=True, eq=False)
+class TrafficSums:
+    """Sums over the tokens of each group of requests. Expectations where homes are random, hence floats."""
+
+    tokens_G: np.ndarray  # float64 [G]
+    activations_GL: np.ndarray  # float64 [G, L]
+    local_GL: np.ndarray  # activations whose expert is served by the token's own rank
+    remote_ranks_GL: np.ndarray
+    remote_nodes_GL: np.ndarray
+    load_GLR: np.ndarray  # activations served by each rank
+    home_GLR: np.ndarray  # tokens that live on each rank
+    ingress_GLP: np.ndarray  # rows received by each rank (by each node where dispatch is per node)
+    egress_GLP: np.ndarray
+
+    @classmethod
+    def zeros(cls, num_groups: int, num_layers: int, num_ranks: int, num_targets: int) -> "TrafficSums":
+        per_layer, ranks, targets = (num_groups, num_layers), (num_ranks,), (num_targets,)
+        shapes = [(num_groups,)] + [per_layer] * 4 + [per_layer + ranks] * 2 + [per_layer + targets] * 2
+        return cls(*(np.zeros(shape) for shape in shapes))
+
+    def resampled(self, weights_XG: np.ndarray) -> "TrafficSums":
+        """Weighted sums over the groups: leading axis X instead of G."""
+        arrays = [getattr(self, f.name) for f in fields(self)]
+        return TrafficSums(*((weights_XG @ a.reshape(len(a), -1)).reshape(-1, *a.shape[1:]) for a in arrays))
+
+
+def traffic_sums(
+    batches: Iterable[TraceBatch],
+    info: TraceInfo,
+    serving_LRE: np.ndarray,
+    topology: Topology,
+    *,
+    dispatch: str,
+    num_requests: int,
+    homes: Homes | None = None,
+) -> TrafficSums:
+    """Traffic of the batches' requests under a placement.
+
+    `serving_LRE`: rank that serves expert e for a token that lives on rank r, integers [L, R, E] (`solvers.replicas`); equal along R
+    without replicas. `homes` None: every token lives on a uniformly random rank. `num_requests`: of all batches together.
+    """
+    per_node = dispatch == "per-node"
+    num_targets = topology.num_nodes if per_node else topology.num_ranks
+    sums = TrafficSums.zeros(min(num_requests, MAX_GROUPS), info.num_layers, topology.num_ranks, num_targets)
+    replicated = bool((serving_LRE != serving_LRE[:, :1]).any())
+    first_request = 0
+    for batch in batches:
+        group_T = (first_request + batch.request_of_T) % len(sums.tokens_G)
+        first_request += batch.num_requests
+        sums.tokens_G[:] += np.bincount(group_T, minlength=len(sums.tokens_G))
+        homes_TL = None if homes is None else homes(batch)
+        for layer in range(info.num_layers):
+            ids_TK = batch.expert_ids_TLK[:, layer]
+            if homes_TL is not None:
+                _add_layer(
+                    sums, layer, ids_TK, serving_LRE[layer], homes_TL[:, layer], group_T, topology, dispatch, 1.0
+                )
+            elif replicated:
+                # Who serves depends on where the token lives: the expectation is the mean over all homes.
+                for rank in range(topology.num_ranks):
+                    home_T = np.full(len(ids_TK), rank)
+                    share = 1 / topology.num_ranks
+                    _add_layer(sums, layer, ids_TK, serving_LRE[layer], home_T, group_T, topology, dispatch, share)
+            else:
+                _add_layer(sums, layer, ids_TK, serving_LRE[layer], None, group_T, topology, dispatch, 1.0)
+    return sums
+
+
+def _add_layer(
+    sums: TrafficSums,
+    layer: int,
+    ids_TK: np.ndarray,
+    serving_RE: np.ndarray,
+    home_T: np.ndarray | None,
+    group_T: np.ndarray,
+    topology: Topology,
+    dispatch: str,
+    weight: float,
+) -> None:
+    """Add one layer of one batch. `home_T` None: random homes in closed form, for a placement without replicas."""
+    num_ranks, num_groups = topology.num_ranks, len(sums.tokens_G)
+    # An empty slot (id E) is served by nobody: rank number R, which sorts last and is masked out.
+    padded_RE = np.pad(serving_RE, ((0, 0), (0, 1)), constant_values=num_ranks).astype(np.int16)
+    ranks_TK = np.sort(padded_RE[0][ids_TK] if home_T is None else padded_RE[home_T[:, None], ids_TK], axis=1)
+    nodes_TK = np.append(topology.node_of_R, topology.num_nodes).astype(np.int16)[ranks_TK]
+    routed_TK = ranks_TK < num_ranks
+    new_rank_TK, new_node_TK = _first_of_run(ranks_TK) & routed_TK, _first_of_run(nodes_TK) & routed_TK
+    groups_TK = np.broadcast_to(group_T[:, None], ids_TK.shape)
+
+    def per_group(mask_TK: np.ndarray) -> np.ndarray:
+        return np.bincount(group_T, weights=mask_TK.sum(1), minlength=num_groups) * weight
+
+    def per_target(mask_TK: np.ndarray, target_TK: np.ndarray, size: int) -> np.ndarray:
+        keys = groups_TK[mask_TK] * size + target_TK[mask_TK]
+        return np.bincount(keys, minlength=num_groups * size).reshape(num_groups, size) * weight
+
+    sums.activations_GL[:, layer] += per_group(routed_TK)
+    sums.load_GLR[:, layer] += per_target(routed_TK, ranks_TK, num_ranks)
+    per_node = dispatch == "per-node"
+    target_TK, num_targets = (nodes_TK, topology.num_nodes) if per_node else (ranks_TK, num_ranks)
+    row_TK = {"per-node": new_node_TK, "per-expert": routed_TK}.get(dispatch, new_rank_TK)
+    if home_T is None:
+        sums.local_GL[:, layer] += per_group(routed_TK) / num_ranks
+        sums.remote_ranks_GL[:, layer] += per_group(new_rank_TK) * (1 - 1 / num_ranks)
+        sums.remote_nodes_GL[:, layer] += per_group(new_node_TK) * (1 - 1 / topology.num_nodes)
+        sums.home_GLR[:, layer] += np.bincount(group_T, minlength=num_groups)[:, None] / num_ranks
+        rows_GP = per_target(row_TK, target_TK, num_targets)
+        sums.ingress_GLP[:, layer] += rows_GP * (1 - 1 / num_targets)
+        sums.egress_GLP[:, layer] += (rows_GP.sum(1, keepdims=True) - rows_GP) / num_targets
+        return
+    home_T = home_T.astype(np.int64)
+    home_node_T = topology.node_of_R[home_T]
+    sums.local_GL[:, layer] += per_group(routed_TK & (ranks_TK == home_T[:, None]))
+    sums.remote_ranks_GL[:, layer] += per_group(new_rank_TK & (ranks_TK != home_T[:, None]))
+    sums.remote_nodes_GL[:, layer] += per_group(new_node_TK & (nodes_TK != home_node_T[:, None]))
+    keys_T = group_T * num_ranks + home_T
+    sums.home_GLR[:, layer] += np.bincount(keys_T, minlength=num_groups * num_ranks).reshape(num_groups, -1) * weight
+    home_target_T = home_node_T if per_node else home_T
+    row_TK = row_TK & (target_TK != home_target_T[:, None])
+    sums.ingress_GLP[:, layer] += per_target(row_TK, target_TK, num_targets)
+    sent_T = np.bincount(
+        group_T * num_targets + home_target_T, weights=row_TK.sum(1), minlength=num_groups * num_targets
+    )
+    sums.egress_GLP[:, layer] += sent_T.reshape(num_groups, -1) * weight
+
+
+def _first_of_run(sorted_TK: np.ndarray) -> np.ndarray:
+    """True where a value differs from the one before it in its row, bool [T, K]."""
+    first = np.ones(sorted_TK.shape, bool)
+    first[:, 1:] = sorted_TK[:, 1:] != sorted_TK[:, :-1]
+    return first
+
+
+def metrics_XL(sums: TrafficSums, topology: Topology, dispatch: str) -> dict[str, np.ndarray]:
+    """Every metric per leading entry and layer, float64 [X, L].
+
+    LINK is rows per token that lives on the busiest rank (or node): the larger of its ingress and its egress.
+    """
+    tokens_X1 = np.maximum(sums.tokens_G[:, None], 1e-300)
+    num_targets = sums.ingress_GLP.shape[2]
+    busiest_XL = np.maximum(sums.ingress_GLP, sums.egress_GLP).max(2)
+    load_mean_XL = np.maximum(sums.load_GLR.mean(2), 1e-300)
+    load_max_XL = sums.load_GLR.max(2)
+    link_XL = busiest_XL / (tokens_X1 / num_targets)
+    if dispatch == "gather":
+        link_XL = np.full_like(link_XL, topology.num_ranks - 1)
+    return {
+        "lar": sums.local_GL / np.maximum(sums.activations_GL, 1e-300),
+        "rem": sums.remote_ranks_GL / tokens_X1,
+        "node": sums.remote_nodes_GL / tokens_X1,
+        "link": link_XL,
+        "load_imbalance": load_max_XL / load_mean_XL,
+        "load_imbalance_median": load_max_XL / np.maximum(np.median(sums.load_GLR, axis=2), 1e-300),
+        "token_imbalance": sums.home_GLR.max(2) / np.maximum(sums.home_GLR.mean(2), 1e-300),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Metrics of one placement under one schedule: averages over layers, their 95 % intervals, and the values per layer."""
+
+    means: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    layers: dict[str, np.ndarray]  # float64 [L] each
+
+
+def score(sums: TrafficSums, topology: Topology, *, dispatch: str, num_resamples: int = 400, seed: int = 0) -> Scores:
+    """Scores of the summed traffic. Intervals: percentile bootstrap over groups of requests (`num_resamples` draws)."""
+    num_groups = len(sums.tokens_G)
+    if num_groups == 0:
+        raise InputError("no request to score on")
+    whole = metrics_XL(sums.resampled(np.ones((1, num_groups))), topology, dispatch)
+    draws = np.random.default_rng(seed).multinomial(num_groups, [1 / num_groups] * num_groups, size=num_resamples)
+    drawn = metrics_XL(sums.resampled(draws.astype(np.float64)), topology, dispatch)
+    intervals = {name: np.quantile(drawn[name].mean(1), [0.025, 0.975]) for name in METRICS}
+    return Scores(
+        means={name: float(whole[name].mean()) for name in METRICS},
+        intervals={name: (float(low), float(high)) for name, (low, high) in intervals.items()},
+        layers={name: whole[name][0] for name in METRICS},
+    )
+
+
+def uniform_scores(num_experts: int, top_k: int, topology: Topology) -> dict[str, float]:
+    """What experts and homes without any structure give: each token draws K different experts uniformly. Closed form."""
+
+    def distinct(parts: int) -> float:
+        # A part is missed when all K experts lie in the other E - E / parts.
+        missed = comb(num_experts - num_experts // parts, top_k) / comb(num_experts, top_k)
+        return parts * (1 - missed)
+
+    ranks, nodes = topology.num_ranks, topology.num_nodes
+    rem = distinct(ranks) * (1 - 1 / ranks)
+    return {"lar": 1 / ranks, "rem": rem, "node": distinct(nodes) * (1 - 1 / nodes)}
+
+
+def report_rows(scores: dict[tuple[str, str], Scores]) -> list[dict[str, Any]]:
+    """The rows of a report: one per placement and schedule, with averages over layers and intervals."""
+    return [
+        {
+            "placement": placement,
+            "schedule": schedule,
+            **s.means,
+            "ci": {name: list(s.intervals[name]) for name in METRICS},
+        }
+        for (placement, schedule), s in scores.items()
+    ]
+
+
+def report_layers(scores: dict[tuple[str, str], Scores], info: TraceInfo) -> list[dict[str, Any]]:
+    """The same rows per layer, without intervals."""
+    return [
+        {
+            "layer": layer,
+            "model_layer": info.model_layers[layer],
+            "rows": [
+                {
+                    "placement": placement,
+                    "schedule": schedule,
+                    **{name: float(s.layers[name][layer]) for name in METRICS},
+                }
+                for (placement, schedule), s in scores.items()
+            ],
+        }
+        for layer in range(info.num_layers)
+    ]

@@ -1,0 +1,220 @@
+"""Plan: a placement with where it came from, and its directory on disk (docs/formats.md).
+
+The directory holds plan.json, which people and engines read, and tables.safetensors with the arrays that schedules and evaluation need.
+It is written beside its name and renamed, so a plan is there whole or not at all. Same input and seed give the same bytes: nothing in
+it depends on the time, the machine or a path.
+
+Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from profiles.errors import InputError
+from profiles.trace import TraceInfo
+from solvers.placement import Placement, Topology
+
+FORMAT = "semmoe-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model that a placement belongs to."""
+
+    model: str
+    model_type: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    model_layers: tuple[int, ...]
+    num_model_layers: int
+    n_group: int = 1
+    topk_group: int = 1
+
+    @classmethod
+    def of(cls, info: TraceInfo) -> "ModelFacts":
+        return cls(**{f.name: getattr(info, f.name) for f in fields(cls)})
+
+    def check(self, info: TraceInfo, where: str) -> None:
+        """Raise InputError where the trace is not one of this model."""
+        for name in ("num_layers", "num_experts", "top_k", "model_layers"):
+            if getattr(self, name) != getattr(info, name):
+                raise InputError(
+                    f"{where} has {name} {getattr(info, name)}, the plan is for {name} {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A placement, and what it was made from and for."""
+
+    placement: Placement
+    topology: Topology
+    model: ModelFacts
+    method: str
+    seed: int
+    dispatch: str
+    load_LE: np.ndarray  # int64 [L, E]: activations of the requests that the placement was fitted on
+    fitted_keys: np.ndarray  # uint64: keys of those requests (profiles.split.request_keys), so that none is scored on
+    load_cap: float = 1.05
+    options: dict[str, Any] = field(default_factory=dict)
+    trace: dict[str, Any] = field(default_factory=dict)  # fingerprints and sizes of the traces
+    split: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)  # the held-out report
+    notes: list[str] = field(default_factory=list)
+    made_by: str = ""
+    tables: dict[str, np.ndarray] = field(default_factory=dict)  # schedule arrays by name
+
+    def __post_init__(self) -> None:
+        placement, model = self.placement, self.model
+        if placement.num_ranks != self.topology.num_ranks:
+            raise InputError(f"the placement has {placement.num_ranks} ranks, its topology {self.topology.num_ranks}")
+        if (placement.num_layers, placement.num_experts) != (model.num_layers, model.num_experts):
+            raise InputError(
+                f"the placement has {placement.num_layers} layers of {placement.num_experts} experts, "
+                f"the model {model.num_layers} of {model.num_experts}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of plan.json."""
+        topology: dict[str, Any] = {"ranks": self.topology.num_ranks, "nodes": self.topology.num_nodes}
+        if self.topology.cost_RR is not None:
+            topology["cost"] = self.topology.cost_RR.tolist()
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "made_by": self.made_by,
+            "method": self.method,
+            "seed": self.seed,
+            "dispatch": self.dispatch,
+            "load_cap": self.load_cap,
+            "options": self.options,
+            "model": asdict(self.model),
+            "topology": topology,
+            "replicas": self.placement.num_replicas,
+            "trace": self.trace,
+            "split": self.split,
+            "notes": self.notes,
+            "scores": self.scores,
+            "placement": self.placement.experts_LRS.tolist(),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the plan directory; a plan that is there already is replaced. Raises InputError for any other file or directory."""
+        from safetensors.numpy import save_file
+
+        check_plan_target(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            # One line per key: people find their way, and a placement of 58 x 256 experts does not become 15,000 lines.
+            lines = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.to_json().items()]
+            (temporary / "plan.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+            arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
+            save_file(
+                {name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}, temporary / "tables.safetensors"
+            )
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
+        except OSError as error:
+            raise InputError(f"cannot write the plan {path}: {error.strerror or error}") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read and check a plan directory. Raises InputError where it is none, or damaged."""
+        path = Path(path)
+        facts = _read_json(path)
+        try:
+            model = ModelFacts(**{**facts["model"], "model_layers": tuple(facts["model"]["model_layers"])})
+            topology = facts["topology"]
+            cost = np.asarray(topology["cost"], np.float64) if topology.get("cost") else None
+            experts_LRS = np.asarray(facts["placement"], np.int32)
+            tables = _read_tables(path)
+            return cls(
+                placement=Placement(experts_LRS, model.num_experts),
+                topology=Topology(topology["ranks"], topology["nodes"], cost),
+                model=model,
+                load_LE=tables.pop("expert_load"),
+                fitted_keys=tables.pop("fitted_requests"),
+                tables=tables,
+                **{
+                    name: facts[name]
+                    for name in (
+                        "method",
+                        "seed",
+                        "dispatch",
+                        "load_cap",
+                        "options",
+                        "trace",
+                        "split",
+                        "scores",
+                        "notes",
+                        "made_by",
+                    )
+                },
+            )
+        except KeyError as error:
+            raise InputError(f"{path} is not a whole plan: it lacks {error}") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path / 'plan.json'} is damaged: {error}") from None
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the placement and the model it is for."""
+        digest = hashlib.sha256(json.dumps(asdict(self.model), sort_keys=True).encode())
+        digest.update(np.ascontiguousarray(self.placement.experts_LRS).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def check_plan_target(path: Path) -> None:
+    """Raise InputError where writing a plan to `path` would overwrite something that is not a plan."""
+    if path.exists() and not (path / "plan.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} is there and is not a plan: choose another name")
+    if not path.absolute().parent.exists():
+        raise InputError(f"cannot write the plan {path}: the directory {path.absolute().parent} does not exist")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    where = path / "plan.json"
+    try:
+        facts = json.loads(where.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} is not a plan: it holds no plan.json") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror}") from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise InputError(f"{where} is not a plan: its format is not {FORMAT!r}")
+    if facts.get("version") != VERSION:
+        raise InputError(f"{where} has version {facts.get('version')}, this semmoe reads version {VERSION}")
+    return facts
+
+
+def _read_tables(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    where = path / "tables.safetensors"
+    try:
+        return load_file(where)
+    except FileNotFoundError:
+        raise InputError(f"{path} is not a whole plan: it holds no tables.safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{where} is damaged: {error}") from None
+
+
+def only_tables(prefix: str, tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tables whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): array for name, array in tables.items() if name.startswith(prefix)}
