@@ -363,8 +363,9 @@ def _read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) 
         raise InputError(f"{where} has version {facts.get('version')}, this semmoe reads version {VERSION}")
     known = {f.name for f in fields(TraceInfo)}
     try:
-        info = TraceInfo(**{k: tuple(v) if k == "model_layers" else v for k, v in facts.items() if k in known})
-    except TypeError as error:
+        values: dict[str, Any] = {name: value for name, value in facts.items() if name in known}
+        info = TraceInfo(**{**values, "model_layers": tuple(values["model_layers"])})
+    except (TypeError, KeyError) as error:
         raise InputError(f"{where} lacks a fact: {error}") from None
     return facts, info
 

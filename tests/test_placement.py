@@ -1,0 +1,179 @@
+"""Methods find planted groups, keep exact counts and the load cap; their pieces equal brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from profiles.counts import RoutingProfile, co_activation_EE, profile_traces
+from profiles.errors import InputError
+from profiles.synthetic import write_synthetic
+from profiles.trace import RoutingTrace, TraceInfo, concat_batches
+from solvers.equalize import (
+    co_activation_within,
+    equal_counts,
+    equalize,
+    improve_within_cap,
+    is_within_cap,
+    rank_load_R,
+    repair_load,
+    swap_gain_EE,
+)
+from solvers.load import place_load
+from solvers.placement import Placement, Topology
+from solvers.solve import METHODS, load_notes, solve_placement
+from solvers.spectral import balanced_k_means
+
+
+def random_affinity(rng: np.random.Generator, experts: int) -> np.ndarray:
+    return co_activation_EE(np.array([rng.permutation(experts)[:3] for _ in range(300)]), experts)
+
+
+def profile_of(load_LE: np.ndarray, co_activation_LEE: np.ndarray, top_k: int = 2) -> RoutingProfile:
+    layers, experts = load_LE.shape
+    info = TraceInfo("m", layers, experts, top_k, tuple(range(layers)))
+    return RoutingProfile(info, int(load_LE.sum()), load_LE, co_activation_LEE, concat_batches([], info))
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("planted") / "t"
+    group_of_LE = write_synthetic(path, num_requests=120, noise=0.05)
+    return group_of_LE, profile_traces([RoutingTrace.open(path)])
+
+
+@pytest.mark.parametrize("method", ["metis", "spectral"])
+def test_planted_groups_are_found(planted, method):
+    group_of_LE, profile = planted
+    placement, _ = solve_placement(profile, Topology(4), method=method, load_cap=2.0, seed=1)
+    for layer in range(4):
+        pairs = {tuple(p) for p in np.stack([group_of_LE[layer], placement.rank_of_LE[layer]], axis=1)}
+        assert len(pairs) == 4, f"layer {layer}: groups and ranks are not one to one"
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    shape=st.sampled_from([(4, 2), (6, 3), (8, 4), (12, 4), (12, 12), (5, 1)]),
+    skew=st.floats(0, 3),
+    load_cap=st.floats(1.0, 2.0),
+)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_keeps_counts_and_repeats(method, seed, shape, skew, load_cap):
+    experts, ranks = shape
+    rng = np.random.default_rng(seed)
+    weight_E = np.exp(skew * rng.random(experts))
+    ids_TK = np.array([rng.choice(experts, 2, replace=False, p=weight_E / weight_E.sum()) for _ in range(60)])
+    co_EE = co_activation_EE(ids_TK, experts)
+    profile = profile_of(co_EE.diagonal()[None].copy(), co_EE[None])
+    first, notes = solve_placement(profile, Topology(ranks), method=method, load_cap=load_cap, seed=seed)
+    again, _ = solve_placement(profile, Topology(ranks), method=method, load_cap=load_cap, seed=seed)
+    assert first.experts_LRS.shape == (1, ranks, experts // ranks)
+    np.testing.assert_array_equal(np.sort(first.experts_LRS.reshape(-1)), np.arange(experts))
+    np.testing.assert_array_equal(first.experts_LRS, again.experts_LRS)
+    rank_of_E, load_E = first.rank_of_LE[0], profile.load_LE[0]
+    within = is_within_cap(rank_of_E, load_E, ranks, load_cap)
+    assert within == (not notes)
+    balanced_E = place_load(profile.load_LE, ranks)[0]
+    if method in ("metis", "spectral") and is_within_cap(balanced_E, load_E, ranks, load_cap):
+        assert within, "the load cap can be kept, as packing by load shows"
+
+
+def test_swap_gains_equal_recomputing():
+    rng = np.random.default_rng(1)
+    affinity_EE = random_affinity(rng, 8)
+    rank_of_E = rng.permutation(np.repeat(np.arange(4), 2))
+    gain_EE = swap_gain_EE(rank_of_E, affinity_EE, 4)
+    before = co_activation_within(rank_of_E, affinity_EE)
+    for e, f in itertools.combinations(range(8), 2):
+        if rank_of_E[e] != rank_of_E[f]:
+            swapped = rank_of_E.copy()
+            swapped[[e, f]] = swapped[[f, e]]
+            assert co_activation_within(swapped, affinity_EE) - before == pytest.approx(gain_EE[e, f])
+
+
+def test_small_cases_reach_the_brute_force_optimum():
+    rng = np.random.default_rng(2)
+    for seed in range(5):
+        co_EE = random_affinity(rng, 6)
+        load_E = co_EE.diagonal().copy()
+        feasible = [
+            co_activation_within(np.array(r), co_EE)
+            for r in set(itertools.permutations([0, 0, 0, 1, 1, 1]))
+            if is_within_cap(np.array(r), load_E, 2, 1.1)
+        ]
+        placement, _ = solve_placement(
+            profile_of(load_E[None], co_EE[None], 3), Topology(2), method="metis", load_cap=1.1, seed=seed
+        )
+        assert co_activation_within(placement.rank_of_LE[0], co_EE) == pytest.approx(max(feasible))
+
+
+def test_counts_and_load_are_repaired_and_improved():
+    rng = np.random.default_rng(3)
+    affinity_EE = random_affinity(rng, 12)
+    load_E = affinity_EE.diagonal() * np.r_[np.full(4, 3), np.full(8, 1)]
+    lopsided_E = np.array([0] * 9 + [1, 2, 2])
+    equal_E = equal_counts(lopsided_E, affinity_EE, 3)
+    assert np.bincount(equal_E).tolist() == [4, 4, 4]
+    repaired_E = repair_load(equal_E, affinity_EE, load_E, 3, 1.1)
+    assert rank_load_R(repaired_E, load_E, 3).max() <= 1.1 * load_E.sum() / 3
+    improved_E = improve_within_cap(repaired_E, affinity_EE, load_E, 3, 1.1)
+    assert co_activation_within(improved_E, affinity_EE) >= co_activation_within(repaired_E, affinity_EE)
+    assert is_within_cap(improved_E, load_E, 3, 1.1)
+    balanced_E = place_load(load_E[None], 3)[0]
+    assert is_within_cap(equalize(lopsided_E, affinity_EE, load_E, 3, 1.1, balanced_E), load_E, 3, 1.1)
+
+
+def test_an_infeasible_cap_is_said():
+    load_LE = np.array([[100, 1, 1, 1]] * 3)
+    co_LEE = np.stack([np.diag(load_E) for load_E in load_LE])
+    _, notes = solve_placement(profile_of(load_LE, co_LEE), Topology(2), method="metis", load_cap=1.05, seed=0)
+    assert notes == ["load cap 1.05 is exceeded in 3 of 3 layers, worst 1.961 (layers 0-2)"]
+    assert load_notes(np.array([[0, 0, 1, 1]]), np.array([[1, 1, 1, 1]]), 2, 1.05) == []
+
+
+def test_balanced_k_means_separates_clouds():
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.normal(center, 0.1, (5, 2)) for center in ((0, 0), (5, 0), (0, 5))])
+    cluster = balanced_k_means(points, 3, seed=0).reshape(3, 5)
+    assert (cluster == cluster[:, :1]).all() and len(set(cluster[:, 0])) == 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "message"),
+    [
+        (5, 1, "32 experts do not divide over 5 ranks"),
+        (64, 1, "64 ranks are more than the 32 experts of a layer"),
+        (8, 3, "8 ranks do not divide over 3 nodes"),
+        (0, 1, "both must be at least 1"),
+    ],
+)
+def test_impossible_topologies_are_one_line(ranks, nodes, message):
+    with pytest.raises(InputError, match=message):
+        Topology(ranks, nodes).check_experts(32)
+
+
+@pytest.mark.parametrize(
+    ("experts_LRS", "message"),
+    [
+        ([[[0, 0], [1, 2]]], "expert 0 is twice on rank 0"),
+        ([[[0, 1], [2, 1]]], "expert 3 is on no rank"),
+        ([[[0, 1], [2, 4]]], "names expert 4"),
+    ],
+)
+def test_broken_placements_are_refused(experts_LRS, message):
+    with pytest.raises(InputError, match=message):
+        Placement(np.array(experts_LRS, np.int32), 4)
+
+
+def test_views_of_a_placement():
+    placement = Placement.from_ranks(np.array([[1, 0, 0, 1]]), 2)
+    assert placement.experts_LRS.tolist() == [[[1, 2], [0, 3]]]
+    assert placement.rank_of_LE.tolist() == [[1, 0, 0, 1]]
+    assert placement.physical_to_logical_LP.tolist() == [[1, 2, 0, 3]]
+    replicated = Placement(np.array([[[0, 1, 2], [3, 2, 0]]], np.int32), 4)
+    assert replicated.num_replicas == 1 and replicated.hosts_LER[0].tolist() == [[1, 1], [1, 0], [1, 1], [0, 1]]
+    with pytest.raises(InputError, match="has no single rank"):
+        _ = replicated.rank_of_LE
