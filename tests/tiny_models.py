@@ -276,6 +276,7 @@ FIELDS: dict[str, dict[str, dict[str, Any]]] = {
             "indexer_compress_ratio": 4,
         }
     },
+    "step3p7": {"text_config": {"mlp_layer_types": FIRST_DENSE}},
     "unlimited_ocr": {"text_config": {"mlp_layer_types": FIRST_DENSE}, "vision_config.sam_config": SAM},
     "zaya": {"": {"num_experts_per_tok": 1, "router_hidden_size": 16}},
 }
