@@ -1,0 +1,180 @@
+"""Swap search: the placement of one layer improved by exchanging two experts at a time, all pairs seen at every step.
+
+A swap keeps the number of experts per rank, so only load caps need care. They enter as a soft penalty whose weight rises
+while the placement is over a cap and falls while it is not: a search that never leaves the feasible side freezes. Each
+step also looks one swap ahead for the best placement within the caps, and the best one seen is returned. A swapped pair
+stays put for some steps (tabu search, Glover 1989), so the search walks out of local optima.
+
+What a swap gains is the business of a gain model; `AffinityGains` here is quadratic (pairs of experts attract each
+other), `solvers.remote` counts remote ranks exactly.
+
+Shape letters: E experts, R ranks, J load vectors (all requests, or clusters of them).
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+PENALTY_EVERY = 6  # steps between changes of the penalty weight
+PENALTY_UP, PENALTY_DOWN = 1.5, 0.7
+TIE = 1e-7  # values and overloads closer than this are equal
+
+
+class GainModel(Protocol):
+    """A placement and what each swap of it gains, kept up to date by `swap`."""
+
+    rank_of_E: np.ndarray  # int64 [E]
+    gain_EE: np.ndarray  # gain of exchanging e and f; -inf within a rank; in units where an average expert is worth 1
+
+    def swap(self, e: int, f: int) -> np.ndarray:
+        """Exchange two experts. Returns the experts whose rows of gain_EE may have changed."""
+        ...
+
+
+def rank_loads(rank_of_E: np.ndarray, load_JE: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Load of every rank under each load vector, float64 [J, R]."""
+    return np.stack([np.bincount(rank_of_E, load_E, num_ranks) for load_E in load_JE])
+
+
+def overload(rank_of_E: np.ndarray, load_JE: np.ndarray, limit_J: np.ndarray, num_ranks: int) -> float:
+    """Load above the limits summed over ranks and load vectors, in units of the limit; 0 exactly where all are kept."""
+    unit_JR = rank_loads(rank_of_E, load_JE, num_ranks) / np.maximum(limit_J, 1e-300)[:, None]
+    return float(np.maximum(unit_JR - 1 - 1e-12, 0).sum())
+
+
+def swap_search(
+    gains: GainModel, load_JE: np.ndarray, limit_J: np.ndarray, *, num_ranks: int, steps: int, patience: int, seed: int
+) -> tuple[np.ndarray, float]:
+    """Best placement found, int64 [E], and what it gains over the start: the least overload, then the highest gain.
+
+    `load_JE`, `limit_J`: load vectors and what a rank may carry of each. Stops after `steps` swaps, or after `patience`
+    swaps without a better placement.
+    """
+    rng = np.random.default_rng(seed)
+    guard = _LoadGuard(gains.rank_of_E, load_JE, limit_J, num_ranks)
+    num_experts = len(gains.rank_of_E)
+    free_at_E = np.zeros(num_experts, np.int64)
+    tenure = max(1, min(num_experts // 8, 12))
+    penalty = 0.3 * num_experts / num_ranks
+    value, over = 0.0, guard.over()
+    best_of_E, best_value, best_over, best_step = gains.rank_of_E.copy(), 0.0, over, 0
+    total_EE = np.empty((num_experts, num_experts), np.float32)
+    for step in range(steps):
+        if step % PENALTY_EVERY == PENALTY_EVERY - 1:
+            penalty = min(max(penalty * (PENALTY_UP if over > TIE else PENALTY_DOWN), 1e-4), 1e6)
+        # 1. The best placement within the caps that is one swap away.
+        flat = int(np.argmax(np.where(guard.over_EE <= TIE * 0.1 - over, gains.gain_EE, -np.inf)))
+        e, f = divmod(flat, num_experts)
+        near = value + float(gains.gain_EE[e, f]) if guard.over_EE[e, f] <= TIE * 0.1 - over else -np.inf
+        if np.isfinite(near) and (best_over > TIE or near > best_value + TIE):
+            swapped_E = gains.rank_of_E.copy()
+            swapped_E[[e, f]] = swapped_E[[f, e]]
+            if overload(swapped_E, load_JE, limit_J, num_ranks) <= 0:
+                best_of_E, best_value, best_over, best_step = swapped_E, near, 0.0, step
+        # 2. The best swap after the penalty, among experts that are not tabu.
+        np.multiply(guard.over_EE, -penalty, out=total_EE)
+        total_EE += gains.gain_EE
+        tabu = np.flatnonzero(free_at_E > step)
+        total_EE[tabu] = -np.inf
+        total_EE[:, tabu] = -np.inf
+        e, f = divmod(int(np.argmax(total_EE)), num_experts)
+        if not np.isfinite(total_EE[e, f]):
+            break
+        value += float(gains.gain_EE[e, f])
+        guard.swap(e, f, gains.rank_of_E)
+        rows = gains.swap(e, f)
+        guard.refresh(np.union1d(rows, guard.rows(gains.rank_of_E, e, f)), gains.rank_of_E)
+        over = guard.over()
+        free_at_E[[e, f]] = step + 1 + tenure + rng.integers(0, tenure + 1, 2)
+        if over < best_over - TIE or (over <= best_over + TIE and value > best_value + TIE):
+            best_of_E, best_value, best_over, best_step = gains.rank_of_E.copy(), value, over, step
+        elif step - best_step >= patience:
+            break
+    return best_of_E, best_value
+
+
+class _LoadGuard:
+    """Loads of the ranks in units of their limits, and how each swap changes the overload."""
+
+    def __init__(self, rank_of_E: np.ndarray, load_JE: np.ndarray, limit_J: np.ndarray, num_ranks: int) -> None:
+        self.unit_JE = (load_JE / np.maximum(limit_J, 1e-300)[:, None]).astype(np.float64)
+        self.load_JR = rank_loads(rank_of_E, self.unit_JE, num_ranks) - 1
+        self.over_EE = np.zeros((len(rank_of_E), len(rank_of_E)), np.float32)
+        self.refresh(np.arange(len(rank_of_E)), rank_of_E)
+
+    def over(self) -> float:
+        return float(np.maximum(self.load_JR - 1e-12, 0).sum())
+
+    def rows(self, rank_of_E: np.ndarray, e: int, f: int) -> np.ndarray:
+        return np.flatnonzero((rank_of_E == rank_of_E[e]) | (rank_of_E == rank_of_E[f]))
+
+    def swap(self, e: int, f: int, rank_of_E: np.ndarray) -> None:
+        delta_J = self.unit_JE[:, e] - self.unit_JE[:, f]
+        self.load_JR[:, rank_of_E[e]] -= delta_J
+        self.load_JR[:, rank_of_E[f]] += delta_J
+
+    def refresh(self, rows: np.ndarray, rank_of_E: np.ndarray) -> None:
+        """Change of overload of all pairs with an expert of `rows`."""
+        over = np.zeros((len(rows), len(rank_of_E)))
+        for unit_E, load_R in zip(self.unit_JE, self.load_JR, strict=True):
+            load_E, before_E = load_R[rank_of_E], np.maximum(load_R, 0)[rank_of_E]
+            shift = unit_E[None, :] - unit_E[rows][:, None]
+            over += np.maximum(load_E[rows][:, None] + shift, 0)
+            over += np.maximum(load_E[None, :] - shift, 0)
+            over -= before_E[rows][:, None] + before_E[None, :]
+        self.over_EE[rows] = over
+        self.over_EE[:, rows] = over.T
+
+
+class AffinityGains:
+    """Gains under  sum_e home[e, x_e] + 1/2 sum_ef affinity[e, f] closeness[x_e, x_f],  the diagonal left out.
+
+    `affinity_EE`, `closeness_RR`: symmetric. Where experts attract each other on one rank only (identity closeness), a
+    swap changes the gains of pairs with an expert on either rank: a step costs O(E^2 / R) and one pass for the maximum.
+    """
+
+    def __init__(
+        self, rank_of_E: np.ndarray, affinity_EE: np.ndarray, home_ER: np.ndarray, closeness_RR: np.ndarray
+    ) -> None:
+        size = len(rank_of_E)
+        off_EE = affinity_EE - np.diag(np.diagonal(affinity_EE))
+        self.scale = max(float(np.abs(off_EE).sum() + np.abs(home_ER).sum()) / size, 1e-300)
+        self.rank_of_E = np.array(rank_of_E, np.int64)
+        self.affinity_EE = (off_EE / self.scale).astype(np.float32)
+        self.closeness_RR = closeness_RR.astype(np.float32)
+        own_R = np.diagonal(self.closeness_RR)
+        # What an attracting pair loses when its two experts change sides.
+        self.pull_RR = own_R[:, None] + own_R[None, :] - 2 * self.closeness_RR
+        self.value_ER = (home_ER / self.scale).astype(np.float32) + self.affinity_EE @ self.closeness_RR[self.rank_of_E]
+        self.gain_EE = np.empty((size, size), np.float32)
+        self._refresh(np.arange(size))
+
+    def swap(self, e: int, f: int) -> np.ndarray:
+        a, b = self.rank_of_E[e], self.rank_of_E[f]
+        shift_R = self.closeness_RR[b] - self.closeness_RR[a]
+        touched_R = shift_R != 0
+        difference_E = self.affinity_EE[e] - self.affinity_EE[f]
+        self.value_ER[:, touched_R] += difference_E[:, None] * shift_R[touched_R]
+        self.rank_of_E[e], self.rank_of_E[f] = b, a
+        rows = np.flatnonzero(touched_R[self.rank_of_E])
+        self._refresh(rows)
+        return rows
+
+    def _refresh(self, rows: np.ndarray) -> None:
+        rank_of_E = self.rank_of_E
+        move_ER = self.value_ER - self.value_ER[np.arange(len(rank_of_E)), rank_of_E][:, None]
+        mine = rank_of_E[rows]
+        gain = move_ER[rows][:, rank_of_E] + move_ER[:, mine].T
+        gain -= self.affinity_EE[rows] * self.pull_RR[mine][:, rank_of_E]
+        gain[mine[:, None] == rank_of_E[None, :]] = -np.inf
+        self.gain_EE[rows] = gain
+        self.gain_EE[:, rows] = gain.T
+
+
+def affinity_value(
+    rank_of_E: np.ndarray, affinity_EE: np.ndarray, home_ER: np.ndarray, closeness_RR: np.ndarray
+) -> float:
+    """The objective of `AffinityGains` in its own units."""
+    pairs_EE = affinity_EE * closeness_RR[rank_of_E[:, None], rank_of_E[None, :]]
+    home = home_ER[np.arange(len(rank_of_E)), rank_of_E].sum()
+    return float(home + (pairs_EE.sum() - np.trace(pairs_EE)) / 2)
