@@ -53,7 +53,7 @@ class Survey:
     num_rows: int
     width: int
     routes_L: np.ndarray  # bool: some row of this layer is more than zeros or padding
-    used_K: np.ndarray  # bool: some row has an id in this column
+    used_K: np.ndarray  # bool: some row of a layer that routes has an id in this column
     empty_LK: np.ndarray  # bool: some row that is not blank all over has none there
     largest: int
     num_experts: int
@@ -78,11 +78,11 @@ def survey_requests(requests: Iterable[EngineRequest]) -> Survey:
         if not ids.size:
             continue
         largest = max(largest, int(ids.max()))
-        routes_L |= ((ids[:, :, 0] != ids[:, :, 1]) if ids.shape[2] > 1 else ids[:, :, 0] > 0).any(axis=0)
+        routes_TL = ids[:, :, 0] != ids[:, :, 1] if ids.shape[2] > 1 else ids[:, :, 0] > 0
+        routes_L |= routes_TL.any(axis=0)
         if ids.min() < 0:
-            rows = ids[(ids >= 0).any(axis=(1, 2))]
-            used_K |= (rows >= 0).any(axis=(0, 1))
-            empty_LK |= (rows < 0).any(axis=0)
+            used_K |= (ids[routes_TL] >= 0).any(axis=0)
+            empty_LK |= (ids[(ids >= 0).any(axis=(1, 2))] < 0).any(axis=0)
         else:
             used_K[:] = True
     if first is None:
@@ -94,22 +94,20 @@ def survey_requests(requests: Iterable[EngineRequest]) -> Survey:
 
 
 def _check_shape(request: EngineRequest, num_rows: int, width: int, layer_ids: tuple[int, ...] | None) -> None:
-    shape = request.expert_ids_TLK.shape
-    if shape[1:] != (num_rows, width):
-        raise InputError(
-            f"{request.where}: {shape[1]} layers x {shape[2]} ids, the records before it have {num_rows} x {width}"
-        )
     if request.layer_ids != layer_ids:
         raise InputError(
             f"{request.where}: layers {_ranges(request.layer_ids)}, the records before it hold {_ranges(layer_ids)}: "
             "steps that are cut off, or ranks of a pipeline, cannot be joined"
         )
+    shape = request.expert_ids_TLK.shape
+    if shape[1:] != (num_rows, width):
+        raise InputError(
+            f"{request.where}: {shape[1]} layers x {shape[2]} ids, the records before it have {num_rows} x {width}"
+        )
 
 
 def _ranges(layers: tuple[int, ...] | None) -> str:
-    if not layers:
-        return "unnamed"
-    return f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else str(layers[0])
+    return f"{min(layers)}..{max(layers)}" if layers else "unnamed"
 
 
 def parse_layers(text: str) -> set[int]:
@@ -220,13 +218,16 @@ def kept_runs(request: EngineRequest, layout: Layout, dtype: np.dtype) -> tuple[
     if layout.dense_L.size:
         _check_dense(request, layout)
         ids = ids[:, layout.kept_L]
-    top_k = layout.top_k
-    if layout.width > top_k and (ids[:, :, top_k:] >= 0).any():
-        t, layer, column = np.argwhere(ids[:, :, top_k:] >= 0)[0]
-        value = ids[t, layer, top_k + column]
-        raise InputError(f"{_place(request, layout, t, layer)}: expert {value} past the top-{top_k} of the model")
-    ids = ids[:, :, :top_k]
     dummy_T = _dummy_rows(ids, layout)
+    past_TLK = ids[:, :, layout.top_k :] >= 0
+    past_TLK[dummy_T] = False
+    if past_TLK.any():
+        t, layer, column = np.argwhere(past_TLK)[0]
+        value = ids[t, layer, layout.top_k + column]
+        raise InputError(
+            f"{_place(request, layout, t, layer)}: expert {value} past the top-{layout.top_k} of the model"
+        )
+    ids = ids[:, :, : layout.top_k]
     num_dummies = int(np.count_nonzero(dummy_T))
     runs = []
     for start, stop in _false_runs(dummy_T) if num_dummies else [(0, len(ids))]:
