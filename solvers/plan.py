@@ -97,7 +97,7 @@ class Plan:
             "dispatch": self.dispatch,
             "load_cap": self.load_cap,
             "options": self.options,
-            "model": asdict(self.model),
+            "model": {**asdict(self.model), "model_layers": list(self.model.model_layers)},
             "topology": topology,
             "replicas": self.placement.num_replicas,
             "trace": self.trace,

@@ -1,8 +1,8 @@
 """Is there structure to use? Lift of held-out co-activation inside groups, against a degree-preserving shuffle.
 
 Experts are grouped on one half of the requests; on the other half, the pairs of a token's experts that fall into one group are counted.
-The shuffle draws every column of choices anew over the tokens, so loads and top-k stay and co-activation goes; it is grouped and counted
-in the same way, so that groups found in noise do not count as structure.
+The shuffle deals all choices anew over the tokens, different experts to each, so loads and top-k stay and co-activation goes; it is grouped
+and counted in the same way, so that groups found in noise do not count as structure.
 
 Shape letters: T tokens, L MoE layers, K top-k, E experts.
 """
@@ -50,8 +50,20 @@ def measure_structure(batch: TraceBatch, info: TraceInfo, *, seed: int) -> Struc
     return Structure(lift_L, num_groups, verdict)
 
 
-def _shuffled(ids_TK: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.stack([rng.permutation(column_T) for column_T in ids_TK.T], axis=1)
+def _shuffled(ids_TK: np.ndarray, rng: np.random.Generator, *, max_rounds: int = 100) -> np.ndarray:
+    """The same ids in random cells, no id twice in a row where `max_rounds` of random exchanges reach that. [T, K]."""
+    cells = rng.permutation(ids_TK.reshape(-1))
+    for _ in range(max_rounds):
+        shuffled_TK = cells.reshape(ids_TK.shape)
+        order_TK = np.argsort(shuffled_TK, axis=1, kind="stable")
+        in_order_TK = np.take_along_axis(shuffled_TK, order_TK, axis=1)
+        row, column = np.nonzero(in_order_TK[:, 1:] == in_order_TK[:, :-1])
+        if not len(row):
+            break
+        repeated = row * ids_TK.shape[1] + order_TK[row, column + 1]
+        partners = rng.choice(len(cells), size=len(repeated), replace=False)
+        cells[repeated], cells[partners] = cells[partners], cells[repeated]
+    return cells.reshape(ids_TK.shape)
 
 
 def _share_within(ids_TK: np.ndarray, learn_T: np.ndarray, num_experts: int, num_groups: int, seed: int) -> float:

@@ -1,0 +1,124 @@
+"""A plan comes back from disk as it was, the same input gives the same bytes, and nobody is scored on what was learned from."""
+
+import json
+
+import numpy as np
+import pytest
+
+from profiles.errors import InputError
+from profiles.synthetic import write_synthetic
+from profiles.trace import RoutingTrace
+from solvers.placement import Topology
+from solvers.plan import Plan
+from solvers.planning import make_plan, score_plan
+
+OPTIONS = {
+    "method": "spectral",
+    "dispatch": "per-rank",
+    "holdout": 0.25,
+    "holdout_domains": [],
+    "load_cap": 1.2,
+    "refit": True,
+    "seed": 0,
+    "made_by": "semmoe place",
+}
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "t"
+    write_synthetic(path, num_requests=60)
+    return RoutingTrace.open(path)
+
+
+def plan_of(trace, **options) -> Plan:
+    return make_plan([trace], Topology(4), **{**OPTIONS, **options})
+
+
+def test_a_plan_round_trips_and_repeats_to_the_byte(trace, tmp_path):
+    plan = plan_of(trace)
+    plan.save(tmp_path / "a")
+    plan_of(trace).save(tmp_path / "b")
+    for name in ("plan.json", "tables.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    read = Plan.load(tmp_path / "a")
+    assert read.to_json() == json.loads((tmp_path / "a" / "plan.json").read_text()) == plan.to_json()
+    np.testing.assert_array_equal(read.load_LE, plan.load_LE)
+    assert read.fingerprint == plan.fingerprint
+
+
+def test_scores_are_held_out_and_refitting_changes_only_the_placement(trace, tmp_path):
+    refitted, scored = plan_of(trace), plan_of(trace, refit=False)
+    assert refitted.scores == scored.scores and refitted.scores["requests"] == 15
+    assert refitted.load_LE.sum() == 60 * 64 * 4 * 4 and scored.load_LE.sum() == 45 * 64 * 4 * 4
+    again, notes = score_plan(scored, trace)
+    assert again["rows"] == scored.scores["rows"] and "45 requests" in notes[0]
+    again, notes = score_plan(refitted, trace)
+    assert again == refitted.scores and "15 held-out requests" in notes[0]
+
+
+def test_a_trace_that_was_learned_from_is_never_scored(trace, tmp_path):
+    write_synthetic(tmp_path / "more", num_requests=90)  # its first 60 requests are those of the trace
+    report, notes = score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "more"))
+    assert report["requests"] == 30 and "60 requests" in notes[0]
+    write_synthetic(tmp_path / "fewer", num_requests=20)
+    with pytest.raises(InputError, match="fitted on every request"):
+        score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "fewer"))
+
+
+def test_the_planted_structure_pays_on_held_out_requests(trace):
+    rows = {row["placement"]: row for row in plan_of(trace).scores["rows"]}
+    assert rows["plan"]["rem"] < 0.75 * min(rows["contiguous"]["rem"], rows["load"]["rem"])
+    assert rows["plan"]["ci"]["rem"][1] < rows["load"]["ci"]["rem"][0]
+    assert rows["load"]["lar"] == pytest.approx(0.25)
+
+
+def test_domains_can_be_held_out(trace):
+    domain = trace.requests().column("domain")[0].as_py()
+    plan = plan_of(trace, holdout_domains=[domain])
+    assert plan.split["holdout_domains"] == [domain]
+    held_out = sum(d == domain for d in trace.requests().column("domain").to_pylist())
+    assert plan.scores["requests"] == held_out == plan.split["held_out_requests"]
+
+
+def test_a_plan_for_another_model_or_a_damaged_one_is_one_line(trace, tmp_path):
+    plan = plan_of(trace)
+    write_synthetic(tmp_path / "other", num_requests=5, num_experts=16)
+    with pytest.raises(InputError, match="num_experts 16, the plan is for num_experts 32"):
+        score_plan(plan, RoutingTrace.open(tmp_path / "other"))
+    plan.save(tmp_path / "p")
+    text = (tmp_path / "p" / "plan.json").read_text()
+    facts = json.loads(text)
+    for broken, message in [
+        (text[: len(text) // 2], "is not JSON"),
+        (json.dumps({**facts, "format": "x"}), "is not a plan"),
+        (json.dumps({**facts, "version": 7}), "has version 7"),
+        (json.dumps({k: v for k, v in facts.items() if k != "split"}), "lacks 'split'"),
+        (json.dumps({**facts, "placement": [[[0]]]}), "is on no rank"),
+        (json.dumps({**facts, "placement": "abc"}), "damaged"),
+        (json.dumps({**facts, "topology": {"ranks": 2, "nodes": 1}}), "4 ranks, its topology 2"),
+    ]:
+        (tmp_path / "p" / "plan.json").write_text(broken)
+        with pytest.raises(InputError, match=message):
+            Plan.load(tmp_path / "p")
+    (tmp_path / "p" / "plan.json").write_text(text)
+    tables = tmp_path / "p" / "tables.safetensors"
+    tables.write_bytes(tables.read_bytes()[:40])
+    with pytest.raises(InputError, match="tables.safetensors is damaged"):
+        Plan.load(tmp_path / "p")
+    tables.unlink()
+    with pytest.raises(InputError, match="no tables.safetensors"):
+        Plan.load(tmp_path / "p")
+
+
+def test_saving_never_overwrites_something_else(trace, tmp_path):
+    plan = plan_of(trace)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("keep me")
+    with pytest.raises(InputError, match="is not a plan: choose another name"):
+        plan.save(tmp_path / "notes")
+    with pytest.raises(InputError, match="does not exist"):
+        plan.save(tmp_path / "nowhere" / "p")
+    plan.save(tmp_path / "p")
+    plan.save(tmp_path / "p")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "p"]
