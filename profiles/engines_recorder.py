@@ -79,8 +79,10 @@ def read_recorder(
                 yield EngineLoad(f"{file}, step {step}", f"{file.stem}:{step}", load_LE.astype(np.int64))
             continue
         map_LS = array_of(str(file), "last_physical_to_logical_map", dump.get("last_physical_to_logical_map"), 2)
-        if map_LS.size == 0 or map_LS.min() < 0:
-            raise InputError(f"{file}: last_physical_to_logical_map holds no experts or a negative one")
+        if map_LS.size == 0 or map_LS.min() < 0 or map_LS.max() >= map_LS.shape[1]:
+            raise InputError(
+                f"{file}: last_physical_to_logical_map of shape {list(map_LS.shape)} names an expert outside its slots"
+            )
         for index, record in enumerate(dump["records"]):
             where = f"{file}, record {index}"
             if mode == "per_pass":

@@ -17,6 +17,7 @@ import numpy as np
 from profiles.engine_files import EngineRequest
 from profiles.errors import InputError
 
+MOST_EXPERTS = 4096  # a larger id is a damaged record: no model of today has as many
 CHANCE = 1e-9  # a row that is the same in every layer is a dummy where luck makes fewer of them than this
 
 
@@ -78,6 +79,11 @@ def survey_requests(requests: Iterable[EngineRequest]) -> Survey:
         if not ids.size:
             continue
         largest = max(largest, int(ids.max()))
+        if largest >= MOST_EXPERTS:
+            t, layer, _ = np.argwhere(ids == largest)[0]
+            raise InputError(
+                f"{request.where}, row {t}, layer {layer}: expert id {largest}, expected less than {MOST_EXPERTS}"
+            )
         routes_TL = ids[:, :, 0] != ids[:, :, 1] if ids.shape[2] > 1 else ids[:, :, 0] > 0
         routes_L |= routes_TL.any(axis=0)
         if ids.min() < 0:

@@ -55,22 +55,24 @@ def slot_map(num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, replicas=4, seed=1)
     return np.stack([rng.permutation(row) for _ in range(num_layers)])
 
 
-def to_slots(ids, map_LS, width=8):
-    """Recorder's topk_ids_of_layer int32 [L, T, width] of logical ids [T, L, K]: slots, padded with -1."""
+def to_slots(ids, map_LS, *, dense=(DENSE,), width=8):
+    """Recorder's topk_ids_of_layer int32 [L, T, width] of logical ids [T, L, K]: slots, padded with -1; 0 where dense."""
     num_tokens, num_layers, top_k = ids.shape
     slots = np.full((num_layers, num_tokens, width), -1, np.int32)
     slot_of_LE = np.stack([[np.flatnonzero(row == e)[0] for e in range(row.max() + 1)] for row in map_LS])
     for layer in range(num_layers):
-        is_dense = not ids[:, layer].any()
-        slots[layer, :, : width if is_dense else top_k] = 0 if is_dense else slot_of_LE[layer][ids[:, layer]]
+        if layer in dense:
+            slots[layer] = 0
+        else:
+            slots[layer, :, :top_k] = slot_of_LE[layer][ids[:, layer]]
     return slots
 
 
-def token_pass(ids, map_LS, *, number=1, rank=0, extend=None, padding=0):
+def token_pass(ids, map_LS, *, number=1, rank=0, extend=None, padding=0, dense=(DENSE,)):
     """One per_token record; `padding` rows of -1 after the tokens."""
     import torch
 
-    slots = to_slots(ids, map_LS)
+    slots = to_slots(ids, map_LS, dense=dense)
     slots = np.concatenate([slots, np.full((len(slots), padding, 8), -1, np.int32)], axis=1)
     return {
         "forward_pass_id": number,
@@ -133,6 +135,7 @@ def sample_files(folder: Path) -> dict[str, list[Path]]:
     load[:, DENSE] = 0
     choice = {"index": 0, "sglext": {"routed_experts": raw64(ids), "routed_experts_shape": list(ids.shape)}}
     slots = np.random.default_rng(3).integers(0, 9, map_LS.shape)
+    slots[DENSE] = 0
     torch.save({"rank": 0, "logical_count": torch.from_numpy(load)}, folder / "stat.pt")
     np.save(folder / "load.npy", load[0])
     torch.save(torch.from_numpy(load), folder / "load.pt")
