@@ -1,0 +1,119 @@
+"""The command line: help, examples, choices, exit codes, and the main job end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from profiles.synthetic import write_synthetic
+from semmoe_cli.main import app
+from semmoe_cli.options import Dispatch, Method
+from semmoe_cli.reference import render_reference
+from solvers.evaluate import DISPATCH_KINDS, METRICS
+from solvers.solve import METHODS
+
+COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands]
+
+
+def semmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The installed program, as a user starts it."""
+    words = [sys.executable, "-m", "semmoe_cli", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "t"
+    write_synthetic(path, num_requests=60)
+    return path
+
+
+def test_help_needs_no_heavy_module():
+    code = (
+        "import sys, semmoe_cli.main;"
+        "heavy = {'torch', 'transformers', 'datasets', 'scipy', 'pymetis', 'numpy', 'pyarrow', 'matplotlib', 'rich'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_version_and_completion():
+    assert semmoe("--version").stdout.startswith("semmoe 0.")
+    assert "semmoe" in semmoe("--show-completion", "bash").stdout + semmoe("--show-completion").stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0 and f"Example: semmoe {command}" in result.output
+
+
+def test_choices_equal_what_the_solvers_offer():
+    assert [m.value for m in Method] == list(METHODS)
+    assert [d.value for d in Dispatch] == list(DISPATCH_KINDS)
+
+
+def test_the_reference_is_up_to_date():
+    page = Path(__file__).parent.parent / "docs" / "cli.md"
+    assert page.read_text(encoding="utf-8") == render_reference(), "run: python -m semmoe_cli.reference > docs/cli.md"
+
+
+def test_every_command_is_documented():
+    page = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert all(f"## semmoe {command}" in page for command in COMMANDS)
+
+
+def test_place_report_and_show_end_to_end(trace, tmp_path):
+    placed = semmoe("place", trace, "--ranks", 4, "--method", "metis", "-o", tmp_path / "p", "--json")
+    assert placed.returncode == 0, placed.stderr
+    report = json.loads(placed.stdout)
+    assert {(r["placement"], r["schedule"]) for r in report["rows"]} >= {
+        (p, "random") for p in ("plan", "contiguous", "load")
+    }
+    for row in [*report["rows"], *report["layers"][2]["rows"]]:
+        assert set(METRICS) <= set(row)
+    assert all(set(row["ci"]) == set(METRICS) for row in report["rows"])
+    assert (report["ranks"], report["tokens"], len(report["layers"])) == (4, 12 * 64, 4)
+    again = semmoe("report", tmp_path / "p", trace, "--json")
+    assert json.loads(again.stdout) == report | {"plan": str(tmp_path / "p"), "trace": str(trace)}
+    table = semmoe("report", tmp_path / "p", trace).stdout
+    assert "contiguous" in table and "REM" in table
+    for path, word in ((trace, "routing per token"), (tmp_path / "p", "fitted load imbalance")):
+        assert word in semmoe("show", path).stdout
+        assert json.loads(semmoe("show", path, "--json").stdout)["kind"] in ("trace", "plan")
+
+
+def test_gather_says_that_placement_cannot_help(trace, tmp_path):
+    result = semmoe("place", trace, "--ranks", 4, "--dispatch", "gather", "--method", "load", "-o", tmp_path / "p")
+    assert "cannot reduce traffic" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", 5], "32 experts do not divide over 5 ranks"),
+        (["--ranks", 64], "64 ranks are more than the 32 experts"),
+        (["--ranks", 8, "--nodes", 3], "8 ranks do not divide over 3 nodes"),
+        (["--ranks", 4, "--holdout", 2], "--holdout is 2.0"),
+        (["--ranks", 4, "--holdout-domain", "x"], "no request has the domain 'x'"),
+        (["--ranks", 4, "--load-cap", 0.5], "--load-cap is 0.5"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_1(trace, tmp_path, arguments, message):
+    result = semmoe("place", trace, *arguments, "-o", tmp_path / "p")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("semmoe: ") and message in result.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_wrong_usage_is_exit_code_2(trace):
+    assert semmoe("place", trace).returncode == 2
+    assert semmoe("place", trace, "--ranks", 4, "-o", "p", "--method", "magic").returncode == 2
+
+
+def test_a_closed_pipe_is_quiet(trace):
+    code = f"{sys.executable} -m semmoe_cli show {trace} | true"
+    assert "Traceback" not in subprocess.run(["bash", "-c", code], capture_output=True, text=True).stderr
