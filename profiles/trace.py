@@ -160,9 +160,8 @@ class TraceWriter:
         self._hashes: dict[str, str] = {}
         if resume and (self.path / "trace.json").exists():
             self._continue()
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            state = "an unfinished trace" if _is_unfinished(self.path) else "there already"
-            raise InputError(f"{self.path} is {state}: add to it with --resume, or choose another name")
+        else:
+            refuse_existing_trace(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -182,7 +181,7 @@ class TraceWriter:
         if self.info.id_dtype != info.id_dtype:
             raise InputError(f"{self.path} stores ids as {info.id_dtype}, this run needs {self.info.id_dtype}")
         self._hashes = {part["file"]: part["sha256"] for part in facts.get("parts", [])}
-        for part in sorted(self.path.glob("*.parquet")):
+        for part in sorted(self.path.glob("*.parquet")) if info.kind == "tokens" else []:
             self.request_ids.update(_open_part(part).read(["request_id"]).column(0).to_pylist())
 
     def add(
@@ -322,6 +321,15 @@ class TraceWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if kind is None:
             self.close()
+
+
+def refuse_existing_trace(path: Path, *, resume: bool = False) -> None:
+    """Raise InputError where a trace cannot be written to `path`, for callers that want to know before long work."""
+    if resume and (path / "trace.json").exists():
+        return
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        state = "an unfinished trace" if _is_unfinished(path) else "there already"
+        raise InputError(f"{path} is {state}: add to it with --resume, or choose another name")
 
 
 def hash_file(path: Path) -> str:
