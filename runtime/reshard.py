@@ -58,7 +58,8 @@ NOT_RELABELLABLE = {
     "nllb-moe": "its router drops tokens by position in the batch",
     "nllb_moe": "its router drops tokens by position in the batch",
 }
-UNGROUPED_UNLESS_TOLD = ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")
+# Routers that read topk_method, whose default "greedy" ignores the groups; no other router does.
+READ_TOPK_METHOD = ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,8 @@ def check_groups(config: dict[str, Any], orders: Orders) -> None:
     facts, inner = moe_facts(config), text_config(config)
     num_groups, chosen = facts["n_group"], facts["topk_group"]
     family = str(inner.get("model_type") or facts["model_type"]).removesuffix("_text")
-    method = inner.get("topk_method") or ("greedy" if family in UNGROUPED_UNLESS_TOLD else "")
-    if num_groups <= 1 or chosen >= num_groups or method == "greedy":
+    ignored = family in READ_TOPK_METHOD and inner.get("topk_method", "greedy") == "greedy"
+    if num_groups <= 1 or chosen >= num_groups or ignored:
         return
     for layer, order_E in orders.items():
         group_GE = (order_E // (len(order_E) // num_groups)).reshape(num_groups, -1)

@@ -24,6 +24,10 @@ THREADS = 4  # copies wait for the disk and for memory, not for processors
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
+def hash_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """What the sidecar keeps of a plan."""
     return {
@@ -46,7 +50,7 @@ def file_entries(source: Checkpoint, files: Sequence[FilePlan], sums: Mapping[st
         entry: dict[str, Any] = {
             "bytes": file.size,
             "source_header_bytes": shard.header_bytes,
-            "source_header_sha256": hashlib.sha256(header).hexdigest(),
+            "source_header_sha256": hash_bytes(header),
         }
         blob = shard.path.resolve().name  # the hub's cache names files by their SHA-256
         if len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
@@ -54,7 +58,7 @@ def file_entries(source: Checkpoint, files: Sequence[FilePlan], sums: Mapping[st
         if file.link:
             entry["linked"] = True
         else:
-            entry["header_sha256"] = hashlib.sha256(file.header).hexdigest()
+            entry["header_sha256"] = hash_bytes(file.header)
             entry["crc32"] = sums.get(file.name, [])
         entries[file.name] = entry
     return entries
@@ -65,7 +69,7 @@ def header_notes(undo: dict[str, Any], files: Sequence[FilePlan]) -> tuple[str, 
     return tuple(
         f"{file.name}: same tensors, but the header is laid out differently from the original file's"
         for file in files
-        if hashlib.sha256(file.header).hexdigest() != undo["files"].get(file.name, {}).get("source_header_sha256")
+        if hash_bytes(file.header) != undo["files"].get(file.name, {}).get("source_header_sha256")
     )
 
 

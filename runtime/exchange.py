@@ -1,0 +1,25 @@
+"""The all-to-alls of expert parallelism: split sizes first, then packed rows, then results the same way back.
+
+Every rank calls them in the same order, ranks without tokens too. `all_to_all_single` with split sizes exists on gloo and NCCL alike.
+
+Shape letters: R ranks, M rows sent, N rows received, D values of a row.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+def exchange_sizes(sent_RX: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """What every rank announced to this one, int64 [R, X], for what this rank announces to every rank."""
+    received_RX = torch.empty_like(sent_RX)
+    dist.all_to_all_single(received_RX, sent_RX.contiguous(), group=group)
+    return received_RX
+
+
+def start_rows(
+    rows_MD: torch.Tensor, sent_R: list[int], received_R: list[int], group: dist.ProcessGroup
+) -> tuple[torch.Tensor, dist.Work | None]:
+    """Begin to send `sent_R[r]` rows to each rank r; [N, D] is filled once the returned work has been waited for."""
+    received_ND = rows_MD.new_empty((sum(received_R), *rows_MD.shape[1:]))
+    work = dist.all_to_all_single(received_ND, rows_MD.contiguous(), received_R, sent_R, group=group, async_op=True)
+    return received_ND, work

@@ -1,0 +1,100 @@
+"""The process group: opened once at the edge, passed in everywhere, closed at the end.
+
+NCCL on CUDA, gloo on CPU. Rank, world size and address come from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR, MASTER_PORT). Ranks that share one device, or CPU ranks, use gloo; NCCL needs a GPU of its own for every rank.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from profiles.errors import InputError
+
+BACKENDS = ("auto", "nccl", "gloo")
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """This process in the group of all ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+    backend: str
+    handle: dist.ProcessGroup
+    mesh: DeviceMesh  # of all ranks, one axis
+    alone: DeviceMesh  # of this rank only: its batch is shared with nobody
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """The device of a rank: `device` is "auto", "cpu", "cuda" or "cuda:N". Raises InputError where it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {device}: this machine has no GPU that PyTorch can use")
+        index = local_rank % torch.cuda.device_count() if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs")
+        return torch.device("cuda", index)
+    if chosen.type != "cpu":
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    return chosen
+
+
+def choose_backend(backend: str, device: torch.device, local_size: int) -> str:
+    """nccl or gloo. Raises InputError for NCCL without a GPU for each of this machine's `local_size` ranks."""
+    if backend not in BACKENDS:
+        raise InputError(f"--backend {backend}: expected one of {', '.join(BACKENDS)}")
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if backend == "nccl":
+        if device.type != "cuda" or not dist.is_nccl_available():
+            raise InputError("--backend nccl needs GPUs and a PyTorch with NCCL: on CPUs use --backend gloo")
+        if local_size > gpus:
+            raise InputError(f"--backend nccl: {local_size} ranks on this machine, but {gpus} GPUs: one rank per GPU")
+    if backend == "auto":
+        return "nccl" if device.type == "cuda" and local_size <= gpus and dist.is_nccl_available() else "gloo"
+    return backend
+
+
+def read_environment() -> tuple[int, int, int, int]:
+    """Rank, world size, rank on this machine and ranks on this machine. Raises InputError outside torchrun."""
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        raise InputError("RANK and WORLD_SIZE are not set: start the ranks with torchrun, or with --nproc") from None
+    return rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+
+@contextmanager
+def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float = 300.0) -> Iterator[Group]:
+    """The group of all ranks; a collective that waits longer than `timeout_s` seconds raises."""
+    rank, size, local_rank, local_size = read_environment()
+    chosen = choose_device(device, local_rank)
+    backend = choose_backend(backend, chosen, local_size)
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+    if backend == "nccl":
+        torch.cuda.set_device(chosen)
+        options["device_id"] = chosen
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=size, **options)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"rank {rank} cannot join the group of {size}: {str(error).splitlines()[0]}") from None
+    mesh_device = "cuda" if backend == "nccl" else "cpu"
+    mesh = DeviceMesh(mesh_device, torch.arange(size).reshape(size, 1), mesh_dim_names=("ranks", "alone"))
+    group = mesh.get_group("ranks")
+    try:
+        yield Group(rank, size, chosen, backend, group, mesh["ranks"], mesh["alone"])
+    finally:
+        dist.destroy_process_group()
