@@ -23,3 +23,9 @@ def start_rows(
     received_ND = rows_MD.new_empty((sum(received_R), *rows_MD.shape[1:]))
     work = dist.all_to_all_single(received_ND, rows_MD.contiguous(), received_R, sent_R, group=group, async_op=True)
     return received_ND, work
+
+
+def wait_for(work: dist.Work | None) -> None:
+    """Block until the rows have arrived (on a GPU: until the current stream may use them)."""
+    if work is not None:
+        work.wait()

@@ -24,24 +24,20 @@ import torch.distributed as dist
 from torch import nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from runtime.exchange import exchange_sizes, start_rows
+from runtime.exchange import exchange_sizes, start_rows, wait_for
+from runtime.failures import naming
 from runtime.permute import (
     find_destinations,
     local_pairs,
     pack_rows,
     received_pairs,
     remote_rows,
-    row_sections,
     unpack_rows,
 )
 from runtime.stopwatch import Stopwatch
 from solvers.placement import Placement
 
 NAME = "semmoe"
-
-
-class ExchangeError(RuntimeError):
-    """A collective of an expert layer failed or timed out; says which."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +81,20 @@ class RankState:
 
 @dataclass(frozen=True, eq=False)
 class ExpertLayer:
-    """One expert layer of this rank: its tables, the group, and the shared state."""
+    """One expert layer of one rank."""
 
     tables: LayerTables
     rank: int
+    num_ranks: int
     group: dist.ProcessGroup
     state: RankState
-    num_ranks: int
-    run_experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     hidden_size: int
+    dtype: torch.dtype  # of the rows that travel; weights travel in float32
     top_k: int
+
+
+# Weighted outputs [P, D] of rows [P, D] for slots [P, 1] and weights [P, 1].
+RunExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def layer_tables(
@@ -121,140 +121,139 @@ def layer_tables(
 
 
 def dispatch_layer(
-    layer: ExpertLayer, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weight_TK: torch.Tensor
+    layer: ExpertLayer,
+    run_experts: RunExperts,
+    hidden_TD: torch.Tensor,
+    expert_ids_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
 ) -> torch.Tensor:
-    """Weighted expert output of each token, [T, D], in the dtype of the hidden rows."""
+    """Weighted expert output of each token, [T, D], in the dtype of the hidden rows; 0 for padding."""
     state = layer.state
     state.stopwatch.mark("attention")
+    rows_TD, weight_TK = hidden_TD.to(layer.dtype), weight_TK.float()
     if state.valid_T is None:
-        return _exchange(layer, hidden_TD, expert_ids_TK, weight_TK)
+        return _exchange(layer, run_experts, rows_TD, expert_ids_TK, weight_TK).to(hidden_TD.dtype)
     valid_T = state.valid_T
     output_TD = torch.zeros_like(hidden_TD)
-    output_TD[valid_T] = _exchange(layer, hidden_TD[valid_T], expert_ids_TK[valid_T], weight_TK[valid_T])
+    sums_TD = _exchange(layer, run_experts, rows_TD[valid_T], expert_ids_TK[valid_T], weight_TK[valid_T])
+    output_TD[valid_T] = sums_TD.to(hidden_TD.dtype)
     return output_TD
 
 
-def join_empty(layer: ExpertLayer, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def join_empty(layer: ExpertLayer, run_experts: RunExperts) -> None:
     """A rank without tokens takes part in the layer: it serves the others' rows."""
     device = layer.tables.rank_of_E.device
     layer.state.stopwatch.mark("attention")
-    _exchange(
-        layer,
-        torch.empty((0, layer.hidden_size), dtype=hidden_dtype, device=device),
-        torch.empty((0, layer.top_k), dtype=torch.int64, device=device),
-        torch.empty((0, layer.top_k), dtype=weight_dtype, device=device),
-    )
+    hidden_TD = torch.empty((0, layer.hidden_size), dtype=layer.dtype, device=device)
+    expert_ids_TK = torch.empty((0, layer.top_k), dtype=torch.int64, device=device)
+    _exchange(layer, run_experts, hidden_TD, expert_ids_TK, expert_ids_TK.float())
 
 
 def _exchange(
-    layer: ExpertLayer, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weight_TK: torch.Tensor
+    layer: ExpertLayer,
+    run_experts: RunExperts,
+    hidden_TD: torch.Tensor,
+    expert_ids_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
 ) -> torch.Tensor:
+    """The five steps; float32 [T, D]."""
     tables, rank, watch = layer.tables, layer.rank, layer.state.stopwatch
-    slots = tables.slots_per_rank
+    slots, top_k = tables.slots_per_rank, expert_ids_TK.shape[1]
+
+    def run_pairs(rows_PD: torch.Tensor, slot_P: torch.Tensor, weight_P: torch.Tensor) -> torch.Tensor:
+        return run_experts(rows_PD, slot_P[:, None], weight_P[:, None]).float()
+
     # 1. Who serves what. The one read-back to the host: rows and pairs to and from every rank.
     to = find_destinations(expert_ids_TK, tables.rank_of_E, tables.slot_of_E, layer.num_ranks)
-    sizes_R2 = torch.stack([to.rows_R, to.pairs_R], 1)
+    sent_R2 = torch.stack([to.rows_R, to.pairs_R], 1)
     watch.mark("dispatch")
-    with _naming(layer, "announcing its rows"):
-        received_R2 = exchange_sizes(sizes_R2, layer.group)
-        (sent_rows, sent_pairs), (received_rows, received_pairs_R) = torch.stack([sizes_R2, received_R2]).mT.tolist()
+    with naming(rank, f"the exchange of split sizes at {tables.name}"):
+        received_R2 = exchange_sizes(sent_R2, layer.group)
+        (sent_rows, sent_pairs), (received_rows, served_pairs) = torch.stack([sent_R2, received_R2]).mT.tolist()
     watch.mark("wait")
-    local = sent_pairs[rank]
-    sent_rows[rank] = received_rows[rank] = received_pairs_R[rank] = 0
+    sent_rows[rank] = received_rows[rank] = 0
+    local, remote = sent_pairs[rank], sum(served_pairs) - served_pairs[rank]
     # 2. Remote rows leave.
     rows = remote_rows(to, weight_TK, rank=rank, slots_per_rank=slots, num_rows=sum(sent_rows))
-    with _naming(layer, "dispatch"):
-        packed, travelling = start_rows(pack_rows(hidden_TD, rows), sent_rows, received_rows, layer.group)
+    packed_MB = pack_rows(hidden_TD, rows)
+    with naming(rank, f"dispatch at {tables.name}"):
+        packed_NB, travelling = start_rows(packed_MB, sent_rows, received_rows, layer.group)
     watch.mark("dispatch")
     # 3. Local choices run while rows travel.
     output_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
     if local:
         token_P, slot_P, weight_P = local_pairs(to, weight_TK, rank=rank, num_pairs=local)
-        output_TD.index_add_(0, token_P, _run_pairs(layer, hidden_TD[token_P], slot_P, weight_P))
+        output_TD.index_add_(0, token_P, run_pairs(hidden_TD[token_P], slot_P, weight_P))
     watch.mark("experts")
-    with _naming(layer, "dispatch"):
-        _finish(travelling)
+    with naming(rank, f"dispatch at {tables.name}"):
+        wait_for(travelling)
     watch.mark("dispatch")
     # 4. Received rows run; one row each goes back.
     received_ND, slot_NK, weight_NK = unpack_rows(
-        packed, hidden_TD.shape[1], weight_TK.shape[1], hidden_TD.dtype, weight_TK.dtype
+        packed_NB, hidden_TD.shape[1], top_k, hidden_TD.dtype, weight_TK.dtype
     )
     result_ND = torch.zeros(received_ND.shape, dtype=torch.float32, device=hidden_TD.device)
-    if pairs := sum(received_pairs_R):
-        row_P, slot_P, weight_P = received_pairs(slot_NK, weight_NK, slots_per_rank=slots, num_pairs=pairs)
-        result_ND.index_add_(0, row_P, _run_pairs(layer, received_ND[row_P], slot_P, weight_P))
+    if remote:
+        row_P, slot_P, weight_P = received_pairs(slot_NK, weight_NK, slots_per_rank=slots, num_pairs=remote)
+        result_ND.index_add_(0, row_P, run_pairs(received_ND[row_P], slot_P, weight_P))
     watch.mark("experts")
-    with _naming(layer, "combine"):
-        back_MD, travelling = start_rows(result_ND.to(hidden_TD.dtype), received_rows, sent_rows, layer.group)
-        _finish(travelling)
+    with naming(rank, f"combine at {tables.name}"):
+        back_MD, travelling = start_rows(result_ND.to(layer.dtype), received_rows, sent_rows, layer.group)
+        wait_for(travelling)
     # 5. What came back is added to its tokens.
     output_TD.index_add_(0, rows.token_M, back_MD.float())
     watch.mark("combine")
-    _count(layer, len(hidden_TD), sent_rows, sent_pairs, received_rows, local + pairs, packed.shape[1], hidden_TD)
-    return output_TD.to(hidden_TD.dtype)
-
-
-def _run_pairs(
-    layer: ExpertLayer, hidden_PD: torch.Tensor, slot_P: torch.Tensor, weight_P: torch.Tensor
-) -> torch.Tensor:
-    """Weighted output of each (row, slot) pair, float32 [P, D], grouped by expert inside the family's own forward."""
-    return layer.run_experts(hidden_PD, slot_P[:, None], weight_P[:, None]).float()
-
-
-def _finish(work: dist.Work | None) -> None:
-    if work is not None:
-        work.wait()
-
-
-def _count(
-    layer: ExpertLayer,
-    num_tokens: int,
-    sent_rows: list[int],
-    sent_pairs: list[int],
-    received_rows: list[int],
-    served: int,
-    row_bytes: int,
-    hidden_TD: torch.Tensor,
-) -> None:
-    counters, number = layer.state.counters, layer.tables.layer
-    counters.tokens_L[number] += num_tokens
+    counters, number = layer.state.counters, tables.layer
+    counters.tokens_L[number] += len(hidden_TD)
     counters.activations_L[number] += sum(sent_pairs)
-    counters.local_L[number] += sent_pairs[layer.rank]
-    counters.served_L[number] += served
+    counters.local_L[number] += local
+    counters.served_L[number] += local + remote
     counters.rows_LR[number] += sent_rows
-    result_bytes = hidden_TD.shape[1] * hidden_TD.element_size()
-    counters.bytes_LR[number] += np.asarray(sent_rows) * row_bytes + np.asarray(received_rows) * result_bytes
-
-
-class _naming:
-    """Turns a failure of a collective into an ExchangeError that names the layer, the rank and the step."""
-
-    def __init__(self, layer: ExpertLayer, step: str) -> None:
-        self._layer, self._step = layer, step
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            reason = str(error).split("\n")[0]
-            raise ExchangeError(
-                f"rank {self._layer.rank}: {self._step} of {self._layer.tables.name} failed: {reason}"
-            ) from error
+    counters.bytes_LR[number] += np.asarray(sent_rows) * packed_MB.shape[1]
+    counters.bytes_LR[number] += np.asarray(received_rows) * back_MD.shape[1] * back_MD.element_size()
+    return output_TD
 
 
 class SemmoeEP(EPImplementation):
-    """Transformers' view of an expert layer. `experts.semmoe_layer` (an ExpertLayer without `run_experts`) is set by the loader."""
+    """Transformers' view of an expert layer: built once for every experts module.
+
+    The loader sets `experts.semmoe_layer`. A module without it holds the contiguous share of a plain `DistributedConfig(ep_size=R,
+    ep_implementation="semmoe")`.
+    """
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         if tp_mesh.size() > 1:
-            raise ValueError(
-                'ep_implementation="semmoe" needs every rank to hold its own batch: set tp_size=1 in the DistributedConfig'
-            )
-        self.layer = bind_layer(experts, self.experts_forward, ep_mesh)
+            raise ValueError('ep_implementation="semmoe": every rank holds its own batch, set tp_size=1')
+        layer = getattr(experts, "semmoe_layer", None)
+        self.layer: ExpertLayer = layer or contiguous_layer(experts, ep_mesh)
 
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        return dispatch_layer(self.layer, hidden_states, top_k_index, top_k_weights)
+        return dispatch_layer(self.layer, self.experts_forward, hidden_states, top_k_index, top_k_weights)
+
+
+def contiguous_layer(experts: nn.Module, ep_mesh: Any) -> ExpertLayer:
+    """The layer of an experts module that Transformers itself split into contiguous runs."""
+    slots, num_ranks = int(experts.num_experts), ep_mesh.size()  # pyright: ignore
+    weight = next(experts.parameters())
+    expert_E = torch.arange(slots * num_ranks, device=weight.device if weight.device.type != "meta" else None)
+    tables = LayerTables(0, "an expert layer", expert_E // slots, expert_E % slots, slots)
+    config = experts.config.get_text_config()  # pyright: ignore
+    state = RankState(Stopwatch(weight.device), Counters.zeros(1, num_ranks))
+    return ExpertLayer(
+        tables,
+        ep_mesh.get_local_rank(),
+        num_ranks,
+        ep_mesh.get_group(),
+        state,
+        int(config.hidden_size),
+        weight.dtype,
+        int(config.num_experts_per_tok),
+    )
+
+
+def register() -> None:
+    """Make "semmoe" known to Transformers as a value of `DistributedConfig.ep_implementation`."""
+    EPImplementationInterface.register(NAME, SemmoeEP)
