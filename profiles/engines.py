@@ -47,7 +47,7 @@ class ImportSummary(NamedTuple):
     requests: int  # in the finished trace; 0 for kind "counts"
     tokens: int
     layers: int
-    dropped: dict[str, int]  # what was left out, by reason
+    dropped: dict[str, int]  # what was left out, by reason: for people too
     notes: list[str]
 
 
@@ -205,14 +205,12 @@ def _write(
             num_tokens += len(ids_TLK)
     if not num_requests:
         raise InputError("no request is left to write: " + ", ".join(f"{n} {reason}" for reason, n in dropped.items()))
-    if num_loops:
-        fate = "left out" if repetition == "drop" else "kept, --repetition drop leaves them out"
-        notes.append(f"{num_loops} requests are marked as loops ({fate})")
+    if num_loops and repetition == "keep":
+        notes.append(f"{num_loops} requests are marked as loops: kept, --repetition drop leaves them out")
     if num_renamed:
         notes.append(f"{num_renamed} requests had an id that came before: they are named #2, #3, ...")
     if num_done:
         notes.append(f"{num_done} requests were in the trace already")
-    notes += [f"{count} {reason} left out" for reason, count in dropped.items() if reason != LOOPS]
     return ImportSummary(num_requests, num_tokens, layout.num_kept, dict(dropped), notes)
 
 
@@ -273,5 +271,4 @@ def _import_loads(
     with TraceWriter(out, info, resume=resume) as writer:
         writer.add_counts(list(windows), load_WLE[:, rows.kept_L])
     notes.append(f"{len(windows)} windows of loads; they hold no tokens, so placement goes by load only")
-    notes += [f"{count} {reason} left out" for reason, count in dropped.items()]
     return ImportSummary(0, 0, len(rows.kept_L), dict(dropped), notes)

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from tiny_models import FAMILIES, tiny_config
 
 from profiles.config import FAMILY_DEFAULTS, moe_facts, read_config
 from profiles.errors import InputError
-from tests.tiny_models import FAMILIES, tiny_config
 
 QWEN3 = {
     "model_type": "qwen3_moe",
@@ -125,8 +125,7 @@ def test_a_missing_fact_is_named(changes, message):
 def test_every_family_as_transformers_saves_it(family):
     """The layers that hold experts in the family's real modules are the ones that its saved configuration names."""
     import torch
-
-    from tests.tiny_models import model_class
+    from tiny_models import model_class
 
     config = tiny_config(family)
     with torch.device("meta"):

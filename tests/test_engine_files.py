@@ -11,13 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from profiles.engines import import_trace
-from profiles.errors import InputError
-from profiles.trace import RoutingTrace
-from tests.engine_samples import (
+from engine_samples import (
     config,
     megatron_lines,
     npy64,
@@ -30,6 +24,12 @@ from tests.engine_samples import (
     token_pass,
     write_lines,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from profiles.engines import import_trace
+from profiles.errors import InputError
+from profiles.trace import RoutingTrace
 
 SAMPLES = sorted(
     "sglang|sglang openai|vllm|sglang-recorder token|sglang-recorder pass|sglang-recorder stat|trtllm|megatron|"
