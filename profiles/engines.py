@@ -249,7 +249,7 @@ def _import_loads(
         raise InputError(f"{first.where if first else out}: every load is zero: nothing was recorded")
     load_WLE = np.stack(list(windows.values()))
     num_rows, num_experts = load_WLE.shape[1:]
-    rows = find_rows(num_rows, first.layer_ids, load_WLE.any(axis=(0, 2)), facts, dense)
+    rows = find_rows(num_rows, first.layer_ids, np.asarray(load_WLE.any(axis=(0, 2))), facts, dense)
     if facts is not None and facts["num_experts"] != num_experts:
         raise InputError(f"{first.where}: loads of {num_experts} experts, the model has {facts['num_experts']}")
     top_k = facts["top_k"] if facts is not None else first.top_k

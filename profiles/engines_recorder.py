@@ -138,7 +138,7 @@ def _fragments(
     slots_LTK = slots_LTK[:, : len(tokens)]  # a padded pass has more rows than tokens
     digest = hashlib.blake2b(f"{number}".encode(), digest_size=16)
     for part in (tokens, slots_LTK):
-        digest.update(np.ascontiguousarray(part))
+        digest.update(part.tobytes())
     if ranks.setdefault(digest.digest(), rank) != rank:
         dropped[REPEATED] += 1
         return
