@@ -67,19 +67,23 @@ def traffic_sums(
     dispatch: str,
     num_requests: int,
     homes: Homes | None = None,
+    group_of_B: np.ndarray | None = None,
 ) -> TrafficSums:
     """Traffic of the batches' requests under a placement.
 
     `serving_LRE`: rank that serves expert e for a token that lives on rank r, integers [L, R, E] (`solvers.replicas`); equal along R
     without replicas. `homes` None: every token lives on a uniformly random rank. `num_requests`: of all batches together.
+    `group_of_B`: the group of every request over all batches (its domain, say), integers [num_requests], instead of its number.
     """
     per_node = dispatch == "per-node"
     num_targets = topology.num_nodes if per_node else topology.num_ranks
-    sums = TrafficSums.zeros(min(num_requests, MAX_GROUPS), info.num_layers, topology.num_ranks, num_targets)
+    if group_of_B is None:
+        group_of_B = np.arange(num_requests) % max(1, min(num_requests, MAX_GROUPS))
+    sums = TrafficSums.zeros(int(group_of_B.max(initial=-1)) + 1, info.num_layers, topology.num_ranks, num_targets)
     replicated = bool((serving_LRE != serving_LRE[:, :1]).any())
     first_request = 0
     for batch in batches:
-        group_T = (first_request + batch.request_of_T) % len(sums.tokens_G)
+        group_T = group_of_B[first_request + batch.request_of_T]
         first_request += batch.num_requests
         sums.tokens_G[:] += np.bincount(group_T, minlength=len(sums.tokens_G))
         homes_TL = None if homes is None else homes(batch)
