@@ -27,6 +27,7 @@ from solvers.export import (
     check_config,
     eplb_tables,
     export_map,
+    launch_lines,
     render,
     sidecar_path,
     write_export,
@@ -525,6 +526,38 @@ def test_a_stale_origin_is_not_believed(saved, tmp_path):
     assert run(saved, "--to", "sglang", "-o", tmp_path / "map.json").exit_code == 0
     (tmp_path / "map.json").write_text("{}")
     assert exported_from(tmp_path / "map.json") == {}
+
+
+def test_the_documented_commands_run_and_the_flags_agree(saved, tmp_path, monkeypatch):
+    docs = (Path(__file__).parent.parent / "docs" / "engines.md").read_text()
+    commands = [line for line in docs.splitlines() if line.startswith("semmoe export p ")]
+    assert {words[words.index("--to") + 1] for words in map(shlex.split, commands)} == set(KINDS) - {"eplb"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "CKPT").mkdir()
+    (tmp_path / "CKPT" / "config.json").write_text(json.dumps(CONFIG))
+    for line in commands:
+        result = run(*shlex.split(line)[2:])
+        assert result.exit_code == 0, (line, result.output, result.exception)
+    # What export tells people to type is what the page says: options of JSON by their keys, the others by their names.
+    for kind, suffix, options in [
+        ("sglang", ".json", ["--moe-a2a-backend deepep", "--init-expert-location", "--ep-num-redundant-experts"]),
+        (
+            "trtllm",
+            ".yaml",
+            ["--extra_llm_api_options", "enable_attention_dp: true", "backend: WIDEEP, load_balancer: "],
+        ),
+        (
+            "vllm pr41141",
+            ".jsonl",
+            ["initial_mapping_path", '"disable_online_rebalancing": true', "deepep_high_throughput"],
+        ),
+        ("vllm pr49572", ".json", ["initial_expert_map_path", '"step_interval": 1000000000', "--enable-eplb"]),
+        ("vllm-ascend", ".json", ["--additional-config", '{"eplb_config": {"expert_map_path": ']),
+    ]:
+        engine, _, format = kind.partition(" ")
+        told = "\n".join(launch_lines(Plan.load(saved), engine, Path(f"map{suffix}"), format=format))
+        for option in options:
+            assert option in told and option in docs, (kind, option)
 
 
 # The way back into a plan.
