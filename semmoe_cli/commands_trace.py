@@ -115,7 +115,7 @@ def trace(
     ] = None,
     repetition: Annotated[
         Repetition, typer.Option(help="With --from: what to do with requests that fell into a loop.")
-    ] = Repetition.keep,
+    ] = Repetition.drop,
     domain: Annotated[str | None, typer.Option(help="With --from: the domain of every request.")] = None,
 ) -> None:
     """Record which experts a model chooses for every token, or import what a serving engine recorded.
@@ -128,7 +128,7 @@ def trace(
         return
     _refuse_mixed(
         "a model",
-        _given(model=model, dense_layers=dense_layers, domain=domain, repetition=repetition == Repetition.drop),
+        _given(model=model, dense_layers=dense_layers, domain=domain),
     )
     if len(sources) > 1:
         raise typer.BadParameter(f"one MODEL expected, got {len(sources)}; files of an engine need --from KIND")

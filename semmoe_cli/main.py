@@ -9,8 +9,11 @@ from typing import Annotated
 import typer
 
 from profiles.errors import InputError
+from semmoe_cli.commands_export import export
 from semmoe_cli.commands_place import place
 from semmoe_cli.commands_report import report, show
+from semmoe_cli.commands_reshard import reshard
+from semmoe_cli.commands_trace import trace
 
 app = typer.Typer(
     name="semmoe",
@@ -20,9 +23,8 @@ app = typer.Typer(
     help="Offline expert placement for Mixture-of-Experts models: record routing, place experts, measure the saved traffic.",
     epilog="Example: semmoe trace --from sglang responses.jsonl.gz -o t; semmoe place t --ranks 4 -o p; semmoe report p t",
 )
-app.command()(place)
-app.command()(report)
-app.command()(show)
+for command in (trace, place, report, show, reshard, export):
+    app.command()(command)
 
 
 def _print_version(asked: bool) -> None:
