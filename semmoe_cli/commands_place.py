@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from semmoe_cli.commands_export import Kind
 from semmoe_cli.options import Dispatch, Json, Method, Seed, command_line
 
 
@@ -28,6 +29,14 @@ def place(
         float, typer.Option(help="Most expert load of a rank over the mean, on the fitted requests.")
     ] = 1.05,
     refit: Annotated[bool, typer.Option(help="After scoring, fit the written plan on all requests.")] = True,
+    import_: Annotated[
+        tuple[Kind, Path] | None,
+        typer.Option(
+            "--import",
+            metavar="KIND FILE",
+            help="Score an engine's expert map instead: no method, nothing held out or fitted.",
+        ),
+    ] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -37,23 +46,33 @@ def place(
     """
     from profiles.trace import RoutingTrace
     from semmoe_cli.report import note, print_report
-    from solvers.planning import make_plan
     from solvers.placement import Topology
     from solvers.plan import check_plan_target
+    from solvers.planning import make_plan
 
     check_plan_target(output)
-    plan = make_plan(
-        [RoutingTrace.open(path) for path in traces],
-        Topology(ranks, nodes),
-        method=method.value,
-        dispatch=dispatch.value,
-        holdout=holdout,
-        holdout_domains=holdout_domain or [],
-        load_cap=load_cap,
-        refit=refit,
-        seed=seed,
-        made_by=command_line(output, *traces),
-    )
+    opened, topology = [RoutingTrace.open(path) for path in traces], Topology(ranks, nodes)
+    if import_ is not None:
+        from solvers.import_map import import_plan
+
+        kind, file = import_
+        made_by = command_line(output, file, *traces)
+        plan = import_plan(
+            opened, topology, kind=kind.value, file=file, dispatch=dispatch.value, seed=seed, made_by=made_by
+        )
+    else:
+        plan = make_plan(
+            opened,
+            topology,
+            method=method.value,
+            dispatch=dispatch.value,
+            holdout=holdout,
+            holdout_domains=holdout_domain or [],
+            load_cap=load_cap,
+            refit=refit,
+            seed=seed,
+            made_by=command_line(output, *traces),
+        )
     plan.save(output)
     for line in plan.notes:
         note(line)

@@ -590,3 +590,17 @@ def test_an_imported_map_is_scored_on_all_requests(tmp_path):
     assert rows["plan"] < rows["contiguous"]
     with pytest.raises(InputError, match="32 experts do not divide over 5 ranks"):
         import_plan([trace], Topology(5), kind="vllm", file=path, **options)
+
+
+def test_place_imports_a_map(tmp_path):
+    from semmoe_cli.main import app as semmoe
+
+    write_synthetic(tmp_path / "t", num_requests=20)
+    plan = plan_of(4, 4, 8, dense=0)
+    path = write(plan, tmp_path / "map.json", "vllm-ascend")
+    words = ["place", tmp_path / "t", "--ranks", 4, "--import", "vllm-ascend", path, "-o", tmp_path / "q", "--json"]
+    result = CliRunner().invoke(semmoe, [str(w) for w in words])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["requests"] == 20 and "all 20 requests are scored" in result.stderr
+    got = Plan.load(tmp_path / "q")
+    assert same(got.placement, plan.placement) and got.method == "imported"
