@@ -231,7 +231,9 @@ class SemmoeEP(EPImplementation):
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        return dispatch_layer(self.layer, self.experts_forward, hidden_states, top_k_index, top_k_weights)
+        rows_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        ids_TK, weight_TK = (t.reshape(len(rows_TD), -1) for t in (top_k_index, top_k_weights))
+        return dispatch_layer(self.layer, self.experts_forward, rows_TD, ids_TK, weight_TK).reshape(hidden_states.shape)
 
 
 def contiguous_layer(experts: nn.Module, ep_mesh: Any) -> ExpertLayer:

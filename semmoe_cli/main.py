@@ -14,6 +14,7 @@ from semmoe_cli.commands_export import export
 from semmoe_cli.commands_place import place
 from semmoe_cli.commands_report import report, show
 from semmoe_cli.commands_reshard import reshard
+from semmoe_cli.commands_run import run
 from semmoe_cli.commands_trace import trace
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ app = typer.Typer(
     help="Offline expert placement for Mixture-of-Experts models: record routing, place experts, measure the saved traffic.",
     epilog="Example: semmoe trace --from sglang responses.jsonl.gz -o t; semmoe place t --ranks 4 -o p; semmoe report p t",
 )
-for command in (demo, trace, place, report, show, reshard, export):
+for command in (demo, trace, place, report, show, reshard, export, run):
     app.command()(command)
 
 

@@ -1,0 +1,218 @@
+"""One run of a placed model: prompts in, completions and metrics out. What each rank does, and what rank 0 does besides.
+
+Rank 0 reads the prompts, assigns them and writes results. A finished request is appended to `OUT.partial` at once, so that a run that
+fails keeps it; at the end the results are written in input order beside OUT and renamed.
+
+Shape letters: B requests, R ranks.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from profiles.errors import InputError
+from profiles.loading import DTYPES, ModelSource, find_model, load_tokenizer
+from profiles.requests import encode_requests, read_requests
+from profiles.sources import open_source
+from runtime.engine import Completion, Limits, PhaseTimes, Prompt, serve
+from runtime.failures import naming
+from runtime.group import Group, open_group
+from runtime.metrics import rate, traffic_metrics
+from runtime.placed_model import PlacedModel, load_placed
+from runtime.rank_weights import find_placed
+from runtime.reshard_ranks import SHARED
+from runtime.schedulers import assign
+from solvers.plan import Plan
+from solvers.replicas import serving_LRE
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the user asked for."""
+
+    checkpoint: str
+    plan: str
+    prompts: str
+    scheduler: str
+    backend: str
+    dtype: str
+    device: str
+    max_new_tokens: int
+    batch_tokens: int
+    output: str | None
+    timeout_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """Of rank 0: completions in input order as output lines, metrics, and the prompts they answer."""
+
+    lines: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    prompts: list[Prompt]
+    stop_ids: frozenset[int]
+
+
+def find_source(checkpoint: str) -> tuple[ModelSource, Path]:
+    """The model to run and the directory of its checkpoint; a `ranks` reshard keeps its configuration in `shared`."""
+    path = Path(checkpoint)
+    if (path / SHARED / "config.json").is_file():
+        return find_model(str(path / SHARED)), path
+    source = find_model(checkpoint)
+    if not Path(source.path).is_dir():  # a hub id: fetch the weights
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return source, Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
+    return source, source.folder
+
+
+def read_prompts(options: RunOptions, tell: Callable[[str], None]) -> list[Prompt]:
+    """The prompts as token ids. Raises InputError where there is none, or one is empty or too long for the model."""
+    source, _ = find_source(options.checkpoint)
+    requests = list(read_requests(open_source(options.prompts), tell=tell))
+    if not requests:
+        raise InputError(f"{options.prompts} holds no prompt")
+    encoded = encode_requests(requests, load_tokenizer(source), answer=True)
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    for request, ids in zip(requests, encoded, strict=True):
+        if len(ids) == 0:
+            raise InputError(f"request {request.request_id} is empty")
+        if longest and len(ids) + options.max_new_tokens > longest:
+            raise InputError(
+                f"request {request.request_id} has {len(ids)} tokens and may get {options.max_new_tokens} more, "
+                f"the model reads at most {longest}: shorten it, or lower --max-new-tokens"
+            )
+    return [Prompt(i, r.request_id, ids) for i, (r, ids) in enumerate(zip(requests, encoded, strict=True))]
+
+
+def load_plan(options: RunOptions, num_ranks: int | None) -> Plan:
+    """The plan; raises InputError where it is for another number of ranks."""
+    plan = Plan.load(options.plan)
+    if num_ranks is not None and num_ranks != plan.topology.num_ranks:
+        raise InputError(f"{num_ranks} ranks run, the plan {options.plan} is for {plan.topology.num_ranks}")
+    if options.dtype not in DTYPES:
+        raise InputError(f"--dtype {options.dtype}: expected one of {', '.join(DTYPES)}")
+    return plan
+
+
+def stop_token_ids(source: ModelSource) -> frozenset[int]:
+    """Ids that end a generation, from generation_config.json or config.json."""
+    ids = source.config.get_text_config().eos_token_id
+    if (source.folder / "generation_config.json").is_file():
+        ids = GenerationConfig.from_pretrained(source.folder).eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+
+def run_rank(options: RunOptions, prompts: list[Prompt] | None, tell: Callable[[str], None]) -> RunResult | None:
+    """Run this process's rank; the result on rank 0, None elsewhere. `prompts` None: rank 0 reads them."""
+    transformers_logging.disable_progress_bar()  # one bar per rank would be noise
+    with open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group:
+        plan = load_plan(options, group.size)
+        source, folder = find_source(options.checkpoint)
+        placed_checkpoint = find_placed(folder, plan)
+        if group.rank == 0 and prompts is None:
+            prompts = read_prompts(options, tell)
+        prompts, rank_of_B = share_assignment(options, plan, prompts, group)
+        serving = serving_LRE(placed_checkpoint.placement.hosts_LER, plan.load_LE, plan.topology)
+        placed = load_placed(source, placed_checkpoint, plan, serving, group, dtype=options.dtype)
+        mine = [prompt for prompt, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
+        limits = Limits(options.max_new_tokens, options.batch_tokens, stop_token_ids(source))
+        keeper = ResultKeeper(options.output, load_tokenizer(source) if group.rank == 0 else None)
+        times = serve(placed, mine, limits, deliver=keeper.add)
+        metrics = collect_metrics(options, plan, placed, times, len(prompts))
+        if metrics is None:
+            return None
+        return RunResult(keeper.finish(), metrics, prompts, limits.stop_ids)
+
+
+def share_assignment(
+    options: RunOptions, plan: Plan, prompts: list[Prompt] | None, group: Group
+) -> tuple[list[Prompt], np.ndarray]:
+    """The prompts and their ranks, as rank 0 has them, on every rank."""
+    shared: list[Any] = [None]
+    if group.rank == 0 and prompts is not None:
+        ids = [prompt.token_ids for prompt in prompts]
+        shared = [(prompts, assign(options.scheduler, ids, plan, max_new_tokens=options.max_new_tokens))]
+    with naming(group.rank, "the exchange of prompts"):
+        dist.broadcast_object_list(
+            shared, src=0, group=group.handle, device=group.device if group.backend == "nccl" else None
+        )
+    return shared[0]
+
+
+def collect_metrics(
+    options: RunOptions, plan: Plan, placed: PlacedModel, times: PhaseTimes, num_requests: int
+) -> dict[str, Any] | None:
+    """The metrics of all ranks, on rank 0."""
+    group, state = placed.group, placed.state
+    mine = (state.counters, times, state.stopwatch.seconds())
+    gathered: list[Any] | None = [None] * group.size if group.rank == 0 else None
+    with naming(group.rank, "the collection of metrics"):
+        dist.gather_object(mine, gathered, dst=0, group=group.handle)
+    if gathered is None:
+        return None
+    seconds = {phase: max(t.seconds[phase] for _, t, _ in gathered) for phase in times.seconds}
+    tokens = {phase: sum(t.tokens[phase] for _, t, _ in gathered) for phase in times.tokens}
+    return {
+        "scheduler": options.scheduler,
+        "ranks": group.size,
+        "requests": num_requests,
+        "prefill_tokens_per_s": rate(tokens["prefill"], seconds["prefill"]),
+        "decode_tokens_per_s": rate(tokens["decode"], seconds["decode"]),
+        **traffic_metrics([counters for counters, _, _ in gathered], plan.model.model_layers),
+        "time": {phase: float(np.mean([clock[phase] for _, _, clock in gathered])) for phase in gathered[0][2]},
+        "device": str(group.device),
+        "backend": group.backend,
+    }
+
+
+class ResultKeeper:
+    """Completions as output lines: kept on disk as they come, written in input order at the end."""
+
+    def __init__(self, output: str | None, tokenizer: Any) -> None:
+        self._output = Path(output) if output else None
+        self._tokenizer = tokenizer
+        self._lines: dict[int, dict[str, Any]] = {}
+
+    def add(self, completions: list[Completion]) -> None:
+        for done in completions:
+            line = {"id": done.request_id, "rank": done.rank}
+            line |= {"text": self._tokenizer.decode(done.token_ids, skip_special_tokens=True)}
+            line |= {"token_ids": done.token_ids, "finish_reason": done.finish_reason}
+            self._lines[done.index] = line
+        if self._output is None:
+            return
+        try:
+            with partial_path(self._output).open(
+                "a" if len(self._lines) > len(completions) else "w", encoding="utf-8"
+            ) as file:
+                for done in completions:
+                    file.write(json.dumps(self._lines[done.index], ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {partial_path(self._output)}: {error.strerror}") from None
+
+    def finish(self) -> list[dict[str, Any]]:
+        """All lines in input order, written under the final name."""
+        lines = [self._lines[index] for index in sorted(self._lines)]
+        if self._output is not None:
+            temporary = self._output.with_name(f".{self._output.name}.{os.getpid()}.tmp")
+            temporary.write_text(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+            )
+            temporary.replace(self._output)
+            partial_path(self._output).unlink(missing_ok=True)
+        return lines
+
+
+def partial_path(output: Path) -> Path:
+    """Where finished requests of an unfinished run are kept."""
+    return output.with_name(output.name + ".partial")

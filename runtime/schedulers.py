@@ -1,0 +1,53 @@
+"""Which rank serves which request (Attention-DP): decided before prefill, kept for decode, where the keys and values are.
+
+`none` deals requests out in turn. `dp` asks the plan's request scorer, window by window, under a cap on tokens per rank
+(solvers/assign.py); a request counts as its prompt and the most it may generate.
+
+Shape letters: B requests, R ranks.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from profiles.errors import InputError
+from solvers.assign import assign_requests
+from solvers.plan import Plan
+from solvers.schedule import Schedule
+
+SCHEDULERS = ("none", "dp")
+WINDOW = 256  # requests that are weighed against each other
+TOKEN_CAP = 1.05  # tokens of a rank over the mean in a window
+
+
+def assign_round_robin(num_requests: int, num_ranks: int) -> np.ndarray:
+    """Request b goes to rank b mod R, int64 [B]."""
+    return np.arange(num_requests) % num_ranks
+
+
+def assign_by_scorer(prompts: Sequence[np.ndarray], plan: Plan, *, max_new_tokens: int) -> np.ndarray:
+    """Rank of each request, int64 [B]. Raises InputError for a plan without a request scorer."""
+    schedule = Schedule.from_tables(plan.tables)
+    if schedule is None or not schedule.has_requests:
+        raise InputError(
+            "--scheduler dp: this plan scores no requests (its trace had no token ids, or it was made without a schedule); "
+            "use --scheduler none, or make the plan from a trace with token ids"
+        )
+    scores_BR = np.array([schedule.request.scores_R(prompt) for prompt in prompts]).reshape(len(prompts), -1)
+    tokens_B = np.array([len(prompt) + max_new_tokens for prompt in prompts], np.int64)
+    rank_of_B = np.zeros(len(prompts), np.int64)
+    load_R = np.zeros(plan.topology.num_ranks)
+    for begin in range(0, len(prompts), WINDOW):
+        window = slice(begin, begin + WINDOW)
+        rank_of_B[window] = assign_requests(scores_BR[window], tokens_B[window], token_cap=TOKEN_CAP, load_R=load_R)
+        load_R += np.bincount(rank_of_B[window], tokens_B[window], len(load_R))
+    return rank_of_B
+
+
+def assign(scheduler: str, prompts: Sequence[np.ndarray], plan: Plan, *, max_new_tokens: int) -> np.ndarray:
+    """Rank of each request under one of SCHEDULERS."""
+    if scheduler == "dp":
+        return assign_by_scorer(prompts, plan, max_new_tokens=max_new_tokens)
+    if scheduler == "none":
+        return assign_round_robin(len(prompts), plan.topology.num_ranks)
+    raise InputError(f"--scheduler {scheduler}: this version runs {' and '.join(SCHEDULERS)}")
