@@ -25,7 +25,7 @@ INDEX_NAMES = ("top_k_index", "router_indices", "selected_experts", "topk_indice
 # Families with experts whose choice cannot be recorded or used, and why.
 UNSUPPORTED = {
     "switch_transformers": "its routers drop tokens over an expert's capacity, so a choice depends on the rest of the batch",
-    "nllb_moe": "its routers drop tokens over an expert's capacity, so a choice depends on the rest of the batch",
+    "nllb-moe": "its routers drop tokens over an expert's capacity, so a choice depends on the rest of the batch",
     "doge": "its experts are single rows found by product keys, not modules that a rank can host",
     "vitpose_backbone": "its experts are chosen by data set, not by token",
 }
@@ -49,6 +49,8 @@ class MoeLayer:
 def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     """The MoE layers of `model` in layer order; an empty list for a dense model. Works on weights of device meta too."""
     layers = []
+    if model.config.model_type in UNSUPPORTED:  # pyright: ignore
+        return layers
     for name, module in model.named_modules():
         if (number := layer_number(name)) is not None and (layer := _moe_layer(name, module, number)) is not None:
             layers.append(layer)

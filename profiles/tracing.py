@@ -76,6 +76,7 @@ class TraceProgress:
     read_requests: int = 0  # of the source so far, in all ranks' shares, read ahead of the model
     read_tokens: int = 0  # their prompt tokens
     read: ReadProgress = field(default_factory=ReadProgress)
+    started: float = 0.0  # time.monotonic() when the first batch began
     interrupted: bool = False
 
 

@@ -262,7 +262,10 @@ FIELDS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen3_5_moe": {"text_config": {"layer_types": HYBRID_ATTENTION}},
     "qwen3_next": {"": {"layer_types": HYBRID_ATTENTION}},
-    "qwen3_omni_moe": {"audio_config": {"downsample_hidden_size": 8, "num_mel_bins": 16}},
+    "qwen3_omni_moe": {
+        "": {"vision_start_token_id": VOCAB_SIZE - 1},
+        "audio_config": {"downsample_hidden_size": 8, "num_mel_bins": 16},
+    },
     "qwen4_exp": {
         "text_config": {
             "layer_types": ["linear_attention", "indexed_attention"],
