@@ -25,7 +25,7 @@ import numpy as np
 from profiles.config import moe_facts, read_config, text_config
 from profiles.errors import InputError
 from runtime.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
-from runtime.checkpoint_copy import FilePlan, Part, compare_file, run_tasks, write_files
+from runtime.checkpoint_copy import FilePlan, Written, check_parts, write_files
 from runtime.checkpoint_keys import Key
 from runtime.output_directory import OutputDirectory, check_space
 from runtime.relabel import (
@@ -239,8 +239,9 @@ def write_permuted(
         check_space(directory.partial, total_bytes(files))
         copy_others(source, directory.partial, skip=(SIDECAR,))
         write_index(source, keys, orders, directory.partial)
-        write_all(files, directory.partial, progress)
-        sums = {} if verify == "none" else compare_all(source, model, orders, files, directory.partial, progress)
+        sums = write_all(files, directory.partial, verify=verify, progress=progress)
+        if verify != "none":
+            check_written(source, model, orders, files, directory.partial)
         difference = None
         if verify == "logits":
             from runtime.logits_check import compare_logits
@@ -275,52 +276,35 @@ def write_permuted(
     )
 
 
-def write_all(files: Sequence[FilePlan], root: Path, progress: Progress | None) -> None:
-    """Write the files, telling `progress` how far it is."""
+def write_all(
+    files: Sequence[FilePlan], root: Path, *, verify: str, progress: Progress | None
+) -> dict[str, list[list[int]]]:
+    """Write the files, telling `progress` how far it is; checksums [offset, bytes, checksum] by file name."""
+    sums: dict[str, list[list[int]]] = defaultdict(list)
     total, done = total_bytes(list(files)), 0
 
-    def tell(num_bytes: int) -> None:
+    def keep(written: Written) -> None:
         nonlocal done
-        done += num_bytes
+        done += written.num_bytes
+        if written.checksum >= 0:
+            sums[written.name].append([written.offset, written.num_bytes, written.checksum])
         if progress:
             progress("writing", done, total)
 
-    write_files(files, root, threads=THREADS, progress=tell)
-
-
-def compare_all(
-    source: Checkpoint,
-    model: RoutedModel,
-    orders: Orders,
-    files: Sequence[FilePlan],
-    root: Path,
-    progress: Progress | None,
-) -> dict[str, list[list[int]]]:
-    """Compare the written files with the source; checksums [offset, bytes, CRC-32] by file name."""
-    shards = {shard.name: shard for shard in source.shards}
-    parts = {f.name: expected_parts(root / f.name, shards[f.name], model, orders)[0] for f in files if not f.link}
-    open_checkpoint(root)  # the written index and headers agree
-    return compare_parts(parts, root, progress)
-
-
-def compare_parts(
-    parts: Mapping[str, Sequence[Part]], root: Path, progress: Progress | None
-) -> dict[str, list[list[int]]]:
-    """Compare files under `root` with their parts; checksums [offset, bytes, CRC-32] by file name."""
-    sums: dict[str, list[list[int]]] = defaultdict(list)
-    total, done = sum(p.num_bytes for file in parts.values() for p in file), 0
-
-    def keep(result: tuple[str, int, int, int]) -> None:
-        nonlocal done
-        name, *numbers = result
-        sums[name].append(numbers)
-        done += numbers[1]
-        if progress:
-            progress("comparing", done, total)
-
-    tasks = (task for name, file in parts.items() for task in compare_file(root, name, file))
-    run_tasks(tasks, threads=THREADS, done=keep)
+    write_files(files, root, threads=THREADS, verify=verify != "none", done=keep)
     return {name: sorted(entries) for name, entries in sums.items()}
+
+
+def check_written(
+    source: Checkpoint, model: RoutedModel, orders: Orders, files: Sequence[FilePlan], root: Path
+) -> None:
+    """Raise InputError unless the headers and the index on the disk ask for just the bytes that were copied."""
+    shards = {shard.name: shard for shard in source.shards}
+    for file in files:
+        if not file.link:
+            expected, _ = expected_parts(root / file.name, shards[file.name], model, orders)
+            check_parts(root / file.name, expected, file.parts)
+    open_checkpoint(root)
 
 
 def copy_others(source: Checkpoint, target: Path, *, skip: tuple[str, ...]) -> None:

@@ -33,11 +33,11 @@ from runtime.checkpoint import (
     open_checkpoint,
     read_shard,
 )
-from runtime.checkpoint_copy import FilePlan, Part, Piece, merged
+from runtime.checkpoint_copy import FilePlan, Part, Piece, check_parts, merged
 from runtime.checkpoint_keys import KEEP, PER_EXPERT, Key, Role, split_key
 from runtime.output_directory import OutputDirectory, check_space
 from runtime.relabel import block_bytes, classify_checkpoint, total_bytes
-from runtime.reshard import ReshardResult, check_plan, compare_parts, copy_others, write_all
+from runtime.reshard import ReshardResult, check_plan, copy_others, write_all
 from runtime.reshard_sidecar import SIDECAR, Progress, check_unchanged, hash_bytes, plan_facts, write_sidecar
 from solvers.plan import Plan
 
@@ -73,15 +73,13 @@ def write_ranks(
         check_space(directory.partial, total_bytes(files))
         (directory.partial / SHARED).mkdir()
         copy_others(source, directory.partial / SHARED, skip=())
-        write_all(files, directory.partial, progress)
+        sums = write_all(files, directory.partial, verify=verify, progress=progress)
         write_indices(files, directory.partial)
-        sums: Mapping[str, list[list[int]]] = {}
         if verify != "none":
-            sums = compare_parts(
-                written_parts(source, keys, slots, model.num_experts, files, directory.partial),
-                directory.partial,
-                progress,
-            )
+            expected = written_parts(source, keys, slots, model.num_experts, files, directory.partial)
+            for file in files:
+                if not file.link:
+                    check_parts(directory.partial / file.name, expected[file.name], file.parts)
         (directory.partial / SOURCE_FILE).write_text(json.dumps(source_headers(source)), encoding="utf-8")
         facts = {
             "layout": "ranks",
@@ -220,7 +218,7 @@ def written_parts(
 def written_entry(file: FilePlan, sums: list[list[int]]) -> dict[str, Any]:
     if file.link:
         return {"bytes": file.size, "linked": True}
-    return {"bytes": file.size, "header_sha256": hash_bytes(file.header), "crc32": sums}
+    return {"bytes": file.size, "header_sha256": hash_bytes(file.header), "checksums": sums}
 
 
 # ---- and back
@@ -266,9 +264,7 @@ def undo_ranks(
         copy_others(shared, directory.partial, skip=())
         if headers["index"]:
             (directory.partial / INDEX_NAME).write_text(headers["index"], encoding="utf-8")
-        write_all(files, directory.partial, progress)
-        if verify != "none":
-            compare_parts({file.name: merged(file.parts) for file in files}, directory.partial, progress)
+        write_all(files, directory.partial, verify=verify, progress=progress)
         directory.finish()
     return ReshardResult(str(out), "ranks", len(layers), 0, len(files), total_bytes(files), 0, verify, None, ())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from profiles.errors import InputError
 from runtime.checkpoint import Checkpoint
-from runtime.checkpoint_copy import FilePlan, checksums, run_tasks
+from runtime.checkpoint_copy import FilePlan, Written, checksums, run_tasks
 from solvers.plan import Plan
 
 SIDECAR = "semmoe.json"
@@ -59,7 +59,7 @@ def file_entries(source: Checkpoint, files: Sequence[FilePlan], sums: Mapping[st
             entry["linked"] = True
         else:
             entry["header_sha256"] = hash_bytes(file.header)
-            entry["crc32"] = sums.get(file.name, [])
+            entry["checksums"] = sums.get(file.name, [])
         entries[file.name] = entry
     return entries
 
@@ -100,23 +100,25 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
 
 def check_unchanged(checkpoint: Path, facts: dict[str, Any], progress: Progress | None) -> None:
     """Raise InputError where a file is not the one that the sidecar describes."""
-    want = {(name, *entry[:2]): entry[2] for name, file in facts["files"].items() for entry in file.get("crc32", [])}
+    want = {
+        (name, *entry[:2]): entry[2] for name, file in facts["files"].items() for entry in file.get("checksums", [])
+    }
     for name, file in facts["files"].items():
         path = checkpoint / name
         if not path.exists() or path.stat().st_size != file["bytes"]:
             raise InputError(f"{path} is missing or has another size than when it was written")
     total, done = sum(num_bytes for _, _, num_bytes in want), 0
 
-    def keep(result: tuple[str, int, int, int]) -> None:
+    def keep(found: Written) -> None:
         nonlocal done
-        name, offset, num_bytes, crc = result
-        if want[name, offset, num_bytes] != crc:
+        name, offset, num_bytes, checksum = found
+        if want[name, offset, num_bytes] != checksum:
             raise InputError(f"{checkpoint / name} was changed after it was written (bytes from {offset:,} on)")
         done += num_bytes
         if progress:
             progress("checking", done, total)
 
     tasks = (
-        task for name, file in facts["files"].items() for task in checksums(checkpoint, name, file.get("crc32", []))
+        task for name, file in facts["files"].items() for task in checksums(checkpoint, name, file.get("checksums", []))
     )
     run_tasks(tasks, threads=THREADS, done=keep)

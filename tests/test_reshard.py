@@ -136,7 +136,7 @@ def test_fused_tensors_are_gathered(kind: str, tmp_path: Path, monkeypatch: pyte
     check_relabelled(source, tmp_path / "out", orders)
     monkeypatch.setattr("runtime.relabel.EDIT_BYTES", 0)  # the way of large tensors: expert by expert by the kernel
     reshard_checkpoint(source, plan, tmp_path / "slabs")
-    assert_same_files(tmp_path / "out", tmp_path / "slabs")
+    assert read_tensors(tmp_path / "out") == read_tensors(tmp_path / "slabs")
     undo_reshard(tmp_path / "slabs", tmp_path / "back")
     assert_same_files(source, tmp_path / "back")
 
@@ -274,7 +274,7 @@ def test_copies_where_the_kernel_cannot(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("runtime.checkpoint_copy.KERNEL_COPY", False)
     monkeypatch.setattr("runtime.relabel.EDIT_BYTES", 0)
     reshard_checkpoint(source, plan, tmp_path / "buffer")
-    assert_same_files(tmp_path / "kernel", tmp_path / "buffer")
+    assert read_tensors(tmp_path / "kernel") == read_tensors(tmp_path / "buffer")
 
 
 def test_undo_refuses_a_reshard_that_was_changed(tmp_path: Path) -> None:
@@ -290,26 +290,60 @@ def test_undo_refuses_a_reshard_that_was_changed(tmp_path: Path) -> None:
 
 
 def test_verify_finds_a_byte_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that loses a byte: what was written is read again, so nothing appears."""
+    """A disk that loses a bit: what was written is read again, so nothing appears."""
     import runtime.checkpoint_copy as checkpoint_copy
 
     source = write_checkpoint(tmp_path / "source", per_expert_model())
     plan = make_plan(random_orders(2).reshape(2, 2, 4))
-    fill = checkpoint_copy.fill
+    copy_range = checkpoint_copy.copy_range
 
-    def losing_fill(target: Path, parts) -> int:
-        count = fill(target, parts)
-        with target.open("r+b") as file:
-            file.seek(-100, os.SEEK_END)
-            byte = file.read(1)
-            file.seek(-100, os.SEEK_END)
-            file.write(bytes([byte[0] ^ 1]))
-        return count
+    def losing_copy(inputs: int, output: int, piece: checkpoint_copy.Piece) -> None:
+        copy_range(inputs, output, piece)
+        place = piece.offset + piece.num_bytes // 2
+        os.pwrite(output, bytes([os.pread(output, 1, place)[0] ^ 1]), place)
 
-    monkeypatch.setattr(checkpoint_copy, "fill", losing_fill)
-    with pytest.raises(InputError, match="differs from"):
+    monkeypatch.setattr(checkpoint_copy, "copy_range", losing_copy)
+    with pytest.raises(InputError, match="differs from its source"):
         reshard_checkpoint(source, plan, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
     reshard_checkpoint(source, plan, tmp_path / "out", verify="none")
     with pytest.raises(AssertionError):
         check_relabelled(source, tmp_path / "out", random_orders(2))
+
+
+def test_verify_finds_a_name_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experts swapped in the header only: every byte was copied well, and still nothing appears."""
+    import runtime.checkpoint_copy as checkpoint_copy
+
+    source = write_checkpoint(tmp_path / "source", per_expert_model())
+    create_file = checkpoint_copy.create_file
+
+    def mixed_up(target: Path, header: bytes, size: int) -> None:
+        first, second, other = b"layers.0.mlp.experts.1.up", b"layers.0.mlp.experts.2.up", b"layers.0.mlp.experts.?.up"
+        create_file(target, header.replace(first, other).replace(second, first).replace(other, second), size)
+
+    monkeypatch.setattr(checkpoint_copy, "create_file", mixed_up)
+    with pytest.raises(InputError, match="not written as its header says"):
+        reshard_checkpoint(source, make_plan(random_orders(2).reshape(2, 2, 4)), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_the_checksum_tells_bytes_and_their_order() -> None:
+    from runtime.checkpoint_copy import BUFFER_BYTES, add_block
+
+    draw = np.random.default_rng(0)
+    data = draw.integers(0, 256, 2 * BUFFER_BYTES + 13, dtype=np.uint8).tobytes()
+
+    def checksum(some: bytes) -> int:
+        total = 0
+        for start in range(0, len(some), BUFFER_BYTES):
+            total = add_block(total, memoryview(some)[start : start + BUFFER_BYTES])
+        return total
+
+    known = checksum(data)
+    assert known == checksum(bytes(data)) and 0 <= known < 2**64
+    for place in (0, 7, 8, BUFFER_BYTES - 1, BUFFER_BYTES, len(data) - 1):
+        assert checksum(data[:place] + bytes([data[place] ^ 128]) + data[place + 1 :]) != known
+    half = BUFFER_BYTES
+    assert checksum(data[half : 2 * half] + data[:half] + data[2 * half :]) != known
+    assert checksum(data[8:16] + data[:8] + data[16:]) != known
