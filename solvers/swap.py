@@ -54,7 +54,7 @@ def swap_search(
     guard = _LoadGuard(gains.rank_of_E, load_JE, limit_J, num_ranks)
     num_experts = len(gains.rank_of_E)
     free_at_E = np.zeros(num_experts, np.int64)
-    tenure = max(1, min(num_experts // 8, 12))
+    tenure = max(1, min(num_experts // 10, 12))
     penalty = 0.3 * num_experts / num_ranks
     value, over = 0.0, guard.over()
     best_of_E, best_value, best_over, best_step = gains.rank_of_E.copy(), 0.0, over, 0
@@ -62,24 +62,20 @@ def swap_search(
     for step in range(steps):
         if step % PENALTY_EVERY == PENALTY_EVERY - 1:
             penalty = min(max(penalty * (PENALTY_UP if over > TIE else PENALTY_DOWN), 1e-4), 1e6)
-        # 1. The best placement within the caps that is one swap away.
-        flat = int(np.argmax(np.where(guard.over_EE <= TIE * 0.1 - over, gains.gain_EE, -np.inf)))
-        e, f = divmod(flat, num_experts)
-        near = value + float(gains.gain_EE[e, f]) if guard.over_EE[e, f] <= TIE * 0.1 - over else -np.inf
-        if np.isfinite(near) and (best_over > TIE or near > best_value + TIE):
-            swapped_E = gains.rank_of_E.copy()
-            swapped_E[[e, f]] = swapped_E[[f, e]]
-            if overload(swapped_E, load_JE, limit_J, num_ranks) <= 0:
-                best_of_E, best_value, best_over, best_step = swapped_E, near, 0.0, step
-        # 2. The best swap after the penalty, among experts that are not tabu.
-        np.multiply(guard.over_EE, -penalty, out=total_EE)
-        total_EE += gains.gain_EE
-        tabu = np.flatnonzero(free_at_E > step)
-        total_EE[tabu] = -np.inf
-        total_EE[:, tabu] = -np.inf
-        e, f = divmod(int(np.argmax(total_EE)), num_experts)
-        if not np.isfinite(total_EE[e, f]):
-            break
+        # 1. The best placement within the caps that is one swap away is taken where it is the best so far.
+        within_EE = guard.over_EE <= TIE / 10 - over
+        e, f = divmod(int(np.argmax(np.where(within_EE, gains.gain_EE, -np.inf))), num_experts)
+        gain = float(gains.gain_EE[e, f]) if within_EE[e, f] else -np.inf
+        # 2. Otherwise the best swap after the penalty, among experts that did not move lately.
+        if not np.isfinite(gain) or (best_over <= TIE and value + gain <= best_value + TIE):
+            np.multiply(guard.over_EE, -penalty, out=total_EE)
+            total_EE += gains.gain_EE
+            tabu = np.flatnonzero(free_at_E > step)
+            total_EE[tabu] = -np.inf
+            total_EE[:, tabu] = -np.inf
+            e, f = divmod(int(np.argmax(total_EE)), num_experts)
+            if not np.isfinite(total_EE[e, f]):
+                break
         value += float(gains.gain_EE[e, f])
         guard.swap(e, f, gains.rank_of_E)
         rows = gains.swap(e, f)

@@ -1,0 +1,62 @@
+"""Homes under a traffic cap: which rank tokens or requests should live on when every rank may take only its share.
+
+The transport problem  max sum_v weight_v sum_r share[v, r] score[v, r]  with equal column masses is solved by annealed
+entropic scaling (Sinkhorn, 1967; Cuturi, 2013): rows stay distributions, so one frequent token may be split over ranks.
+
+Shape letters: V rows to place (token ids or requests), R ranks.
+"""
+
+import numpy as np
+
+TEMPERATURES = (1.0, 0.5, 0.25, 0.12, 0.06, 0.03)  # in standard deviations of the score
+ROUNDS = 8  # scaling rounds per temperature
+
+
+def balanced_shares(score_VR: np.ndarray, weight_V: np.ndarray) -> np.ndarray:
+    """Distribution of every row over the ranks, float64 [V, R], with nearly equal column masses sum_v weight_v
+    share[v, r].
+
+    `score_VR`: worth of rank r to a unit of row v. `weight_V`: units of each row.
+    """
+    shares_VR, _ = _scaled(score_VR, weight_V)
+    return shares_VR
+
+
+def _scaled(score_VR: np.ndarray, weight_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares and the prices of the ranks that balance them."""
+    num_ranks = score_VR.shape[1]
+    target = weight_V.sum() / num_ranks
+    spread = float(np.sqrt(np.average(score_VR.var(axis=1), weights=weight_V))) if target > 0 else 0.0
+    price_R = np.zeros(num_ranks)
+    if spread <= 1e-12:
+        return np.full(score_VR.shape, 1 / num_ranks), price_R
+    shares_VR = np.empty(score_VR.shape)
+    for temperature in TEMPERATURES:
+        scale = temperature * spread
+        for _ in range(ROUNDS):
+            logits_VR = (score_VR - price_R) / scale
+            np.exp(logits_VR - logits_VR.max(axis=1, keepdims=True), out=shares_VR)
+            shares_VR /= shares_VR.sum(axis=1, keepdims=True)
+            price_R += scale * np.log(np.maximum(weight_V @ shares_VR, 1e-9 * target) / target)
+    return shares_VR, price_R
+
+
+def balanced_homes(score_VR: np.ndarray, weight_V: np.ndarray, *, slack: float = 1.02) -> np.ndarray:
+    """One rank per row, int64 [V]: best score under the balancing prices, heaviest rows first.
+
+    No rank is filled beyond `slack` times its share while another has room (a row heavier than the room of all ranks
+    goes to the emptiest). Ties go to the lower rank.
+    """
+    num_rows, num_ranks = score_VR.shape
+    _, price_R = _scaled(score_VR, weight_V)
+    worth_VR = score_VR - price_R
+    room_R = np.full(num_ranks, slack * weight_V.sum() / num_ranks)
+    order_VR = np.argsort(-worth_VR, axis=1, kind="stable")
+    best_two = np.take_along_axis(worth_VR, order_VR[:, :2], 1)
+    regret_V = (best_two[:, 0] - best_two[:, -1]) * weight_V
+    home_V = np.empty(num_rows, np.int64)
+    for row in np.argsort(-regret_V, kind="stable"):
+        fits = order_VR[row][room_R[order_VR[row]] >= weight_V[row]]
+        home_V[row] = fits[0] if len(fits) else np.argmax(room_R)
+        room_R[home_V[row]] -= weight_V[row]
+    return home_V

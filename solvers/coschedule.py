@@ -1,0 +1,320 @@
+"""The joint method: experts placed for the tokens and requests that will be sent to them, under exact constraints.
+
+Experts start from co-activation (`solvers.partition`); then homes and experts are chosen in turn. Attention-TP: each
+token id has a home per layer, balanced and fractional, learned from the other tokens of its id. Attention-DP: each
+request has one home for all layers, so layers share their labels. What the experts are judged by follows the dispatch
+kind: remote ranks (per-rank), activations away from home (per-expert), remote nodes and then ranks inside the node
+(per-node).
+
+Follows arXiv 2503.04398 in the alternation, with exact gains in place of greedy scores.
+
+Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, N nodes, B requests, J load vectors, X token kinds,
+G routing groups, U token ids.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import numpy as np
+
+from profiles.counts import RoutingProfile, request_expert_BE
+from profiles.errors import InputError
+from solvers.align import align_labels
+from solvers.balanced_table import balanced_homes, balanced_shares
+from solvers.hierarchy import partition_in_blocks
+from solvers.partition import EFFORTS, Effort, Problem, best_polished, load_limits, partition, polish
+from solvers.placement import Topology
+from solvers.remote import token_kinds
+
+OBJECTIVES = ("tp", "dp", "both")
+PRIOR = 4.0  # tokens of the average id that smooth the row of a token id
+HOMELESS_SHARE = 0.5  # part of the traffic taken to come from ranks that no schedule chose
+
+Progress = Callable[[int, int], None]  # layers done, layers in all
+
+
+class LayerTask(NamedTuple):
+    """Everything that one layer's solve needs; sent to a worker process."""
+
+    affinity_EE: np.ndarray  # int64
+    load_JE: np.ndarray  # float64
+    expert_ids_TK: np.ndarray  # the sample's rows, bounded by the effort
+    token_index_T: np.ndarray  # int64, -1 unknown
+    home_T: np.ndarray | None  # rank of each row's request, int64 [T]
+    start_E: np.ndarray | None  # placement to go on from, int64 [E]
+    num_ranks: int
+    num_nodes: int
+    closeness_RR: np.ndarray | None
+    num_groups: int
+    whole_groups: bool
+    per_expert: bool
+    per_node: bool
+    lar_weight: float
+    load_cap: float
+    effort: Effort
+    seed: int
+
+
+def place_semmoe(
+    profile: RoutingProfile,
+    topology: Topology,
+    *,
+    load_cap: float,
+    seed: int,
+    dispatch: str = "per-rank",
+    lar_weight: float = 0.0,
+    objective: str = "tp",
+    robust: int = 0,
+    effort: str = "default",
+    expressible: str | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Rank of each expert, int64 [L, E]; independent of `processes`.
+
+    `lar_weight`: remote ranks that one more local activation per token is worth (per-rank and per-node dispatch).
+    `objective`: the schedule that will be used, one of OBJECTIVES. `robust`: clusters of requests that each keep the
+    load cap (0: all requests together only). `expressible` "permutation": routing groups map onto whole blocks of
+    ranks.
+    """
+    if objective not in OBJECTIVES:
+        raise InputError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+    if effort not in EFFORTS:
+        raise InputError(f"effort {effort!r} is none of {', '.join(EFFORTS)}")
+    info, how = profile.info, EFFORTS[effort]
+    if topology.num_ranks == 1:
+        return np.zeros((info.num_layers, info.num_experts), np.int64)
+    rows_T = sample_rows(profile.sample.num_tokens, how.token_rows, seed)
+    _, index_T = profile.token_index()
+    load_LJE = cluster_loads(profile, robust, seed)
+    whole_groups = expressible == "permutation" and 1 < info.n_group
+    if whole_groups:
+        check_whole_groups(info.n_group, topology.num_ranks)
+
+    def task(layer: int, start_E: np.ndarray | None, home_T: np.ndarray | None) -> LayerTask:
+        return LayerTask(
+            affinity_EE=profile.co_activation_LEE[layer],
+            load_JE=load_LJE[layer],
+            expert_ids_TK=profile.sample.expert_ids_TLK[rows_T, layer],
+            token_index_T=index_T[rows_T],
+            home_T=home_T,
+            start_E=start_E,
+            num_ranks=topology.num_ranks,
+            num_nodes=topology.num_nodes,
+            closeness_RR=None if topology.cost_RR is None else closeness(topology.cost_RR),
+            num_groups=info.n_group,
+            whole_groups=whole_groups,
+            per_expert=dispatch == "per-expert",
+            per_node=dispatch == "per-node" and topology.num_nodes > 1,
+            lar_weight=lar_weight,
+            load_cap=load_cap,
+            effort=how,
+            seed=seed + 1000 * layer,
+        )
+
+    layers = range(info.num_layers)
+    with layer_map(processes, info.num_experts) as run:
+        tasks = (task(layer, None, None) for layer in layers)
+        rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, progress)
+        if objective == "tp" or whole_groups:
+            return rank_of_LE
+        request_T = profile.sample.request_of_T
+        usage_LBE = np.stack([request_usage_BE(profile, layer, request_T) for layer in layers])
+        weight_B = np.diff(profile.sample.starts_B1).astype(np.float64)
+        starts = 4 if effort == "fast" else 16
+        rank_of_LE, home_B = align_labels(rank_of_LE, usage_LBE, weight_B, topology.num_ranks, seed=seed, starts=starts)
+        for _ in range(max(1, 2 * how.rounds)):
+            home_T = home_B[request_T][rows_T]
+            tasks = (task(layer, rank_of_LE[layer], home_T) for layer in layers)
+            rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, None)
+            share_BR = request_shares_BR(rank_of_LE, usage_LBE, topology.num_ranks)
+            home_B = balanced_homes(share_BR, weight_B)
+    return rank_of_LE
+
+
+def _collect(results: Iterator[np.ndarray], num_layers: int, progress: Progress | None) -> np.ndarray:
+    placed = []
+    for rank_of_E in results:
+        placed.append(rank_of_E)
+        if progress is not None:
+            progress(len(placed), num_layers)
+    return np.stack(placed)
+
+
+def solve_layer(task: LayerTask) -> np.ndarray:
+    """Rank of each expert of one layer, int64 [E]."""
+    num_ranks, num_experts = task.num_ranks, task.affinity_EE.shape[0]
+    kinds_XK, kind_T = token_kinds(task.expert_ids_TK, num_experts)
+    limit_J = load_limits(task.load_JE, num_ranks, task.load_cap)
+    closeness_RR = np.eye(num_ranks) if task.closeness_RR is None else task.closeness_RR
+    cost_XR = np.repeat(np.bincount(kind_T, minlength=len(kinds_XK)).astype(np.float64)[:, None], num_ranks, axis=1)
+    no_home_ER = np.zeros((num_experts, num_ranks))
+    affinity_EE = task.affinity_EE.astype(np.float64)
+    problem = Problem(affinity_EE, kinds_XK, cost_XR, no_home_ER, closeness_RR, task.load_JE, limit_J)
+    contiguous = task.num_groups > 1
+    if task.start_E is not None:
+        rank_of_E = task.start_E
+    elif task.per_node or task.whole_groups:
+        blocks = task.num_groups if task.whole_groups else task.num_nodes
+        rank_of_E = partition_in_blocks(
+            problem, num_ranks, blocks, task.whole_groups, task.effort, load_cap=task.load_cap, seed=task.seed
+        )
+    else:
+        rank_of_E = partition(problem, num_ranks, task.effort, seed=task.seed, contiguous=contiguous)
+    if task.whole_groups or task.per_node or task.closeness_RR is not None:
+        return rank_of_E
+    for turn in range(max(task.effort.rounds, task.home_T is not None)):
+        share_TR = home_shares(task, rank_of_E)
+        judged = scheduled_problem(problem, task, kind_T, share_TR)
+        candidates = [rank_of_E, polish(rank_of_E, judged, task.effort.polish_steps, task.seed + turn)]
+        better_E = best_polished(candidates, judged, num_ranks)
+        if np.array_equal(better_E, rank_of_E):
+            break
+        rank_of_E = better_E
+    return rank_of_E
+
+
+def home_shares(task: LayerTask, rank_of_E: np.ndarray) -> np.ndarray:
+    """Where each row of the task will live, float64 [T, R]: its request's rank, or the balanced row of its token id."""
+    if task.home_T is not None:
+        return np.eye(task.num_ranks)[task.home_T]
+    count_TR = rank_counts_TR(task.expert_ids_TK, rank_of_E, task.num_ranks).astype(np.float64)
+    known_T = task.token_index_T >= 0
+    if not known_T.any():
+        # No ids to go by: what a good predictor gets from earlier layers is close to the token's own best rank.
+        return balanced_shares(count_TR, np.ones(len(count_TR)))
+    index_T = np.where(known_T, task.token_index_T, task.token_index_T.max() + 1)
+    _, index_T = np.unique(index_T, return_inverse=True)
+    weight_U = np.bincount(index_T).astype(np.float64)
+    sum_UR = np.stack([np.bincount(index_T, column_T) for column_T in count_TR.T], axis=1)
+    mean_R = count_TR.mean(axis=0)
+    share_UR = balanced_shares((sum_UR + PRIOR * mean_R) / (weight_U + PRIOR)[:, None], weight_U)
+    return share_UR[index_T]
+
+
+def scheduled_problem(problem: Problem, task: LayerTask, kind_T: np.ndarray, share_TR: np.ndarray) -> Problem:
+    """The problem with homes: touching a rank is free to the share of tokens that live there.
+
+    Half of the cost stays that of tokens without a schedule: a placement must serve requests that no table foresaw.
+    """
+    num_kinds = len(problem.expert_ids_XK)
+    free_XR = np.stack([np.bincount(kind_T, column_T, num_kinds) for column_T in share_TR.T], axis=1)
+    num_experts, num_ranks = problem.home_ER.shape
+    top_k = task.expert_ids_TK.shape[1]
+    flat = task.expert_ids_TK.reshape(-1)
+    local_ER = np.stack(
+        [np.bincount(flat, np.repeat(c, top_k), num_experts + 1)[:num_experts] for c in share_TR.T], axis=1
+    )
+    if task.per_expert:
+        # One row per activation: locality alone counts; a little remote cost decides between equals.
+        return problem._replace(cost_XR=0.1 * (problem.cost_XR - free_XR), home_ER=local_ER)
+    kept = HOMELESS_SHARE if task.home_T is None else 0.0
+    return problem._replace(cost_XR=problem.cost_XR - (1 - kept) * free_XR, home_ER=task.lar_weight * local_ER)
+
+
+def rank_counts_TR(expert_ids_TK: np.ndarray, rank_of_E: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Experts of each row on each rank, int64 [T, R]."""
+    rank_TK = np.append(rank_of_E, num_ranks)[expert_ids_TK]
+    keys_TK = np.arange(len(rank_TK))[:, None] * (num_ranks + 1) + rank_TK
+    counts = np.bincount(keys_TK.reshape(-1), minlength=len(rank_TK) * (num_ranks + 1))
+    return counts.reshape(len(rank_TK), num_ranks + 1)[:, :num_ranks]
+
+
+def request_usage_BE(profile: RoutingProfile, layer: int, request_T: np.ndarray) -> np.ndarray:
+    """Activations of each sampled request at one layer, float32 [B, E]."""
+    sample = profile.sample
+    ids_TK = sample.expert_ids_TLK[:, layer]
+    return request_expert_BE(request_T, ids_TK, sample.num_requests, profile.info.num_experts).astype(np.float32)
+
+
+def request_shares_BR(rank_of_LE: np.ndarray, usage_LBE: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Share of each request's activations on each rank over all layers, float64 [B, R]."""
+    member_LER = np.eye(num_ranks)[rank_of_LE]
+    count_BR = sum(usage_BE @ member_ER for usage_BE, member_ER in zip(usage_LBE, member_LER, strict=True))
+    return count_BR / np.maximum(count_BR.sum(axis=1, keepdims=True), 1)
+
+
+def sample_rows(num_tokens: int, max_rows: int, seed: int) -> np.ndarray:
+    """Rows that the exact objective looks at, ascending int64: all, or a random choice of `max_rows`."""
+    if num_tokens <= 4 * max_rows:
+        return np.arange(num_tokens)
+    return np.sort(np.random.default_rng([seed, 7]).choice(num_tokens, max_rows, replace=False))
+
+
+def closeness(cost_RR: np.ndarray) -> np.ndarray:
+    """How well experts of two ranks go together, symmetric float64 [R, R]: 1 on one rank, 0 at the largest cost."""
+    cost_RR = (cost_RR + cost_RR.T) / 2
+    close_RR = 1 - cost_RR / max(float(cost_RR.max()), 1e-300)
+    np.fill_diagonal(close_RR, 1.0)
+    return close_RR
+
+
+def check_whole_groups(num_groups: int, num_ranks: int) -> None:
+    """Raise InputError where a permutation of the router cannot express any placement but the contiguous one."""
+    if num_groups % num_ranks and num_ranks % num_groups:
+        raise InputError(f"{num_groups} routing groups over {num_ranks} ranks: neither number divides the other")
+
+
+def cluster_loads(profile: RoutingProfile, clusters: int, seed: int) -> np.ndarray:
+    """Load vectors that must keep the cap, float64 [L, J, E]: all requests, then each cluster of requests by their
+    experts.
+    """
+    from scipy.cluster.vq import kmeans2
+
+    load_LJE = profile.load_LE.astype(np.float64)[:, None]
+    if clusters < 2:
+        return load_LJE
+    request_T, num_layers = profile.sample.request_of_T, profile.info.num_layers
+    num_requests = profile.sample.num_requests
+    if clusters > num_requests:
+        raise InputError(f"--robust {clusters}: the profile has only {num_requests} requests to cluster")
+    usage_LBE = np.stack([request_usage_BE(profile, layer, request_T) for layer in range(num_layers)])
+    share_LBE = usage_LBE / np.maximum(usage_LBE.sum(axis=2, keepdims=True), 1)
+    points_BF = np.sqrt(share_LBE).transpose(1, 0, 2).reshape(num_requests, -1).astype(np.float64)
+    _, cluster_B = kmeans2(points_BF, clusters, minit="++", seed=seed)
+    loads = [usage_LBE[:, cluster_B == c].sum(axis=1) for c in range(clusters) if (cluster_B == c).any()]
+    return np.concatenate([load_LJE, np.stack(loads, axis=1)], axis=1)
+
+
+@contextmanager
+def layer_map(processes: int, num_experts: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
+    """A `map` over layers, in order, in worker processes with one BLAS thread each.
+
+    Small layers run in this process when one is asked for: their arithmetic is too small for BLAS threads to matter.
+    """
+    if processes <= 1 and num_experts <= 64:
+        yield map
+        return
+    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    os.environ.update(dict.fromkeys(before, "1"))
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    try:
+        list(pool.map(abs, range(processes)))  # workers start here, while the setting holds
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        yield partial(_map_bounded, pool, 2 * processes)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _map_bounded(
+    pool: ProcessPoolExecutor, in_flight: int, solve: Callable[[LayerTask], np.ndarray], tasks: Iterable[LayerTask]
+) -> Iterator[np.ndarray]:
+    """Results in order with a bounded number of tasks submitted: a task holds its layer's rows."""
+    pending: list[Future[np.ndarray]] = []
+    for task in tasks:
+        pending.append(pool.submit(solve, task))
+        if len(pending) > in_flight:
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()
