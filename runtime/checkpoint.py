@@ -9,6 +9,7 @@ so that a file which is renamed and renamed back is the same file.
 import json
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ DTYPE_BITS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """One entry of a header; `begin` and `end` count bytes from the start of the data region."""
 
@@ -88,12 +89,20 @@ def read_shard(path: Path) -> Shard:
         raise InputError(f"{path} is missing: the checkpoint is not complete") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def share(shape: tuple[int, ...]) -> tuple[int, ...]:  # hundreds of thousands of tensors have a few shapes
+        return shapes.setdefault(shape, shape)
+
     try:
         entries = json.loads(text)
         metadata = entries.pop("__metadata__", None) or {}
         tensors = tuple(
             sorted(
-                (Tensor(n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in entries.items()),
+                (
+                    Tensor(n, sys.intern(e["dtype"]), share(tuple(e["shape"])), *e["data_offsets"])
+                    for n, e in entries.items()
+                ),
                 key=lambda t: (t.begin, t.end),
             )
         )
@@ -174,6 +183,7 @@ def read_index(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
         raise InputError(f"{path} has no weight_map: expected the index of a sharded checkpoint")
+    index["weight_map"] = {key: sys.intern(file) for key, file in index["weight_map"].items()}
     return index
 
 

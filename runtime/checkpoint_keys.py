@@ -11,6 +11,7 @@ GPTQ, AWQ and ModelOpt checkpoints.
 
 import enum
 import re
+import sys
 from dataclasses import dataclass
 
 from profiles.errors import InputError
@@ -27,22 +28,22 @@ class Role(enum.Enum):
     VALUES = "values"  # the elements are expert ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Key:
-    """A tensor with its role in a layer; `expert` and the text around its number where the key names one."""
+    """A tensor with its role in a layer; where the key names an expert, its number and the place of that number."""
 
     role: Role
     stack: str = ""
     layer: int = -1
     expert: int = -1
-    before: str = ""  # EXPERT: the key up to the expert's number
-    after: str = ""
+    start: int = 0  # EXPERT: name[start:end] is the expert's number
+    end: int = 0
     rows: int = 0  # ROWS and COLUMNS: how many of the axis belong to routed experts
     router: bool = False  # a tensor that decides the routing
 
-    def renamed(self, expert: int) -> str:
-        """The key of the same tensor of another expert."""
-        return f"{self.before}{expert}{self.after}"
+    def renamed(self, name: str, expert: int) -> str:
+        """The name of the same tensor of another expert."""
+        return f"{name[: self.start]}{expert}{name[self.end :]}"
 
 
 KEEP = Key(Role.KEEP)
@@ -58,7 +59,7 @@ MOE = r"(?:mlp|ffn|feed_forward|mixer|block_sparse_moe|moe)"
 SHARED = re.compile(r"(?:^|\.)(?:shared_|share_expert|shared\.)")
 ATTENTION_EXPERTS = re.compile(r"^self_attention\.experts\.")  # JetMoE: experts of attention, with their own router
 
-PER_EXPERT = re.compile(rf"^(?P<before>(?:{MOE}\.)?experts\.)(?P<expert>\d+)(?P<after>\..+)$")
+PER_EXPERT = re.compile(rf"^(?:{MOE}\.)?experts\.(?P<expert>\d+)\..+$")
 QUANT = (
     r"(?:(?:[._](?:weight|bias|bias_bf16|blocks|scales|scale|scale_inv|packed|shape|global_scale|zero_point|qweight|"
     r"qzeros|g_idx|input|input_scale|input_amax|scale_2|weight_scale|weight_scale_inv|weight_scale_2|weight_packed|"
@@ -92,6 +93,8 @@ ROUTER_KEEPS = re.compile(
     r"router_mlp\.(?:fc\d|norm)\.(?:weight|bias))$"
 )
 ROUTER_LIKE = re.compile(rf"^(?:{MOE}\.)?(?:gate|router)(?:\.|_(?!proj|up_proj)|$)|tid2eid|moe_statics")
+# A further router of a block, of another modality say: told from other gates by its axis of experts.
+FURTHER_ROUTER = re.compile(rf"^{MOE}\.\w+_(?:gate|router)(?:\.|$)")
 EXPERT_LIKE = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 TEXT_AND_VISION = "ernie4_5_vl_moe"  # one list of experts on disk, the first half for text; routers [H, E]
 
@@ -99,7 +102,7 @@ TEXT_AND_VISION = "ernie4_5_vl_moe"  # one list of experts on disk, the first ha
 def split_key(name: str) -> tuple[str, int, str]:
     """Stack, layer number and the rest of a key; layer -1 where it belongs to no layer."""
     found = LAYER.match(name)
-    return (found["stack"], int(found["layer"]), found["rest"]) if found else ("", -1, name)
+    return (sys.intern(found["stack"]), int(found["layer"]), found["rest"]) if found else ("", -1, name)
 
 
 def is_side(name: str) -> bool:
@@ -143,8 +146,7 @@ def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: s
                 return KEEP
             raise InputError(f"{tensor.name} is expert {expert}, expected 0..{num_experts - 1}: {where}")
         start = len(tensor.name) - len(rest)
-        before = tensor.name[: start + found.start("expert")]
-        return Key(Role.EXPERT, stack, layer, expert, before, found["after"])
+        return Key(Role.EXPERT, stack, layer, expert, start + found.start("expert"), start + found.end("expert"))
     if VALUES.match(rest):
         return Key(Role.VALUES, stack, layer, router=True)
     if VECTOR.match(rest):
@@ -163,7 +165,8 @@ def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: s
         if rest.endswith("scale") and shape in ((), (1,)):
             return KEEP  # one scale for all experts
         return rows(Role.ROWS, 0, router=False, extra=(0,))
-    if EXPERT_LIKE.search(rest) or ROUTER_LIKE.search(rest):
+    further = FURTHER_ROUTER.match(rest) and num_experts in shape[:1]
+    if further or EXPERT_LIKE.search(rest) or ROUTER_LIKE.search(rest):
         raise InputError(
             f"{tensor.name} (shape {list(shape)}) belongs to the experts or the router of layer {layer}, "
             f"and semmoe does not know how to move it: {where}"

@@ -8,6 +8,7 @@ the names in the written header to the source, so that a mistake in one directio
 Shape letters: E experts.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,11 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from profiles.errors import InputError
-from runtime.checkpoint import Checkpoint, Shard, Tensor, make_header, read_shard
+from runtime.checkpoint import Checkpoint, Shard, Tensor, make_header
 from runtime.checkpoint_copy import Edit, FilePlan, Part, Piece, merged
 from runtime.checkpoint_keys import KEEP, Key, Role, classify, has_experts, is_side, split_key
 
 EDIT_BYTES = 4 << 20  # smaller tensors are gathered in memory, larger ones by copies of each expert's bytes
+NAMED_EXPERT = re.compile(
+    r"(?P<before>[\w.]*(?:layers|blocks|h)\.(?P<layer>\d+)\.(?!self_attention\.)(?:\w+\.)?experts\.)(?P<expert>\d+)(?![\w*])"
+)
 ID_DTYPES = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1", "I8": "i1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 Orders = Mapping[int, np.ndarray]
@@ -100,7 +104,7 @@ def relabel_shard(
     tensors = []
     for tensor in shard.tensors:
         key = keys[tensor.name]
-        name = key.renamed(int(old2new[key.layer][key.expert])) if key.role is Role.EXPERT else tensor.name
+        name = key.renamed(tensor.name, int(old2new[key.layer][key.expert])) if key.role is Role.EXPERT else tensor.name
         tensors.append(replace(tensor, name=name))
     header = make_header(tuple(tensors), shard.metadata, header_bytes=header_bytes or shard.header_bytes)
     parts: list[Part] = []
@@ -170,19 +174,17 @@ def read_bytes(path: Path, offset: int, num_bytes: int) -> bytes:
     return data
 
 
-def expected_parts(
-    written: Path, source: Shard, model: RoutedModel, orders: Orders
-) -> tuple[list[Part], tuple[Tensor, ...]]:
+def expected_parts(shard: Shard, source: Shard, model: RoutedModel, orders: Orders) -> list[Part]:
     """What a written file must hold, told from its own header: parts of the source that cover its data region.
 
     Raises InputError where its names, types, shapes or metadata are not those of the source under the permutation.
     """
-    shard = read_shard(written)
+    written = shard.path
     sources = {tensor.name: tensor for tensor in source.tensors}
     parts: list[Part] = []
     for tensor in shard.tensors:
         key = classify_one(tensor, model, set(orders), written)
-        name = key.renamed(int(orders[key.layer][key.expert])) if key.role is Role.EXPERT else tensor.name
+        name = key.renamed(tensor.name, int(orders[key.layer][key.expert])) if key.role is Role.EXPERT else tensor.name
         original = sources.pop(name, None)
         if original is None or (original.dtype, original.shape) != (tensor.dtype, tensor.shape):
             raise InputError(
@@ -192,7 +194,20 @@ def expected_parts(
         parts += tensor_parts(source, original, key, order_E, shard.header_bytes + tensor.begin)
     if sources or shard.metadata != source.metadata:
         raise InputError(f"{written} lacks {next(iter(sources), 'the metadata')} of {source.path}: nothing was kept")
-    return merged(parts), shard.tensors
+    return merged(parts)
+
+
+def relabelled_config(text: str, orders: Orders) -> str:
+    """A configuration file whose lists of modules (kept in high precision, say) name single experts, renamed likewise."""
+    old2new = {layer: np.argsort(order) for layer, order in orders.items()}
+
+    def rename(found: re.Match[str]) -> str:
+        layer, expert = int(found["layer"]), int(found["expert"])
+        if is_side(found["before"]) or layer not in old2new or expert >= len(old2new[layer]):
+            return found[0]
+        return f"{found['before']}{old2new[layer][expert]}"
+
+    return NAMED_EXPERT.sub(rename, text)
 
 
 def relabelled_index(weight_map: Mapping[str, str], keys: Mapping[str, Key], orders: Orders) -> dict[str, str]:
@@ -201,7 +216,7 @@ def relabelled_index(weight_map: Mapping[str, str], keys: Mapping[str, Key], ord
     result = {}
     for name, file in weight_map.items():
         key = keys[name]
-        result[key.renamed(int(old2new[key.layer][key.expert])) if key.role is Role.EXPERT else name] = file
+        result[key.renamed(name, int(old2new[key.layer][key.expert])) if key.role is Role.EXPERT else name] = file
     return dict(sorted(result.items())) if list(weight_map) == sorted(weight_map) else result
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from profiles.config import moe_facts, read_config, text_config
 from profiles.errors import InputError
-from runtime.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
+from runtime.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint, read_index, read_shard
 from runtime.checkpoint_copy import FilePlan, Written, check_parts, write_files
 from runtime.checkpoint_keys import Key
 from runtime.output_directory import OutputDirectory, check_space
@@ -34,6 +34,7 @@ from runtime.relabel import (
     classify_checkpoint,
     expected_parts,
     relabel_shard,
+    relabelled_config,
     relabelled_index,
     total_bytes,
 )
@@ -238,6 +239,7 @@ def write_permuted(
     with OutputDirectory(out, source.path, marker=SIDECAR, force=force) as directory:
         check_space(directory.partial, total_bytes(files))
         copy_others(source, directory.partial, skip=(SIDECAR,))
+        relabel_configs(source, orders, directory.partial)
         write_index(source, keys, orders, directory.partial)
         sums = write_all(files, directory.partial, verify=verify, progress=progress)
         if verify != "none":
@@ -300,11 +302,16 @@ def check_written(
 ) -> None:
     """Raise InputError unless the headers and the index on the disk ask for just the bytes that were copied."""
     shards = {shard.name: shard for shard in source.shards}
+    index = read_index(root / INDEX_NAME)["weight_map"] if source.index else {}
     for file in files:
+        written = read_shard(root / file.name)
         if not file.link:
-            expected, _ = expected_parts(root / file.name, shards[file.name], model, orders)
-            check_parts(root / file.name, expected, file.parts)
-    open_checkpoint(root)
+            check_parts(written.path, expected_parts(written, shards[file.name], model, orders), file.parts)
+        for tensor in written.tensors:
+            if index.pop(tensor.name, file.name) != file.name:
+                raise InputError(f"{root / INDEX_NAME} names another file for {tensor.name}: nothing was kept")
+    if index:
+        raise InputError(f"{root / INDEX_NAME} names {next(iter(index))}, which no file holds: nothing was kept")
 
 
 def copy_others(source: Checkpoint, target: Path, *, skip: tuple[str, ...]) -> None:
@@ -313,6 +320,16 @@ def copy_others(source: Checkpoint, target: Path, *, skip: tuple[str, ...]) -> N
         if name not in skip:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, target / name)
+
+
+def relabel_configs(source: Checkpoint, orders: Orders, target: Path) -> None:
+    """Quantisation settings may name experts: config.json, hf_quant_config.json, quantize_config.json, ..."""
+    for name in source.others:
+        if "/" not in name and name.endswith(".json") and ("config" in name or "quant" in name):
+            text = (target / name).read_bytes().decode("utf-8", errors="surrogateescape")
+            renamed = relabelled_config(text, orders)
+            if renamed != text:
+                (target / name).write_bytes(renamed.encode("utf-8", errors="surrogateescape"))
 
 
 def write_index(source: Checkpoint, keys: Mapping[str, Key], orders: Orders, target: Path) -> None:

@@ -213,6 +213,25 @@ def test_mtp_layers_and_towers_stay(tmp_path: Path) -> None:
     assert before[main] != after[main]
 
 
+def test_settings_that_name_experts_follow_them(tmp_path: Path) -> None:
+    """An unquantised expert in the list of a quantised model: after renaming, the list must name it as it is called now."""
+    names = ["lm_head", "model.layers.0.mlp.experts.3", "model.layers.1.mlp.experts.5.down_proj", "re:.*mlp.gate$"]
+    names += [
+        "model.layers.0.mlp.shared_experts.up_proj",
+        "talker.model.layers.0.mlp.experts.3",
+        "model.layers.9.mlp.experts.3",
+    ]
+    source = write_checkpoint(tmp_path / "source", per_expert_model(), config=CONFIG | {"ignore": names})
+    orders = random_orders(2)
+    reshard_checkpoint(source, make_plan(orders.reshape(2, 2, 4)), tmp_path / "out")
+    new = [list(order).index(old) for order, old in zip(orders, (3, 5), strict=True)]
+    assert new != [3, 5]
+    expected = [f"model.layers.0.mlp.experts.{new[0]}", f"model.layers.1.mlp.experts.{new[1]}.down_proj"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["ignore"] == [names[0], *expected, *names[3:]]
+    undo_reshard(tmp_path / "out", tmp_path / "back")
+    assert_same_files(source, tmp_path / "back")
+
+
 def test_hash_tables_get_new_values(tmp_path: Path) -> None:
     config = CONFIG | {"model_type": "deepseek_v4", "n_routed_experts": E, "mlp_layer_types": ["hash_moe", "moe"]}
     specs = {"embed.weight": ("BF16", (32, D)), "layers.0.ffn.gate.tid2eid": ("I64", (32, 2))}

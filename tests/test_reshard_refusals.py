@@ -117,6 +117,7 @@ def test_a_plan_for_other_layers(source: Path) -> None:
         ("model.layers.0.mlp.experts.mystery", ("BF16", (E,))),
         ("model.layers.1.mlp.router.hash_table", ("I64", (32,))),
         ("model.layers.1.mlp.gate.weight_scale_inv", ("F32", (1, 1))),
+        ("model.layers.1.mlp.image_gate.weight", ("BF16", (E, D))),
         ("model.layers.1.mlp.expert_scale", ("F32", (E,))),
         ("model.layers.0.mlp.experts.9.up_proj.weight", ("BF16", (F, D))),
         ("model.layers.0.mlp.experts.down_proj", ("BF16", (E + 1, D, F))),
