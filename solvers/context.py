@@ -1,0 +1,286 @@
+"""Context predictor for Attention-TP: from what is known before layer l's router runs, a score per rank for every token.
+
+The experts a token chose at earlier layers say more about layer l than its id does. Features, all known when the tokens are scattered:
+the share row of the token's id (token table), the experts the token itself chose at the `depth` layers before, and the experts that the
+token before it in the request chose. Of a prompt token's predecessor, which runs in the same pass, only layers before l are known (its
+choice at l - 1 is used); a generated token's predecessor has left the model (its choice at l is used). Scores are linear in the one-hot
+features: one gather-sum.
+
+Fit: ridge regression to the share of a token's activations on each rank. One-hot features make the normal equations counts of expert
+pairs across layers, which neighbouring layers share. The share row leaves out the token's own request, or the counts would leak; a
+perceptron on the same features was no better on held-out requests (docs/experiments.md).
+
+Cost online, per token and layer: (depth + 1) * K * R additions and as many float16 weights read (depth 6, K 8, R 8: 448 additions, 0.9 kB),
+plus 2 * R * R flops for the share row. Weights: (depth + 2) * E * R * 2 bytes per layer (33 kB at E 256, R 8, depth 6).
+
+Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, D depth (earlier layers), P phases (prompt, generated), F features.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from profiles.trace import TraceBatch
+from solvers.token_table import PRIOR_TOKENS, RARE_TOKENS, ShareRows, TokenTable, previous_token_ids_T
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+MAX_FEATURES = 1536  # depth * experts: bounds the F * F normal equations
+MAX_DEPTH = 24
+MAX_TOKENS = 65_536  # rows to fit on
+RIDGE = 60.0  # in tokens; held-out locality is flat from 10 to 200
+BLOCK = 8_192
+
+
+@dataclass(frozen=True, eq=False)
+class ContextPredictor:
+    """Weights of the linear score. Row E of an expert axis is zero: an empty slot, or a predecessor that is not known."""
+
+    bias_LR: np.ndarray  # float32 [L, R]
+    share_LRR: np.ndarray  # float32 [L, R, R]: share row (first R) to score
+    own_LDER: np.ndarray  # float16 [L, D, E + 1, R]: D = 0 is the layer just before
+    previous_LPER: np.ndarray  # float16 [L, 2, E + 1, R]: prompt tokens (layer l - 1), generated tokens (layer l)
+
+    @property
+    def depth(self) -> int:
+        return self.own_LDER.shape[1]
+
+
+def context_scores_TR(
+    predictor: ContextPredictor,
+    layer: int,
+    shares_TR: np.ndarray,
+    chosen_TLK: np.ndarray,
+    previous_TLK: np.ndarray,
+    is_prompt_T: np.ndarray,
+) -> np.ndarray:
+    """Score of each rank as a home at `layer`, float32 [T, R]: the predicted share of activations.
+
+    `chosen_TLK`: experts of each token, read at layers before `layer` only. `previous_TLK`: those of the token before it in its request
+    (E where unknown), read before `layer`, and at `layer` for generated tokens only. `shares_TR`: rows of the token table.
+    """
+    scores_TR = predictor.bias_LR[layer] + shares_TR @ predictor.share_LRR[layer]
+    for back in range(min(predictor.depth, layer)):
+        scores_TR += predictor.own_LDER[layer, back][chosen_TLK[:, layer - 1 - back]].sum(axis=1, dtype=np.float32)
+    prompt_ER, generated_ER = predictor.previous_LPER[layer]
+    generated_T = np.flatnonzero(~is_prompt_T)
+    scores_TR[generated_T] += generated_ER[previous_TLK[generated_T, layer]].sum(axis=1, dtype=np.float32)
+    if layer:
+        prompt_T = np.flatnonzero(is_prompt_T)
+        scores_TR[prompt_T] += prompt_ER[previous_TLK[prompt_T, layer - 1]].sum(axis=1, dtype=np.float32)
+    return scores_TR
+
+
+def previous_experts_TLK(batch: TraceBatch, num_experts: int) -> np.ndarray:
+    """Experts of the token before each row in its request, [T, L, K]; num_experts where the trace does not hold it."""
+    experts = batch.expert_ids_TLK
+    dtype = experts.dtype if num_experts <= np.iinfo(experts.dtype).max else np.uint16
+    previous = np.full(experts.shape, num_experts, dtype)
+    previous[1:] = experts[:-1]
+    previous[batch.starts_B1[:-1][np.diff(batch.starts_B1) > 0]] = num_experts
+    return previous
+
+
+def default_depth(num_layers: int, num_experts: int) -> int:
+    """How many earlier layers are read: all where experts are few, 6 of 256 experts."""
+    return max(1, min(num_layers - 1, MAX_DEPTH, MAX_FEATURES // num_experts))
+
+
+def training_rows(batch: TraceBatch, seed: int, max_tokens: int = MAX_TOKENS) -> np.ndarray:
+    """Rows to fit on, ascending int64: all, or a random sample over all requests."""
+    if batch.num_tokens <= max_tokens:
+        return np.arange(batch.num_tokens)
+    return np.sort(np.random.default_rng(seed).choice(batch.num_tokens, max_tokens, replace=False))
+
+
+def fit_context(
+    batch: TraceBatch,
+    table: TokenTable,
+    hosts_LER: np.ndarray,
+    *,
+    seed: int,
+    depth: int | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> ContextPredictor:
+    """Predictor fitted on (a sample of) the batch that `table` was counted on. `hosts_LER` bool: ranks that host an expert."""
+    num_layers, num_experts, num_ranks = hosts_LER.shape
+    depth = default_depth(num_layers, num_experts) if depth is None else depth
+    rows = training_rows(batch, seed, max_tokens)
+    chosen_TLK = batch.expert_ids_TLK[rows]
+    previous_TLK = previous_experts_TLK(batch, num_experts)[rows]
+    is_prompt_T = batch.is_prompt_T[rows]
+    without_own = _LeaveOwnRequestOut.of(batch, table, rows)
+    pairs = _PairCounts(num_experts)
+    padded_LER = np.pad(hosts_LER, ((0, 0), (0, 1), (0, 0))).astype(np.float64) / chosen_TLK.shape[2]
+
+    predictor = ContextPredictor(
+        bias_LR=np.zeros((num_layers, num_ranks), np.float32),
+        share_LRR=np.zeros((num_layers, num_ranks, num_ranks), np.float32),
+        own_LDER=np.zeros((num_layers, depth, num_experts + 1, num_ranks), np.float16),
+        previous_LPER=np.zeros((num_layers, 2, num_experts + 1, num_ranks), np.float16),
+    )
+    for layer in range(num_layers):
+        # 1. Feature blocks of this layer: expert ids per row, by the place of their weights.
+        blocks: dict[tuple, tuple] = {
+            ("own", back): (layer - 1 - back, chosen_TLK[:, layer - 1 - back]) for back in range(min(depth, layer))
+        }
+        for phase, at, used_T in ((0, layer - 1, is_prompt_T), (1, layer, ~is_prompt_T)):
+            if at >= 0 and used_T.any():
+                ids_TK = np.where(used_T[:, None], previous_TLK[:, at], num_experts)
+                blocks["previous", phase] = (f"previous {phase} {layer}", ids_TK)
+        # 2. Dense features and target.
+        served_TR = _one_hot(chosen_TLK[:, layer], num_experts) @ padded_LER[layer]
+        shares_TR = without_own.shares_TR(layer, served_TR, table)
+        dense_TF = np.hstack([np.ones((len(rows), 1)), shares_TR])
+        # 3. Normal equations from pair counts, solved, and the weights put in their places.
+        weights_FR = _solve_layer(blocks, (layer, chosen_TLK[:, layer]), dense_TF, served_TR, padded_LER[layer], pairs)
+        predictor.bias_LR[layer] = weights_FR[0]
+        predictor.share_LRR[layer] = weights_FR[1 : 1 + num_ranks]
+        for number, place in enumerate(blocks):
+            first = 1 + num_ranks + number * num_experts
+            target_LXER = predictor.own_LDER if place[0] == "own" else predictor.previous_LPER
+            target_LXER[layer, place[1], :num_experts] = weights_FR[first : first + num_experts]
+        pairs.forget(before=layer + 1 - depth)
+    return predictor
+
+
+def _solve_layer(
+    blocks: dict,
+    target: tuple,
+    dense_TF: np.ndarray,
+    served_TR: np.ndarray,
+    padded_ER: np.ndarray,
+    pairs: "_PairCounts",
+) -> np.ndarray:
+    """Ridge weights, float64 [F, R]: dense features first, then E per block."""
+    from scipy.linalg import solve
+
+    num_experts, num_dense, num_blocks = len(padded_ER) - 1, dense_TF.shape[1], len(blocks)
+    num_features = num_dense + num_blocks * num_experts
+    gram_FF = np.zeros((num_features, num_features))
+    right_FR = np.zeros((num_features, served_TR.shape[1]))
+    gram_FF[:num_dense, :num_dense] = dense_TF.T @ dense_TF
+    right_FR[:num_dense] = dense_TF.T @ served_TR
+    features = list(blocks.values())
+    places = [slice(num_dense + i * num_experts, num_dense + (i + 1) * num_experts) for i in range(num_blocks)]
+    for i, block in enumerate(features):
+        gram_FF[places[i], :num_dense] = (_one_hot(block[1], num_experts).T @ dense_TF)[:num_experts]
+        gram_FF[:num_dense, places[i]] = gram_FF[places[i], :num_dense].T
+        right_FR[places[i]] = pairs.counts_EE(block, target)[:num_experts] @ padded_ER
+        for j, other in enumerate(features[: i + 1]):
+            counts_EE = pairs.counts_EE(block, other)[:num_experts, :num_experts]
+            gram_FF[places[i], places[j]] = counts_EE
+            gram_FF[places[j], places[i]] = counts_EE.T
+    # Dense features are few and small next to the counts: a light ridge only keeps the equations regular.
+    gram_FF[np.diag_indices(num_features)] += np.r_[np.ones(num_dense), np.full(num_features - num_dense, RIDGE)]
+    return solve(gram_FF, right_FR, assume_a="pos", overwrite_a=True, check_finite=False)
+
+
+def _one_hot(ids_TK: np.ndarray, num_experts: int) -> "csr_array":
+    """Sparse 0/1 matrix float64 [T, E + 1] of the chosen ids."""
+    from scipy.sparse import csr_array
+
+    num_tokens, top_k = ids_TK.shape
+    starts = np.arange(0, num_tokens * top_k + 1, top_k)
+    return csr_array(
+        (np.ones(num_tokens * top_k), ids_TK.reshape(-1).astype(np.int32), starts), (num_tokens, num_experts + 1)
+    )
+
+
+class _PairCounts:
+    """Counts of expert pairs between two feature columns, kept while later layers need them again.
+
+    A column is (name, ids_TK); integer names are layers of the token's own choices, which neighbouring layers share.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.width = num_experts + 1
+        self._kept: dict[tuple, np.ndarray] = {}
+
+    def counts_EE(self, first: tuple, second: tuple) -> np.ndarray:
+        """float64 [E + 1, E + 1]: tokens that chose one expert in the first column and the other in the second."""
+        key = (first[0], second[0])
+        if key in self._kept:
+            return self._kept[key]
+        if key[::-1] in self._kept:
+            return self._kept[key[::-1]].T
+        counts = np.zeros(self.width * self.width, np.int64)
+        for start in range(0, len(first[1]), BLOCK):
+            left_TK = first[1][start : start + BLOCK].astype(np.int64) * self.width
+            right_TK = second[1][start : start + BLOCK].astype(np.int64)
+            counts += np.bincount((left_TK[:, :, None] + right_TK[:, None, :]).reshape(-1), minlength=len(counts))
+        counts_EE = counts.reshape(self.width, self.width).astype(np.float64)
+        if isinstance(key[0], int) and isinstance(key[1], int):
+            self._kept[key] = counts_EE
+        return counts_EE
+
+    def forget(self, *, before: int) -> None:
+        """Drop the counts of layers that no later layer reads."""
+        self._kept = {key: counts for key, counts in self._kept.items() if min(key) >= before}
+
+
+@dataclass(frozen=True, eq=False)
+class _OwnCounts:
+    """For rows of a profile: how much of a table row comes from their own request."""
+
+    row_T: np.ndarray  # row of the table, -1 none
+    pair_T: np.ndarray  # index of (request, row)
+    weight_T: np.ndarray  # what the row adds to its table row
+    total_T: np.ndarray  # weight of the table row
+    own_T: np.ndarray  # of it from the own request
+    scale_T: np.ndarray  # own weight in the whole request over that in the fitted sample
+
+    @classmethod
+    def of(
+        cls, row_all: np.ndarray, request_all: np.ndarray, weight_all: np.ndarray, table: ShareRows, rows: np.ndarray
+    ) -> "_OwnCounts":
+        keys_all = request_all * (len(table.ids_U) + 1) + row_all + 1
+        keys, pair_all = np.unique(keys_all, return_inverse=True)
+        own_all = np.bincount(pair_all, weight_all, len(keys))
+        pair_T, row_T = pair_all[rows], row_all[rows]
+        sampled = np.bincount(pair_T, weight_all[rows], len(keys))[pair_T]
+        total_T = table.weight_U[row_T].astype(np.float64) if len(table.ids_U) else np.zeros(len(rows))
+        scale_T = own_all[pair_T] / np.maximum(sampled, 1e-12)
+        return cls(row_T, pair_T, weight_all[rows], total_T, own_all[pair_T], scale_T)
+
+    def removed_TR(self, shares_TR: np.ndarray, served_TR: np.ndarray) -> np.ndarray:
+        """Smoothed shares float64 [T, R] without the own request. `served_TR`: share of each row's activations per rank."""
+        own = [np.bincount(self.pair_T, self.weight_T * column)[self.pair_T] for column in served_TR.T]
+        sums_TR = shares_TR * (self.total_T + PRIOR_TOKENS)[:, None] - np.stack(own, 1) * self.scale_T[:, None]
+        left_TR = np.maximum(sums_TR, 0) / (self.left_T + PRIOR_TOKENS)[:, None]
+        return np.where(self.row_T[:, None] < 0, shares_TR, left_TR)
+
+    @property
+    def left_T(self) -> np.ndarray:
+        return np.where(self.row_T < 0, 0, np.maximum(self.total_T - self.own_T, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class _LeaveOwnRequestOut:
+    """Share rows as a new request would see them: the occurrences of the row's own request are taken out of the counts."""
+
+    own: _OwnCounts
+    after: _OwnCounts
+
+    @classmethod
+    def of(cls, batch: TraceBatch, table: TokenTable, rows: np.ndarray) -> "_LeaveOwnRequestOut":
+        lookup = table.lookup(batch.token_ids_T, previous_token_ids_T(batch))
+        request_all, known_all = batch.request_of_T, lookup.row_T >= 0
+        ones = np.ones(batch.num_tokens)
+        tokens_all = np.where(known_all, table.own.weight_U[lookup.row_T], 0) if len(table.own.ids_U) else 0 * ones
+        counted_all = known_all & (tokens_all <= RARE_TOKENS) & (lookup.after_T >= 0)
+        weight_all = np.where(counted_all, np.maximum(tokens_all, 1) ** -0.5, 0)
+        return cls(
+            _OwnCounts.of(lookup.row_T, request_all, ones, table.own, rows),
+            _OwnCounts.of(lookup.after_T, request_all, weight_all, table.after, rows),
+        )
+
+    def shares_TR(self, layer: int, served_TR: np.ndarray, table: TokenTable) -> np.ndarray:
+        """What TokenTable.shares_TR gives for the rows, float64 [T, R], without their own requests."""
+        rare_R = table.rare_LR[layer]
+        own_TR = self.own.removed_TR(table.own.shares_TR(layer, self.own.row_T, rare_R), served_TR)
+        after_TR = self.after.removed_TR(table.after.shares_TR(layer, self.after.row_T, rare_R), served_TR)
+        prior_T = PRIOR_TOKENS / (PRIOR_TOKENS + self.own.left_T)
+        return own_TR + (after_TR - rare_R) * prior_T[:, None]
