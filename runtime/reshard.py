@@ -179,9 +179,14 @@ def check_plan(source: Checkpoint, plan: Plan) -> RoutedModel:
     for what, mine, theirs in pairs:
         if mine != theirs:
             raise InputError(f"{source.path} has {mine} {what}, the plan is for a model with {theirs}: {wanted.model}")
-    mine, theirs = facts["model_type"], wanted.model_type
-    if mine and theirs and not (mine.startswith(theirs) or theirs.startswith(mine)):
-        raise InputError(f"{source.path} is a {mine} model, the plan is for {theirs}: {wanted.model}")
+    # A trace may name the language model inside a multimodal one ("qwen3_5_moe_text"); both names are in config.json.
+    names = {
+        str(name).removesuffix("_text") for name in (facts["model_type"], text_config(config).get("model_type")) if name
+    }
+    if names and wanted.model_type and wanted.model_type.removesuffix("_text") not in names:
+        raise InputError(
+            f"{source.path} is a {facts['model_type']} model, the plan is for {wanted.model_type}: {wanted.model}"
+        )
     return routed_model(config, facts["num_experts"])
 
 

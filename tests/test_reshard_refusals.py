@@ -101,6 +101,13 @@ def test_a_plan_for_another_model(source: Path, facts: dict, match: str) -> None
     refuse(source, plan_of(random_orders(2), **facts), match)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_moe", ""])
+def test_a_plan_may_name_the_language_model_inside(model_type: str, tmp_path: Path) -> None:
+    config = {"model_type": "qwen3_vl_moe", "text_config": CONFIG}
+    source = write_checkpoint(tmp_path / "source", per_expert_model(), config=config)
+    reshard_checkpoint(source, plan_of(random_orders(2), model_type=model_type), tmp_path / "out")
+
+
 def test_a_plan_for_another_number_of_experts(source: Path) -> None:
     refuse(source, plan_of(random_orders(2, 16), num_experts=16), "has 8 experts, the plan is for a model with 16")
 
