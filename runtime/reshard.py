@@ -70,7 +70,7 @@ class ReshardResult:
     out: str
     layout: str
     num_layers: int
-    experts_moved: int  # (layer, expert) pairs that lie on another rank than by the source's own order
+    experts_moved: int  # (layer, expert) pairs with another number than before (ranks: on another rank than by number)
     files: int
     bytes_written: int
     bytes_linked: int

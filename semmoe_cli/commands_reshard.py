@@ -26,7 +26,9 @@ class Verify(enum.StrEnum):
 
 
 def reshard(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory with safetensors files.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint directory with safetensors files.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Checkpoint directory to write.")],
     plan: Annotated[
         Path | None, typer.Argument(metavar="PLAN", help="Plan of `semmoe place`; none with --undo.")

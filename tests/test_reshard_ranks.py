@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_factory import CONFIG, make_plan, random_orders, read_tensors, write_checkpoint
-from test_reshard import FUSED, PER_EXPERT, E, assert_same_files, fused_model, per_expert_model, rows
+from checkpoint_factory import CONFIG, make_plan, random_orders, read_tensors, write_checkpoint, write_shard
+from test_reshard import DENSE, FUSED, PER_EXPERT, E, assert_same_files, fused_model, per_expert_model, rows
 
 from profiles.errors import InputError
 from runtime.reshard import reshard_checkpoint, undo_reshard
@@ -70,6 +70,16 @@ def test_grouped_routers_are_no_obstacle_and_the_sidecar_has_the_slots(tmp_path:
     facts = json.loads((tmp_path / "out" / "semmoe.json").read_text())
     assert facts["placement"] == WITH_REPLICAS.tolist() and facts["model_layers"] == [0, 1]
     assert facts["plan"]["fingerprint"] == plan.fingerprint
+
+
+def test_files_without_experts_can_be_linked(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", DENSE)
+    experts = {name: spec for name, spec in per_expert_model().items() if name not in DENSE}
+    write_shard(source / "experts.safetensors", experts, np.random.default_rng(5))
+    reshard_checkpoint(source, make_plan(WITH_REPLICAS), tmp_path / "out", layout="ranks", link=True)
+    assert (source / "model.safetensors").samefile(tmp_path / "out" / "shared" / "model.safetensors")
+    undo_reshard(tmp_path / "out", tmp_path / "back")
+    assert_same_files(source, tmp_path / "back")
 
 
 def test_a_lost_byte_of_a_rank_is_found(tmp_path: Path) -> None:
