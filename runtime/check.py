@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from profiles.errors import InputError
 from profiles.loading import ModelSource, load_model
@@ -27,6 +28,7 @@ def check_completions(
 
     `logit_gap`: how far the model puts its own token above the one that was generated. A gap of rounding size is a tie.
     """
+    transformers_logging.disable_progress_bar()
     model = load_model(source, dtype=dtype, device=device)
     mismatches = []
     for prompt, line in zip(prompts, lines, strict=True):

@@ -46,8 +46,8 @@ class LayerTables:
 
     layer: int  # counted over MoE layers
     name: str  # for people
-    rank_of_E: torch.Tensor  # int64 [E]
-    slot_of_E: torch.Tensor  # int64 [E], on that rank
+    rank_of_E: torch.Tensor  # int64 [E + 1]; the id E is an empty slot, which rank R serves: nobody
+    slot_of_E: torch.Tensor  # int64 [E + 1], on that rank
     slots_per_rank: int
 
 
@@ -112,8 +112,8 @@ def layer_tables(
             LayerTables(
                 number,
                 name,
-                torch.as_tensor(rank_of_E, device=device),
-                torch.as_tensor(slot_of_E, device=device),
+                torch.as_tensor(np.append(rank_of_E, placement.num_ranks), device=device),
+                torch.as_tensor(np.append(slot_of_E, 0), device=device),
                 placement.slots_per_rank,
             )
         )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from profiles.errors import InputError
+from runtime.failures import naming
 
 BACKENDS = ("auto", "nccl", "gloo")
 
@@ -94,7 +95,15 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
     mesh_device = "cuda" if backend == "nccl" else "cpu"
     mesh = DeviceMesh(mesh_device, torch.arange(size).reshape(size, 1), mesh_dim_names=("ranks", "alone"))
     group = mesh.get_group("ranks")
-    try:
-        yield Group(rank, size, chosen, backend, group, mesh["ranks"], mesh["alone"])
-    finally:
-        dist.destroy_process_group()
+    yield Group(rank, size, chosen, backend, group, mesh["ranks"], mesh["alone"])
+    # Not after an exception: with peers gone, an orderly end can block.
+    dist.destroy_process_group()
+
+
+def share(value: Any, group: Group) -> Any:
+    """The value that rank 0 has, on every rank; any picklable object."""
+    shared = [value]
+    device = group.device if group.backend == "nccl" else None
+    with naming(group.rank, "the exchange of what rank 0 has read"):
+        dist.broadcast_object_list(shared, src=0, group=group.handle, device=device)
+    return shared[0]

@@ -37,12 +37,12 @@ class Rows(NamedTuple):
 def find_destinations(
     expert_ids_TK: torch.Tensor, rank_of_E: torch.Tensor, slot_of_E: torch.Tensor, num_ranks: int
 ) -> Destinations:
-    """Destinations of each choice by the serving tables of this rank at this layer."""
+    """Destinations of each choice by the serving tables of this rank at this layer. Rank `num_ranks` in a table: served by nobody."""
     rank_TK, slot_TK = rank_of_E[expert_ids_TK], slot_of_E[expert_ids_TK]
-    needs_RT = torch.zeros((num_ranks, len(expert_ids_TK)), dtype=torch.bool, device=expert_ids_TK.device)
-    needs_RT.scatter_(0, rank_TK.T, True)
-    pairs_R = torch.zeros(num_ranks, dtype=torch.int64, device=rank_TK.device)
-    pairs_R.scatter_add_(0, rank_TK.reshape(-1), torch.ones_like(rank_TK).reshape(-1))
+    needs_RT = torch.zeros((num_ranks + 1, len(expert_ids_TK)), dtype=torch.bool, device=expert_ids_TK.device)
+    needs_RT = needs_RT.scatter_(0, rank_TK.T, True)[:num_ranks]
+    pairs_R = torch.zeros(num_ranks + 1, dtype=torch.int64, device=rank_TK.device)
+    pairs_R = pairs_R.scatter_add_(0, rank_TK.reshape(-1), torch.ones_like(rank_TK).reshape(-1))[:num_ranks]
     return Destinations(rank_TK, slot_TK, needs_RT, needs_RT.sum(1), pairs_R)
 
 

@@ -116,7 +116,7 @@ def _tensors_of_whole(checkpoint: Checkpoint, num_experts: int, slots: dict[int,
                 raise InputError(f"{name}: all experts are rows of one matrix here, which semmoe run cannot split")
             tensors[name] = ExpertRows(lazy, slots[key.layer])
         elif key.expert in slots[key.layer]:
-            tensors[key.renamed(slots[key.layer].index(key.expert))] = lazy
+            tensors[key.renamed(name, slots[key.layer].index(key.expert))] = lazy
     return tensors
 
 

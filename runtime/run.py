@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from profiles.requests import encode_requests, read_requests
 from profiles.sources import open_source
 from runtime.engine import Completion, Limits, PhaseTimes, Prompt, serve
 from runtime.failures import naming
-from runtime.group import Group, open_group
+from runtime.group import open_group, share
 from runtime.metrics import rate, traffic_metrics
 from runtime.placed_model import PlacedModel, load_placed
 from runtime.rank_weights import find_placed
@@ -75,6 +75,20 @@ def find_source(checkpoint: str) -> tuple[ModelSource, Path]:
     return source, source.folder
 
 
+class Assigned(NamedTuple):
+    """The prompts and the rank that serves each, int64 [B]."""
+
+    prompts: list[Prompt]
+    rank_of_B: np.ndarray
+
+
+def assign_prompts(options: RunOptions, plan: Plan, tell: Callable[[str], None]) -> Assigned:
+    """Read and assign the prompts. Raises InputError where they, the model and the plan do not fit each other."""
+    prompts = read_prompts(options, tell)
+    ids = [prompt.token_ids for prompt in prompts]
+    return Assigned(prompts, assign(options.scheduler, ids, plan, max_new_tokens=options.max_new_tokens))
+
+
 def read_prompts(options: RunOptions, tell: Callable[[str], None]) -> list[Prompt]:
     """The prompts as token ids. Raises InputError where there is none, or one is empty or too long for the model."""
     source, _ = find_source(options.checkpoint)
@@ -112,16 +126,16 @@ def stop_token_ids(source: ModelSource) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
-def run_rank(options: RunOptions, prompts: list[Prompt] | None, tell: Callable[[str], None]) -> RunResult | None:
-    """Run this process's rank; the result on rank 0, None elsewhere. `prompts` None: rank 0 reads them."""
+def run_rank(options: RunOptions, assigned: Assigned | None, tell: Callable[[str], None]) -> RunResult | None:
+    """Run this process's rank; the result on rank 0, None elsewhere. `assigned` None: rank 0 reads the prompts."""
     transformers_logging.disable_progress_bar()  # one bar per rank would be noise
     with open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group:
         plan = load_plan(options, group.size)
         source, folder = find_source(options.checkpoint)
         placed_checkpoint = find_placed(folder, plan)
-        if group.rank == 0 and prompts is None:
-            prompts = read_prompts(options, tell)
-        prompts, rank_of_B = share_assignment(options, plan, prompts, group)
+        if assigned is None:
+            assigned = share(assign_prompts(options, plan, tell) if group.rank == 0 else None, group)
+        prompts, rank_of_B = assigned
         serving = serving_LRE(placed_checkpoint.placement.hosts_LER, plan.load_LE, plan.topology)
         placed = load_placed(source, placed_checkpoint, plan, serving, group, dtype=options.dtype)
         mine = [prompt for prompt, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
@@ -132,21 +146,6 @@ def run_rank(options: RunOptions, prompts: list[Prompt] | None, tell: Callable[[
         if metrics is None:
             return None
         return RunResult(keeper.finish(), metrics, prompts, limits.stop_ids)
-
-
-def share_assignment(
-    options: RunOptions, plan: Plan, prompts: list[Prompt] | None, group: Group
-) -> tuple[list[Prompt], np.ndarray]:
-    """The prompts and their ranks, as rank 0 has them, on every rank."""
-    shared: list[Any] = [None]
-    if group.rank == 0 and prompts is not None:
-        ids = [prompt.token_ids for prompt in prompts]
-        shared = [(prompts, assign(options.scheduler, ids, plan, max_new_tokens=options.max_new_tokens))]
-    with naming(group.rank, "the exchange of prompts"):
-        dist.broadcast_object_list(
-            shared, src=0, group=group.handle, device=group.device if group.backend == "nccl" else None
-        )
-    return shared[0]
 
 
 def collect_metrics(

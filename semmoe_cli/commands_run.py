@@ -1,6 +1,8 @@
-"""`semmoe run`: a placed model on many ranks, or a recorded routing replayed on them."""
+"""`semmoe run`: a placed model on many ranks, or with --replay a recorded routing on them without model weights."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,10 +10,11 @@ import typer
 
 from profiles.errors import InputError
 from semmoe_cli.commands_trace import Dtype
-from semmoe_cli.options import Json
+from semmoe_cli.options import Json, Seed
 from semmoe_cli.report import note, print_facts, print_json
 
 if TYPE_CHECKING:
+    from runtime.replay import ReplayOptions
     from runtime.run import RunOptions, RunResult
 
 
@@ -43,8 +46,29 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate per request.", min=1)] = 32,
     batch_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Prompt tokens of one forward pass of a rank, padding counted.", min=1)
+        int,
+        typer.Option(
+            metavar="N",
+            help="Prompt tokens of one forward pass of a rank, padding counted; with --replay, rows of a batch on all ranks together.",
+            min=1,
+        ),
     ] = 4096,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACE", help="Replay this trace's routing with random values instead of running a model."
+        ),
+    ] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(metavar="D", help="With --replay: values of a token's row.", min=1)
+    ] = None,
+    expert_size: Annotated[
+        int, typer.Option(metavar="I", help="With --replay: width of the random experts; 0 for none.", min=0)
+    ] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="With --replay: most rows to replay, a random choice of requests.", min=1)
+    ] = 65536,
+    seed: Seed = 0,
     timeout: Annotated[
         float, typer.Option(metavar="S", help="Seconds that a rank waits for the others before the run fails.", min=1)
     ] = 300.0,
@@ -56,20 +80,43 @@ def run(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Run a placed model: every rank holds its experts and serves its own requests.
+    """Run a placed model: every rank holds its experts and serves its own requests. Or replay a trace on your own network.
 
-    Example: semmoe run demo --plan p --prompts demo -o out.jsonl
+    Examples: semmoe run demo --plan p --prompts demo -o out.jsonl; semmoe run --replay t --plan p --hidden-size 2880
     """
     from runtime.launch import launch, under_torchrun
-    from runtime.run import RunOptions, load_plan, read_prompts, run_rank
+    from runtime.replay import ReplayOptions
+    from runtime.run import RunOptions, assign_prompts, load_plan, run_rank
 
+    if replay is not None:
+        if hidden_size is None or checkpoint is not None or prompts is not None:
+            raise typer.BadParameter("--replay needs --hidden-size, and takes neither CHECKPOINT nor --prompts")
+        run_replay(
+            ReplayOptions(
+                replay,
+                str(plan),
+                hidden_size,
+                expert_size,
+                batch_tokens,
+                max_tokens,
+                scheduler,
+                backend,
+                device,
+                dtype.value,
+                timeout,
+                seed,
+            ),
+            nproc,
+            as_json=json_,
+        )
+        return
     if checkpoint is None or prompts is None:
-        raise typer.BadParameter("CHECKPOINT and --prompts are needed")
+        raise typer.BadParameter("CHECKPOINT and --prompts are needed (or --replay TRACE)")
     options = RunOptions(
         checkpoint,
         str(plan),
         prompts,
-        scheduler,
+        scheduler or default_scheduler(str(plan)),
         backend,
         dtype.value,
         device,
@@ -79,14 +126,16 @@ def run(
         timeout,
     )
     if under_torchrun():
-        result = run_rank_or_refuse(options)
+        result = in_one_line(lambda: run_rank(options, None, note))
         if result is None:
             return
     else:
-        ranks = load_plan(options, nproc).topology.num_ranks
+        placed_plan = load_plan(options, nproc)
+        ranks = placed_plan.topology.num_ranks
         check_start(options, ranks, check=check)
+        assigned = assign_prompts(options, placed_plan, note)
         try:
-            result = launch(run_rank, (options, read_prompts(options, note), note), ranks)
+            result = launch(run_rank, (options, assigned, note), ranks)
         except InputError as error:
             raise InputError(f"{error}{kept_results(output)}") from None
     metrics = result.metrics
@@ -95,13 +144,74 @@ def run(
     print_results(result.lines, metrics, output=output, as_json=json_)
 
 
-def run_rank_or_refuse(options: "RunOptions") -> "RunResult | None":
-    """This rank under torchrun, with a failed exchange as one line."""
+def default_scheduler(plan: str) -> str:
+    """dp where the plan scores requests; else none, and a note says so."""
+    from solvers.plan import Plan
+    from solvers.schedule import Schedule
+
+    schedule = Schedule.from_tables(Plan.load(plan).tables)
+    if schedule is not None and schedule.has_requests:
+        return "dp"
+    note(f"{plan} scores no requests: they go to the ranks in turn (--scheduler none)")
+    return "none"
+
+
+def run_replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> None:
+    """Start or join the ranks, replay, print the rows."""
+    from runtime.launch import launch, under_torchrun
+    from runtime.replay import prepare, replay_rank
+    from solvers.plan import Plan
+
+    if under_torchrun():
+        result = in_one_line(lambda: replay_rank(options, None, note))
+    else:
+        ranks = Plan.load(options.plan).topology.num_ranks
+        if nproc not in (None, ranks):
+            raise InputError(f"{nproc} ranks run, the plan {options.plan} is for {ranks}")
+        check_group(options.device, options.backend, ranks)
+        result = launch(replay_rank, (options, prepare(options, ranks, note), note), ranks)
+    if result is not None:
+        print_replay(result, as_json=as_json)
+
+
+def print_replay(result: dict[str, Any], *, as_json: bool) -> None:
+    """Rows of a replay as JSON or as a table."""
+    if as_json:
+        print_json(result)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    title = (
+        f"{result['ranks']} ranks on {result['device']} ({result['backend']}), {result['tokens']:,} tokens in batches of "
+        f"{result['batch_tokens']:,}; link {result['network']['bytes_per_s'] / 1e6:,.0f} MB/s, "
+        f"latency {result['network']['latency_s'] * 1e3:.2f} ms"
+    )
+    table = Table(title=title, title_justify="left")
+    for heading in ("placement", "schedule"):
+        table.add_column(heading)
+    numbers = {
+        "ms_per_layer": 3,
+        "predicted_ms_per_layer": 3,
+        "rows_per_token": 3,
+        "bytes_per_token": 0,
+        "load_imbalance": 3,
+    }
+    for heading in numbers:
+        table.add_column(heading.replace("_", " "), justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            row["placement"], row["schedule"], *(f"{row[name]:,.{digits}f}" for name, digits in numbers.items())
+        )
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+def in_one_line(work: Callable[[], Any]) -> Any:
+    """What `work` returns on this rank under torchrun; a failed exchange is one line."""
     from runtime.failures import ExchangeError
-    from runtime.run import run_rank
 
     try:
-        return run_rank(options, None, note)
+        return work()
     except ExchangeError as error:
         raise InputError(str(error)) from None
 
@@ -109,17 +219,22 @@ def run_rank_or_refuse(options: "RunOptions") -> "RunResult | None":
 def check_start(options: "RunOptions", ranks: int, *, check: bool) -> None:
     """Raise InputError for what can be seen before any rank starts."""
     from runtime.check import require_checkable
-    from runtime.group import choose_backend, choose_device
     from runtime.rank_weights import find_placed
     from runtime.run import find_source
     from solvers.plan import Plan
 
-    device = choose_device(options.device, 0)
-    choose_backend(options.backend, device, ranks)
+    check_group(options.device, options.backend, ranks)
     _, folder = find_source(options.checkpoint)
     placed = find_placed(folder, Plan.load(options.plan))
     if check:
         require_checkable(placed.layout == "ranks", options.checkpoint)
+
+
+def check_group(device: str, backend: str, ranks: int) -> None:
+    """Raise InputError where this machine has not what the ranks need."""
+    from runtime.group import choose_backend, choose_device
+
+    choose_backend(backend, choose_device(device, 0), ranks)
 
 
 def kept_results(output: Path | None) -> str:

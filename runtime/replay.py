@@ -1,0 +1,400 @@
+"""Recorded routing through the real dispatch, experts and combine, on the user's own ranks and network, without model weights.
+
+Rows of a trace are cut into batches; at every layer each rank takes the rows that live on it under a schedule, with random hidden values,
+and runs the same exchange as a model would (runtime/experts.py). Rows and bytes come from its counters, milliseconds from the clock; the
+prediction comes from the evaluator's LINK and load on the same rows, and a bandwidth and latency measured just before.
+
+Shape letters: T tokens, L MoE layers, K top-k, R ranks, E experts, S slots per rank, D hidden size.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from profiles.counts import sample_requests
+from profiles.errors import InputError
+from profiles.trace import RoutingTrace, TraceBatch, TraceInfo
+from runtime.exchange import start_rows, wait_for
+from runtime.experts import Counters, ExpertLayer, RankState, RunExperts, dispatch_layer, layer_tables
+from runtime.failures import naming
+from runtime.group import Group, open_group, share
+from runtime.metrics import stacked
+from runtime.permute import row_sections
+from runtime.stopwatch import Stopwatch
+from solvers.contiguous import place_contiguous
+from solvers.cost import Network, fit_network, layer_seconds
+from solvers.evaluate import metrics_XL, traffic_sums
+from solvers.load import place_load
+from solvers.placement import Placement, Topology
+from solvers.plan import Plan
+from solvers.replicas import serving_LRE
+from solvers.schedule import Schedule
+from solvers.simulate import available_schedules, simulate
+
+SCHEDULES_OF = {"none": [], "dp": ["dp-scorer"], "tp": ["tp-context"]}
+WINDOW = 256  # requests that dp weighs against each other
+PROBE_BYTES = (1 << 12, 1 << 16, 1 << 19, 1 << 21)  # to each rank
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What the user asked for."""
+
+    trace: str
+    plan: str
+    hidden_size: int
+    expert_size: int  # 0: no experts, rows come back as they are
+    batch_tokens: int  # of all ranks together
+    max_tokens: int
+    scheduler: str | None  # None: every one that the plan's tables allow
+    backend: str
+    device: str
+    dtype: str
+    timeout_s: float
+    seed: int
+
+
+class Case(NamedTuple):
+    """One row of the result: where experts are, and where tokens live."""
+
+    placement: str
+    schedule: str
+    experts_LRS: np.ndarray
+    serving_LRE: np.ndarray
+    homes_TL: np.ndarray  # int16
+    batch_of_T: np.ndarray  # int64
+
+
+class Prepared(NamedTuple):
+    """What every rank needs to know of the trace and the plan."""
+
+    expert_ids_TLK: np.ndarray
+    num_experts: int
+    cases: list[Case]
+
+
+def replay_rank(
+    options: ReplayOptions, prepared: Prepared | None, tell: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Replay on this process's rank: the result on rank 0, None elsewhere. `prepared` None: rank 0 reads the trace."""
+    with open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group:
+        if prepared is None:
+            prepared = share(prepare(options, group.size, tell) if group.rank == 0 else None, group)
+        expert_ids_TLK, num_experts, cases = prepared
+        network = measure_network(group)
+        dtype = DTYPES[options.dtype]
+        rows = []
+        for case in cases:
+            run_experts, seconds = random_experts(options, case.experts_LRS.shape[2], group, dtype)
+            measured = replay_case(options, case, expert_ids_TLK, num_experts, run_experts, group, dtype)
+            if group.rank == 0:
+                predicted = predict(options, case, expert_ids_TLK, num_experts, network, seconds, dtype)
+                rows.append({"placement": case.placement, "schedule": case.schedule, **measured, **predicted})
+        if group.rank:
+            return None
+        return {
+            "ranks": group.size,
+            "tokens": len(expert_ids_TLK),
+            "batch_tokens": options.batch_tokens,
+            "hidden_size": options.hidden_size,
+            "expert_size": options.expert_size,
+            "network": {"bytes_per_s": network.bytes_per_s, "latency_s": network.latency_s},
+            "device": str(group.device),
+            "backend": group.backend,
+            "rows": rows,
+        }
+
+
+def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None]) -> Prepared:
+    """Read trace and plan. Raises InputError where they do not fit each other or the ranks."""
+    plan, trace = Plan.load(options.plan), RoutingTrace.open(options.trace)
+    if plan.topology.num_ranks != num_ranks:
+        raise InputError(f"{num_ranks} ranks run, the plan {options.plan} is for {plan.topology.num_ranks}")
+    trace.require_tokens("replay")
+    plan.model.check(trace.info, options.trace)
+    everything = [np.ones(trace.num_requests, bool)]
+    batch = sample_requests([trace], everything, max_tokens=options.max_tokens, seed=options.seed)
+    if not batch.num_tokens:
+        raise InputError(f"{options.trace} holds no rows to replay")
+    if batch.num_tokens < trace.num_tokens:
+        tell(f"replaying {batch.num_tokens:,} of {trace.num_tokens:,} tokens (--max-tokens)")
+    cases = [
+        make_case(options, plan, batch, name, placement, schedule)
+        for name, placement in replayed_placements(plan).items()
+        for schedule in (["random", *chosen_schedules(options, plan)] if name == "plan" else ["random"])
+    ]
+    return Prepared(batch.expert_ids_TLK, trace.info.num_experts, cases)
+
+
+def replayed_placements(plan: Plan) -> dict[str, Placement]:
+    """The plan's placement and the two that need no co-activation, without replicas."""
+    num_layers, num_experts, num_ranks = plan.placement.num_layers, plan.placement.num_experts, plan.topology.num_ranks
+    contiguous = place_contiguous(num_layers, num_experts, num_ranks)
+    return {
+        "contiguous": Placement.from_ranks(contiguous, num_ranks),
+        "load": Placement.from_ranks(place_load(plan.load_LE, num_ranks), num_ranks),
+        "plan": plan.placement,
+    }
+
+
+def chosen_schedules(options: ReplayOptions, plan: Plan) -> list[str]:
+    """Schedules to replay beside random homes. Raises InputError where the plan lacks the tables of one that was asked for."""
+    schedule = Schedule.from_tables(plan.tables)
+    available = available_schedules(schedule) if schedule else []
+    if options.scheduler is None:
+        return [name for names in SCHEDULES_OF.values() for name in names if name in available]
+    if options.scheduler not in SCHEDULES_OF:
+        raise InputError(f"--scheduler {options.scheduler}: expected one of {', '.join(SCHEDULES_OF)}")
+    for name in SCHEDULES_OF[options.scheduler]:
+        if name not in available:
+            raise InputError(f"--scheduler {options.scheduler}: the plan {options.plan} has no tables for {name}")
+    return SCHEDULES_OF[options.scheduler]
+
+
+def make_case(
+    options: ReplayOptions, plan: Plan, batch: TraceBatch, name: str, placement: Placement, schedule: str
+) -> Case:
+    """Homes and batches of every row under a schedule."""
+    num_batches = max(1, -(-batch.num_tokens // options.batch_tokens))
+    order = np.random.default_rng(options.seed).permutation(batch.num_tokens)
+    batch_of_T = np.empty(batch.num_tokens, np.int64)
+    tables = Schedule.from_tables(plan.tables)
+    if schedule == "random":
+        homes_TL = random_homes(order, num_batches, placement.num_ranks, placement.num_layers, seed=options.seed)
+    else:
+        assert tables is not None, "chosen_schedules names only what the tables allow"
+        homes_TL = simulate(
+            schedule, batch, placement, tables, batch_tokens=options.batch_tokens, window=WINDOW, seed=options.seed
+        ).homes_TL
+    if schedule.startswith("dp-"):
+        # A rank takes its own requests' rows in nearly equal parts.
+        for rank in range(placement.num_ranks):
+            own = order[homes_TL[order, 0] == rank]
+            batch_of_T[own] = np.arange(len(own)) * num_batches // max(len(own), 1)
+    else:
+        # The batches that equal slices were made in (solvers/simulate.py): the same order, cut into the same parts.
+        for number, rows in enumerate(np.array_split(order, num_batches)):
+            batch_of_T[rows] = number
+    serving = serving_LRE(placement.hosts_LER, plan.load_LE, plan.topology)
+    return Case(name, schedule, placement.experts_LRS, serving, homes_TL, batch_of_T)
+
+
+def random_homes(order: np.ndarray, num_batches: int, num_ranks: int, num_layers: int, *, seed: int) -> np.ndarray:
+    """Every batch dealt out at random in equal slices, int16 [T, L], another draw at each layer."""
+    random = np.random.default_rng(seed + 1)
+    homes_TL = np.empty((len(order), num_layers), np.int16)
+    for rows in np.array_split(order, num_batches):
+        for layer in range(num_layers):
+            homes_TL[rows, layer] = random.permutation(len(rows)) % num_ranks
+    return homes_TL
+
+
+def measure_network(group: Group) -> Network:
+    """Bandwidth and latency of all-to-alls in which every rank sends and receives the same; equal on all ranks."""
+    sizes, seconds = [], []
+    peers = max(group.size - 1, 1)
+    for size in PROBE_BYTES:
+        counts = [0 if rank == group.rank else size for rank in range(group.size)]
+        payload = torch.zeros(sum(counts), dtype=torch.uint8, device=group.device)
+        best = float("inf")
+        for _ in range(4):
+            barrier(group)
+            begun = time.perf_counter()
+            wait_for(start_rows(payload, counts, counts, group.handle)[1])
+            best = min(best, seconds_of_slowest(time.perf_counter() - begun, group))
+        sizes.append(size * peers)
+        seconds.append(best)
+    return fit_network(np.array(sizes, np.float64), np.array(seconds))
+
+
+def barrier(group: Group) -> None:
+    with naming(group.rank, "a barrier"):
+        seconds_of_slowest(0.0, group)
+    if group.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of_slowest(seconds: float, group: Group) -> float:
+    """The largest value of all ranks."""
+    if group.device.type == "cuda":
+        torch.cuda.synchronize()
+    worst = torch.tensor(seconds, dtype=torch.float64, device=group.device if group.backend == "nccl" else "cpu")
+    dist.all_reduce(worst, dist.ReduceOp.MAX, group=group.handle)
+    return float(worst)
+
+
+def random_experts(options: ReplayOptions, slots: int, group: Group, dtype: torch.dtype) -> tuple[RunExperts, float]:
+    """A gated expert layer with random weights (nothing for size 0), and its seconds per activation on this machine, all ranks at work."""
+    if options.expert_size == 0:
+        return (lambda rows_PD, slot_P1, weight_P1: rows_PD * weight_P1.to(rows_PD.dtype)), 0.0
+    config = Qwen3MoeConfig(
+        hidden_size=options.hidden_size, moe_intermediate_size=options.expert_size, num_experts=slots
+    )
+    config._experts_implementation = "grouped_mm"
+    experts = Qwen3MoeExperts(config).to(device=group.device, dtype=dtype)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(std=0.02)
+    pairs = max(slots, options.batch_tokens // group.size)
+    rows_PD = torch.randn(pairs, options.hidden_size, device=group.device).to(dtype)
+    slot_P1 = (torch.arange(pairs, device=group.device) % slots)[:, None]
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(3):
+            barrier(group)
+            begun = time.perf_counter()
+            experts(rows_PD, slot_P1, torch.ones(pairs, 1, device=group.device))
+            best = min(best, seconds_of_slowest(time.perf_counter() - begun, group))
+    return experts.forward, best / pairs
+
+
+def replay_case(
+    options: ReplayOptions,
+    case: Case,
+    expert_ids_TLK: np.ndarray,
+    num_experts: int,
+    run_experts: RunExperts,
+    group: Group,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Measured milliseconds per layer and batch, rows and bytes per token and layer, and the load of the ranks."""
+    num_tokens, num_layers, top_k = expert_ids_TLK.shape
+    layers = replay_layers(options, case, num_experts, top_k, group, dtype)
+    num_batches = int(case.batch_of_T.max()) + 1
+    hidden_TD = torch.randn(
+        largest_share(case, group.rank), options.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
+    hidden_TD = hidden_TD.to(group.device, dtype)
+    seconds = 0.0
+    with torch.inference_mode():
+        # The first batch once more, unmeasured: it pays for connections and first allocations.
+        for number in [0, *range(num_batches)]:
+            batch = list(own_rows(case, expert_ids_TLK, number, group))
+            if number == 0:
+                layers[0].state.counters = Counters.zeros(num_layers, group.size)
+            barrier(group)
+            begun = time.perf_counter()
+            for layer, ids_TK in zip(layers, batch, strict=True):
+                weight_TK = torch.full(ids_TK.shape, 1 / top_k, device=group.device)
+                dispatch_layer(layer, run_experts, hidden_TD[: len(ids_TK)], ids_TK, weight_TK)
+            spent = seconds_of_slowest(time.perf_counter() - begun, group)
+            seconds = spent if number == 0 else seconds + spent
+    gathered: list[Any] = [None] * group.size
+    dist.all_gather_object(gathered, layers[0].state.counters, group=group.handle)
+    totals = stacked(gathered)
+    served_RL = totals["served_L"]
+    return {
+        "ms_per_layer": 1000 * seconds / (num_batches * num_layers),
+        "rows_per_token": float(totals["rows_LR"].sum() / (num_tokens * num_layers)),
+        "bytes_per_token": float(totals["bytes_LR"].sum() / (num_tokens * num_layers)),
+        "load_imbalance": float((served_RL.max(0) / np.maximum(served_RL.mean(0), 1e-12)).mean()),
+    }
+
+
+def replay_layers(
+    options: ReplayOptions, case: Case, num_experts: int, top_k: int, group: Group, dtype: torch.dtype
+) -> list[ExpertLayer]:
+    """Expert layers of this rank."""
+    placement = Placement(case.experts_LRS, num_experts)
+    names = [f"layer {layer} of the trace" for layer in range(placement.num_layers)]
+    state = RankState(Stopwatch(group.device), Counters.zeros(placement.num_layers, group.size))
+    tables = layer_tables(placement, case.serving_LRE, group.rank, names, group.device)
+    return [
+        ExpertLayer(
+            table,
+            group.rank,
+            group.size,
+            group.handle,
+            state,
+            options.hidden_size,
+            dtype,
+            top_k,
+        )
+        for table in tables
+    ]
+
+
+def own_rows(case: Case, expert_ids_TLK: np.ndarray, number: int, group: Group) -> Iterator[torch.Tensor]:
+    """Choices of the rows of a batch that live on this rank, int64 [T, K] for each layer."""
+    rows = np.flatnonzero(case.batch_of_T == number)
+    for layer in range(expert_ids_TLK.shape[1]):
+        mine = rows[case.homes_TL[rows, layer] == group.rank]
+        yield torch.from_numpy(expert_ids_TLK[mine, layer].astype(np.int64)).to(group.device)
+
+
+def largest_share(case: Case, rank: int) -> int:
+    """Most rows that live on a rank in one batch and layer."""
+    return max(
+        (int(np.bincount(case.batch_of_T[homes_T == rank], minlength=1).max()) for homes_T in case.homes_TL.T),
+        default=0,
+    )
+
+
+def predict(
+    options: ReplayOptions,
+    case: Case,
+    expert_ids_TLK: np.ndarray,
+    num_experts: int,
+    network: Network,
+    seconds_per_activation: float,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Milliseconds per layer and batch by the cost model, from the evaluator's LINK and load of every batch."""
+    top_k, num_ranks = expert_ids_TLK.shape[2], case.serving_LRE.shape[1]
+    _, _, row_bytes = row_sections(options.hidden_size, top_k, dtype, torch.float32)
+    seconds = []
+    for number in range(int(case.batch_of_T.max()) + 1):
+        metrics = batch_metrics(case, expert_ids_TLK, num_experts, case.batch_of_T == number)
+        seconds += [
+            layer_seconds(
+                link,
+                load,
+                tokens=int((case.batch_of_T == number).sum()),
+                num_ranks=num_ranks,
+                top_k=top_k,
+                row_bytes=row_bytes,
+                result_bytes=options.hidden_size * dtype.itemsize,
+                network=network,
+                seconds_per_activation=seconds_per_activation,
+            )
+            for link, load in zip(metrics["link"], metrics["load_imbalance"], strict=True)
+        ]
+    return {"predicted_ms_per_layer": 1000 * float(np.mean(seconds))}
+
+
+def batch_metrics(
+    case: Case, expert_ids_TLK: np.ndarray, num_experts: int, rows_T: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The evaluator's metrics per layer of some rows, float64 [L] each."""
+    ids_TLK = expert_ids_TLK[rows_T]
+    num_tokens, num_layers, top_k = ids_TLK.shape
+    info = TraceInfo("", num_layers, num_experts, top_k, tuple(range(num_layers)), empty_slots=True)
+    ends, unknown = np.array([0, num_tokens]), np.full(num_tokens, -1, np.int32)
+    batch = TraceBatch(
+        [""],
+        [""],
+        ends,
+        ids_TLK,
+        unknown,
+        np.zeros(num_tokens, bool),
+        np.zeros(1, np.int64),
+        np.zeros(1, np.int64),
+        np.zeros(2, np.int64),
+        np.empty(0, np.int32),
+    )
+    topology, homes_TL = Topology(case.serving_LRE.shape[1]), case.homes_TL[rows_T]
+    sums = traffic_sums(
+        [batch], info, case.serving_LRE, topology, dispatch="per-rank", num_requests=1, homes=lambda _: homes_TL
+    )
+    return {
+        name: values_XL[0]
+        for name, values_XL in metrics_XL(sums.resampled(np.ones((1, 1))), topology, "per-rank").items()
+    }
