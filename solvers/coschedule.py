@@ -235,7 +235,7 @@ def request_usage_BE(profile: RoutingProfile, layer: int, request_T: np.ndarray)
 def request_shares_BR(rank_of_LE: np.ndarray, usage_LBE: np.ndarray, num_ranks: int) -> np.ndarray:
     """Share of each request's activations on each rank over all layers, float64 [B, R]."""
     member_LER = np.eye(num_ranks)[rank_of_LE]
-    count_BR = sum(usage_BE @ member_ER for usage_BE, member_ER in zip(usage_LBE, member_LER, strict=True))
+    count_BR = np.einsum("lbe,ler->br", usage_LBE, member_LER, optimize=True)
     return count_BR / np.maximum(count_BR.sum(axis=1, keepdims=True), 1)
 
 
@@ -264,8 +264,6 @@ def cluster_loads(profile: RoutingProfile, clusters: int, seed: int) -> np.ndarr
     """Load vectors that must keep the cap, float64 [L, J, E]: all requests, then each cluster of requests by their
     experts.
     """
-    from scipy.cluster.vq import kmeans2
-
     load_LJE = profile.load_LE.astype(np.float64)[:, None]
     if clusters < 2:
         return load_LJE
@@ -276,9 +274,28 @@ def cluster_loads(profile: RoutingProfile, clusters: int, seed: int) -> np.ndarr
     usage_LBE = np.stack([request_usage_BE(profile, layer, request_T) for layer in range(num_layers)])
     share_LBE = usage_LBE / np.maximum(usage_LBE.sum(axis=2, keepdims=True), 1)
     points_BF = np.sqrt(share_LBE).transpose(1, 0, 2).reshape(num_requests, -1).astype(np.float64)
-    _, cluster_B = kmeans2(points_BF, clusters, minit="++", seed=seed)
+    cluster_B = k_means(points_BF, clusters, np.random.default_rng([seed, 11]))
     loads = [usage_LBE[:, cluster_B == c].sum(axis=1) for c in range(clusters) if (cluster_B == c).any()]
     return np.concatenate([load_LJE, np.stack(loads, axis=1)], axis=1)
+
+
+def k_means(points_BF: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+    """Cluster of each point, int64 [B]; farthest-point start, at most 30 rounds. A cluster may be empty."""
+    chosen = [int(rng.integers(len(points_BF)))]
+    nearest_B = np.full(len(points_BF), np.inf)
+    for _ in range(1, clusters):
+        nearest_B = np.minimum(nearest_B, ((points_BF - points_BF[chosen[-1]]) ** 2).sum(axis=1))
+        chosen.append(int(np.argmax(nearest_B)))
+    centre_CF = points_BF[chosen]
+    cluster_B = np.full(len(points_BF), -1)
+    for _ in range(30):
+        nearer_B = np.argmin((centre_CF**2).sum(axis=1) - 2 * points_BF @ centre_CF.T, axis=1)
+        if np.array_equal(nearer_B, cluster_B):
+            break
+        cluster_B = nearer_B
+        for c in np.unique(cluster_B):
+            centre_CF[c] = points_BF[cluster_B == c].mean(axis=0)
+    return cluster_B
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def pack(weight_I: np.ndarray, num_packs: int, label_I: np.ndarray | None = None
         if clear_P.any():
             chosen = int(np.argmin(np.where(clear_P, weight_P, np.inf)))
         else:
-            chosen, other = _make_room(item, items_P, open_P, weight_I, label_I)
+            chosen, other = _make_room(item, items_P, open_P, weight_I, np.asarray(label_I))
             target = int(np.flatnonzero(open_P)[0])
             position_I[other], pack_I[other] = count_P[target], target
             items_P[chosen].remove(other)

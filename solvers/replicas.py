@@ -96,7 +96,9 @@ def _wanted_ER(expert_ids_TK: np.ndarray, hosts_ER: np.ndarray, load_E: np.ndarr
     """
     num_experts, num_ranks = hosts_ER.shape
     padded_ER = np.vstack([hosts_ER, np.zeros((1, num_ranks), bool)])
-    count_TR = sum(padded_ER[ids_T].astype(np.float64) for ids_T in expert_ids_TK.T)
+    count_TR = np.zeros((len(expert_ids_TK), num_ranks))
+    for ids_T in expert_ids_TK.T:
+        count_TR += padded_ER[ids_T]
     home_T = balanced_homes(count_TR, np.ones(len(count_TR)))
     flat = (expert_ids_TK.astype(np.int64) * num_ranks + home_T[:, None]).reshape(-1)
     use_ER = np.bincount(flat, minlength=(num_experts + 1) * num_ranks).reshape(-1, num_ranks)[:num_experts]

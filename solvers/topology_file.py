@@ -46,7 +46,7 @@ def _json_costs(text: str, path: str | Path) -> np.ndarray:
         cost_RR = np.array(rows, np.float64)
     except (TypeError, ValueError):
         cost_RR = np.empty(0)
-    if cost_RR.ndim != 2 or cost_RR.shape[0] != cost_RR.shape[1] or not cost_RR.size:
+    if cost_RR.ndim != 2 or len(set(cost_RR.shape)) != 1 or not cost_RR.size:
         raise InputError(f"{path}: expected a square matrix of costs, a list of equally long lists of numbers")
     if not np.isfinite(cost_RR).all() or cost_RR.min() < 0:
         raise InputError(f"{path}: a cost is negative or not finite, expected numbers of at least 0")

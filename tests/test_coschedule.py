@@ -14,7 +14,9 @@ from profiles.trace import TraceBatch, TraceInfo
 from solvers.align import align_labels
 from solvers.balanced_table import balanced_homes, balanced_shares
 from solvers.coschedule import cluster_loads, place_semmoe
+from solvers.exact import place_exact
 from solvers.metis import place_metis
+from solvers.paper import place_paper
 from solvers.partition import EFFORTS, Problem, load_limits, partition
 from solvers.placement import Topology
 from solvers.remote import remote_cost
@@ -181,3 +183,29 @@ def test_balanced_homes_fill_evenly() -> None:
     score_VR = np.random.default_rng(0).random((100, 4)) + [1, 0, 0, 0]
     assert np.bincount(balanced_homes(score_VR, np.ones(100)), minlength=4).max() <= 26
     assert (np.bincount(balanced_homes(np.zeros((8, 4)), np.ones(8)), minlength=4) == 2).all()
+
+
+def test_paper_and_exact_keep_their_constraints() -> None:
+    profile, group_of_LE = planted()
+    paper_LE = place_paper(profile, Topology(4), load_cap=1.3, seed=0)
+    assert is_exact(paper_LE, 4)
+    assert np.array_equal(paper_LE, place_paper(profile, Topology(4), load_cap=1.3, seed=0))
+    cost_XR = np.ones((profile.num_tokens, 4))
+    ids_TLK = profile.sample.expert_ids_TLK
+    for layer, load_E in enumerate(profile.load_LE.astype(float)):
+        assert overload(paper_LE[layer], load_E[None], load_limits(load_E[None], 4, 1.3), 4) == 0
+        contiguous = remote_cost(np.repeat(np.arange(4), 4), ids_TLK[:, layer], cost_XR)
+        assert remote_cost(paper_LE[layer], ids_TLK[:, layer], cost_XR) < contiguous
+
+
+def test_the_joint_method_reaches_the_proven_best() -> None:
+    profile, _ = planted(noise=0.1)
+    best_LE = place_exact(profile, Topology(2), load_cap=1.1)
+    ours_LE = place_semmoe(profile, Topology(2), load_cap=1.1, seed=0)
+    cost_XR = np.ones((profile.num_tokens, 2))
+    for layer in range(3):
+        ids_TK = profile.sample.expert_ids_TLK[:, layer]
+        best = remote_cost(best_LE[layer], ids_TK, cost_XR)
+        assert remote_cost(ours_LE[layer], ids_TK, cost_XR) <= 1.002 * best
+    with pytest.raises(InputError, match="distinct expert sets"):
+        place_exact(planted(noise=0.9)[0], Topology(16), load_cap=1.5)

@@ -1,0 +1,205 @@
+"""How far from the best any placement can be: upper bounds that hold for every placement under the same constraints.
+
+Co-activation: a placement is a matrix Z (Z[e, f] = 1 where e and f share a rank) with unit diagonal, row sums E / R,
+loads Z load <= limit, Z >= 0 and 0 <= Z <= (E / R) I. The largest <co-activation, Z> over that set (a doubly non-
+negative semidefinite programme) is found by ADMM; at any iterate the multipliers y, u, v >= 0, W >= 0 give a bound that
+is safe without convergence: sum y + (E / R) sum u + limit sum v + (E / R) * (sum of the R largest eigenvalues of M), M
+= C + W - diag(y) - sym(u 1') - sym(v load'). Local activation by token tables: von Neumann's trace inequality on the
+normalised token x expert counts.
+
+Shape letters: E experts, R ranks, U token ids, K top-k.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Certificate(NamedTuple):
+    """One layer's co-activation within ranks: what was reached, what nothing can exceed, and the rest as a share
+    of it.
+    """
+
+    reached: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        return max(0.0, 1 - self.reached / self.bound) if self.bound > 0 else 0.0
+
+
+def certify(
+    rank_of_E: np.ndarray,
+    affinity_EE: np.ndarray,
+    load_E: np.ndarray,
+    limit: float,
+    num_ranks: int,
+    *,
+    iterations: int = 200,
+) -> Certificate:
+    """Certificate of one layer's placement without replicas. `limit`: activations that a rank may carry."""
+    same_EE = rank_of_E[:, None] == rank_of_E[None, :]
+    reached = float((affinity_EE * same_EE).sum() - np.trace(affinity_EE)) / 2
+    bound = co_activation_bound(affinity_EE, load_E, limit, num_ranks, iterations=iterations)
+    return Certificate(reached, max(bound, reached))
+
+
+def co_activation_bound(
+    affinity_EE: np.ndarray, load_E: np.ndarray, limit: float, num_ranks: int, *, iterations: int = 200
+) -> float:
+    """No placement of equal counts with rank loads up to `limit` has more co-activation within ranks, each pair
+    once.
+    """
+    num_experts = len(load_E)
+    total = float(affinity_EE.sum() - np.trace(affinity_EE)) / 2
+    size = num_experts // num_ranks
+    if num_ranks == 1 or size == 1 or num_experts <= 2 or total == 0:
+        return total if num_ranks == 1 else (0.0 if size == 1 or total == 0 else float(affinity_EE.max()))
+    half_EE = (affinity_EE - np.diag(np.diagonal(affinity_EE))).astype(np.float64) / (2 * total)
+    load_E = load_E.astype(np.float64)
+    unit_E, unit_limit = load_E / np.linalg.norm(load_E), float(limit / np.linalg.norm(load_E))
+    start_E = (half_EE.sum(axis=1) - half_EE.sum() / (2 * num_experts)) * 2 / num_experts  # centring: part of u
+    cost_EE = half_EE - (start_E[:, None] + start_E[None, :]) / 2
+    rho = 2 * float(np.linalg.norm(cost_EE)) / (size * np.sqrt(num_ranks))
+    best = 1.0
+    z_EE = np.full((num_experts, num_experts), (size - 1) / (num_experts - 1))
+    np.fill_diagonal(z_EE, 1.0)
+    # Scaled multipliers of the four sets: affine, non-negative, loads, spectrum.
+    scaled = [-cost_EE / (4 * rho) for _ in range(4)]
+    for iteration in range(1, iterations + 1):
+        points = [
+            _to_affine(z_EE - scaled[0], size),
+            np.maximum(z_EE - scaled[1], 0),
+            _to_loads(z_EE - scaled[2], unit_E, unit_limit),
+            _to_spectrum(z_EE - scaled[3], size),
+        ]
+        z_EE = sum(p + s for p, s in zip(points, scaled, strict=True)) / 4 + cost_EE / (4 * rho)
+        z_EE = (z_EE + z_EE.T) / 2
+        scaled = [s + p - z_EE for p, s in zip(points, scaled, strict=True)]
+        if iteration % 20 == 0 or iteration == iterations:
+            best = min(best, _safe_bound(half_EE, start_E, scaled, rho, unit_E, unit_limit, size, num_ranks))
+    return best * total
+
+
+def _safe_bound(
+    half_EE: np.ndarray,
+    start_E: np.ndarray,
+    scaled: list[np.ndarray],
+    rho: float,
+    unit_E: np.ndarray,
+    unit_limit: float,
+    size: int,
+    num_ranks: int,
+) -> float:
+    """The bound of the module docstring from the iterate's multipliers, each made feasible first."""
+    y_E, u_E = _affine_multipliers(-rho * scaled[0])
+    u_E = u_E + start_E
+    w_EE = np.maximum(rho * (scaled[1] + scaled[1].T) / 2, 0)
+    v_E = np.maximum(-rho * scaled[2] @ unit_E, 0)
+    m_EE = half_EE + w_EE - np.diag(y_E) - (u_E[:, None] + u_E[None, :]) / 2
+    m_EE -= (np.outer(v_E, unit_E) + np.outer(unit_E, v_E)) / 2
+    largest = np.linalg.eigvalsh(m_EE)[-num_ranks:].sum()
+    return float(y_E.sum() + size * u_E.sum() + unit_limit * v_E.sum() + size * largest)
+
+
+def _affine_multipliers(g_EE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """y, u with diag(y) + sym(u 1') nearest to g: same diagonal and same row sums."""
+    size = len(g_EE)
+    g_EE = (g_EE + g_EE.T) / 2
+    diagonal_E = np.diagonal(g_EE)
+    rest_E = g_EE.sum(axis=1) - diagonal_E
+    sum_u = rest_E.sum() / (size - 1)
+    u_E = (rest_E - sum_u / 2) / (size / 2 - 1)
+    return diagonal_E - u_E, u_E
+
+
+def _to_affine(a_EE: np.ndarray, size: int) -> np.ndarray:
+    """Nearest symmetric matrix with unit diagonal and row sums `size`."""
+    a_EE = (a_EE + a_EE.T) / 2
+    target_EE = a_EE.copy()
+    np.fill_diagonal(target_EE, np.diagonal(a_EE) - 1)
+    # What must be removed has diagonal a - 1 and row sums r - size; spread the latter as diag(y) + sym(u 1').
+    removed_E = a_EE.sum(axis=1) - size
+    excess_E = np.diagonal(a_EE) - 1
+    rest_E = removed_E - excess_E
+    num = len(a_EE)
+    sum_u = rest_E.sum() / (num - 1)
+    u_E = (rest_E - sum_u / 2) / (num / 2 - 1)
+    return a_EE - np.diag(excess_E - u_E) - (u_E[:, None] + u_E[None, :]) / 2
+
+
+def _to_loads(a_EE: np.ndarray, unit_E: np.ndarray, unit_limit: float) -> np.ndarray:
+    """Nearest matrix whose rows carry at most the limit."""
+    over_E = np.maximum(a_EE @ unit_E - unit_limit, 0)
+    return a_EE - over_E[:, None] * unit_E[None, :]
+
+
+def _to_spectrum(a_EE: np.ndarray, size: int) -> np.ndarray:
+    """Nearest symmetric matrix with eigenvalues in [0, size] and trace E."""
+    values_E, vectors_EE = np.linalg.eigh((a_EE + a_EE.T) / 2)
+    low, high = values_E.min() - size, values_E.max()
+    for _ in range(60):
+        middle = (low + high) / 2
+        if np.clip(values_E - middle, 0, size).sum() > len(values_E):
+            low = middle
+        else:
+            high = middle
+    kept_E = np.clip(values_E - (low + high) / 2, 0, size)
+    some = kept_E > 0
+    return (vectors_EE[:, some] * kept_E[some]) @ vectors_EE[:, some].T
+
+
+def remote_rank_bound(
+    co_activation: float, num_tokens: int, top_k: int, num_ranks: int, experts_per_rank: int
+) -> float:
+    """No placement with at most this co-activation has fewer ranks per token, mean over tokens.
+
+    A token on ranks with k_1, k_2, ... of its experts touches so many ranks and holds sum k (k - 1) / 2 pairs; the
+    lower convex hull of all such pairs, at the mean pairs per token, bounds the mean (Jensen).
+    """
+    fewest: dict[int, int] = {}
+    for parts in _integer_partitions(top_k, min(experts_per_rank, top_k)):
+        if len(parts) <= num_ranks:
+            pairs = sum(k * (k - 1) // 2 for k in parts)
+            fewest[pairs] = min(fewest.get(pairs, top_k), len(parts))
+    points = sorted(fewest.items())
+    mean_pairs = co_activation / max(num_tokens, 1)
+    if mean_pairs >= points[-1][0]:
+        return float(points[-1][1])
+    lower = [
+        y0 + (y1 - y0) * (mean_pairs - x0) / (x1 - x0)
+        for x0, y0 in points
+        for x1, y1 in points
+        if x0 <= mean_pairs < x1
+    ]
+    return float(min(lower))
+
+
+def _integer_partitions(total: int, largest: int) -> list[tuple[int, ...]]:
+    if total == 0:
+        return [()]
+    return [
+        (first, *rest)
+        for first in range(min(total, largest), 0, -1)
+        for rest in _integer_partitions(total - first, first)
+    ]
+
+
+def local_activation_bound(
+    token_expert_UE: np.ndarray, num_ranks: int, *, load_cap: float = 1.0, token_cap: float = 1.0
+) -> float:
+    """No placement and token table within the caps have a larger share of local activations on these counts.
+
+    `token_expert_UE`: counts, dense or scipy sparse. Counting noise is in the bound: on few tokens per id it is loose.
+    """
+    row_U = np.asarray(token_expert_UE.sum(axis=1)).reshape(-1).astype(np.float64)
+    column_E = np.asarray(token_expert_UE.sum(axis=0)).reshape(-1).astype(np.float64)
+    right_E = 1 / np.sqrt(np.maximum(column_E, 1))
+    # The Gram matrix of diag(row)^-1/2 N diag(column)^-1/2: its eigenvalues are squared singular values.
+    weight_U = 1 / np.maximum(row_U, 1)
+    if isinstance(token_expert_UE, np.ndarray):
+        gram_EE = (token_expert_UE * weight_U[:, None]).T @ token_expert_UE
+    else:
+        gram_EE = (token_expert_UE.T @ token_expert_UE.multiply(weight_U[:, None])).toarray()
+    values = np.linalg.eigvalsh(right_E[:, None] * gram_EE * right_E[None, :])[-num_ranks:]
+    return float(min(1.0, np.sqrt(load_cap * token_cap) * np.sqrt(np.maximum(values, 0)).sum() / num_ranks))
