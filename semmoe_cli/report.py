@@ -1,11 +1,15 @@
 """A result as a table for people, or one JSON object for programs; notes go to stderr.
 
-rich is imported inside: `semmoe --help` does not need it.
+Tables fit the terminal: intervals go first, then the columns that matter less. rich is imported inside: `semmoe --help` does not need it.
 """
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 COLUMNS = {
     "lar": ("LAR", True),
@@ -16,6 +20,8 @@ COLUMNS = {
     "load_imbalance_median": ("load max/median", False),
     "token_imbalance": ("tokens max/mean", False),
 }
+NARROW_COLUMNS = ("lar", "rem", "node", "link", "load_imbalance")
+PIPE_WIDTH = 220  # columns where stdout is no terminal: a table is then read by a program or a pager
 
 
 def note(line: str) -> None:
@@ -33,26 +39,67 @@ def print_report(report: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(report)
         return
-    from rich.console import Console
-    from rich.table import Table
-
+    console = wide_console()
     metrics = [m for m in COLUMNS if m != "node" or report["nodes"] > 1]
-    table = Table(title=_title(report), title_justify="left", caption_justify="left", caption=_caption(report))
-    for heading in ("placement", "schedule"):
-        table.add_column(heading)
-    for metric in metrics:
-        table.add_column(COLUMNS[metric][0], justify="right")
-    rows = report["rows"]
-    for row in rows:
-        table.add_row(row["placement"], row["schedule"], *(_cell(row, metric, rows) for metric in metrics))
-    uniform = report["uniform"]
-    table.add_row("uniform", "random", *(f"{uniform[m]:.3f}" if m in uniform else "" for m in metrics), style="dim")
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(table)
+    narrow = [m for m in metrics if m in NARROW_COLUMNS]
+    layouts = [(metrics, True), (narrow, True), (metrics, False), (narrow, False)]
+    print_fitting(console, [_score_table(report, shown, intervals) for shown, intervals in layouts])
     if report["dispatch"] == "gather":
         console.print(
             "--dispatch gather moves the same bytes whatever the placement: it cannot reduce traffic here, only balance load."
         )
+
+
+def wide_console() -> "Console":
+    """A console on stdout: the terminal's width, a fixed one elsewhere; colours only on a terminal, and not with NO_COLOR."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def print_fitting(console: "Console", tables: list["Table"]) -> None:
+    """The first table that fits the console; the last where none does."""
+    unbounded = console.options.update(width=1000)
+    for table in tables[:-1]:
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            console.print(table)
+            return
+    console.print(tables[-1])
+
+
+def new_table(*, title: str = "", caption: str = "") -> "Table":
+    """An empty table in the house style."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        title=title or None,
+        caption=caption or None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        caption_style="dim",
+        pad_edge=False,
+        show_edge=False,
+    )
+
+
+def _score_table(report: dict[str, Any], metrics: list[str], intervals: bool) -> "Table":
+    table = new_table(title=_title(report), caption=_caption(intervals))
+    for heading in ("placement", "schedule"):
+        table.add_column(heading)
+    for metric in metrics:
+        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), justify="right", no_wrap=True)
+    rows = report["rows"]
+    for row in rows:
+        cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
+        style = "dim" if "oracle" in row["schedule"] else None
+        table.add_row(row["placement"], row["schedule"], *cells, style=style)
+    uniform = report["uniform"]
+    cells = (f"{uniform[m]:.3f} {_room(rows, m, intervals)}" if m in uniform else "" for m in metrics)
+    table.add_row("uniform", "random", *cells, style="dim")
+    return table
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -62,19 +109,28 @@ def _title(report: dict[str, Any]) -> str:
     )
 
 
-def _caption(report: dict[str, Any]) -> str:
-    return "plan = this placement; * best of the column; in brackets: 95 % bootstrap interval over requests"
+def _caption(intervals: bool) -> str:
+    bracket = "; in brackets: 95% bootstrap interval over requests" if intervals else ""
+    return f"plan = this placement; * best of the column, oracles left out{bracket}"
 
 
-def _cell(row: dict[str, Any], metric: str, rows: list[dict[str, Any]]) -> str:
+def score_cell(row: dict[str, Any], metric: str, rows: list[dict[str, Any]], *, intervals: bool) -> str:
+    """A value with its mark where it is the best of `rows`, and its interval, at a width that keeps digits aligned."""
     low, high = row["ci"][metric]
     better = max if COLUMNS[metric][1] else min
-    values = [round(r[metric], 3) for r in rows]
+    values = [round(r[metric], 3) for r in rows if "oracle" not in r["schedule"]]
     value = round(row[metric], 3)
-    mark = "*" if value == better(values) and len(set(values)) > 1 else " "
-    # An interval without width (a value that does not depend on the data) is left out.
-    interval = f" [{low:.3f}, {high:.3f}]" if high - low > 5e-4 else ""
-    return f"{value:.3f}{mark}{interval}"
+    best = "oracle" not in row["schedule"] and len(set(values)) > 1 and value == better(values)
+    text = f"{value:.3f}{'*' if best else ' '}"
+    # An interval without width (a value that does not depend on the data) is left out, its room is not.
+    interval = f" \\[{low:.3f}, {high:.3f}]" if intervals and high - low > 5e-4 else _room(rows, metric, intervals)
+    return f"[bold]{text}[/bold]{interval}" if best else f"{text}{interval}"
+
+
+def _room(rows: list[dict[str, Any]], metric: str, intervals: bool) -> str:
+    """Blanks as wide as the column's intervals; none where no row has one."""
+    shown = intervals and any(row["ci"][metric][1] - row["ci"][metric][0] > 5e-4 for row in rows)
+    return " " * len(" [0.000, 0.000]") * shown
 
 
 def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
@@ -98,3 +154,33 @@ def _shortened(values: list[Any]) -> str:
     if len(texts) > 12:
         texts = [*texts[:8], "...", *texts[-2:]]
     return " ".join(texts)
+
+
+def print_health(health: dict[str, Any], *, as_json: bool) -> None:
+    """The health of a trace as JSON, or its findings and its learning curve as tables."""
+    if as_json:
+        print_json(health)
+        return
+    console = wide_console()
+    colours = {"good": "green", "watch": "yellow", "bad": "red"}
+    table = new_table(
+        title=f"{health['model'] or 'model'}: {health['requests']:,} requests, {health['tokens']:,} tokens"
+    )
+    for heading in ("question", "", "answer"):
+        table.add_column(heading, overflow="fold")
+    for found in health["findings"]:
+        level = found["level"]
+        table.add_row(found["topic"], f"[{colours[level]}]{level}[/]", found["text"])
+    console.print(table)
+    if learning := health["learning"]:
+        curve = new_table(
+            title=f"Held-out REM on {health['ranks']} ranks by training tokens (contiguous {learning['contiguous_rem']:.3f})",
+            caption="quick METIS on some layers; expected: read off a power law through the points",
+        )
+        for heading in ("training tokens", "REM", ""):
+            curve.add_column(heading, justify="left" if not heading else "right")
+        for point in learning["points"]:
+            curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "")
+        for point in learning["forecast"]:
+            curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "expected", style="dim")
+        console.print(curve)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from profiles.errors import InputError
+from solvers.evaluate import TrafficSums, metrics_XL
 from solvers.placement import Placement, Topology
 
 
@@ -71,3 +72,31 @@ def _best_renaming_R(shared_RR: np.ndarray, topology: Topology) -> np.ndarray:
 def expert_bytes(hidden_size: int, expert_size: int, dtype_bytes: float, *, num_matrices: int = 3) -> int:
     """Bytes of one expert's weights: gate, up and down matrices of hidden x expert size. Biases and scales are left out."""
     return round(num_matrices * hidden_size * expert_size * dtype_bytes)
+
+
+def paired_difference(
+    first: TrafficSums,
+    second: TrafficSums,
+    topologies: tuple[Topology, Topology],
+    metric: str,
+    *,
+    dispatch: str,
+    num_resamples: int = 400,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Second minus first, mean over layers, and the 95 % interval over the same resamples of the same requests.
+
+    Requests differ more from each other than plans do on one request, so the interval of the difference is much narrower than those of
+    the two values.
+    """
+    num_groups = len(first.tokens_G)
+    assert num_groups == len(second.tokens_G), "differences are taken on the same requests"
+    draws = np.random.default_rng(seed).multinomial(num_groups, [1 / num_groups] * num_groups, size=num_resamples)
+    weights_XG = np.concatenate([np.ones((1, num_groups)), draws])
+    values = [
+        metrics_XL(sums.resampled(weights_XG), topology, dispatch)[metric].mean(1)
+        for sums, topology in zip((first, second), topologies, strict=True)
+    ]
+    difference_X = values[1] - values[0]
+    low, high = np.quantile(difference_X[1:], [0.025, 0.975])
+    return float(difference_X[0]), float(low), float(high)

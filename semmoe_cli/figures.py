@@ -1,0 +1,165 @@
+"""How figures look and how they get into a page: one palette, SVG whose colours follow the page's theme, PNG for files.
+
+A figure is a function that draws on a matplotlib figure with a palette. For a page it is drawn in marker colours, which become CSS
+variables, so that one picture serves light and dark; text stays text and takes the page's font. The palette is Okabe and Ito's, told apart
+by the colour-blind. Matplotlib is imported inside.
+"""
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+WIDTH = 8.6  # inches; 72 points each, drawn about 1.35 times as large in a page
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours by what they mean."""
+
+    ink: str
+    muted: str
+    grid: str
+    paper: str
+    plan: str
+    contiguous: str
+    load: str
+    third: str
+    fourth: str
+
+    def of(self, placement: str) -> str:
+        """The colour of a placement's marks."""
+        names = {"plan": self.plan, "metis": self.plan, "contiguous": self.contiguous, "load": self.load}
+        return names.get(placement, self.third)
+
+
+LIGHT = Palette("#1a1d21", "#5b626b", "#dfe3e8", "#ffffff", "#0072b2", "#8a9099", "#d55e00", "#009e73", "#aa4499")
+DARK = Palette("#e8eaed", "#a3abb5", "#343a42", "#15181c", "#56b4e9", "#8f979f", "#e69f00", "#3cc79a", "#d98cc4")
+MARKERS = Palette(*(f"#0{i}0{i}0{i}" for i in range(1, 10)))
+NAMES = tuple(Palette.__dataclass_fields__)
+
+Draw = Callable[["Figure | SubFigure", Palette], None]
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+def css_variables(palette: Palette) -> str:
+    """The palette as CSS declarations."""
+    return " ".join(f"--{name}: {getattr(palette, name)};" for name in NAMES)
+
+
+def _context(palette: Palette) -> dict[str, object]:
+    return STYLE | {
+        "text.color": palette.ink,
+        "axes.labelcolor": palette.muted,
+        "axes.titlecolor": palette.ink,
+        "axes.edgecolor": palette.muted,
+        "xtick.color": palette.muted,
+        "ytick.color": palette.muted,
+        "xtick.labelcolor": palette.muted,
+        "ytick.labelcolor": palette.ink,
+        "grid.color": palette.grid,
+        "legend.labelcolor": palette.ink,
+    }
+
+
+def svg(draw: Draw, height: float, *, key: str, label: str) -> str:
+    """The drawing as inline SVG in CSS variables. `key`: makes ids unique in a page. `label`: what it says, for those who cannot see it."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_context(MARKERS) | {"svg.hashsalt": key}):
+        figure = Figure(figsize=(WIDTH, height))
+        draw(figure, MARKERS)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"#0([1-9])0\1(?:0\1)", lambda m: f"var(--{NAMES[int(m[1]) - 1]})", text)
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    # Fonts and sizes stay; families are the page's.
+    text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+px)[^;\"]*", lambda m: f"font-size: {m[2]}" + _weight(m[1]), text)
+    text = re.sub(r"font-family:[^;\"]*;?", "", text)
+    text = re.sub(r"\n\s*", "\n", text)
+    head = f'<svg role="img" aria-label="{_escaped(label)}" '
+    return re.sub(r'<svg (?:xmlns:xlink="[^"]*" )?width="[^"]*" height="[^"]*" ', head + 'class="plot" ', text, count=1)
+
+
+def _weight(weight: str | None) -> str:
+    return f"; font-weight: {weight}" if weight else ""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+
+
+def png(draws: list[tuple[str, Draw, float]], *, title: str, subtitle: str) -> bytes:
+    """One light picture of titled drawings, one below the other: (title, drawing, height in inches) each."""
+    import textwrap
+
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_context(LIGHT)):
+        heights = [height + 0.45 for _, _, height in draws]
+        head = 1.0
+        figure = Figure(figsize=(WIDTH, sum(heights) + head), facecolor=LIGHT.paper)
+        parts = figure.subfigures(len(draws) + 1, 1, height_ratios=[head, *heights])
+        parts[0].text(0.02, 0.9, "\n".join(textwrap.wrap(title, 92)), va="top", fontsize=12.5, fontweight="bold")
+        parts[0].text(0.02, 0.12, subtitle, va="bottom", color=LIGHT.muted)
+        for part, (heading, draw, _) in zip(parts[1:], draws, strict=True):
+            part.suptitle(heading, x=0.02, ha="left", fontsize=10.5, fontweight="bold")
+            draw(part, LIGHT)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def shade(colour: str, values, low: float, high: float):
+    """Values as RGBA of one colour, more opaque the larger: reads on light and on dark paper. Array [..., 4]."""
+    import numpy as np
+
+    scaled = np.clip((np.asarray(values, float) - low) / max(high - low, 1e-12), 0, 1)
+    rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return np.concatenate([np.broadcast_to(rgb, (*scaled.shape, 3)), scaled[..., None]], axis=-1)
+
+
+def plain_axes(axes: "Axes", palette: Palette, *, grid: str = "y") -> None:
+    """Light grid lines along one axis, nothing else."""
+    axes.grid(True, axis=grid, linewidth=0.6, color=palette.grid)
+    axes.tick_params(length=0)
+    for side in ("left", "bottom") if grid == "both" else ({"y": "left", "x": "bottom"}[grid],):
+        axes.spines[side].set_visible(False)
+
+
+def heat(axes: "Axes", rgba, palette: Palette, *, title: str) -> None:
+    """A matrix of colours with a thin frame and no ticks."""
+    axes.imshow(rgba, interpolation="nearest", aspect="equal")
+    axes.set_title(title)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+        spine.set_color(palette.grid)
