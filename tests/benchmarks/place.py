@@ -1,0 +1,126 @@
+"""Time, memory and quality of `place_semmoe` on a made-up model of any size; prints one JSON object.
+
+python tests/benchmarks/place.py --layers 58 --experts 256 --top-k 8 --ranks 8 --tokens 1000000 --processes 2 python
+tests/benchmarks/place.py --layers 2 --experts 128 --ranks 32 --tokens 200000 --compare
+
+Timed: counting and placement. `--layers-timed` solves only the first few layers (CPU seconds per layer are then what
+scales). `--compare` adds METIS (best of 10 seeds, both schemes) and packing by load at the same cap, on the second half
+of the requests.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+import numpy as np  # noqa: E402
+from routing_world import Tokens, draw_tokens, route_layer  # noqa: E402
+
+from profiles.counts import RoutingProfile, count_batches  # noqa: E402
+from profiles.trace import TraceBatch, TraceInfo  # noqa: E402
+from solvers.coschedule import place_semmoe  # noqa: E402
+from solvers.equalize import rank_load_R  # noqa: E402
+from solvers.load import place_load  # noqa: E402
+from solvers.metis import place_metis  # noqa: E402
+from solvers.placement import Topology  # noqa: E402
+from solvers.remote import remote_cost  # noqa: E402
+
+REQUEST_TOKENS = 256
+
+
+def batch_of(tokens: Tokens, ids_TLK: np.ndarray) -> TraceBatch:
+    num_requests = int(tokens.request_of_T[-1] - tokens.request_of_T[0]) + 1
+    starts_B1 = np.minimum(np.arange(num_requests + 1) * REQUEST_TOKENS, len(ids_TLK))
+    zeros = np.zeros(num_requests, np.int64)
+    return TraceBatch(
+        request_ids=[str(i) for i in range(num_requests)],
+        domains=[""] * num_requests,
+        starts_B1=starts_B1,
+        expert_ids_TLK=ids_TLK,
+        token_ids_T=tokens.token_ids_T,
+        is_prompt_T=np.zeros(len(ids_TLK), bool),
+        num_prompt_tokens_B=zeros,
+        first_position_B=zeros,
+        sequence_starts_B1=starts_B1,
+        sequences=tokens.token_ids_T,
+    )
+
+
+def scores(
+    rank_of_LE: np.ndarray, profile: RoutingProfile, held_out_TLK: np.ndarray, num_ranks: int
+) -> dict[str, float]:
+    cost_XR = np.ones((len(held_out_TLK), num_ranks))
+    touched = [remote_cost(r, held_out_TLK[:, i], cost_XR) / len(held_out_TLK) for i, r in enumerate(rank_of_LE)]
+    loads = [rank_load_R(r, load_E, num_ranks) for r, load_E in zip(rank_of_LE, profile.load_LE, strict=True)]
+    return {
+        "rem": round(float(np.mean(touched)) * (1 - 1 / num_ranks), 4),
+        "load": round(max(float(load_R.max() / load_R.mean()) for load_R in loads), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=58)
+    parser.add_argument("--layers-timed", type=int, default=0)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--vocab", type=int, default=129_280)
+    parser.add_argument("--effort", default="default")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", action="store_true")
+    a = parser.parse_args()
+    layers = a.layers_timed or a.layers
+    tokens = draw_tokens(a.tokens * (2 if a.compare else 1), a.vocab, tokens_per_request=REQUEST_TOKENS, seed=a.seed)
+    ids_TLK = np.empty((len(tokens.token_ids_T), layers, a.top_k), np.uint8 if a.experts <= 256 else np.uint16)
+    for layer in range(layers):
+        ids_TLK[:, layer] = route_layer(
+            tokens, a.vocab, a.experts, a.top_k, num_groups=a.groups, layer=layer, seed=a.seed
+        )
+    cut = a.tokens // REQUEST_TOKENS * REQUEST_TOKENS if a.compare else a.tokens
+    train = Tokens(*(x[:cut] for x in tokens))
+    batch = batch_of(train, ids_TLK[:cut])
+    info = TraceInfo("made-up", layers, a.experts, a.top_k, tuple(range(layers)), n_group=a.groups, topk_group=a.groups)
+    topology = Topology(a.ranks)
+    start, cpu = time.perf_counter(), cpu_seconds()
+    num_tokens, load_LE, co_activation_LEE = count_batches([batch], info)
+    profile = RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, batch)
+    counted, counted_cpu = time.perf_counter() - start, cpu_seconds() - cpu
+    start, cpu = time.perf_counter(), cpu_seconds()
+    rank_of_LE = place_semmoe(profile, topology, load_cap=1.05, seed=a.seed, effort=a.effort, processes=a.processes)
+    result = {
+        "arguments": vars(a),
+        "count_seconds": round(counted, 2),
+        "count_cpu_seconds_per_layer": round(counted_cpu / layers, 3),
+        "place_seconds": round(time.perf_counter() - start, 2),
+        "place_cpu_seconds_per_layer": round((cpu_seconds() - cpu) / layers, 3),
+        "peak_mib_this_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_mib_largest_worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+        "load_average": [round(x, 1) for x in os.getloadavg()],
+    }
+    if a.compare:
+        held_out_TLK = ids_TLK[cut:]
+        metis_LE = place_metis(co_activation_LEE, load_LE, a.ranks, load_cap=1.05, seed=a.seed)
+        result["semmoe"] = scores(rank_of_LE, profile, held_out_TLK, a.ranks)
+        result["metis"] = scores(metis_LE, profile, held_out_TLK, a.ranks)
+        result["load"] = scores(place_load(load_LE, a.ranks), profile, held_out_TLK, a.ranks)
+    print(json.dumps(result))
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process and of workers that ended."""
+    own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime
+
+
+if __name__ == "__main__":
+    main()
