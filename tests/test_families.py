@@ -18,6 +18,7 @@ from profiles.models import find_moe_layers, trace_info
 from tests.tiny_models import FAMILIES, tiny_input_ids, tiny_model
 
 transformers.utils.logging.set_verbosity_error()
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 
 family_model = functools.cache(tiny_model)  # no test changes a model
 LENGTHS = (23, 40, 9)
