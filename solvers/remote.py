@@ -49,7 +49,8 @@ class RemoteGains:
         width = self.num_ranks + 1
         keys = (np.arange(num_kinds)[:, None] * width + rank_XK).reshape(-1)
         self.count_XR = np.bincount(keys, minlength=num_kinds * width).reshape(num_kinds, width).astype(np.int16)
-        lone_XK = self._lone(slice(None), rank_XK)
+        lone = np.take_along_axis(self.count_XR, rank_XK, 1) == 1
+        lone_XK = np.where(lone, np.take_along_axis(self.cost_XR, rank_XK, 1), 0)
         self.freed_E = np.bincount(ids_XK.reshape(-1), lone_XK.reshape(-1), size + 1)
         open_XR = np.where(self.count_XR == 0, self.cost_XR, 0)
         self.opened_ER = np.zeros((size + 1, width))
@@ -61,46 +62,52 @@ class RemoteGains:
                 keys = ids_XK[:, k] * (size + 1) + ids_XK[:, j]
                 self.shared_EE += np.bincount(keys, lone_XK[:, k], (size + 1) ** 2)
 
-    def _lone(self, kinds: slice | np.ndarray, rank_XK: np.ndarray) -> np.ndarray:
-        """Cost that each slot alone makes its token pay, [X, K]: of its rank where no other slot is there."""
-        lone = np.take_along_axis(self.count_XR[kinds], rank_XK, 1) == 1
-        return np.where(lone, np.take_along_axis(self.cost_XR[kinds], rank_XK, 1), 0)
-
-    def swap(self, e: int, f: int) -> np.ndarray:
+    def swap(self, e: int, f: int) -> None:
         a, b = int(self.rank_of_E[e]), int(self.rank_of_E[f])
         with_e, with_f = self.kinds_of_E[e], self.kinds_of_E[f]
         # A token with both experts touches the same ranks before and after; its slots are recounted as all others are.
         kinds = np.union1d(with_e, with_f)
         ids_XK = self.ids_XK[kinds]
-        before_XK = self._lone(kinds, self.rank_of_all[ids_XK])
-        open_before = np.where(self.count_XR[kinds][:, [a, b]] == 0, self.cost_XR[kinds][:, [a, b]], 0)
+        counts_X2, cost_X2 = self.count_XR[kinds][:, [a, b]], self.cost_XR[kinds][:, [a, b]]
+        before_XK = self._lone_on(ids_XK, (a, b), counts_X2, cost_X2)
         self.rank_of_E[e], self.rank_of_E[f] = b, a
         self.rank_of_all[e], self.rank_of_all[f] = b, a
         self.count_XR[with_e, a] -= 1
         self.count_XR[with_e, b] += 1
         self.count_XR[with_f, b] -= 1
         self.count_XR[with_f, a] += 1
-        change_XK = self._lone(kinds, self.rank_of_all[ids_XK]) - before_XK
-        opened = np.where(self.count_XR[kinds][:, [a, b]] == 0, self.cost_XR[kinds][:, [a, b]], 0) - open_before
+        after_X2 = self.count_XR[kinds][:, [a, b]]
+        change_XK = self._lone_on(ids_XK, (a, b), after_X2, cost_X2) - before_XK
         kind, slot = np.nonzero(change_XK)
         change, lone_ids = change_XK[kind, slot], ids_XK[kind, slot]
         np.add.at(self.freed_E, lone_ids, change)
         keys = (lone_ids * (self.size + 1))[:, None] + ids_XK[kind]
         np.add.at(self.shared_EE, keys.reshape(-1), np.repeat(change, ids_XK.shape[1]))
+        opened_X2 = ((after_X2 == 0) * 1.0 - (counts_X2 == 0)) * cost_X2
         for column, rank in enumerate((a, b)):
-            moved = np.flatnonzero(opened[:, column])
-            weights = np.repeat(opened[moved, column], ids_XK.shape[1])
+            moved = np.flatnonzero(opened_X2[:, column])
+            weights = np.repeat(opened_X2[moved, column], ids_XK.shape[1])
             self.opened_ER[:, rank] += np.bincount(ids_XK[moved].reshape(-1), weights, self.size + 1)
         self._refresh()
-        return np.empty(0, np.int64)
+
+    def _lone_on(
+        self, ids_XK: np.ndarray, ranks: tuple[int, int], counts_X2: np.ndarray, cost_X2: np.ndarray
+    ) -> np.ndarray:
+        """Cost that each slot on one of two ranks alone makes its token pay, [X, K]; 0 elsewhere."""
+        rank_XK = self.rank_of_all[ids_XK]
+        alone_X2 = np.where(counts_X2 == 1, cost_X2, 0)
+        on_a = np.where(rank_XK == ranks[0], alone_X2[:, :1], 0)
+        return np.where(rank_XK == ranks[1], alone_X2[:, 1:], on_a)
 
     def _refresh(self) -> None:
         size, rank_of_E = self.size, self.rank_of_E
         home_E = self.home_ER[np.arange(size), rank_of_E]
-        worth_ER = self.home_ER - home_E[:, None] - self.opened_ER[:size, : self.num_ranks]
-        move_EE = worth_ER[:, rank_of_E] + self.freed_E[:size, None]
+        constant_E = (self.freed_E[:size] - home_E).astype(np.float32)
+        worth_ER = (self.home_ER - self.opened_ER[:size, : self.num_ranks]).astype(np.float32)
+        worth_ER += constant_E[:, None]
+        move_EE = np.take(worth_ER, rank_of_E, axis=1)
         move_EE -= self.shared_EE.reshape(size + 1, size + 1)[:size, :size]
-        np.add(move_EE, move_EE.T, out=self.gain_EE, casting="same_kind")
+        np.add(move_EE, move_EE.T, out=self.gain_EE)
         self.gain_EE[rank_of_E[:, None] == rank_of_E[None, :]] = -np.inf
 
 

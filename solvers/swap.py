@@ -26,8 +26,8 @@ class GainModel(Protocol):
     rank_of_E: np.ndarray  # int64 [E]
     gain_EE: np.ndarray  # gain of exchanging e and f; -inf within a rank; in units where an average expert is worth 1
 
-    def swap(self, e: int, f: int) -> np.ndarray:
-        """Exchange two experts. Returns the experts whose rows of gain_EE may have changed."""
+    def swap(self, e: int, f: int) -> None:
+        """Exchange two experts of different ranks."""
         ...
 
 
@@ -78,8 +78,8 @@ def swap_search(
                 break
         value += float(gains.gain_EE[e, f])
         guard.swap(e, f, gains.rank_of_E)
-        rows = gains.swap(e, f)
-        guard.refresh(np.union1d(rows, guard.rows(gains.rank_of_E, e, f)), gains.rank_of_E)
+        gains.swap(e, f)
+        guard.refresh(guard.rows(gains.rank_of_E, e, f), gains.rank_of_E)
         over = guard.over()
         free_at_E[[e, f]] = step + 1 + tenure + rng.integers(0, tenure + 1, 2)
         if over < best_over - TIE or (over <= best_over + TIE and value > best_value + TIE):
@@ -145,16 +145,14 @@ class AffinityGains:
         self.gain_EE = np.empty((size, size), np.float32)
         self._refresh(np.arange(size))
 
-    def swap(self, e: int, f: int) -> np.ndarray:
+    def swap(self, e: int, f: int) -> None:
         a, b = self.rank_of_E[e], self.rank_of_E[f]
         shift_R = self.closeness_RR[b] - self.closeness_RR[a]
         touched_R = shift_R != 0
         difference_E = self.affinity_EE[e] - self.affinity_EE[f]
         self.value_ER[:, touched_R] += difference_E[:, None] * shift_R[touched_R]
         self.rank_of_E[e], self.rank_of_E[f] = b, a
-        rows = np.flatnonzero(touched_R[self.rank_of_E])
-        self._refresh(rows)
-        return rows
+        self._refresh(np.flatnonzero(touched_R[self.rank_of_E]))
 
     def _refresh(self, rows: np.ndarray) -> None:
         rank_of_E = self.rank_of_E
