@@ -7,20 +7,21 @@ Shape letters: L MoE layers, E experts, R ranks, U ids with a row, C candidates,
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 
 from profiles.errors import InputError
 from profiles.trace import TraceBatch
-from solvers.context import ContextPredictor, fit_context
+from solvers.context import ContextPredictor, default_depth, fit_context, training_rows
 from solvers.placement import Placement
 from solvers.request_scorer import RequestScorer, fit_request_scorer
 from solvers.sequence_table import SequenceTable, build_sequence_table
 from solvers.token_table import TokenTable, build_token_table
 
 PREFIX = "schedule."
+SMALL_TASK = 20_000_000  # expert ids that one more process is worth starting for
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,23 +82,73 @@ def _record(kind: Any, prefix: str, tables: dict[str, np.ndarray]) -> Any:
     return kind(**values)
 
 
+class LayersTask(NamedTuple):
+    """Consecutive layers of a sample to fit, and the layers before them that give their context."""
+
+    sample: TraceBatch  # its expert ids hold only the layers of this task
+    hosts_LER: np.ndarray
+    skip: int
+    depth: int
+    seed: int
+    embedding_VD: np.ndarray | None
+
+
 def fit_schedule(
-    sample: TraceBatch, placement: Placement, *, seed: int, embedding_VD: np.ndarray | None = None
+    sample: TraceBatch, placement: Placement, *, seed: int, embedding_VD: np.ndarray | None = None, processes: int = 1
 ) -> Schedule:
-    """Schedule for the placement, from the sample of a profile. `embedding_VD`: the model's input embedding, for rare and unseen ids."""
-    hosts_LER = placement.hosts_LER
-    if (
-        placement.num_layers != sample.expert_ids_TLK.shape[1]
-        or sample.expert_ids_TLK.max(initial=0) > placement.num_experts
-    ):
+    """Schedule for the placement, from the sample of a profile; independent of `processes`.
+
+    `embedding_VD`: the model's input embedding, for rare and unseen ids. Raises InputError where the placement is for another model.
+    """
+    hosts_LER, num_layers = placement.hosts_LER, sample.expert_ids_TLK.shape[1]
+    if placement.num_layers != num_layers or sample.expert_ids_TLK.max(initial=0) > placement.num_experts:
         raise InputError(
             f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, the trace has "
-            f"{sample.expert_ids_TLK.shape[1]} layers and expert id {sample.expert_ids_TLK.max(initial=0)}"
+            f"{num_layers} layers and expert id {sample.expert_ids_TLK.max(initial=0)}"
         )
-    token = build_token_table(sample, hosts_LER, embedding_VD=embedding_VD)
+    depth = default_depth(num_layers, placement.num_experts)
+    processes = max(1, min(processes, num_layers, sample.expert_ids_TLK.size // SMALL_TASK))
+    bounds = np.linspace(0, num_layers, processes + 1).astype(int)
+    tasks = []
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        skip = min(depth, first)
+        part = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, first - skip : last])
+        tasks.append(LayersTask(part, hosts_LER[first:last], int(skip), depth, seed, embedding_VD))
+    if processes == 1:
+        parts = [fit_layers(task) for task in tasks]
+    else:
+        from solvers.coschedule import layer_map
+
+        with layer_map(processes, placement.num_experts) as run:
+            parts = list(run(fit_layers, tasks))
+    rows = training_rows(sample, seed)
     return Schedule(
-        token=token,
-        context=fit_context(sample, token, hosts_LER, seed=seed),
+        token=_joined([token for token, _ in parts]),
+        context=_joined([context for _, context in parts]),
         request=fit_request_scorer(sample, hosts_LER, seed=seed),
-        sequence=build_sequence_table(sample.expert_ids_TLK, hosts_LER),
+        sequence=build_sequence_table(sample.expert_ids_TLK[rows], hosts_LER),
     )
+
+
+def fit_layers(task: LayersTask) -> tuple[TokenTable, ContextPredictor]:
+    """Token table and context predictor of a task's layers."""
+    fitted = replace(task.sample, expert_ids_TLK=task.sample.expert_ids_TLK[:, task.skip :])
+    token = build_token_table(fitted, task.hosts_LER, embedding_VD=task.embedding_VD)
+    context = fit_context(task.sample, token, task.hosts_LER, seed=task.seed, depth=task.depth, skip=task.skip)
+    return token, context
+
+
+def _joined(records: list[Any]) -> Any:
+    """One record over all layers from records of consecutive layers: arrays that have a layer axis are joined along it."""
+    if len(records) == 1:
+        return records[0]
+    values = {}
+    for field in fields(records[0]):
+        parts = [getattr(record, field.name) for record in records]
+        if not isinstance(parts[0], np.ndarray):
+            values[field.name] = _joined(parts)
+        elif field.name.split("_")[-1].startswith("L") and parts[0].ndim:
+            values[field.name] = np.concatenate(parts)
+        else:
+            values[field.name] = parts[0]
+    return type(records[0])(**values)

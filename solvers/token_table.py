@@ -29,6 +29,7 @@ PRIOR_TOKENS = 2.0
 MAX_CANDIDATES = 8
 TRAFFIC_CAP = 1.05
 RARE_TOKENS = 64  # successor rows are counted from ids with at most this many occurrences: others need no prior
+PRICED_IDS = 4_096  # ids that prices are computed from, and as many for all others
 BLOCK_IDS = 16_384  # ids counted at a time: bounds the memory of [ids, E] counts
 
 
@@ -136,7 +137,7 @@ def build_token_table(
     num_layers, _, num_ranks = hosts_LER.shape
     token_ids_T, previous_T = batch.token_ids_T, previous_token_ids_T(batch)
     known_T = np.flatnonzero(token_ids_T >= 0)
-    counted = _Groups.of(token_ids_T, known_T, np.ones(len(known_T)))
+    counted = _Groups.of(token_ids_T, known_T, None)
     tokens_U = counted.weight_U.astype(np.float64)
     tokens_T = tokens_U[np.searchsorted(counted.ids_U, token_ids_T[known_T])]
     rare_T = (previous_T[known_T] >= 0) & (tokens_T <= RARE_TOKENS)
@@ -184,14 +185,15 @@ class _Groups(NamedTuple):
     weight_U: np.ndarray  # float64 [U]: sum of the weights of its rows
     rows_T: np.ndarray  # rows of the batch, by group
     group_T: np.ndarray  # index of the group, ascending
-    weight_T: np.ndarray
+    weight_T: np.ndarray | None  # None: 1 each
 
     @classmethod
-    def of(cls, key_of_row: np.ndarray, rows_T: np.ndarray, weight_T: np.ndarray) -> "_Groups":
+    def of(cls, key_of_row: np.ndarray, rows_T: np.ndarray, weight_T: np.ndarray | None) -> "_Groups":
         ids_U, group_T = np.unique(key_of_row[rows_T], return_inverse=True)
         order_T = np.argsort(group_T, kind="stable")
-        sums_U = np.bincount(group_T, weight_T, len(ids_U))
-        return cls(ids_U.astype(np.int64), sums_U, rows_T[order_T], group_T[order_T], weight_T[order_T])
+        sums_U = np.bincount(group_T, weight_T, len(ids_U)).astype(np.float64)
+        weight_T = None if weight_T is None else weight_T[order_T]
+        return cls(ids_U.astype(np.int64), sums_U, rows_T[order_T], group_T[order_T], weight_T)
 
     def share_sums_UR(self, ids_TK: np.ndarray, hosts_ER: np.ndarray) -> np.ndarray:
         """Weighted sum over each group's rows of the share of their activations on each rank, float64 [U, R]."""
@@ -202,9 +204,8 @@ class _Groups(NamedTuple):
             last = min(first + BLOCK_IDS, len(self.ids_U))
             rows = slice(*np.searchsorted(self.group_T, [first, last]))
             keys_TK = (self.group_T[rows, None] - first) * (num_experts + 1) + ids_TK[self.rows_T[rows]]
-            counts = np.bincount(
-                keys_TK.reshape(-1), np.repeat(self.weight_T[rows], top_k), (last - first) * (num_experts + 1)
-            )
+            weights = None if self.weight_T is None else np.repeat(self.weight_T[rows], top_k)
+            counts = np.bincount(keys_TK.reshape(-1), weights, (last - first) * (num_experts + 1))
             sums_UR[first:last] = counts.reshape(last - first, num_experts + 1)[:, :num_experts] @ hosts
         return sums_UR
 
@@ -220,21 +221,30 @@ def _store(rows: ShareRows, layer: int, shares_UR: np.ndarray) -> None:
     if rows.ranks_LUC.size == 0:
         rows.shares_LUC[layer] = shares_UR
         return
-    best_UC = np.argsort(-shares_UR, axis=1, kind="stable")[:, : rows.shares_LUC.shape[2]]
+    count = rows.shares_LUC.shape[2]
+    best_UC = np.sort(np.argpartition(-shares_UR, count - 1, axis=1)[:, :count], axis=1)
     rows.ranks_LUC[layer] = best_UC
     rows.shares_LUC[layer] = np.take_along_axis(shares_UR, best_UC, axis=1)
 
 
 def _traffic_prices(shares_UR: np.ndarray, weight_U: np.ndarray) -> tuple[np.ndarray, float]:
-    """Prices and temperature at which no rank gets more than TRAFFIC_CAP x the mean traffic of the counted tokens."""
-    seen_UR, weight_U = shares_UR[weight_U > 0], weight_U[weight_U > 0]
-    sweeps = 24
-    while True:
-        prices_R, temperature = balanced_prices(seen_UR, weight_U, sweeps=sweeps, cooling=0.1)
-        traffic_R = weight_U @ softmax(seen_UR - prices_R, temperature)
-        if traffic_R.max() <= TRAFFIC_CAP * traffic_R.mean() or sweeps > 1000:
-            return prices_R, temperature
-        sweeps *= 3
+    """Prices and temperature at which no rank gets more than TRAFFIC_CAP x the mean traffic of the counted tokens.
+
+    Of very many ids the heaviest and a regular sample of the others stand for all.
+    """
+    order_U = np.argsort(-weight_U, kind="stable")[: np.count_nonzero(weight_U)]
+    head_U, tail_U = order_U[:PRICED_IDS], order_U[PRICED_IDS:]
+    step = -(-len(tail_U) // PRICED_IDS) if len(tail_U) else 1
+    chosen_U = np.concatenate([head_U, tail_U[::step]])
+    sample_UR, traffic_U = shares_UR[chosen_U], weight_U[chosen_U].copy()
+    traffic_U[len(head_U) :] *= step
+    prices_R, temperature = balanced_prices(sample_UR, traffic_U, cooling=0.1)
+    for _ in range(1000):
+        traffic_R = traffic_U @ softmax(sample_UR - prices_R, temperature)
+        if traffic_R.max() <= TRAFFIC_CAP * traffic_R.mean():
+            break
+        prices_R = prices_R + temperature * np.log(np.maximum(traffic_R / traffic_R.mean(), 1e-6))
+    return prices_R, temperature
 
 
 @dataclass(frozen=True, eq=False)
