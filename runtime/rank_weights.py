@@ -127,8 +127,8 @@ def _tensors_of_directory(checkpoint: Checkpoint, slots: dict[int, list[int]]) -
         _, layer, rest = split_key(name)
         if found := PER_EXPERT.match(rest):
             slot = slots[layer].index(int(found["expert"]))
-            head = name[: len(name) - len(rest)] + found["before"]
-            tensors[f"{head}{slot}{found['after']}"] = lazy
+            begin, end = (len(name) - len(rest) + place for place in found.span("expert"))
+            tensors[f"{name[:begin]}{slot}{name[end:]}"] = lazy
         else:
             tensors[name] = lazy
     return tensors

@@ -36,11 +36,13 @@ def run(
         int | None, typer.Option(metavar="R", help="Ranks to start here; the plan's number by default.", min=1)
     ] = None,
     scheduler: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Which rank serves a request: none (in turn), or dp (by the plan's scorer, balanced in tokens)."
+            metavar="none|dp|tp",
+            help="Where requests go: none (in turn), or dp (by the plan's scorer, balanced in tokens; the default where the plan has one). "
+            "With --replay also tp (equal slices of each batch by the context predictor); all that the plan allows by default.",
         ),
-    ] = "dp",
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, nccl or gloo.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number type of the weights; auto: as stored.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

@@ -153,3 +153,73 @@ def generate(folder: Path, size: int, lengths: list[int], group: Any) -> dict[st
         ],
         "tokens": int(placed.state.counters.tokens_L[0]),
     }
+
+
+def compare_layouts(root: str, families: list[str]) -> dict[str, float]:
+    """Logits of `permuted` and `ranks` reshards on this rank against Transformers on the original, on rank 0."""
+    import torch
+    from tiny_models import tiny_input_ids
+
+    from profiles.loading import find_model, load_model
+    from runtime.group import open_group
+    from runtime.placed_model import load_placed
+    from runtime.rank_weights import find_placed
+    from runtime.run import find_source
+    from solvers.replicas import serving_LRE
+
+    found = {}
+    with open_group(timeout_s=TIMEOUT_S) as group, torch.inference_mode():
+        for family in families:
+            reference = load_model(find_model(f"{root}/{family}"), dtype="float32", device=group.device)
+            ids = tiny_input_ids(family, seed=group.rank)
+            expected = reference(input_ids=ids, use_cache=False).logits
+            for layout, plan_name in (("permuted", f"{family}-plan"), ("ranks", f"{family}-ranks-plan")):
+                source, folder = find_source(f"{root}/{family}-{layout}")
+                plan = Plan.load(f"{root}/{plan_name}")
+                placed = find_placed(folder, plan)
+                assert placed.layout == layout
+                serving = serving_LRE(placed.placement.hosts_LER, plan.load_LE, plan.topology)
+                model = load_placed(source, placed, plan, serving, group, dtype="float32").model
+                found[f"{family}-{layout}"] = float(
+                    (model(input_ids=ids, use_cache=False).logits - expected).abs().max()
+                )
+    return found
+
+
+def exchange_forever(group: Any, before: Any) -> None:
+    """Empty exchanges of a layer named "layer 7"; `before(number)` runs before each."""
+    import torch
+
+    from runtime.experts import Counters, ExpertLayer, LayerTables, RankState, join_empty
+    from runtime.stopwatch import Stopwatch
+
+    nobody = torch.zeros(3, dtype=torch.int64)
+    state = RankState(Stopwatch(group.device), Counters.zeros(1, group.size))
+    tables = LayerTables(0, "layer 7", nobody, nobody, 2)
+    layer = ExpertLayer(tables, group.rank, group.size, group.handle, state, 8, torch.float32, 2)
+    for number in range(10_000):
+        before(number)
+        join_empty(layer, lambda rows_PD, slot_P1, weight_P1: rows_PD)
+
+
+def kill_itself(rank: int) -> None:
+    """Rank `rank` is killed in the middle of a run."""
+    import os
+    import signal
+
+    from runtime.group import open_group
+
+    with open_group(timeout_s=TIMEOUT_S) as group:
+        exchange_forever(
+            group, lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == 5 and group.rank == rank else None
+        )
+
+
+def hang(rank: int, timeout_s: float) -> None:
+    """Rank `rank` stops taking part."""
+    import time
+
+    from runtime.group import open_group
+
+    with open_group(timeout_s=timeout_s) as group:
+        exchange_forever(group, lambda n: time.sleep(60) if n == 5 and group.rank == rank else None)

@@ -1,0 +1,180 @@
+"""semmoe run from end to end on real ranks: the demo model, resharded checkpoints, refusals, and ranks that fail."""
+
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rank_cases
+from random_plans import random_plan
+from tiny_models import tiny_model
+from typer.testing import CliRunner
+
+from profiles.counts import profile_traces
+from profiles.demo.paths import demo_model_path
+from profiles.errors import InputError
+from profiles.synthetic import write_synthetic
+from profiles.trace import RoutingTrace
+from runtime.launch import launch
+from runtime.reshard import reshard_checkpoint
+from semmoe_cli.main import app
+from solvers.evaluate import metrics_XL, traffic_sums
+from solvers.schedule import fit_schedule
+
+METRICS = {
+    *("scheduler", "ranks", "requests", "prefill_tokens_per_s", "decode_tokens_per_s", "lar", "rem", "rows_sent"),
+    *("bytes_sent", "load_imbalance", "token_imbalance", "time", "check", "layers", "device", "backend"),
+}
+RUN = ["run", "demo", "--dtype", "float32", "--max-new-tokens", "4", "--batch-tokens", "600"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with trace `t`, plan `p` with replicas and a schedule, plan `bare` without a schedule, and prompts."""
+    root = tmp_path_factory.mktemp("demo")
+    write_synthetic(root / "t", num_layers=4, num_experts=32, top_k=4, num_requests=40, vocab_size=4000)
+    sample = profile_traces([RoutingTrace.open(root / "t")], seed=0).sample
+    bare = rank_cases.with_replicas(random_plan(demo_model_path(), ranks=2), 2)
+    bare.save(root / "bare")
+    replace(bare, tables=fit_schedule(sample, bare.placement, seed=0).to_tables()).save(root / "p")
+    texts = ["a", "word " * 480, "def f(x):\n    return", "Die Katze", "Once upon a time there was"]
+    lines = [json.dumps({"id": f"r{i}", "text": text}) for i, text in enumerate(texts)]
+    (root / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, str(result.exception) if result.exception and result.exit_code == 1 else result.stdout
+
+
+def test_run_gives_the_answers_of_the_model(demo: Path) -> None:
+    out = demo / "out.jsonl"
+    code, stdout = run(
+        *RUN, "--plan", str(demo / "p"), "--prompts", str(demo / "prompts.jsonl"), "--check", "--json", "-o", str(out)
+    )
+    assert code == 0, stdout
+    metrics = json.loads(stdout)
+    assert set(metrics) == METRICS
+    assert metrics["check"] == {"ok": True, "compared": 5, "mismatches": []}
+    assert (metrics["scheduler"], metrics["ranks"], metrics["requests"]) == ("dp", 2, 5)
+    assert set(metrics["time"]) == {"attention", "dispatch", "experts", "combine", "wait"}
+    assert 0 < metrics["lar"] < 1 and 0 < metrics["rem"] <= 1
+    assert metrics["rows_sent"] == sum(layer["rows_sent"] for layer in metrics["layers"])
+    for layer in metrics["layers"]:
+        assert layer["rows_sent"] == np.sum(layer["links"]) and np.trace(layer["links"]) == 0
+    # Out: 128 values, 4 weights, 4 slots; back: 128 values.
+    assert metrics["bytes_sent"] == metrics["rows_sent"] * (512 + 16 + 8 + 512)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["r0", "r1", "r2", "r3", "r4"]
+    assert {tuple(line) for line in lines} == {("id", "rank", "text", "token_ids", "finish_reason")}
+    assert {line["rank"] for line in lines} == {0, 1}
+    assert not (demo / "out.jsonl.partial").exists()
+
+
+def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
+    arguments = ["--plan", str(demo / "p"), "--hidden-size", "16", "--expert-size", "8", "--batch-tokens", "500"]
+    code, stdout = run("run", "--replay", str(demo / "t"), *arguments, "--json")
+    assert code == 0, stdout
+    result = json.loads(stdout)
+    cases = [(row["placement"], row["schedule"]) for row in result["rows"]]
+    assert cases == [
+        *(
+            ("contiguous", "random"),
+            ("load", "random"),
+            ("plan", "random"),
+            ("plan", "dp-scorer"),
+            ("plan", "tp-context"),
+        )
+    ]
+    from runtime.replay import ReplayOptions, prepare
+    from solvers.placement import Topology
+
+    options = ReplayOptions(
+        str(demo / "t"), str(demo / "p"), 16, 8, 500, 65536, None, "auto", "auto", "float32", 60.0, 0
+    )
+    batch, topology = RoutingTrace.open(demo / "t").load(), Topology(2)
+    for row, case in zip(result["rows"], prepare(options, 2, print).cases, strict=True):
+        sums = traffic_sums(
+            [batch],
+            RoutingTrace.open(demo / "t").info,
+            case.serving_LRE,
+            topology,
+            dispatch="per-rank",
+            num_requests=batch.num_requests,
+            homes=lambda _, case=case: case.homes_TL,
+        )
+        expected = metrics_XL(sums.resampled(np.ones((1, len(sums.tokens_G)))), topology, "per-rank")
+        assert row["rows_per_token"] == pytest.approx(expected["rem"].mean(), abs=1e-9)
+        assert row["load_imbalance"] == pytest.approx(expected["load_imbalance"].mean(), abs=1e-9)
+        assert row["bytes_per_token"] == pytest.approx(row["rows_per_token"] * (64 + 16 + 8 + 64), abs=1e-6)
+        assert row["ms_per_layer"] > 0 and row["predicted_ms_per_layer"] > 0
+
+
+def test_resharded_checkpoints(tmp_path: Path) -> None:
+    for family in ("qwen3_moe", "gpt_oss"):
+        tiny_model(family).save_pretrained(tmp_path / family)
+        plan = random_plan(tmp_path / family)
+        plan.save(tmp_path / f"{family}-plan")
+        reshard_checkpoint(tmp_path / family, plan, tmp_path / f"{family}-permuted", layout="permuted", verify="none")
+        more = rank_cases.with_replicas(plan, 1)
+        more.save(tmp_path / f"{family}-ranks-plan")
+        reshard_checkpoint(tmp_path / family, more, tmp_path / f"{family}-ranks", layout="ranks", verify="none")
+    found = launch(rank_cases.compare_layouts, (str(tmp_path), ["qwen3_moe", "gpt_oss"]), 2)
+    assert len(found) == 4
+    assert {name: difference for name, difference in found.items() if not difference <= 1e-4} == {}
+
+
+def test_a_rank_that_dies_ends_the_run() -> None:
+    begun = time.monotonic()
+    with pytest.raises(InputError, match="rank 1 was killed by SIGKILL"):
+        launch(rank_cases.kill_itself, (1,), 3)
+    assert time.monotonic() - begun < 60  # most of it: starting processes
+
+
+def test_a_rank_that_hangs_is_named_with_the_layer() -> None:
+    with pytest.raises(InputError, match=r"rank 0: the exchange of split sizes at layer 7 failed: .*"):
+        launch(rank_cases.hang, (1, 3.0), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nproc", "3"], "3 ranks run, the plan .* is for 2"),
+        (["--scheduler", "tp"], "--scheduler tp: this version runs none and dp"),
+        (["--scheduler", "best"], "--scheduler best"),
+        (["--backend", "nccl", "--device", "cpu"], "--backend nccl needs GPUs"),
+        (["--backend", "mpi"], "--backend mpi: expected one of auto, nccl, gloo"),
+        (["--device", "tpu"], "--device tpu: expected auto, cpu, cuda"),
+        (["--max-new-tokens", "4000"], "request r0 has 1 tokens and may get 4000 more, the model reads at most 1024"),
+        (["--prompts", "/nowhere.jsonl"], "/nowhere.jsonl is neither a file nor a directory"),
+    ],
+)
+def test_refusals_in_one_line(demo: Path, arguments: list[str], message: str) -> None:
+    code, text = run(*RUN, "--plan", str(demo / "p"), "--prompts", str(demo / "prompts.jsonl"), *arguments)
+    assert code == 1
+    assert "\n" not in text
+    assert re.search(message, text), text
+
+
+def test_dp_needs_a_plan_that_scores_requests(demo: Path) -> None:
+    arguments = ["--plan", str(demo / "bare"), "--prompts", str(demo / "prompts.jsonl"), "--scheduler", "dp"]
+    code, text = run(*RUN, *arguments)
+    assert code == 1 and "this plan scores no requests" in text
+
+
+def test_replay_refuses_another_model(demo: Path, tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "other", num_layers=2, num_experts=8, top_k=2, num_requests=4)
+    code, text = run("run", "--replay", str(tmp_path / "other"), "--plan", str(demo / "p"), "--hidden-size", "16")
+    assert code == 1 and "num_layers 2" in text
+    code, _ = run("run", "--replay", str(demo / "t"), "--plan", str(demo / "p"))
+    assert code == 2  # --hidden-size is needed
