@@ -30,6 +30,10 @@ EMBEDDING_ENDS = (
 )
 
 
+MAX_FEATURES = 256  # columns of an embedding that are kept
+EMBEDDING_BLOCK = 8192  # rows of an embedding in memory at a time
+
+
 def checkpoint_files(folder: Path) -> dict[str, str]:
     """File name of every tensor in a checkpoint folder, from its index or its files' headers; empty where it holds no safetensors."""
     index = folder / "model.safetensors.index.json"
@@ -72,6 +76,52 @@ def embedding_reference(
         if file.exists() and tensor_shape(file, key) == shape:
             return {"checkpoint": checkpoint, "revision": revision, "file": files[key], "key": key, "shape": shape}
     return None
+
+
+def input_embedding(reference: dict[str, Any] | None) -> np.ndarray | None:
+    """The input embedding that a trace refers to, float32 [V, F]; None where it refers to none, or the file is not here.
+
+    More than MAX_FEATURES columns are projected at random to that many, which keeps distances (Johnson and Lindenstrauss, 1984) and
+    bounds what a ridge regression on them costs.
+    """
+    if reference is None or not reference.get("file"):
+        return None
+    file = Path(reference["checkpoint"]) / reference["file"]
+    if not file.is_file():
+        return None
+    rows, columns = reference["shape"]
+    matrix_VD = _map_matrix(file, reference["key"], rows, columns)
+    projection_DF = None
+    if columns > MAX_FEATURES:
+        rng = np.random.default_rng(0)
+        projection_DF = rng.standard_normal((columns, MAX_FEATURES), np.float32) / np.sqrt(np.float32(MAX_FEATURES))
+    features_VF = np.empty((rows, min(columns, MAX_FEATURES)), np.float32)
+    for start in range(0, rows, EMBEDDING_BLOCK):
+        block = _as_float32(matrix_VD[start : start + EMBEDDING_BLOCK])
+        features_VF[start : start + len(block)] = block if projection_DF is None else block @ projection_DF
+    return features_VF
+
+
+def _map_matrix(file: Path, key: str, rows: int, columns: int) -> np.ndarray:
+    """A matrix of a safetensors file, mapped and not read: float32 or float16 [V, D], or bfloat16 as uint16."""
+    try:
+        with open(file, "rb") as data:
+            size = int.from_bytes(data.read(8), "little")
+            header = json.loads(data.read(size))
+        entry = header[key]
+        dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[entry["dtype"]]
+        if entry["shape"] != [rows, columns]:
+            raise InputError(f"{file}: {key} has shape {entry['shape']}, the trace says {[rows, columns]}")
+        return np.memmap(file, dtype, "r", offset=8 + size + entry["data_offsets"][0], shape=(rows, columns))
+    except KeyError as error:
+        raise InputError(f"{file}: {key} is missing or of a type that is no embedding: {error}") from None
+    except (ValueError, OSError, TypeError) as error:
+        raise InputError(f"{file} cannot be read as safetensors: {error}") from None
+
+
+def _as_float32(block: np.ndarray) -> np.ndarray:
+    """Values of a mapped block; bfloat16 (as uint16) is the upper half of a float32."""
+    return (block.astype(np.uint32) << 16).view(np.float32) if block.dtype == np.uint16 else block.astype(np.float32)
 
 
 def read_hash_layers(folder: Path) -> dict[int, np.ndarray]:

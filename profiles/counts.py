@@ -167,3 +167,11 @@ def select_requests(batch: TraceBatch, keep_B: np.ndarray) -> TraceBatch:
         sequence_starts_B1=np.concatenate([[0], np.cumsum(np.diff(batch.sequence_starts_B1)[keep_B])]),
         sequences=batch.sequences[keep_S],
     )
+
+
+def sample_requests(traces: list[RoutingTrace], keep: list[np.ndarray], *, max_tokens: int, seed: int) -> TraceBatch:
+    """Requests of `keep` (bool [B] per trace) as one batch: all, or a random choice of about `max_tokens` tokens."""
+    tokens_B = [trace.requests().column("num_tokens").to_numpy() for trace in traces]
+    chosen = _sample_requests(tokens_B, keep, max_tokens, seed)
+    batches = [b for trace, chosen_B in zip(traces, chosen, strict=True) for b in trace.batches(chosen_B)]
+    return concat_batches(batches, traces[0].info)

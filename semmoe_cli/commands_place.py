@@ -1,12 +1,24 @@
 """`semmoe place`: traces in, plan out, with held-out scores."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from semmoe_cli.commands_export import Kind
-from semmoe_cli.options import Dispatch, Json, Method, Seed, command_line
+from semmoe_cli.options import (
+    BatchTokens,
+    Dispatch,
+    Effort,
+    Expressible,
+    Json,
+    Method,
+    Objective,
+    Seed,
+    Window,
+    command_line,
+)
 
 
 def place(
@@ -16,7 +28,11 @@ def place(
     ranks: Annotated[int, typer.Option(help="Ranks of the expert-parallel group.", min=1)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PLAN", help="Plan directory to write.")],
     nodes: Annotated[int, typer.Option(help="Nodes that the ranks are spread over, R / N each.", min=1)] = 1,
-    method: Annotated[Method, typer.Option(help="How to place.")] = Method.metis,
+    topology: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Costs between ranks: a JSON matrix, or the text of `nvidia-smi topo -m`."),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How to place.")] = Method.semmoe,
     dispatch: Annotated[
         Dispatch, typer.Option(help="How your engine's all-to-all counts rows; decides what is optimised and compared.")
     ] = Dispatch.per_rank,
@@ -29,6 +45,29 @@ def place(
         float, typer.Option(help="Most expert load of a rank over the mean, on the fitted requests.")
     ] = 1.05,
     refit: Annotated[bool, typer.Option(help="After scoring, fit the written plan on all requests.")] = True,
+    objective: Annotated[
+        Objective, typer.Option(help="Schedules to place for: tokens (tp), requests (dp), or both.")
+    ] = Objective.both,
+    lar_weight: Annotated[
+        float, typer.Option(help="Remote ranks that one more local activation per token is worth.", min=0)
+    ] = 0.0,
+    replicas: Annotated[int, typer.Option(metavar="S", help="Extra expert slots per rank.", min=0)] = 0,
+    robust: Annotated[
+        int, typer.Option(metavar="K", help="Keep the load cap within each of K clusters of requests.", min=0)
+    ] = 0,
+    expressible: Annotated[
+        Expressible | None,
+        typer.Option(help="permutation: only placements that a permuted checkpoint of a grouped model can express."),
+    ] = None,
+    effort: Annotated[Effort, typer.Option(help="How long to search.")] = Effort.default,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes to place layers in; the result does not depend on it.", min=1)
+    ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Bound what any placement could reach, and store the gap.")
+    ] = False,
+    batch_tokens: BatchTokens = 512,
+    window: Window = 64,
     import_: Annotated[
         tuple[Kind, Path] | None,
         typer.Option(
@@ -48,30 +87,45 @@ def place(
     from semmoe_cli.report import note, print_report
     from solvers.placement import Topology
     from solvers.plan import check_plan_target
-    from solvers.planning import make_plan
+    from solvers.planning import Setting, make_plan
+    from solvers.solve import Demands
+    from solvers.topology_file import read_topology
 
     check_plan_target(output)
-    opened, topology = [RoutingTrace.open(path) for path in traces], Topology(ranks, nodes)
+    setting = Setting(batch_tokens, window, seed)
+    opened = [RoutingTrace.open(path) for path in traces]
+    links = read_topology(topology, num_ranks=ranks, num_nodes=nodes) if topology else Topology(ranks, nodes)
     if import_ is not None:
         from solvers.import_map import import_plan
 
         kind, file = import_
         made_by = command_line(output, file, *traces)
         plan = import_plan(
-            opened, topology, kind=kind.value, file=file, dispatch=dispatch.value, seed=seed, made_by=made_by
+            opened, links, kind=kind.value, file=file, dispatch=dispatch.value, setting=setting, made_by=made_by
         )
     else:
         plan = make_plan(
             opened,
-            topology,
+            links,
+            Demands(
+                load_cap=load_cap,
+                seed=seed,
+                dispatch=dispatch.value,
+                objective=objective.value,
+                lar_weight=lar_weight,
+                replicas=replicas,
+                robust=robust,
+                expressible=expressible and expressible.value,
+                effort=effort.value,
+                processes=processes or os.cpu_count() or 1,
+            ),
             method=method.value,
-            dispatch=dispatch.value,
             holdout=holdout,
             holdout_domains=holdout_domain or [],
-            load_cap=load_cap,
             refit=refit,
-            seed=seed,
-            made_by=command_line(output, *traces),
+            certify=certify,
+            setting=setting,
+            made_by=command_line(output, topology or output, *traces),
         )
     plan.save(output)
     for line in plan.notes:

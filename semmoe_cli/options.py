@@ -15,10 +15,13 @@ import typer
 class Method(enum.StrEnum):
     """Choices of --method; a test keeps them equal to solvers.solve.METHODS."""
 
-    contiguous = "contiguous"
-    load = "load"
+    semmoe = "semmoe"
     metis = "metis"
     spectral = "spectral"
+    load = "load"
+    contiguous = "contiguous"
+    paper = "paper"
+    exact = "exact"
 
 
 class Dispatch(enum.StrEnum):
@@ -30,6 +33,30 @@ class Dispatch(enum.StrEnum):
     gather = "gather"
 
 
+class Objective(enum.StrEnum):
+    """Choices of --objective; a test keeps them equal to solvers.coschedule.OBJECTIVES."""
+
+    tp = "tp"
+    dp = "dp"
+    both = "both"
+
+
+class Effort(enum.StrEnum):
+    """Choices of --effort; a test keeps them equal to solvers.partition.EFFORTS."""
+
+    fast = "fast"
+    default = "default"
+    max = "max"
+
+
+class Expressible(enum.StrEnum):
+    """Choices of --expressible."""
+
+    permutation = "permutation"
+
+
+BatchTokens = Annotated[int, typer.Option(help="Tokens of a simulated batch.", min=1)]
+Window = Annotated[int, typer.Option(help="Requests of a simulated scheduling window.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input and seed give the same bytes.", min=0)]
 

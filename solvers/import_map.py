@@ -21,7 +21,7 @@ from solvers.evaluate import DISPATCH_KINDS
 from solvers.export import FORMAT, KINDS, sidecar_path
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
-from solvers.planning import baselines, score_placements
+from solvers.planning import Setting, baselines, score_placements
 
 TRTLLM_KEYS = {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
 
@@ -65,7 +65,14 @@ def import_placement(kind: str, file: Path, model: ModelFacts, topology: Topolog
 
 
 def import_plan(
-    traces: list[RoutingTrace], topology: Topology, *, kind: str, file: Path, dispatch: str, seed: int, made_by: str
+    traces: list[RoutingTrace],
+    topology: Topology,
+    *,
+    kind: str,
+    file: Path,
+    dispatch: str,
+    setting: Setting,
+    made_by: str,
 ) -> Plan:
     """A plan of the imported map, scored on all requests of the traces: none of them was used to make it.
 
@@ -78,15 +85,17 @@ def import_plan(
     model = ModelFacts.of(traces[0].info)
     topology.check_experts(model.num_experts)
     placement = import_placement(kind, file, model, topology)
-    profile = profile_traces(traces, seed=seed)
+    profile = profile_traces(traces, seed=setting.seed)
     everything = [np.ones(trace.num_requests, bool) for trace in traces]
     scores = score_placements(
         {"plan": placement, **baselines(profile.load_LE, topology)},
         traces,
         everything,
         topology,
+        load_LE=profile.load_LE,
         dispatch=dispatch,
-        seed=seed,
+        schedule=None,
+        setting=setting,
     )
     num_requests = sum(trace.num_requests for trace in traces)
     fingerprints = [trace.fingerprint for trace in traces]
@@ -104,7 +113,7 @@ def import_plan(
         topology=topology,
         model=model,
         method="imported",
-        seed=seed,
+        seed=setting.seed,
         dispatch=dispatch,
         load_LE=profile.load_LE,
         fitted_keys=np.empty(0, np.uint64),
@@ -117,7 +126,7 @@ def import_plan(
         split={
             "holdout": 1.0,
             "holdout_domains": [],
-            "seed": seed,
+            "seed": setting.seed,
             "held_out_requests": num_requests,
             "training_requests": 0,
             "refit": False,

@@ -6,79 +6,103 @@ requests: more data only helps it, and plan.json says so.
 Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from profiles.counts import profile_traces
+from profiles.checkpoint import input_embedding
+from profiles.counts import RoutingProfile, profile_traces, sample_requests, token_expert_UE
 from profiles.errors import InputError
 from profiles.split import holdout_requests, request_keys
 from profiles.trace import RoutingTrace
+from solvers.certificate import certify as certify_layer
+from solvers.certificate import local_activation_bound, remote_rank_bound
 from solvers.contiguous import place_contiguous
-from solvers.evaluate import (
-    DISPATCH_KINDS,
-    Scores,
-    report_layers,
-    report_rows,
-    score,
-    traffic_sums,
-    uniform_scores,
-)
+from solvers.equalize import load_limit, rank_load_R
+from solvers.evaluate import DISPATCH_KINDS, Scores, report_layers, report_rows, score, traffic_sums, uniform_scores
 from solvers.load import place_load
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
-from solvers.solve import solve_placement
+from solvers.replicas import serving_LRE
+from solvers.schedule import Schedule, fit_schedule
+from solvers.simulate import available_schedules, simulate
+from solvers.solve import Demands, Progress, solve_placement
 
 REPORT_FORMAT = "semmoe-report"
 REPORT_VERSION = 1
+SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of their order."""
+
+    batch_tokens: int = 512
+    window: int = 64
+    seed: int = 0
 
 
 def make_plan(
     traces: list[RoutingTrace],
     topology: Topology,
+    demands: Demands,
     *,
     method: str,
-    dispatch: str,
     holdout: float,
     holdout_domains: list[str],
-    load_cap: float,
     refit: bool,
-    seed: int,
+    certify: bool,
+    setting: Setting,
     made_by: str,
+    progress: Progress | None = None,
 ) -> Plan:
-    """The plan for the traces' model, with scores on held-out requests beside the baselines (see `score_placements`)."""
-    if dispatch not in DISPATCH_KINDS:
-        raise InputError(f"dispatch {dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
+    """The plan for the traces' model, with scores on held-out requests beside the baselines (see `score_placements`).
+
+    `certify`: bound what any placement could reach on the requests that were fitted for scoring (`certificate_of`).
+    """
+    if demands.dispatch not in DISPATCH_KINDS:
+        raise InputError(f"dispatch {demands.dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
     for trace in traces:
         trace.require_tokens("placement by co-activation, and its held-out scores,")
     topology.check_experts(traces[0].info.num_experts)
-    held_out = _split(traces, holdout, holdout_domains, seed)
-    profile = profile_traces(traces, [~h for h in held_out], seed=seed)
-    placement, notes = solve_placement(profile, topology, method=method, load_cap=load_cap, seed=seed)
+    embedding_VD = input_embedding(traces[0].info.embedding)
+    held_out = split_requests(traces, holdout=holdout, holdout_domains=holdout_domains, seed=demands.seed)
+    fitted = [~h for h in held_out]
+    profile = profile_traces(traces, fitted, seed=demands.seed)
+    placement, notes = solve_placement(profile, topology, demands, method=method, progress=progress)
+    schedule = fit_schedule(profile.sample, placement, seed=demands.seed, embedding_VD=embedding_VD)
     scores = score_placements(
         {"plan": placement, **baselines(profile.load_LE, topology)},
         traces,
         held_out,
         topology,
-        dispatch=dispatch,
-        seed=seed,
+        load_LE=profile.load_LE,
+        dispatch=demands.dispatch,
+        schedule=schedule,
+        setting=setting,
     )
-    fitted = [~h for h in held_out]
+    if certify:
+        scores["certificate"] = certificate_of(profile, placement, demands)
     if refit:
         fitted = [np.ones_like(h) for h in held_out]
-        profile = profile_traces(traces, seed=seed)
-        placement, notes = solve_placement(profile, topology, method=method, load_cap=load_cap, seed=seed)
+        profile = profile_traces(traces, seed=demands.seed)
+        placement, notes = solve_placement(profile, topology, demands, method=method, progress=progress)
+        schedule = fit_schedule(profile.sample, placement, seed=demands.seed, embedding_VD=embedding_VD)
     num_held_out = int(sum(h.sum() for h in held_out))
+    options = {k: v for k, v in asdict(demands).items() if k not in ("load_cap", "seed", "dispatch", "processes")}
     return Plan(
         placement=placement,
         topology=topology,
         model=ModelFacts.of(traces[0].info),
         method=method,
-        seed=seed,
-        dispatch=dispatch,
+        seed=demands.seed,
+        dispatch=demands.dispatch,
         load_LE=profile.load_LE,
         fitted_keys=np.concatenate([request_keys(t.requests())[f] for t, f in zip(traces, fitted, strict=True)]),
-        load_cap=load_cap,
+        load_cap=demands.load_cap,
+        options=options,
         trace={
             "fingerprints": [t.fingerprint for t in traces],
             "requests": sum(t.num_requests for t in traces),
@@ -87,7 +111,7 @@ def make_plan(
         split={
             "holdout": 0.0 if holdout_domains else holdout,
             "holdout_domains": holdout_domains,
-            "seed": seed,
+            "seed": demands.seed,
             "held_out_requests": num_held_out,
             "training_requests": sum(t.num_requests for t in traces) - num_held_out,
             "refit": refit,
@@ -95,10 +119,11 @@ def make_plan(
         scores=scores,
         notes=notes,
         made_by=made_by,
+        tables=schedule.to_tables(),
     )
 
 
-def score_plan(plan: Plan, trace: RoutingTrace, *, seed: int = 0) -> tuple[dict[str, Any], list[str]]:
+def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[dict[str, Any], list[str]]:
     """A report of the plan on a trace, and notes on which requests were scored.
 
     Requests that the plan was fitted on are never scored. Where that leaves none of a trace that the plan was made from, its own
@@ -118,8 +143,52 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, seed: int = 0) -> tuple[dict[
             f"of the same method fitted on the other {plan.split['training_requests']}"
         ]
     notes = [f"{num_seen} requests of {trace.path} were used to fit the plan and are left out"] if num_seen else []
-    placements = {"plan": plan.placement, **baselines(plan.load_LE, plan.topology)}
-    return score_placements(placements, [trace], [unseen_B], plan.topology, dispatch=plan.dispatch, seed=seed), notes
+    scores = score_placements(
+        {"plan": plan.placement, **baselines(plan.load_LE, plan.topology)},
+        [trace],
+        [unseen_B],
+        plan.topology,
+        load_LE=plan.load_LE,
+        dispatch=plan.dispatch,
+        schedule=Schedule.from_tables(plan.tables),
+        setting=setting,
+    )
+    return scores, notes
+
+
+def certificate_of(profile: RoutingProfile, placement: Placement, demands: Demands) -> dict[str, Any]:
+    """How far the placement is, at most, from the best under the same constraints, on the profile it was fitted on.
+
+    Per layer the co-activation within ranks, its upper bound and the gap; and bounds on REM with random homes and on LAR with a token
+    table that follow (docs/formats.md). Raises InputError for a placement with replicas.
+    """
+    info, num_ranks = profile.info, placement.num_ranks
+    if placement.num_replicas:
+        raise InputError("--certify bounds placements without replicas: leave --replicas out")
+    ids_U, index_T = profile.token_index()
+    layers = []
+    for layer, rank_of_E in enumerate(placement.rank_of_LE):
+        load_E = profile.load_LE[layer]
+        # Where the cap could not be kept, the bound is for the load that the placement has.
+        limit = max(
+            load_limit(load_E, num_ranks, demands.load_cap), float(rank_load_R(rank_of_E, load_E, num_ranks).max())
+        )
+        found = certify_layer(rank_of_E, profile.co_activation_LEE[layer], load_E, limit, num_ranks)
+        ranks_touched = remote_rank_bound(
+            found.bound, profile.num_tokens, info.top_k, num_ranks, info.num_experts // num_ranks
+        )
+        entry = {
+            "layer": layer,
+            "co_activation": found.reached,
+            "co_activation_bound": found.bound,
+            "gap": found.gap,
+            "rem_bound": ranks_touched * (1 - 1 / num_ranks),
+        }
+        if len(ids_U):
+            counts_UE = token_expert_UE(index_T, profile.sample.expert_ids_TLK[:, layer], len(ids_U), info.num_experts)
+            entry["lar_bound"] = local_activation_bound(counts_UE, num_ranks, load_cap=demands.load_cap, token_cap=1.05)
+        layers.append(entry)
+    return {"gap": float(np.mean([entry["gap"] for entry in layers])), "layers": layers}
 
 
 def baselines(load_LE: np.ndarray, topology: Topology) -> dict[str, Placement]:
@@ -139,24 +208,46 @@ def score_placements(
     keep: list[np.ndarray],
     topology: Topology,
     *,
+    load_LE: np.ndarray,
     dispatch: str,
-    seed: int,
+    schedule: Schedule | None,
+    setting: Setting,
 ) -> dict[str, Any]:
-    """The report object (docs/formats.md): rows and layers of every placement on the requests of `keep` (bool [B] per trace)."""
+    """The report object (docs/formats.md): rows and layers of every placement on the requests of `keep` (bool [B] per trace).
+
+    Every placement is scored with tokens at random homes; the one named "plan" also under what its `schedule` allows. Of very large
+    traces, a random sample of the requests is scored. `load_LE`: activations of the fitted requests, for the choice of replicas.
+    """
     info = traces[0].info
-    num_requests = int(sum(k.sum() for k in keep))
-    if num_requests == 0:
+    batch = sample_requests(traces, keep, max_tokens=SCORED_IDS // (info.num_layers * info.top_k), seed=setting.seed)
+    if batch.num_tokens == 0:
         raise InputError(f"{traces[0].path} holds no request to score on")
 
-    def scored(placement: Placement) -> Scores:
-        shape = (info.num_layers, topology.num_ranks, info.num_experts)
-        serving_LRE = np.broadcast_to(placement.rank_of_LE[:, None], shape)
-        batches = (batch for trace, keep_B in zip(traces, keep, strict=True) for batch in trace.batches(keep_B))
-        sums = traffic_sums(batches, info, serving_LRE, topology, dispatch=dispatch, num_requests=num_requests)
-        return score(sums, topology, dispatch=dispatch, seed=seed)
+    def scored(placement: Placement, homes_TL: np.ndarray | None = None) -> Scores:
+        serving = serving_LRE(placement.hosts_LER, load_LE, topology)
+        homes = None if homes_TL is None else (lambda _: homes_TL)
+        sums = traffic_sums(
+            [batch], info, serving, topology, dispatch=dispatch, num_requests=batch.num_requests, homes=homes
+        )
+        return score(sums, topology, dispatch=dispatch, seed=setting.seed)
 
     scores = {(name, "random"): scored(placement) for name, placement in placements.items()}
-    tokens = sum(int(t.requests().column("num_tokens").to_numpy()[k].sum()) for t, k in zip(traces, keep, strict=True))
+    for name in available_schedules(schedule) if schedule else []:
+        if name == "random":  # scored above, exactly
+            continue
+        simulated = simulate(
+            name,
+            batch,
+            placements["plan"],
+            schedule,
+            batch_tokens=setting.batch_tokens,
+            window=setting.window,
+            seed=setting.seed,
+        )
+        row = scored(placements["plan"], simulated.homes_TL)
+        # Balance is kept within each batch or window, so that is where it is measured.
+        row.means["token_imbalance"] = simulated.token_imbalance
+        scores["plan", name] = row
     return {
         "format": REPORT_FORMAT,
         "version": REPORT_VERSION,
@@ -166,18 +257,19 @@ def score_placements(
         "ranks": topology.num_ranks,
         "nodes": topology.num_nodes,
         "dispatch": dispatch,
-        "requests": num_requests,
-        "tokens": tokens,
+        "requests": batch.num_requests,
+        "tokens": batch.num_tokens,
+        "setting": asdict(setting),
         "uniform": uniform_scores(info.num_experts, info.top_k, topology),
         "rows": report_rows(scores),
         "layers": report_layers(scores, info),
     }
 
 
-def _split(traces: list[RoutingTrace], holdout: float, domains: list[str], seed: int) -> list[np.ndarray]:
-    """Held-out requests over all traces together, bool [B] per trace."""
-    import pyarrow as pa
-
+def split_requests(
+    traces: list[RoutingTrace], *, holdout: float, holdout_domains: list[str], seed: int
+) -> list[np.ndarray]:
+    """Held-out requests over all traces together, bool [B] per trace (see `holdout_requests`)."""
     tables = [trace.requests() for trace in traces]
-    held_out_B = holdout_requests(pa.concat_tables(tables), holdout=holdout, holdout_domains=domains, seed=seed)
+    held_out_B = holdout_requests(pa.concat_tables(tables), holdout=holdout, holdout_domains=holdout_domains, seed=seed)
     return np.split(held_out_B, np.cumsum([t.num_rows for t in tables])[:-1])

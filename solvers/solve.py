@@ -4,60 +4,146 @@ Shape letters: L MoE layers, E experts, R ranks.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from profiles.counts import RoutingProfile
 from profiles.errors import InputError
 from solvers.contiguous import place_contiguous
+from solvers.coschedule import place_semmoe
 from solvers.equalize import is_within_cap, rank_load_R
-from solvers.load import place_load
+from solvers.exact import place_exact
+from solvers.load import place_load, place_load_replicated
 from solvers.metis import place_metis
+from solvers.paper import place_paper
 from solvers.placement import Placement, Topology
+from solvers.replicas import add_replicas
 from solvers.spectral import place_spectral
 
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
 
-def _contiguous(profile: RoutingProfile, topology: Topology, *, load_cap: float, seed: int) -> np.ndarray:
+@dataclass(frozen=True)
+class Demands:
+    """What a placement is asked for. Methods that only look at co-activation or load use the cap and the seed."""
+
+    load_cap: float = 1.05  # most load of a rank over the mean
+    seed: int = 0
+    dispatch: str = "per-rank"
+    objective: str = "both"  # "tp", "dp" or "both": the schedules that placement is made for
+    lar_weight: float = 0.0  # remote ranks that one more local activation is worth
+    replicas: int = 0  # extra slots per rank
+    robust: int = 0  # clusters of requests that each keep the cap
+    expressible: str | None = None  # "permutation": only what a permuted checkpoint of a grouped model can express
+    effort: str = "default"
+    processes: int = 1
+
+
+def _contiguous(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
     return place_contiguous(profile.info.num_layers, profile.info.num_experts, topology.num_ranks)
 
 
-def _load(profile: RoutingProfile, topology: Topology, *, load_cap: float, seed: int) -> np.ndarray:
+def _load(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
     return place_load(profile.load_LE, topology.num_ranks)
 
 
-def _metis(profile: RoutingProfile, topology: Topology, *, load_cap: float, seed: int) -> np.ndarray:
-    return place_metis(profile.co_activation_LEE, profile.load_LE, topology.num_ranks, load_cap=load_cap, seed=seed)
+def _metis(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+    return place_metis(
+        profile.co_activation_LEE,
+        profile.load_LE,
+        topology.num_ranks,
+        load_cap=demands.load_cap,
+        seed=demands.seed,
+    )
 
 
-def _spectral(profile: RoutingProfile, topology: Topology, *, load_cap: float, seed: int) -> np.ndarray:
-    return place_spectral(profile.co_activation_LEE, profile.load_LE, topology.num_ranks, load_cap=load_cap, seed=seed)
+def _spectral(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+    return place_spectral(
+        profile.co_activation_LEE,
+        profile.load_LE,
+        topology.num_ranks,
+        load_cap=demands.load_cap,
+        seed=demands.seed,
+    )
 
 
-METHODS: dict[str, Callable[..., np.ndarray]] = {
-    "contiguous": _contiguous,
-    "load": _load,
+def _semmoe(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+    return place_semmoe(
+        profile,
+        topology,
+        load_cap=demands.load_cap,
+        seed=demands.seed,
+        dispatch=demands.dispatch,
+        lar_weight=demands.lar_weight,
+        objective=demands.objective,
+        robust=demands.robust,
+        effort=demands.effort,
+        expressible=demands.expressible,
+        processes=demands.processes,
+        progress=progress,
+    )
+
+
+def _paper(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+    return place_paper(profile, topology, load_cap=demands.load_cap, seed=demands.seed)
+
+
+def _exact(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+    return place_exact(profile, topology, load_cap=demands.load_cap)
+
+
+METHODS: dict[str, Callable[[RoutingProfile, Topology, Demands, Progress | None], np.ndarray]] = {
+    "semmoe": _semmoe,
     "metis": _metis,
     "spectral": _spectral,
+    "load": _load,
+    "contiguous": _contiguous,
+    "paper": _paper,
+    "exact": _exact,
 }
 
 
 def solve_placement(
-    profile: RoutingProfile, topology: Topology, *, method: str, load_cap: float = 1.05, seed: int = 0
+    profile: RoutingProfile, topology: Topology, demands: Demands, *, method: str, progress: Progress | None = None
 ) -> tuple[Placement, list[str]]:
     """Placement of the profile's experts by one of METHODS, and notes on what it could not keep.
 
-    `load_cap`: most activations of a rank over the mean, at least 1. Raises InputError where experts do not divide over the ranks.
+    Raises InputError where experts do not divide over the ranks, or a demand cannot be met by the method.
     """
-    topology.check_experts(profile.info.num_experts)
+    info = profile.info
+    topology.check_experts(info.num_experts)
     if method not in METHODS:
         raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if load_cap < 1:
-        raise InputError(f"--load-cap is {load_cap}, expected at least 1")
-    rank_of_LE = METHODS[method](profile, topology, load_cap=load_cap, seed=seed)
-    placement = Placement.from_ranks(rank_of_LE, topology.num_ranks)
-    return placement, load_notes(rank_of_LE, profile.load_LE, topology.num_ranks, load_cap)
+    if demands.load_cap < 1:
+        raise InputError(f"--load-cap is {demands.load_cap}, expected at least 1")
+    own_slots = info.num_experts // topology.num_ranks
+    if not 0 <= demands.replicas <= info.num_experts - own_slots:
+        raise InputError(
+            f"--replicas {demands.replicas}: a rank can host {info.num_experts - own_slots} more experts at most"
+        )
+    if demands.expressible and info.n_group > 1 and method != "semmoe":
+        raise InputError(
+            f"--expressible {demands.expressible} needs --method semmoe: {method} does not look at routing groups"
+        )
+    if method == "load" and demands.replicas:
+        num_slots = info.num_experts + demands.replicas * topology.num_ranks
+        experts_LRS = place_load_replicated(
+            profile.load_LE,
+            num_slots,
+            num_groups=info.n_group,
+            num_nodes=topology.num_nodes,
+            num_ranks=topology.num_ranks,
+        )
+        return Placement(experts_LRS, info.num_experts), []
+    rank_of_LE = METHODS[method](profile, topology, demands, progress)
+    notes = load_notes(rank_of_LE, profile.load_LE, topology.num_ranks, demands.load_cap)
+    if not demands.replicas:
+        return Placement.from_ranks(rank_of_LE, topology.num_ranks), notes
+    experts_LRS = add_replicas(
+        rank_of_LE, profile.sample.expert_ids_TLK, profile.load_LE, topology, replicas=demands.replicas
+    )
+    return Placement(experts_LRS, info.num_experts), notes
 
 
 def load_notes(rank_of_LE: np.ndarray, load_LE: np.ndarray, num_ranks: int, load_cap: float) -> list[str]:

@@ -35,7 +35,8 @@ from solvers.export import (
 from solvers.import_map import exported_from, import_placement, import_plan
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
-from solvers.planning import make_plan
+from solvers.planning import Setting, make_plan
+from solvers.solve import Demands
 
 # (kind, format, ending) of everything that export can write.
 FILES = [
@@ -566,17 +567,19 @@ def test_the_documented_commands_run_and_the_flags_agree(saved, tmp_path, monkey
 def test_an_imported_map_is_scored_on_all_requests(tmp_path):
     write_synthetic(tmp_path / "t", num_requests=40)
     trace = RoutingTrace.open(tmp_path / "t")
-    options = {"dispatch": "per-rank", "seed": 0, "made_by": "semmoe place"}
     plan = make_plan(
         [trace],
         Topology(4),
+        Demands(load_cap=1.2),
         method="spectral",
         holdout=0.25,
         holdout_domains=[],
-        load_cap=1.2,
         refit=True,
-        **options,
+        certify=False,
+        setting=Setting(),
+        made_by="semmoe place",
     )
+    options = {"dispatch": "per-rank", "setting": Setting(), "made_by": "semmoe place"}
     path = write(plan, tmp_path / "map.jsonl", "vllm", "pr41141")
     imported = import_plan([trace], Topology(4), kind="vllm", file=path, **options)
     assert same(imported.placement, plan.placement) and imported.method == "imported"

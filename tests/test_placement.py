@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profiles.counts import RoutingProfile, co_activation_EE, profile_traces
+from profiles.counts import RoutingProfile, co_activation_EE, count_batches, profile_traces
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
-from profiles.trace import RoutingTrace, TraceInfo, concat_batches
+from profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from solvers.equalize import (
     co_activation_within,
     equal_counts,
@@ -23,7 +23,7 @@ from solvers.equalize import (
 )
 from solvers.load import place_load
 from solvers.placement import Placement, Topology
-from solvers.solve import METHODS, load_notes, solve_placement
+from solvers.solve import METHODS, Demands, load_notes, solve_placement
 from solvers.spectral import balanced_k_means
 
 
@@ -31,10 +31,37 @@ def random_affinity(rng: np.random.Generator, experts: int) -> np.ndarray:
     return co_activation_EE(np.array([rng.permutation(experts)[:3] for _ in range(300)]), experts)
 
 
-def profile_of(load_LE: np.ndarray, co_activation_LEE: np.ndarray, top_k: int = 2) -> RoutingProfile:
-    layers, experts = load_LE.shape
+def random_rows(rng: np.random.Generator, experts: int, tokens: int, skew: float = 0.0, top_k: int = 2) -> np.ndarray:
+    weight_E = np.exp(skew * rng.random(experts))
+    weight_E /= weight_E.sum()
+    return np.array([rng.choice(experts, top_k, replace=False, p=weight_E) for _ in range(tokens)])
+
+
+def profile_of(ids_TK: np.ndarray, experts: int, layers: int = 1) -> RoutingProfile:
+    """Profile of one request per 10 rows, the same rows at every layer, and no token ids."""
+    tokens, top_k = ids_TK.shape
     info = TraceInfo("m", layers, experts, top_k, tuple(range(layers)))
-    return RoutingProfile(info, int(load_LE.sum()), load_LE, co_activation_LEE, concat_batches([], info))
+    starts_B1 = np.append(np.arange(0, tokens, 10), tokens)
+    requests = len(starts_B1) - 1
+    none = np.zeros(requests, np.int64)
+    batch = TraceBatch(
+        request_ids=[str(i) for i in range(requests)],
+        domains=[""] * requests,
+        starts_B1=starts_B1,
+        expert_ids_TLK=np.repeat(ids_TK[:, None], layers, axis=1).astype(info.id_dtype),
+        token_ids_T=np.full(tokens, -1, np.int32),
+        is_prompt_T=np.zeros(tokens, bool),
+        num_prompt_tokens_B=none,
+        first_position_B=none,
+        sequence_starts_B1=np.zeros(requests + 1, np.int64),
+        sequences=np.empty(0, np.int32),
+    )
+    num_tokens, load_LE, co_activation_LEE = count_batches([batch], info)
+    return RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, batch)
+
+
+def solve(profile: RoutingProfile, ranks: int, *, method: str, load_cap: float, seed: int = 0, **demands):
+    return solve_placement(profile, Topology(ranks), Demands(load_cap=load_cap, seed=seed, **demands), method=method)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +71,10 @@ def planted(tmp_path_factory):
     return group_of_LE, profile_traces([RoutingTrace.open(path)])
 
 
-@pytest.mark.parametrize("method", ["metis", "spectral"])
+@pytest.mark.parametrize("method", ["metis", "spectral", "semmoe"])
 def test_planted_groups_are_found(planted, method):
     group_of_LE, profile = planted
-    placement, _ = solve_placement(profile, Topology(4), method=method, load_cap=2.0, seed=1)
+    placement, _ = solve(profile, 4, method=method, load_cap=2.0, seed=1)
     for layer in range(4):
         pairs = {tuple(p) for p in np.stack([group_of_LE[layer], placement.rank_of_LE[layer]], axis=1)}
         assert len(pairs) == 4, f"layer {layer}: groups and ranks are not one to one"
@@ -63,13 +90,9 @@ def test_planted_groups_are_found(planted, method):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_keeps_counts_and_repeats(method, seed, shape, skew, load_cap):
     experts, ranks = shape
-    rng = np.random.default_rng(seed)
-    weight_E = np.exp(skew * rng.random(experts))
-    ids_TK = np.array([rng.choice(experts, 2, replace=False, p=weight_E / weight_E.sum()) for _ in range(60)])
-    co_EE = co_activation_EE(ids_TK, experts)
-    profile = profile_of(co_EE.diagonal()[None].copy(), co_EE[None])
-    first, notes = solve_placement(profile, Topology(ranks), method=method, load_cap=load_cap, seed=seed)
-    again, _ = solve_placement(profile, Topology(ranks), method=method, load_cap=load_cap, seed=seed)
+    profile = profile_of(random_rows(np.random.default_rng(seed), experts, 60, skew), experts)
+    first, notes = solve(profile, ranks, method=method, load_cap=load_cap, seed=seed)
+    again, _ = solve(profile, ranks, method=method, load_cap=load_cap, seed=seed)
     assert first.experts_LRS.shape == (1, ranks, experts // ranks)
     np.testing.assert_array_equal(np.sort(first.experts_LRS.reshape(-1)), np.arange(experts))
     np.testing.assert_array_equal(first.experts_LRS, again.experts_LRS)
@@ -77,7 +100,7 @@ def test_every_method_keeps_counts_and_repeats(method, seed, shape, skew, load_c
     within = is_within_cap(rank_of_E, load_E, ranks, load_cap)
     assert within == (not notes)
     balanced_E = place_load(profile.load_LE, ranks)[0]
-    if method in ("metis", "spectral") and is_within_cap(balanced_E, load_E, ranks, load_cap):
+    if method in ("metis", "spectral", "semmoe") and is_within_cap(balanced_E, load_E, ranks, load_cap):
         assert within, "the load cap can be kept, as packing by load shows"
 
 
@@ -97,16 +120,14 @@ def test_swap_gains_equal_recomputing():
 def test_small_cases_reach_the_brute_force_optimum():
     rng = np.random.default_rng(2)
     for seed in range(5):
-        co_EE = random_affinity(rng, 6)
-        load_E = co_EE.diagonal().copy()
+        profile = profile_of(random_rows(rng, 6, 300, top_k=3), 6)
+        co_EE, load_E = profile.co_activation_LEE[0], profile.load_LE[0]
         feasible = [
             co_activation_within(np.array(r), co_EE)
             for r in set(itertools.permutations([0, 0, 0, 1, 1, 1]))
             if is_within_cap(np.array(r), load_E, 2, 1.1)
         ]
-        placement, _ = solve_placement(
-            profile_of(load_E[None], co_EE[None], 3), Topology(2), method="metis", load_cap=1.1, seed=seed
-        )
+        placement, _ = solve(profile, 2, method="metis", load_cap=1.1, seed=seed)
         assert co_activation_within(placement.rank_of_LE[0], co_EE) == pytest.approx(max(feasible))
 
 
@@ -127,11 +148,19 @@ def test_counts_and_load_are_repaired_and_improved():
 
 
 def test_an_infeasible_cap_is_said():
-    load_LE = np.array([[100, 1, 1, 1]] * 3)
-    co_LEE = np.stack([np.diag(load_E) for load_E in load_LE])
-    _, notes = solve_placement(profile_of(load_LE, co_LEE), Topology(2), method="metis", load_cap=1.05, seed=0)
+    ids_TK = np.array([[0]] * 100 + [[1], [2], [3]])
+    _, notes = solve(profile_of(ids_TK, 4, layers=3), 2, method="metis", load_cap=1.05)
     assert notes == ["load cap 1.05 is exceeded in 3 of 3 layers, worst 1.961 (layers 0-2)"]
     assert load_notes(np.array([[0, 0, 1, 1]]), np.array([[1, 1, 1, 1]]), 2, 1.05) == []
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_replica_slots_hold_other_experts_of_every_method(method):
+    profile = profile_of(random_rows(np.random.default_rng(0), 8, 80, skew=2), 8, layers=2)
+    placement, _ = solve(profile, 4, method=method, load_cap=1.5, replicas=1)
+    assert placement.experts_LRS.shape == (2, 4, 3) and placement.num_replicas == 1
+    with pytest.raises(InputError, match="a rank can host 6 more experts at most"):
+        solve(profile, 4, method=method, load_cap=1.5, replicas=7)
 
 
 def test_balanced_k_means_separates_clouds():

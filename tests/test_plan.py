@@ -10,18 +10,10 @@ from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
 from solvers.placement import Topology
 from solvers.plan import Plan
-from solvers.planning import make_plan, score_plan
+from solvers.planning import Setting, make_plan, score_plan
+from solvers.solve import Demands
 
-OPTIONS = {
-    "method": "spectral",
-    "dispatch": "per-rank",
-    "holdout": 0.25,
-    "holdout_domains": [],
-    "load_cap": 1.2,
-    "refit": True,
-    "seed": 0,
-    "made_by": "semmoe place",
-}
+SETTING = Setting(batch_tokens=128, window=8)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +24,15 @@ def trace(tmp_path_factory):
 
 
 def plan_of(trace, **options) -> Plan:
-    return make_plan([trace], Topology(4), **{**OPTIONS, **options})
+    usual = {
+        "method": "spectral",
+        "holdout": 0.25,
+        "holdout_domains": [],
+        "refit": True,
+        "certify": False,
+        "made_by": "semmoe place",
+    }
+    return make_plan([trace], Topology(4), Demands(load_cap=1.2), setting=SETTING, **{**usual, **options})
 
 
 def test_a_plan_round_trips_and_repeats_to_the_byte(trace, tmp_path):
@@ -51,19 +51,19 @@ def test_scores_are_held_out_and_refitting_changes_only_the_placement(trace, tmp
     refitted, scored = plan_of(trace), plan_of(trace, refit=False)
     assert refitted.scores == scored.scores and refitted.scores["requests"] == 15
     assert refitted.load_LE.sum() == 60 * 64 * 4 * 4 and scored.load_LE.sum() == 45 * 64 * 4 * 4
-    again, notes = score_plan(scored, trace)
+    again, notes = score_plan(scored, trace, setting=SETTING)
     assert again["rows"] == scored.scores["rows"] and "45 requests" in notes[0]
-    again, notes = score_plan(refitted, trace)
+    again, notes = score_plan(refitted, trace, setting=SETTING)
     assert again == refitted.scores and "15 held-out requests" in notes[0]
 
 
 def test_a_trace_that_was_learned_from_is_never_scored(trace, tmp_path):
     write_synthetic(tmp_path / "more", num_requests=90)  # its first 60 requests are those of the trace
-    report, notes = score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "more"))
+    report, notes = score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "more"), setting=SETTING)
     assert report["requests"] == 30 and "60 requests" in notes[0]
     write_synthetic(tmp_path / "fewer", num_requests=20)
     with pytest.raises(InputError, match="fitted on every request"):
-        score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "fewer"))
+        score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "fewer"), setting=SETTING)
 
 
 def test_the_planted_structure_pays_on_held_out_requests(trace):
@@ -85,7 +85,7 @@ def test_a_plan_for_another_model_or_a_damaged_one_is_one_line(trace, tmp_path):
     plan = plan_of(trace)
     write_synthetic(tmp_path / "other", num_requests=5, num_experts=16)
     with pytest.raises(InputError, match="num_experts 16, the plan is for num_experts 32"):
-        score_plan(plan, RoutingTrace.open(tmp_path / "other"))
+        score_plan(plan, RoutingTrace.open(tmp_path / "other"), setting=SETTING)
     plan.save(tmp_path / "p")
     text = (tmp_path / "p" / "plan.json").read_text()
     facts = json.loads(text)
@@ -122,3 +122,45 @@ def test_saving_never_overwrites_something_else(trace, tmp_path):
     plan.save(tmp_path / "p")
     plan.save(tmp_path / "p")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "p"]
+
+
+def test_schedules_and_the_certificate_are_in_the_scores(trace):
+    plan = plan_of(trace, method="semmoe", certify=True, refit=False)
+    rows = {row["schedule"]: row for row in plan.scores["rows"] if row["placement"] == "plan"}
+    assert set(rows) >= {"random", "dp-roundrobin", "dp-scorer", "dp-oracle", "tp-table", "tp-paper", "tp-context"}
+    assert rows["random"]["lar"] == pytest.approx(0.25) < rows["tp-table"]["lar"] <= rows["tp-oracle"]["lar"]
+    assert rows["tp-context"]["token_imbalance"] == pytest.approx(1.0)
+    certificate = plan.scores["certificate"]
+    assert 0 <= certificate["gap"] < 0.3 and len(certificate["layers"]) == 4
+    assert all(entry["co_activation"] <= entry["co_activation_bound"] for entry in certificate["layers"])
+    assert any(name.startswith("schedule.") for name in plan.tables)
+
+
+def test_replicas_are_placed_scored_and_bounded_by_nothing(trace):
+    one = plan_of(trace, method="semmoe").scores["rows"][0]
+    more = make_plan(
+        [trace],
+        Topology(4),
+        Demands(load_cap=1.2, replicas=2),
+        method="semmoe",
+        holdout=0.25,
+        holdout_domains=[],
+        refit=True,
+        certify=False,
+        setting=SETTING,
+        made_by="",
+    )
+    assert more.placement.slots_per_rank == 10 and more.scores["rows"][0]["rem"] < one["rem"]
+    with pytest.raises(InputError, match="--certify bounds placements without replicas"):
+        make_plan(
+            [trace],
+            Topology(4),
+            Demands(replicas=1),
+            method="metis",
+            holdout=0.25,
+            holdout_domains=[],
+            refit=True,
+            certify=True,
+            setting=SETTING,
+            made_by="",
+        )
