@@ -21,7 +21,16 @@ from solvers.certificate import certify as certify_layer
 from solvers.certificate import local_activation_bound, remote_rank_bound
 from solvers.contiguous import place_contiguous
 from solvers.equalize import load_limit, rank_load_R
-from solvers.evaluate import DISPATCH_KINDS, Scores, report_layers, report_rows, score, traffic_sums, uniform_scores
+from solvers.evaluate import (
+    DISPATCH_KINDS,
+    Scores,
+    TrafficSums,
+    report_layers,
+    report_rows,
+    score,
+    traffic_sums,
+    uniform_scores,
+)
 from solvers.load import place_load
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
@@ -29,6 +38,7 @@ from solvers.replicas import serving_LRE
 from solvers.schedule import Schedule, fit_schedule
 from solvers.simulate import available_schedules, simulate
 from solvers.solve import Demands, Progress, solve_placement
+from solvers.verdict import saving, verdict
 
 REPORT_FORMAT = "semmoe-report"
 REPORT_VERSION = 1
@@ -223,17 +233,17 @@ def score_placements(
     if batch.num_tokens == 0:
         raise InputError(f"{traces[0].path} holds no request to score on")
 
-    def scored(placement: Placement, homes_TL: np.ndarray | None = None) -> Scores:
+    def summed(placement: Placement, homes_TL: np.ndarray | None = None) -> TrafficSums:
         serving = serving_LRE(placement.hosts_LER, load_LE, topology)
         homes = None if homes_TL is None else (lambda _: homes_TL)
-        sums = traffic_sums(
+        return traffic_sums(
             [batch], info, serving, topology, dispatch=dispatch, num_requests=batch.num_requests, homes=homes
         )
-        return score(sums, topology, dispatch=dispatch, seed=setting.seed)
 
-    scores = {(name, "random"): scored(placement) for name, placement in placements.items()}
+    sums = {(name, "random"): summed(placement) for name, placement in placements.items()}
+    token_imbalance = {}
     for name in available_schedules(schedule) if schedule else []:
-        if name == "random":  # scored above, exactly
+        if name == "random":  # summed above, exactly
             continue
         simulated = simulate(
             name,
@@ -244,10 +254,13 @@ def score_placements(
             window=setting.window,
             seed=setting.seed,
         )
-        row = scored(placements["plan"], simulated.homes_TL)
+        sums["plan", name] = summed(placements["plan"], simulated.homes_TL)
         # Balance is kept within each batch or window, so that is where it is measured.
-        row.means["token_imbalance"] = simulated.token_imbalance
-        scores["plan", name] = row
+        token_imbalance["plan", name] = simulated.token_imbalance
+    scores = {key: score(s, topology, dispatch=dispatch, seed=setting.seed) for key, s in sums.items()}
+    for key, value in token_imbalance.items():
+        scores[key].means["token_imbalance"] = value
+        scores[key].intervals["token_imbalance"] = (value, value)
     return {
         "format": REPORT_FORMAT,
         "version": REPORT_VERSION,
@@ -261,9 +274,38 @@ def score_placements(
         "tokens": batch.num_tokens,
         "setting": asdict(setting),
         "uniform": uniform_scores(info.num_experts, info.top_k, topology),
+        "verdict": _verdict(sums, scores, topology, dispatch, setting.seed),
         "rows": report_rows(scores),
         "layers": report_layers(scores, info),
     }
+
+
+def _verdict(
+    sums: dict[tuple[str, str], TrafficSums],
+    scores: dict[tuple[str, str], Scores],
+    topology: Topology,
+    dispatch: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Verdict on placement alone, against the better of the baselines, and on the best schedule that needs no oracle.
+
+    Where rows are per token and expert placement alone saves nothing, so there the schedule decides.
+    """
+
+    def cost(key: tuple[str, str]) -> float:
+        means = scores[key].means
+        return {"per-expert": -means["lar"], "per-node": means["node"]}.get(dispatch, means["rem"])
+
+    before = min(((name, "random") for name in ("contiguous", "load")), key=cost)
+    schedules = [s for p, s in sums if p == "plan" and s not in ("random", "tp-oracle", "dp-oracle", "dp-roundrobin")]
+    best = min(schedules, key=lambda s: cost(("plan", s)), default="random")
+
+    def judged(schedule: str) -> dict[str, Any]:
+        saved = saving(sums[before], sums["plan", schedule], topology, dispatch=dispatch, seed=seed)
+        return verdict(saved, dispatch=dispatch, schedule=schedule) | {"against": before[0]}
+
+    found = judged(best if dispatch == "per-expert" else "random")
+    return found | {"with_schedule": judged(best) if best != "random" else None}
 
 
 def split_requests(
