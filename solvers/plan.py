@@ -109,22 +109,24 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan directory; a plan that is there already is replaced. Raises InputError for any other file or directory."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         check_plan_target(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
         try:
             temporary.mkdir(parents=True)
             # One line per key: people find their way, and a placement of 58 x 256 experts does not become 15,000 lines.
             lines = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.to_json().items()]
             (temporary / "plan.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
             arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
-            save_file(
-                {name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}, temporary / "tables.safetensors"
-            )
+            tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
+            (temporary / "tables.safetensors").write_bytes(tables)
             if path.exists():
-                shutil.rmtree(path)
+                # The old plan is moved aside, not deleted first: whatever stops us here, one of the two is whole.
+                path.rename(replaced)
             temporary.rename(path)
+            shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
             raise InputError(f"cannot write the plan {path}: {error.strerror or error}") from None
         finally:
