@@ -4,7 +4,8 @@ Hooks keep each layer's chosen ids where they were computed; after a forward pas
 copied to the host at once. Requests are read ahead in a window, sorted by length and cut into batches of about equal lengths under a
 budget of tokens, so little padding is computed, none is recorded, and memory depends on the window only.
 
-Reading pads on the right: nothing before the padding can see it in a causal model, and the attention mask hides it from others.
+Reading pads on the right. In a causal model (one that can generate) nothing before the padding sees it, so no attention mask is
+given, which leaves the attention kernels their causal fast path; other models get the mask.
 Generating pads on the left with the attention mask, as `generate` expects. tests/test_families.py holds both equal to one request at a
 time for every family.
 
@@ -203,12 +204,12 @@ def pad_batch(batch: list[TokenRequest], *, left: bool) -> tuple[np.ndarray, np.
 def record_prefill(model: Any, recording: Recording, batch: list[TokenRequest]) -> list[Recorded]:
     """Read a batch once and return every request's routing."""
     ids, mask = pad_batch(batch, left=False)
-    padded = not mask.all()
+    needs_mask = not (mask.all() or model.can_generate())
     with hooked(recording.layers) as choices:
         read_batch(
             model,
             torch.from_numpy(ids).to(model.device),
-            torch.from_numpy(mask).to(model.device) if padded else None,
+            torch.from_numpy(mask).to(model.device) if needs_mask else None,
         )
     index, weights = (a if a is None else a.reshape(*ids.shape, *a.shape[1:]) for a in take_choices(choices, recording))
     rows = [slice(len(r.token_ids)) for r in batch]

@@ -46,10 +46,10 @@ class MoeLayer:
     empty_slots: bool = False  # a choice may be no expert at all: id num_experts
 
 
-def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
+def find_moe_layers(model: Any) -> list[MoeLayer]:
     """The MoE layers of `model` in layer order; an empty list for a dense model. Works on weights of device meta too."""
     layers = []
-    if model.config.model_type in UNSUPPORTED:  # pyright: ignore
+    if model.config.model_type in UNSUPPORTED:
         return layers
     for name, module in model.named_modules():
         if (number := layer_number(name)) is not None and (layer := _moe_layer(name, module, number)) is not None:
@@ -63,16 +63,16 @@ def layer_number(name: str) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
-def _moe_layer(name: str, module: nn.Module, number: int) -> MoeLayer | None:
+def _moe_layer(name: str, module: Any, number: int) -> MoeLayer | None:
     kind = type(module).__name__
     if kind == "Llama4Router":
-        num_experts, top_k = module.num_experts, module.top_k  # pyright: ignore
+        num_experts, top_k = module.num_experts, module.top_k
         return MoeLayer(
             name, module, number, int(num_experts), lambda a, k, out: _read_llama4(out, int(top_k)), after=True
         )
     if kind == "JetMoeTopKGating":
         if name.endswith("mlp.router"):  # the other one chooses attention experts
-            num_experts, top_k = module.num_experts, module.top_k  # pyright: ignore
+            num_experts, top_k = module.num_experts, module.top_k
             return MoeLayer(
                 name, module, number, int(num_experts), lambda a, k, out: _read_jetmoe(out, int(top_k)), after=True
             )
@@ -80,7 +80,7 @@ def _moe_layer(name: str, module: nn.Module, number: int) -> MoeLayer | None:
     names = list(inspect.signature(type(module).forward).parameters)[1:4]
     if len(names) < 3 or names[1] not in INDEX_NAMES or "weight" not in names[2]:
         return None
-    num_experts = int(getattr(module, "num_routed_experts", None) or module.num_experts)  # pyright: ignore
+    num_experts = int(getattr(module, "num_routed_experts", None) or module.num_experts)
     if getattr(
         module, "zero_expert_num", 0
     ):  # LongCat: ids from num_experts on are identity experts, which cost nothing
@@ -119,9 +119,9 @@ def _read_jetmoe(output: tuple, top_k: int) -> Choice:
     return index.view(-1, top_k), weights.view(-1, top_k)
 
 
-def explain_unsupported(model: nn.Module, name: str) -> InputError:
+def explain_unsupported(model: Any, name: str) -> InputError:
     """Why a model without MoE layers cannot be traced, in one line that names its type."""
-    model_type = model.config.model_type  # pyright: ignore
+    model_type = model.config.model_type
     if model_type in UNSUPPORTED:
         return InputError(f"{name}: model type {model_type!r} is not supported: {UNSUPPORTED[model_type]}")
     if any(re.search(r"(^|\.)experts?(\.|$)", path) for path, _ in model.named_modules()):
@@ -135,10 +135,10 @@ def explain_unsupported(model: nn.Module, name: str) -> InputError:
 
 
 def trace_info(
-    model: nn.Module, layers: list[MoeLayer], top_k: int, *, name: str, embedding: dict[str, Any] | None, made_by: str
+    model: Any, layers: list[MoeLayer], top_k: int, *, name: str, embedding: dict[str, Any] | None, made_by: str
 ) -> TraceInfo:
     """The facts of a trace of `layers`, those that take part in reading text. Raises InputError where their shapes differ."""
-    config = model.config.get_text_config()  # pyright: ignore
+    config = model.config.get_text_config()
     counts = sorted({layer.num_experts for layer in layers})
     if len(counts) > 1:
         raise InputError(
@@ -151,15 +151,15 @@ def trace_info(
         )
     grouped = getattr(config, "topk_method", None) != "greedy"  # DeepSeek-V2 then ignores its groups
     stack, _, _ = re.split(r"(?:(?<=\.)|^)(\d+)\.", layers[0].name, maxsplit=1)
-    vectors = model.get_input_embeddings().weight  # pyright: ignore
+    vectors = model.get_input_embeddings().weight
     return TraceInfo(
         model=name,
         num_layers=len(layers),
         num_experts=counts[0],
         top_k=top_k,
         model_layers=tuple(numbers),
-        num_model_layers=len(model.get_submodule(stack.rstrip("."))),  # pyright: ignore
-        model_type=model.config.model_type,  # pyright: ignore
+        num_model_layers=len(model.get_submodule(stack.rstrip("."))),
+        model_type=model.config.model_type,
         vocab_size=int(vectors.shape[0]),
         n_group=int((getattr(config, "n_group", None) or 1) if grouped else 1),
         topk_group=int((getattr(config, "topk_group", None) or 1) if grouped else 1),

@@ -82,8 +82,9 @@ def open_dataset(name: str, *, subset: str | None = None, split: str | None = No
         raise InputError(f"data set {name} cannot be opened: {_reason(error)}") from None
     if isinstance(data, dict):
         if len(data) > 1:
-            raise InputError(f"data set {name} has the splits {', '.join(data)}: choose one with --split")
-        split, data = next(iter(data.items()))
+            raise InputError(f"data set {name} has the splits {', '.join(map(str, data))}: choose one with --split")
+        found, data = next(iter(data.items()))
+        split = str(found)
     return _dataset_records(name, str(split), data)
 
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from profiles.capture import Recorded, TokenRequest, length_batches, record_generation, record_prefill, start_recording
+from profiles.capture import (
+    Recorded,
+    Recording,
+    TokenRequest,
+    length_batches,
+    record_generation,
+    record_prefill,
+    start_recording,
+)
 from profiles.errors import InputError
 from profiles.loading import (
     ModelSource,
@@ -93,7 +101,7 @@ def trace_model(
     device_map: str | None = None,
     limits: Limits = Limits(),
     generation: Generation = Generation(),
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     weights: bool = False,
     resume: bool = False,
     ranks: Ranks = Ranks(),
@@ -130,13 +138,14 @@ def trace_model(
         made_by=made_by,
     )
     longest = _longest_input(source, model, generation.num_tokens, limits.max_length)
+    budget = batch_tokens or default_batch_tokens(recording, model.device)
     encoded = encoded_requests(
         itertools.chain(first, requests), tokenizer, limits, longest, progress, answer=generation.num_tokens > 0
     )
     with interruptible(progress) as hold, writing(out, info, ranks, resume=resume) as writer:
         mine = _new_requests(itertools.islice(encoded, ranks.rank, None, ranks.size), writer.request_ids, progress)
         progress.started = last_flush = time.monotonic()
-        for batch in length_batches(mine, batch_tokens, extra_tokens=generation.num_tokens):
+        for batch in length_batches(mine, budget, extra_tokens=generation.num_tokens):
             with refusals(f"a batch of {len(batch)} requests failed"):
                 recorded = _record(model, recording, batch, generation)
             with hold():
@@ -149,7 +158,14 @@ def trace_model(
     return writer.info
 
 
-def _record(model: Any, recording: Any, batch: list[TokenRequest], generation: Generation) -> list[Recorded]:
+def default_batch_tokens(recording: Recording, device: Any) -> int:
+    """Tokens of a batch that fill the device: on a CPU about 64 rows per expert, beyond which activations leave its caches."""
+    if device.type != "cpu":
+        return 16384
+    return max(1024, 64 * recording.num_experts // recording.top_k)
+
+
+def _record(model: Any, recording: Recording, batch: list[TokenRequest], generation: Generation) -> list[Recorded]:
     if not generation.num_tokens:
         return record_prefill(model, recording, batch)
     return record_generation(

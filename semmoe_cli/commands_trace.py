@@ -83,7 +83,10 @@ def trace(
         int | None, typer.Option(metavar="N", help="Stop before N prompt tokens are passed.", min=1)
     ] = None,
     max_length: Annotated[int | None, typer.Option(metavar="N", help="Cut prompts to N tokens.", min=1)] = None,
-    batch_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of a batch, padding counted.", min=1)] = 8192,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens of a batch, padding counted; chosen for the device otherwise.", min=1),
+    ] = None,
     record_weights: Annotated[
         bool, typer.Option("--record-weights", help="Keep the router's weights too (16 bits each).")
     ] = False,

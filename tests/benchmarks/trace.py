@@ -32,11 +32,11 @@ from profiles.tracing import TraceProgress, add_recorded, trace_info
 
 
 def load_requests(texts: str, tokenizer, count: int, mixed: bool) -> list[TokenRequest]:
-    """The first texts; `mixed` cuts them to lengths from a few words to the whole, as prompts of a service are."""
+    """The first texts; `mixed` cuts them to lengths that are log-uniform from 4 tokens to the whole."""
     texts_read = [r for r, _ in zip(read_requests(open_source(texts)), range(count), strict=False)]
     rng = np.random.default_rng(0)
     encoded = encode_requests(texts_read, tokenizer)
-    lengths = [max(4, int(len(ids) * (rng.random() ** 2 if mixed else 1))) for ids in encoded]
+    lengths = [int(4 * (len(ids) / 4) ** (rng.random() if mixed else 1)) for ids in encoded]
     return [
         TokenRequest(r.request_id, r.domain, ids[:n]) for r, ids, n in zip(texts_read, encoded, lengths, strict=True)
     ]
@@ -44,8 +44,8 @@ def load_requests(texts: str, tokenizer, count: int, mixed: bool) -> list[TokenR
 
 @torch.inference_mode()
 def read_plain(model, batch: list[TokenRequest]) -> None:
-    ids, mask = pad_batch(batch, left=False)
-    read_batch(model, torch.from_numpy(ids), None if mask.all() else torch.from_numpy(mask))
+    ids, _ = pad_batch(batch, left=False)
+    read_batch(model, torch.from_numpy(ids), None)
 
 
 @torch.inference_mode()
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--texts", required=True)
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -127,7 +127,7 @@ def main() -> None:
         mixed_tokens = sum(len(r.token_ids) for r in mixed)
 
         peaks = []
-        for copies in (1, 8):
+        for copies in (4, 16):
             rows = [{"text": tokenizer.decode(r.token_ids)} for r in requests] * copies
             (out / f"{copies}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             peaks.append(peak_mib(options.model, out / f"{copies}.jsonl", out / f"m{copies}"))
