@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from profiles.errors import InputError
 from runtime.failures import naming
 
 BACKENDS = ("auto", "nccl", "gloo")
+
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +102,9 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
     dist.destroy_process_group()
 
 
-def share(value: Any, group: Group) -> Any:
+def share(value: Shared | None, group: Group) -> Shared:
     """The value that rank 0 has, on every rank; any picklable object."""
-    shared = [value]
+    shared: list[Any] = [value]
     device = group.device if group.backend == "nccl" else None
     with naming(group.rank, "the exchange of what rank 0 has read"):
         dist.broadcast_object_list(shared, src=0, group=group.handle, device=device)

@@ -16,8 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 def is_joinable(cache: Any) -> bool:
     """Whether every layer of the cache is of a kind that can be padded, cut and joined."""
     return type(cache) is DynamicCache and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and (layer.is_initialized or layer.keys is None)
-        for layer in cache.layers
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
     )
 
 

@@ -56,7 +56,7 @@ def load_placed(
 ) -> PlacedModel:
     """Load what `group.rank` holds of the model. Raises InputError where the family or the checkpoint does not allow it."""
     placement = placed.placement
-    chosen = model_class(source)
+    chosen: Any = model_class(source)
     if chosen is AutoModelForCausalLM:
         with refusals(f"{source.name}: model type {source.config.model_type!r} is not supported"):
             chosen = chosen._model_mapping[type(source.config)]
@@ -131,7 +131,8 @@ def hold_slots(layer: MoeLayer, num_experts: int, slots: int, name: str) -> None
 
 def row_width(experts: nn.Module) -> int:
     """Values of a row that the experts take, from the shape of their last projection: [S, D, I], or [S, I, D] where transposed."""
-    shape = experts.down_proj.shape  # pyright: ignore
+    weight: Any = experts.down_proj
+    shape = weight.shape
     return int(shape[2] if getattr(experts, "is_transposed", False) else shape[1])
 
 

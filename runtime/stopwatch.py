@@ -16,7 +16,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str | None, torch.cuda.Event]] = []
         self._last = time.perf_counter()
 

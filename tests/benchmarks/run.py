@@ -1,0 +1,374 @@
+"""Throughput of a placed model over a slow network, against Transformers' own expert parallelism. Needs root; prints one JSON object.
+
+    python tests/benchmarks/run.py MODEL TEXTS [GPT_OSS_TRACE] [--rate 50mbit] [--replay-rate 400mbit] [--requests 128]
+
+Four ranks, each in a network namespace of its own with a link shaped by `tc tbf` in both directions. MODEL: a checkpoint (the shared
+models/moe-16m); TEXTS: JSON lines with id, domain and text, of which one half is traced and placed on, and the other half is served. All
+cases run in one group of processes one after the other, greedy, prompts cut to one length, so that no case computes padding:
+
+    transformers    Transformers' AllToAllEP, contiguous experts, requests in turn
+    dedup           our dispatch, contiguous experts, requests in turn
+    plan            our dispatch, placed experts, requests by the plan's scorer
+    plan+4          the same with 4 replica slots per rank
+
+GPT_OSS_TRACE: a trace to replay (hidden 2880, bfloat16), half of it placed on, the other half replayed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RANKS = 4
+BRIDGE = "semmoe-br"
+SEMMOE = [sys.executable, "-m", "semmoe_cli"]
+
+
+def sh(*words: str, check: bool = True) -> None:
+    subprocess.run(words, check=check, capture_output=not check)
+
+
+def open_network() -> None:
+    """A bridge and one namespace per rank; rank r has the address 10.77.0.(r + 1)."""
+    close_network()
+    sh("ip", "link", "add", BRIDGE, "type", "bridge")
+    sh("ip", "link", "set", BRIDGE, "up")
+    for rank in range(RANKS):
+        space, outer = f"semmoe{rank}", f"semmoe-v{rank}"
+        sh("ip", "netns", "add", space)
+        sh("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", space)
+        sh("ip", "link", "set", outer, "master", BRIDGE, "up")
+        for words in (
+            ["addr", "add", f"10.77.0.{rank + 1}/24", "dev", "eth0"],
+            ["link", "set", "eth0", "up"],
+            ["link", "set", "lo", "up"],
+        ):
+            sh("ip", "-n", space, *words)
+
+
+def shape_network(rate: str) -> None:
+    """Limit what every rank sends (inside its namespace) and receives (at the bridge)."""
+    for rank in range(RANKS):
+        for prefix, device in ((["ip", "netns", "exec", f"semmoe{rank}"], "eth0"), ([], f"semmoe-v{rank}")):
+            sh(
+                *prefix,
+                "tc",
+                "qdisc",
+                "replace",
+                "dev",
+                device,
+                "root",
+                "tbf",
+                "rate",
+                rate,
+                "burst",
+                "128kb",
+                "latency",
+                "300ms",
+            )
+
+
+def close_network() -> None:
+    for rank in range(RANKS):
+        sh("ip", "netns", "del", f"semmoe{rank}", check=False)
+    sh("ip", "link", "del", BRIDGE, check=False)
+
+
+def run_ranks(work: Path, task: dict[str, Any]) -> Any:
+    """Run `task` on every rank in its namespace; what rank 0 found."""
+    (work / "task.json").write_text(json.dumps(task))
+    processes = []
+    for rank in range(RANKS):
+        environment = os.environ | {
+            **{"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "MASTER_ADDR": "10.77.0.1"},
+            **{"MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        }
+        words = ["ip", "netns", "exec", f"semmoe{rank}", sys.executable, __file__, "--rank-of", str(work)]
+        processes.append(subprocess.Popen(words, env=environment, stdout=sys.stderr))
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit(f"ranks ended with {codes}")
+    return json.loads((work / "found.json").read_text())
+
+
+def rank_main(work: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    task = json.loads((work / "task.json").read_text())
+    found = serve_cases(task) if task["kind"] == "serve" else replay(task)
+    if found is not None:
+        (work / "found.json").write_text(json.dumps(found))
+
+
+@dataclass(eq=False)
+class Baseline:
+    """Transformers' AllToAllEP around the same model: what runtime.engine.serve needs of a PlacedModel."""
+
+    model: Any
+    calls: list[Any]
+    state: Any
+    group: Any
+    hidden_size: int
+    top_k: int
+
+    def join_empty(self) -> None:
+        import torch
+
+        for call in self.calls:
+            ids_TK = torch.empty((0, self.top_k), dtype=torch.int64)
+            call(torch.empty((0, self.hidden_size), dtype=self.model.dtype), ids_TK, ids_TK.to(self.model.dtype))
+
+
+def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Metrics of every case on rank 0."""
+    import torch.distributed as dist
+
+    from profiles.loading import find_model
+    from runtime.engine import Limits, Prompt, serve
+    from runtime.group import open_group
+    from runtime.placed_model import load_placed
+    from runtime.rank_weights import find_placed
+    from runtime.run import RunOptions, collect_metrics
+    from runtime.schedulers import assign
+    from solvers.plan import Plan
+    from solvers.replicas import serving_LRE
+
+    found = []
+    with open_group(timeout_s=600) as group:
+        for case in task["cases"]:
+            plan = Plan.load(case["plan"])
+            source = find_model(task["model"])
+            placed_checkpoint = find_placed(Path(source.path), plan)
+            serving = serving_LRE(plan.placement.hosts_LER, plan.load_LE, plan.topology)
+            placed: Any = load_placed(source, placed_checkpoint, plan, serving, group, dtype="float32")
+            if case["implementation"] == "all_to_all":
+                placed = with_all_to_all(placed, plan)
+            prompts = [Prompt(i, str(i), np.array(ids, np.int32)) for i, ids in enumerate(task["prompts"])]
+            limits = Limits(task["max_new_tokens"], task["batch_tokens"], frozenset())
+            rank_of_B = assign(
+                case["scheduler"], [p.token_ids for p in prompts], plan, max_new_tokens=limits.max_new_tokens
+            )
+            mine = [p for p, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
+            completions: dict[int, list[int]] = {}
+            # Once with a few prompts, unmeasured: connections and first allocations.
+            serve(placed, mine[:2], limits, deliver=lambda done: None)
+            placed.state.counters = type(placed.state.counters).zeros(plan.placement.num_layers, group.size)
+            before = placed.state.stopwatch.seconds()
+            dist.barrier(group.handle)
+            times = serve(
+                placed,
+                mine,
+                limits,
+                deliver=lambda done, into=completions: into.update((d.index, d.token_ids) for d in done),
+            )
+            options = RunOptions("", "", "", case["scheduler"], "gloo", "float32", "cpu", 0, 0, None, 0.0)
+            metrics = collect_metrics(options, plan, placed, times, len(prompts))
+            if metrics is not None:
+                metrics["time"] = {
+                    phase: seconds - before[phase] for phase, seconds in placed.state.stopwatch.seconds().items()
+                }
+                metrics["seconds"] = sum(times.seconds.values())
+                tokens = sum(len(p.token_ids) for p in prompts) + sum(len(ids) - 1 for ids in completions.values())
+                metrics["tokens_per_s"] = tokens / metrics["seconds"]
+                found.append({**case, **metrics, "tokens": [completions[i] for i in sorted(completions)]})
+                print(case["name"], {k: v for k, v in metrics.items() if k != "layers"}, file=sys.stderr)
+    return found if group.rank == 0 else None
+
+
+def with_all_to_all(placed: Any, plan: Any) -> Baseline:
+    """The experts modules of a placed model under Transformers' AllToAllEP instead. The placement must be contiguous."""
+    from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
+
+    from runtime.placed_model import placed_layers
+
+    watch, calls = placed.state.stopwatch, []
+    group = placed.group
+    for layer, run_experts in zip(placed_layers(placed.model, plan, "baseline"), placed.run_experts, strict=True):
+        layer.module.forward = run_experts
+        style = EpDispatchExpertsParallel()
+        style.install_forward(layer.module, group.mesh, tp_mesh=group.alone, ep_implementation="all_to_all")
+
+        def timed(*arguments: Any, forward: Any = layer.module.forward) -> Any:
+            watch.mark("attention")
+            output = forward(*arguments)
+            watch.mark("dispatch")  # the whole layer: exchange, experts and waiting
+            return output
+
+        layer.module.forward = timed
+        calls.append(timed)
+    first = placed.layers[0]
+    return Baseline(placed.model, calls, placed.state, placed.group, first.hidden_size, first.top_k)
+
+
+def replay(task: dict[str, Any]) -> Any:
+    from runtime.replay import ReplayOptions, replay_rank
+
+    rows = []
+    for plan in task["plans"]:
+        options = ReplayOptions(
+            task["trace"],
+            plan,
+            2880,
+            0,
+            task["batch_tokens"],
+            task["max_tokens"],
+            None,
+            "gloo",
+            "cpu",
+            "bfloat16",
+            600.0,
+            0,
+        )
+        rows.append(replay_rank(options, None, lambda line: print(line, file=sys.stderr)))
+    return rows if rows[0] is not None else None
+
+
+def split_jsonl(texts: Path, work: Path) -> None:
+    """Every other text is placed on, the rest served."""
+    import gzip
+
+    lines = gzip.open(texts, "rt").readlines() if texts.suffix == ".gz" else texts.read_text().splitlines(keepends=True)
+    (work / "fit.jsonl").write_text("".join(lines[::2]))
+    (work / "serve.jsonl").write_text("".join(lines[1::2]))
+
+
+def contiguous_plan(path: Path, out: Path) -> None:
+    from dataclasses import replace
+
+    from solvers.contiguous import place_contiguous
+    from solvers.placement import Placement
+    from solvers.plan import Plan
+
+    plan = Plan.load(path)
+    rank_of_LE = place_contiguous(plan.placement.num_layers, plan.placement.num_experts, RANKS)
+    replace(plan, placement=Placement.from_ranks(rank_of_LE, RANKS), tables={}).save(out)
+
+
+def split_trace(trace: str, work: Path) -> None:
+    """Every other request of a trace to `replay-fit`, the rest to `replay-held`."""
+    from profiles.trace import RoutingTrace, TraceWriter
+
+    whole = RoutingTrace.open(trace)
+    with TraceWriter(work / "replay-fit", whole.info) as fit, TraceWriter(work / "replay-held", whole.info) as held:
+        number = 0
+        for batch in whole.batches():
+            for b in range(batch.num_requests):
+                (fit if number % 2 == 0 else held).add(
+                    batch.request_ids[b],
+                    batch.expert_ids_TLK[batch.starts_B1[b] : batch.starts_B1[b + 1]],
+                    domain=batch.domains[b],
+                    token_ids=batch.sequence(b) if len(batch.sequence(b)) else None,
+                    num_prompt_tokens=int(batch.num_prompt_tokens_B[b]),
+                    first_position=int(batch.first_position_B[b]),
+                )
+                number += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("trace", nargs="?")
+    parser.add_argument("--rate", default="50mbit")
+    parser.add_argument("--replay-rate", default="400mbit")
+    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=4)
+    options = parser.parse_args()
+    result: dict[str, Any] = {"benchmark": "run", "ranks": RANKS, "rate": options.rate, "load_average": os.getloadavg()}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        split_jsonl(options.texts, work)
+        quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL}
+        subprocess.run(
+            [*SEMMOE, "trace", options.model, "--data", str(work / "fit.jsonl"), "-o", str(work / "t")], **quiet
+        )
+        for replicas in (0, 4):
+            place = ["place", str(work / "t"), "--ranks", str(RANKS), "--objective", "dp", "--replicas", str(replicas)]
+            subprocess.run([*SEMMOE, *place, "-o", str(work / f"p{replicas}")], **quiet)
+        contiguous_plan(work / "p0", work / "contiguous")
+        try:
+            open_network()
+            result |= throughput(options, work)
+            if options.trace:
+                result["replay"] = replayed(options, work, quiet)
+        finally:
+            close_network()
+    print(json.dumps(result))
+
+
+def throughput(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    from profiles.loading import find_model, load_tokenizer
+    from profiles.requests import encode_requests, read_requests
+    from profiles.sources import open_source
+
+    requests = list(read_requests(open_source(str(work / "serve.jsonl"))))
+    encoded = encode_requests(requests, load_tokenizer(find_model(options.model)))
+    long_enough = [ids[: options.prompt_tokens].tolist() for ids in encoded if len(ids) >= options.prompt_tokens]
+    order = np.random.default_rng(0).permutation(len(long_enough))[: options.requests]
+    cases = [
+        {"name": "transformers", "plan": str(work / "contiguous"), "implementation": "all_to_all", "scheduler": "none"},
+        {"name": "dedup", "plan": str(work / "contiguous"), "implementation": "semmoe", "scheduler": "none"},
+        {"name": "plan", "plan": str(work / "p0"), "implementation": "semmoe", "scheduler": "dp"},
+        {"name": "plan+4", "plan": str(work / "p4"), "implementation": "semmoe", "scheduler": "dp"},
+    ]
+    shape_network(options.rate)
+    task = {"kind": "serve", "model": options.model, "cases": cases, "prompts": [long_enough[i] for i in order]}
+    found = run_ranks(work, task | {"max_new_tokens": options.max_new_tokens, "batch_tokens": 2048})
+    same = [case["tokens"] == found[0]["tokens"] for case in found]
+    rows = [{k: v for k, v in case.items() if k not in ("tokens", "layers", "plan")} for case in found]
+    speed = {row["name"]: row["tokens_per_s"] for row in rows}
+    return {
+        "cases": rows,
+        "same_tokens_as_transformers": same,
+        "plan_over_transformers": speed["plan"] / speed["transformers"],
+        "replicas_over_transformers": speed["plan+4"] / speed["transformers"],
+        "plan_over_dedup": speed["plan"] / speed["dedup"],
+    }
+
+
+def replayed(options: argparse.Namespace, work: Path, quiet: dict[str, Any]) -> dict[str, Any]:
+    split_trace(options.trace, work)
+    for replicas in (0, 2):
+        place = [
+            "place",
+            str(work / "replay-fit"),
+            "--ranks",
+            str(RANKS),
+            "--objective",
+            "tp",
+            "--replicas",
+            str(replicas),
+        ]
+        subprocess.run([*SEMMOE, *place, "-o", str(work / f"r{replicas}")], **quiet)
+    shape_network(options.replay_rate)
+    task = {"kind": "replay", "trace": str(work / "replay-held"), "plans": [str(work / "r0"), str(work / "r2")]}
+    found = run_ranks(work, task | {"batch_tokens": 512, "max_tokens": 2048})
+    rows = {
+        (plan, row["placement"], row["schedule"]): row
+        for plan, part in zip((0, 2), found, strict=True)
+        for row in part["rows"]
+    }
+    base = rows[0, "contiguous", "random"]["rows_per_token"]
+    return {
+        "rate": options.replay_rate,
+        "network": found[0]["network"],
+        "rows": [{"replicas": replicas, **row} for (replicas, _, _), row in rows.items()],
+        "tp_context_over_contiguous": rows[0, "plan", "tp-context"]["rows_per_token"] / base,
+        "tp_context_replicas_over_contiguous": rows[2, "plan", "tp-context"]["rows_per_token"] / base,
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank-of"]:
+        rank_main(Path(sys.argv[2]))
+    else:
+        main()
