@@ -1,34 +1,129 @@
-"""`semmoe report` and `semmoe show`: a plan on a trace, and any trace or plan in a screen."""
+"""`semmoe report` and `semmoe show`: a plan on a trace, the health of a trace, and any trace or plan in a screen."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe_cli.options import Json, Seed
+from semmoe_cli.options import BatchTokens, Json, Seed, Window
+
+if TYPE_CHECKING:
+    from profiles.trace import RoutingTrace
 
 
 def report(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan directory.")],
-    trace: Annotated[
-        str, typer.Argument(metavar="TRACE", help="Trace of the same model (a directory or an fsspec URL).")
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[PLAN] TRACE",
+            help="Plan and a trace of the same model; a trace alone is checked for what it is good for. "
+            "A trace is a directory or an fsspec URL.",
+        ),
     ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Also write a report with pictures: .html (one file), .md or .png."
+        ),
+    ] = None,
+    what_if: Annotated[
+        str, typer.Option(metavar="R,R,...", help="Also place and score on these numbers of ranks, e.g. 2,4,8,16,32.")
+    ] = "",
+    hidden_size: Annotated[
+        int, typer.Option(metavar="D", help="Also give bytes per dispatch kind, for this hidden size.", min=0)
+    ] = 0,
+    dispatch_bytes: Annotated[
+        float, typer.Option(help="Bytes of a value at dispatch, 1 for float8; combine sends 2.", min=0)
+    ] = 2.0,
+    bandwidth: Annotated[
+        float,
+        typer.Option(metavar="GB/S", help="Also give times, for this bandwidth of a rank's link, one way.", min=0),
+    ] = 0.0,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Also name the most and least predictable tokens: tokenizer.json or its directory."
+        ),
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(help="Trace alone: ranks of its curves; 0: 8, or what the experts divide over.", min=0)
+    ] = 0,
+    batch_tokens: BatchTokens = 512,
+    window: Window = 64,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Score a plan on a trace, beside contiguous and load-balanced placement.
+    """Score a plan on a trace beside what engines do without one, or check the health of a trace; in a screen or as a page.
 
-    Example: semmoe report p t
+    Example: semmoe report p t -o report.html --what-if 2,4,8,16; semmoe report t
     """
+    from profiles.errors import InputError
     from profiles.trace import RoutingTrace
+
+    if len(paths) > 2:
+        raise typer.BadParameter("a plan and a trace, or a trace alone", param_hint="[PLAN] TRACE")
+    if output is not None:
+        from semmoe_cli.page import check_page_target
+
+        check_page_target(output)
+    numbers = _numbers(what_if)
+    if len(paths) == 1:
+        if numbers or tokenizer or hidden_size or bandwidth:
+            raise InputError(
+                "--what-if, --tokenizer, --hidden-size and --bandwidth need a plan: semmoe report PLAN TRACE"
+            )
+        _report_trace(RoutingTrace.open(paths[0]), paths[0], ranks, seed, output, json_)
+        return
+    from semmoe_cli.page import write_page
+    from semmoe_cli.page_plan import plan_page
+    from semmoe_cli.plan_report import PlanReportOptions, make_plan_report
     from semmoe_cli.report import note, print_report
     from solvers.plan import Plan
-    from solvers.planning import score_plan
+    from solvers.planning import Setting
 
-    scores, notes = score_plan(Plan.load(plan), RoutingTrace.open(trace), seed=seed)
-    for line in notes:
+    options = PlanReportOptions(numbers, hidden_size, dispatch_bytes, bandwidth * 1e9, tokenizer, output is not None)
+    made = make_plan_report(
+        Plan.load(paths[0]),
+        RoutingTrace.open(paths[1]),
+        options,
+        Setting(batch_tokens, window, seed),
+        plan_path=paths[0],
+    )
+    for line in [*made.notes, *made.left_out]:
         note(line)
-    print_report({**scores, "plan": str(plan), "trace": trace}, as_json=json_)
+    print_report(made.to_json() | {"plan": paths[0], "trace": paths[1]}, as_json=json_)
+    if output is not None:
+        write_page(plan_page(made), output)
+        note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
+
+
+def _numbers(text: str) -> list[int]:
+    """Ascending numbers of ranks from "2,4,8"."""
+    from profiles.errors import InputError
+
+    try:
+        numbers = sorted({int(word) for word in text.split(",") if word.strip()})
+    except ValueError:
+        numbers = [0]
+    if any(number < 1 for number in numbers):
+        raise InputError(f"--what-if {text}: expected numbers of ranks such as 2,4,8,16")
+    return numbers
+
+
+def _report_trace(trace: "RoutingTrace", path: str, ranks: int, seed: int, output: Path | None, as_json: bool) -> None:
+    from semmoe_cli.report import note, print_health
+    from semmoe_cli.steps import steps
+    from solvers.health import trace_health
+
+    with steps("health") as progress:
+        health = trace_health(trace, seed=seed, ranks=ranks, progress=progress) | {"trace": path}
+    print_health(health, as_json=as_json)
+    if output is not None:
+        from semmoe_cli.page import write_page
+        from semmoe_cli.page_health import health_page
+
+        write_page(health_page(health), output)
+        note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
 
 
 def show(

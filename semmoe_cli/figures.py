@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ NAMES = tuple(Palette.__dataclass_fields__)
 
 Draw = Callable[["Figure | SubFigure", Palette], None]
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.titlesize": 9,
@@ -70,7 +70,7 @@ def css_variables(palette: Palette) -> str:
     return " ".join(f"--{name}: {getattr(palette, name)};" for name in NAMES)
 
 
-def _context(palette: Palette) -> dict[str, object]:
+def _context(palette: Palette) -> dict[Any, Any]:
     return STYLE | {
         "text.color": palette.ink,
         "axes.labelcolor": palette.muted,
@@ -126,7 +126,7 @@ def png(draws: list[tuple[str, Draw, float]], *, title: str, subtitle: str) -> b
         heights = [height + 0.45 for _, _, height in draws]
         head = 1.0
         figure = Figure(figsize=(WIDTH, sum(heights) + head), facecolor=LIGHT.paper)
-        parts = figure.subfigures(len(draws) + 1, 1, height_ratios=[head, *heights])
+        parts: Any = figure.subfigures(len(draws) + 1, 1, height_ratios=[head, *heights])
         parts[0].text(0.02, 0.9, "\n".join(textwrap.wrap(title, 92)), va="top", fontsize=12.5, fontweight="bold")
         parts[0].text(0.02, 0.12, subtitle, va="bottom", color=LIGHT.muted)
         for part, (heading, draw, _) in zip(parts[1:], draws, strict=True):
@@ -137,7 +137,7 @@ def png(draws: list[tuple[str, Draw, float]], *, title: str, subtitle: str) -> b
     return buffer.getvalue()
 
 
-def shade(colour: str, values, low: float, high: float):
+def shade(colour: str, values: Any, low: float, high: float) -> Any:
     """Values as RGBA of one colour, more opaque the larger: reads on light and on dark paper. Array [..., 4]."""
     import numpy as np
 
@@ -146,7 +146,7 @@ def shade(colour: str, values, low: float, high: float):
     return np.concatenate([np.broadcast_to(rgb, (*scaled.shape, 3)), scaled[..., None]], axis=-1)
 
 
-def plain_axes(axes: "Axes", palette: Palette, *, grid: str = "y") -> None:
+def plain_axes(axes: "Axes", palette: Palette, *, grid: Literal["x", "y", "both"] = "y") -> None:
     """Light grid lines along one axis, nothing else."""
     axes.grid(True, axis=grid, linewidth=0.6, color=palette.grid)
     axes.tick_params(length=0)
@@ -154,7 +154,7 @@ def plain_axes(axes: "Axes", palette: Palette, *, grid: str = "y") -> None:
         axes.spines[side].set_visible(False)
 
 
-def heat(axes: "Axes", rgba, palette: Palette, *, title: str) -> None:
+def heat(axes: "Axes", rgba: Any, palette: Palette, *, title: str) -> None:
     """A matrix of colours with a thin frame and no ticks."""
     axes.imshow(rgba, interpolation="nearest", aspect="equal")
     axes.set_title(title)

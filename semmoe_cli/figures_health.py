@@ -133,7 +133,9 @@ def structure_bars(structure: dict[str, Any], layers: list[int]) -> Draw:
         axes = figure.subplots()
         axes.bar([str(n) for n in layers], structure["lift_layers"], color=palette.plan, width=0.6)
         axes.axhline(1, color=palette.ink, linewidth=1)
-        axes.annotate("chance", (-0.5, 1), (0, 3), textcoords="offset points", color=palette.ink)
+        axes.annotate(
+            "chance", (1, 1), (4, -3), xycoords=("axes fraction", "data"), textcoords="offset points", color=palette.ink
+        )
         axes.set_xlabel("layer of the model")
         axes.set_ylabel("times as often as chance")
         plain_axes(axes, palette)
@@ -162,9 +164,7 @@ def drift_points(rows: list[dict[str, Any]], names: list[str]) -> Draw:
         axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(left=0)
-        axes.set_xlabel(
-            "activations that would have to change expert, %; grey bar: what random requests of this number show (95%)"
-        )
+        axes.set_xlabel("activations that would have to change expert, %")
         plain_axes(axes, palette, grid="x")
 
     return draw

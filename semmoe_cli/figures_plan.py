@@ -28,6 +28,8 @@ def score_rows(report: dict[str, Any], metric: str) -> Draw:
         labels = [_row_label(row) for row in rows]
         for axes, name, title in ((left, metric, names[metric]), (right, "load_imbalance", "busiest rank / mean load")):
             for y, row in enumerate(rows):
+                if name == "load_imbalance" and _same_load(row, rows):
+                    continue
                 colour = palette.of(row["placement"])
                 low, high = row["ci"][name]
                 axes.plot([low, high], [y, y], color=colour, linewidth=3, alpha=0.45, solid_capstyle="round")
@@ -35,8 +37,7 @@ def score_rows(report: dict[str, Any], metric: str) -> Draw:
                 axes.annotate(
                     f"{row[name]:.2f}", (row[name], y), (0, 7), textcoords="offset points", ha="center", fontsize=8
                 )
-            better = "higher is better" if name == "lar" else "lower is better"
-            axes.set_title(f"{title} ({better})")
+            axes.set_title(f"{title}, {'higher' if name == 'lar' else 'lower'} is better" if axes is left else title)
             axes.set_ylim(len(rows) - 0.5, -0.6)
             axes.margins(x=0.12)
             plain_axes(axes, palette, grid="x")
@@ -54,6 +55,14 @@ def score_rows(report: dict[str, Any], metric: str) -> Draw:
         left.set_yticks(range(len(rows)), labels)
 
     return draw
+
+
+def _same_load(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether a scheduled row has the load of its placement at random homes: said once is enough."""
+    plain = [r for r in rows if r["placement"] == row["placement"] and r["schedule"] == "random"]
+    return (
+        row["schedule"] != "random" and bool(plain) and abs(plain[0]["load_imbalance"] - row["load_imbalance"]) < 5e-4
+    )
 
 
 def _row_label(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from profiles.errors import InputError
+from semmoe_cli.commands_compare import compare
 from semmoe_cli.commands_demo import demo
 from semmoe_cli.commands_export import export
 from semmoe_cli.commands_place import place
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Offline expert placement for Mixture-of-Experts models: record routing, place experts, measure the saved traffic.",
     epilog="Example: semmoe trace --from sglang responses.jsonl.gz -o t; semmoe place t --ranks 4 -o p; semmoe report p t",
 )
-for command in (demo, trace, place, report, show, reshard, export, run):
+for command in (demo, trace, place, report, compare, show, reshard, export, run):
     app.command()(command)
 
 

@@ -64,11 +64,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report. `verdict`: one sentence. `level`: "good", "watch" or "bad". `facts`: what it is about, name and value."""
+    """A whole report. `verdict`: one sentence. `level`: "good", "watch" or "bad"; the `badge` says it in words. `facts`: name and value."""
 
     title: str
     verdict: str
     level: str
+    badge: str
     facts: list[tuple[str, str]]
     sections: list[Section]
     footer: str
@@ -120,18 +121,18 @@ section { padding-top: 2.2rem; break-inside: avoid-page; }
 h2 { font-size: 1.2rem; line-height: 1.35; margin: 0 0 .6rem; text-wrap: balance; }
 h3 { font-size: .95rem; margin: 1.4rem 0 .35rem; }
 p { margin: .5rem 0; max-width: 46rem; } .hint, figcaption { color: var(--muted); font-size: .875rem; }
-figure { margin: 1rem 0 .5rem; } figcaption { max-width: 46rem; }
-svg.plot { display: block; width: 100%%; height: auto; }
+figure { margin: 1rem 0 .5rem; overflow-x: auto; } figcaption { max-width: 46rem; }
+svg.plot { display: block; width: 100%%; min-width: 36rem; height: auto; }
 svg.plot text { font-family: inherit; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .8rem 0; min-width: 60%%; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; margin: .8rem 0; min-width: 60%%; }
 th { text-align: right; font-weight: 600; color: var(--muted); font-size: .8rem; border-bottom: 1px solid var(--muted);
   vertical-align: bottom; }
 td { text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 td small { color: var(--muted); font-size: .78rem; }
-th, td { padding: .34rem .8rem .34rem 0; }
+th, td { padding: .34rem .7rem .34rem 0; } td:last-child, th:last-child { padding-right: 0; }
 th:first-child, td:first-child, .names2 th:nth-child(2), .names2 td:nth-child(2), .words th, .words td { text-align: left; }
-.words td { white-space: normal; vertical-align: top; }
+.words td { white-space: normal; vertical-align: top; } .words td:first-child { white-space: nowrap; }
 td.best { font-weight: 650; } td.best::before { content: "\\2022\\00a0"; color: var(--plan); }
 pre { background: var(--soft); border: 1px solid var(--grid); border-radius: 6px; padding: .7rem .9rem; overflow-x: auto;
   font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -139,8 +140,6 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid);
 @media print { :root { %(light)s --soft: #f4f6f8; } body { font-size: 11pt; } main { max-width: none; padding: 0; }
   figure, table, pre { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
-
-LEVELS = {"good": "worth it", "watch": "look closer", "bad": "not worth it"}
 
 
 def _html(page: Page) -> bytes:
@@ -152,7 +151,7 @@ def _html(page: Page) -> bytes:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(page.title)}</title>\n<style>{style}</style></head>\n<body><main>\n"
         f'<header><p class="kicker">{_text(page.title)}</p><h1>{_text(page.verdict)}</h1>\n'
-        f'<span class="level {page.level}">{LEVELS[page.level]}</span><dl>{facts}</dl></header>\n'
+        f'<span class="level {page.level}">{_text(page.badge)}</span><dl>{facts}</dl></header>\n'
         f"{body}\n<footer>{_text(page.footer)}</footer>\n</main></body></html>\n"
     ).encode()
 

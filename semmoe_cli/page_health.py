@@ -9,6 +9,7 @@ from semmoe_cli import figures_health
 from semmoe_cli.figures_health import short_count
 from semmoe_cli.page import Grid, Page, Picture, Section, Text
 
+BADGES = {"good": "healthy", "watch": "usable", "bad": "not ready"}
 LEVEL_WORDS = {"good": "good", "watch": "watch", "bad": "act"}
 
 
@@ -21,6 +22,7 @@ def health_page(health: dict[str, Any]) -> Page:
         title=f"Routing trace of {model}",
         verdict=sentence,
         level=level,
+        badge=BADGES[level],
         facts=[
             ("Model", f"{model}: {health['layers']} MoE layers, {health['experts']} experts, top-{health['top_k']}"),
             ("Trace", f"{health['requests']:,} requests, {health['tokens']:,} tokens"),
@@ -135,6 +137,7 @@ def _domains(health: dict[str, Any]) -> Section | None:
         figures_health.drift_points(rows, names),
         0.7 + 0.3 * len(rows),
         "Distance of each domain's loads from the rest, against chance",
+        "Grey bar: what as many random requests show, 95% of the time. In brackets: requests.",
     )
     grid = Grid(
         ["domain", "requests", "REM", "left out", "load max/mean", "left out"],
@@ -162,7 +165,7 @@ def _time(health: dict[str, Any]) -> Section | None:
         figures_health.drift_points(windows, names),
         0.7 + 0.26 * len(windows),
         "Distance of each tenth of the trace from the rest, against chance",
-        "Tenths of the tokens in stored order.",
+        "Tenths of the tokens in stored order. Grey bar: what as many random requests show, 95% of the time.",
     )
     said = (
         f"On the later half: REM {time['rem_later']:.3f} and load max/mean {time['imbalance_later']:.3f} under a placement of the earlier "

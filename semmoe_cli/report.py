@@ -22,6 +22,7 @@ COLUMNS = {
 }
 NARROW_COLUMNS = ("lar", "rem", "node", "link", "load_imbalance")
 PIPE_WIDTH = 220  # columns where stdout is no terminal: a table is then read by a program or a pager
+SCORE_CAPTION = "* best of its column, oracles left out; in brackets: 95% bootstrap interval over requests"
 
 
 def note(line: str) -> None:
@@ -43,7 +44,16 @@ def print_report(report: dict[str, Any], *, as_json: bool) -> None:
     metrics = [m for m in COLUMNS if m != "node" or report["nodes"] > 1]
     narrow = [m for m in metrics if m in NARROW_COLUMNS]
     layouts = [(metrics, True), (narrow, True), (metrics, False), (narrow, False)]
-    print_fitting(console, [_score_table(report, shown, intervals) for shown, intervals in layouts])
+    tables = [_score_table(report, shown, intervals) for shown, intervals in layouts]
+    print_fitting(console, tables, title=_title(report), caption=SCORE_CAPTION)
+    if verdict := report.get("verdict"):
+        console.print(
+            f"\n{verdict['sentence']}",
+            style={"good": "green", "bad": "red"}.get(verdict["level"], "yellow"),
+            markup=False,
+        )
+        if verdict.get("with_schedule"):
+            console.print(verdict["with_schedule"]["sentence"], markup=False)
     if report["dispatch"] == "gather":
         console.print(
             "--dispatch gather moves the same bytes whatever the placement: it cannot reduce traffic here, only balance load."
@@ -57,36 +67,25 @@ def wide_console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
-def print_fitting(console: "Console", tables: list["Table"]) -> None:
-    """The first table that fits the console; the last where none does."""
+def print_fitting(console: "Console", tables: list["Table"], *, title: str, caption: str) -> None:
+    """The first table that fits the console, the last where none does, between a title and a caption."""
     unbounded = console.options.update(width=1000)
-    for table in tables[:-1]:
-        if console.measure(table, options=unbounded).maximum <= console.width:
-            console.print(table)
-            return
-    console.print(tables[-1])
+    fitting = [t for t in tables if console.measure(t, options=unbounded).maximum <= console.width]
+    console.print(title, style="bold", markup=False)
+    console.print((fitting or tables[-1:])[0])
+    console.print(caption, style="dim", markup=False)
 
 
-def new_table(*, title: str = "", caption: str = "") -> "Table":
+def new_table() -> "Table":
     """An empty table in the house style."""
     from rich import box
     from rich.table import Table
 
-    return Table(
-        title=title or None,
-        caption=caption or None,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        caption_style="dim",
-        pad_edge=False,
-        show_edge=False,
-    )
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
 
 
 def _score_table(report: dict[str, Any], metrics: list[str], intervals: bool) -> "Table":
-    table = new_table(title=_title(report), caption=_caption(intervals))
+    table = new_table()
     for heading in ("placement", "schedule"):
         table.add_column(heading)
     for metric in metrics:
@@ -107,11 +106,6 @@ def _title(report: dict[str, Any]) -> str:
         f"{report['model'] or 'model'}: {report['ranks']} ranks on {report['nodes']} node(s), {report['dispatch']} dispatch; "
         f"{report['requests']} held-out requests, {report['tokens']:,} tokens; mean over {len(report['layers'])} layers"
     )
-
-
-def _caption(intervals: bool) -> str:
-    bracket = "; in brackets: 95% bootstrap interval over requests" if intervals else ""
-    return f"plan = this placement; * best of the column, oracles left out{bracket}"
 
 
 def score_cell(row: dict[str, Any], metric: str, rows: list[dict[str, Any]], *, intervals: bool) -> str:
@@ -163,24 +157,24 @@ def print_health(health: dict[str, Any], *, as_json: bool) -> None:
         return
     console = wide_console()
     colours = {"good": "green", "watch": "yellow", "bad": "red"}
-    table = new_table(
-        title=f"{health['model'] or 'model'}: {health['requests']:,} requests, {health['tokens']:,} tokens"
-    )
+    table = new_table()
     for heading in ("question", "", "answer"):
         table.add_column(heading, overflow="fold")
     for found in health["findings"]:
         level = found["level"]
         table.add_row(found["topic"], f"[{colours[level]}]{level}[/]", found["text"])
-    console.print(table)
+    title = f"{health['model'] or 'model'}: {health['requests']:,} requests, {health['tokens']:,} tokens"
+    print_fitting(
+        console, [table], title=title, caption="good: nothing to do; watch: a limit to know; bad: act before placing"
+    )
     if learning := health["learning"]:
-        curve = new_table(
-            title=f"Held-out REM on {health['ranks']} ranks by training tokens (contiguous {learning['contiguous_rem']:.3f})",
-            caption="quick METIS on some layers; expected: read off a power law through the points",
-        )
+        curve = new_table()
         for heading in ("training tokens", "REM", ""):
             curve.add_column(heading, justify="left" if not heading else "right")
         for point in learning["points"]:
             curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "")
         for point in learning["forecast"]:
             curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "expected", style="dim")
-        console.print(curve)
+        title = f"\nHeld-out REM on {health['ranks']} ranks by training tokens; contiguous experts: {learning['contiguous_rem']:.3f}"
+        caption = "quick METIS on some layers; expected: read off a power law through the points"
+        print_fitting(console, [curve], title=title, caption=caption)

@@ -1,0 +1,162 @@
+"""`semmoe compare`: plans side by side on a trace, and what it takes to get from one to another."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from semmoe_cli.options import BatchTokens, Json, Seed, Window
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def compare(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PLAN PLAN... TRACE", help="Plans of one model, and a trace of it to score them on."),
+    ],
+    expert_bytes: Annotated[int, typer.Option(metavar="N", help="Bytes of one expert's weights.", min=0)] = 0,
+    hidden_size: Annotated[int, typer.Option(metavar="D", help="Or its sizes: hidden size of the model,", min=0)] = 0,
+    expert_size: Annotated[int, typer.Option(metavar="F", help="intermediate size of an expert,", min=0)] = 0,
+    dtype_bytes: Annotated[float, typer.Option(help="and bytes of a weight (0.5 = 4 bits).", min=0)] = 2.0,
+    batch_tokens: BatchTokens = 512,
+    window: Window = 64,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Score plans side by side on requests that none of them saw, and count the experts to move from one to another.
+
+    Example: semmoe compare p1 p2 t --expert-bytes 50000000
+    """
+    from profiles.errors import InputError
+    from profiles.trace import RoutingTrace
+    from semmoe_cli.report import note, print_json
+    from solvers.compare import expert_bytes as bytes_of_expert
+    from solvers.comparison import compare_plans
+    from solvers.plan import Plan
+    from solvers.planning import Setting
+
+    *plan_paths, trace = paths
+    if len(plan_paths) < 2:
+        raise typer.BadParameter("two plans or more, and a trace", param_hint="PLAN PLAN... TRACE")
+    if len(set(plan_paths)) < len(plan_paths):
+        raise InputError(f"a plan is named twice: {', '.join(plan_paths)}")
+    if bool(hidden_size) != bool(expert_size):
+        raise InputError("--hidden-size and --expert-size go together: an expert holds three matrices of that size")
+    if hidden_size and not expert_bytes:
+        expert_bytes = bytes_of_expert(hidden_size, expert_size, dtype_bytes)
+    comparison, notes = compare_plans(
+        {path: Plan.load(path) for path in plan_paths},
+        RoutingTrace.open(trace),
+        bytes_per_expert=expert_bytes,
+        setting=Setting(batch_tokens, window, seed),
+    )
+    for line in notes:
+        note(line)
+    if json_:
+        print_json({**comparison, "trace": trace})
+    else:
+        _print(comparison)
+
+
+def _print(comparison: dict[str, Any]) -> None:
+    from semmoe_cli.report import COLUMNS, NARROW_COLUMNS, SCORE_CAPTION, print_fitting, wide_console
+
+    console = wide_console()
+    nodes = max(plan["nodes"] for plan in comparison["plans"])
+    metrics = [m for m in COLUMNS if m != "node" or nodes > 1]
+    narrow = [m for m in metrics if m in NARROW_COLUMNS]
+    layouts = [(metrics, True), (narrow, True), (metrics, False), (narrow, False)]
+    title = (
+        f"{comparison['model'] or 'model'}: {comparison['requests']} requests that no plan saw, {comparison['tokens']:,} tokens; "
+        f"{comparison['dispatch']} dispatch"
+    )
+    rows = _shown_rows(comparison)
+    tables = [_score_table(comparison, rows, shown, intervals) for shown, intervals in layouts]
+    print_fitting(console, tables, title=title, caption=f"{SCORE_CAPTION}; --json holds every schedule")
+    if comparison["differences"]:
+        print_fitting(
+            console,
+            [_difference_table(comparison)],
+            title=f"\nDifference to {comparison['plans'][0]['plan']}, on the same requests, tokens at random homes",
+            caption="in brackets: 95% paired bootstrap interval; better or worse where it excludes 0",
+        )
+    print_fitting(
+        console,
+        [_move_table(comparison)],
+        title="\nExpert copies that ranks must load to get from one plan to another",
+        caption="renamed: with the one renaming of ranks, nodes kept together, that moves least and keeps the traffic; "
+        "per layer: a renaming for every layer, where no schedule sends tokens to ranks",
+    )
+    for moves in comparison["moves"]:
+        if "why_not" in moves:
+            console.print(f"{moves['from']} to {moves['to']}: {moves['why_not']}")
+
+
+def _shown_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each plan at random homes and under its best schedule, oracles left out."""
+    shown = []
+    for plan in comparison["plans"]:
+        rows = [r for r in comparison["rows"] if r["placement"] == plan["plan"] and "oracle" not in r["schedule"]]
+        shown.append(next(r for r in rows if r["schedule"] == "random"))
+        best = min(rows, key=lambda r: r["rem"])
+        if best["schedule"] != "random":
+            shown.append(best)
+    return shown
+
+
+def _score_table(
+    comparison: dict[str, Any], rows: list[dict[str, Any]], metrics: list[str], intervals: bool
+) -> "Table":
+    from semmoe_cli.report import COLUMNS, new_table, score_cell
+
+    table = new_table()
+    for heading in ("plan", "method", "ranks", "schedule"):
+        table.add_column(heading, justify="right" if heading == "ranks" else "left")
+    for metric in metrics:
+        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), justify="right", no_wrap=True)
+    facts = {plan["plan"]: plan for plan in comparison["plans"]}
+    for row in rows:
+        plan = facts[row["placement"]]
+        cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
+        table.add_row(row["placement"], plan["method"], str(plan["ranks"]), row["schedule"], *cells)
+    return table
+
+
+def _difference_table(comparison: dict[str, Any]) -> "Table":
+    from semmoe_cli.report import COLUMNS, new_table
+    from solvers.comparison import PAIRED
+
+    table = new_table()
+    table.add_column("plan")
+    for metric in PAIRED:
+        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), justify="right", no_wrap=True)
+    for row in comparison["differences"]:
+        cells = []
+        for metric in PAIRED:
+            value, low, high = row[metric]
+            sure = "better" if high < 0 else "worse" if low > 0 else "same"
+            cells.append(f"{value:+.3f} \\[{low:+.3f}, {high:+.3f}] {sure:<6}")
+        table.add_row(row["plan"], *cells)
+    return table
+
+
+def _move_table(comparison: dict[str, Any]) -> "Table":
+    from semmoe_cli.report import new_table
+
+    sized = bool(comparison["bytes_per_expert"])
+    table = new_table()
+    for heading in ("from", "to"):
+        table.add_column(heading)
+    for heading in ("as named", "renamed", "renamed per layer"):
+        table.add_column(heading, justify="right")
+    for moves in comparison["moves"]:
+        if "why_not" in moves:
+            continue
+        cells = []
+        for kind in ("", "_renamed", "_renamed_per_layer"):
+            count = moves[f"experts{kind}"]
+            size = f", {moves[f'bytes{kind}'] / 1e9:,.2f} GB" if sized else ""
+            cells.append(f"{count:,} ({count / moves['slots']:.0%}{size})")
+        table.add_row(moves["from"], moves["to"], *cells)
+    return table

@@ -1,0 +1,364 @@
+"""The report of a plan as a page: every section's title says what was found.
+
+Heavy modules are imported inside.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from semmoe_cli import figures_plan
+from semmoe_cli.deployment import deployment
+from semmoe_cli.headline import plan_verdict
+from semmoe_cli.page import Block, Grid, Page, Picture, Section, Text
+from semmoe_cli.report import COLUMNS
+
+if TYPE_CHECKING:
+    from semmoe_cli.plan_report import PlanReport
+    from solvers.details import Details
+    from solvers.plan import Plan
+
+BADGES = {"good": "worth it", "watch": "look closer", "bad": "not worth it"}
+LISTED_TOKENS = 10  # at either end
+
+
+def plan_page(about: "PlanReport") -> Page:
+    """The page. Sections whose numbers are not there are left out."""
+    report, plan = about.report, about.plan
+    level, sentence = plan_verdict(report)
+    makers = (
+        _scores,
+        _layers,
+        _co_activation,
+        _traffic,
+        _loads,
+        _domains,
+        _what_if,
+        _tokens,
+        _costs,
+        _certificate,
+    )
+    sections = [section for make in makers if (section := make(about)) is not None]
+    sections.append(Section("How to deploy it", list(deployment(plan, about.plan_path))))
+    model = report["model"] or plan.model.model or "model"
+    facts = [
+        (
+            "Model",
+            f"{model}: {plan.model.num_layers} MoE layers, {plan.model.num_experts} experts, top-{plan.model.top_k}",
+        ),
+        ("Expert-parallel group", _group(report["ranks"], report["nodes"])),
+        ("Scored on", f"{report['requests']:,} held-out requests, {report['tokens']:,} tokens"),
+        ("Learned from", _learned(plan)),
+        ("Method", f"{plan.method}, seed {plan.seed}, load cap {plan.load_cap:g}"),
+        ("Dispatch", report["dispatch"]),
+    ]
+    return Page(
+        title=f"Expert placement for {model} on {report['ranks']} ranks",
+        verdict=sentence,
+        level=level,
+        badge=BADGES[level],
+        facts=facts,
+        sections=sections,
+        footer=_footer(about),
+    )
+
+
+def _details(about: "PlanReport") -> "Details":
+    assert about.details is not None, "a page needs the pictures' arrays"
+    return about.details
+
+
+def _group(ranks: int, nodes: int) -> str:
+    return f"{ranks} ranks" + (f" on {nodes} nodes" if nodes > 1 else " on one node")
+
+
+def _learned(plan: "Plan") -> str:
+    split = plan.split
+    count = split.get("training_requests")
+    if count is None:
+        return "not recorded"
+    kind = (
+        f"all but {', '.join(split['holdout_domains'])}"
+        if split.get("holdout_domains")
+        else "other requests of the trace"
+    )
+    return f"{count:,} requests ({kind})"
+
+
+def _footer(about: "PlanReport") -> str:
+    from importlib.metadata import version
+
+    said = [*about.notes, _details(about).scored.note, *about.left_out]
+    lines = " ".join(line[0].upper() + line[1:].rstrip(".") + "." for line in said if line)
+    made = f"semmoe {version('semmoe')}, plan {about.plan.fingerprint}"
+    return f"{lines} Intervals are 95% bootstrap intervals over requests. {made}.".strip()
+
+
+def score_grid(report: dict[str, Any]) -> Grid:
+    """The rows of a report with intervals; the best of each column, oracles left out, is marked."""
+    rows = report["rows"]
+    # A median that follows the mean, and a balance that is perfect everywhere, are not worth a column on paper.
+    same = {m for m in ("token_imbalance",) if len({round(r[m], 3) for r in rows}) == 1}
+    metrics = [m for m in COLUMNS if m not in same | {"load_imbalance_median"} and (m != "node" or report["nodes"] > 1)]
+    cells, marked = [], set()
+    for row in rows:
+        line = [row["placement"], row["schedule"]]
+        for metric in metrics:
+            low, high = row["ci"][metric]
+            # Balance of tokens is made within a batch or window: resampled requests do not speak of it.
+            wide = high - low > 5e-4 and metric != "token_imbalance"
+            line.append(f"{row[metric]:.3f} [{low:.2f}, {high:.2f}]" if wide else f"{row[metric]:.3f}")
+        cells.append(line)
+    for j, metric in enumerate(metrics):
+        fair = [round(r[metric], 3) for r in rows if "oracle" not in r["schedule"]]
+        best = (max if COLUMNS[metric][1] else min)(fair)
+        if len(set(fair)) > 1 and metric != "token_imbalance":
+            marked |= {
+                (i, j + 2) for i, r in enumerate(rows) if round(r[metric], 3) == best and "oracle" not in r["schedule"]
+            }
+    return Grid(["placement", "tokens live", *(COLUMNS[m][0] for m in metrics)], cells, frozenset(marked), names=2)
+
+
+def _scores(about: "PlanReport") -> Section:
+    report = about.report
+    metric = {"per-expert": "lar", "per-node": "node"}.get(report["dispatch"], "rem")
+    # What there is without us first, then the plan.
+    order = sorted(report["rows"], key=lambda row: row["placement"] == "plan")
+    report = report | {"rows": order}
+    picture = Picture(
+        figures_plan.score_rows(report, metric),
+        0.75 + 0.36 * len(report["rows"]),
+        "Scores of every placement and schedule with their intervals",
+        "Dots: mean over layers. Bars: 95% interval over requests. "
+        "Dotted line: what experts without any structure would give at a random home.",
+    )
+    words = Text(
+        "LAR: share of activations whose expert is on the token's own rank. REM: other ranks that a token must reach. LINK: rows "
+        "through the busiest rank, per token that lives there. Load and tokens: busiest rank over mean. Each is a mean over layers; "
+        "a dot marks the best of a column.",
+        hint=True,
+    )
+    blocks: list[Block] = [score_grid(report), words, picture]
+    return Section(f"Before and after, on {report['requests']:,} requests that the placement never saw", blocks)
+
+
+def _layers(about: "PlanReport") -> Section:
+    saved = [
+        1 - _row(layer, "plan")["rem"] / max(_row(layer, "contiguous")["rem"], 1e-12)
+        for layer in about.report["layers"]
+    ]
+    gaining = sum(s > 0 for s in saved)
+    which = "Every layer gains" if gaining == len(saved) else f"{gaining} of {len(saved)} layers gain"
+    low, high = min(saved), max(saved)
+    amount = f"{low:.0%} to {high:.0%} fewer" if low >= 0 else f"{_fewer(low)} to {_fewer(high)}"
+    title = f"{which}: {amount} remote ranks"
+    picture = Picture(
+        figures_plan.layer_lines(about.report, _details(about).schedule),
+        2.7,
+        "REM and load imbalance of every layer, before and after",
+    )
+    return Section(title, [picture])
+
+
+def _fewer(saved: float) -> str:
+    return f"{saved:.0%} fewer" if saved >= 0 else f"{-saved:.0%} more"
+
+
+def _row(layer: dict[str, Any], placement: str) -> dict[str, Any]:
+    return next(r for r in layer["rows"] if (r["placement"], r["schedule"]) == (placement, "random"))
+
+
+def _co_activation(about: "PlanReport") -> Section:
+    import numpy as np
+
+    details, ranks = _details(about), about.report["ranks"]
+    pairs_EE = details.pairs_EE - np.diag(details.pairs_EE.diagonal())
+    size = len(pairs_EE)
+    before_E = np.arange(size) * ranks // size
+    total = max(pairs_EE.sum(), 1)
+    before, after = (
+        float(pairs_EE[rank_E[:, None] == rank_E].sum() / total) for rank_E in (before_E, details.home_of_E)
+    )
+    number = about.report["layers"][details.layer]["model_layer"]
+    picture = Picture(
+        figures_plan.co_activation(details, ranks),
+        4.1,
+        f"Co-activation of the experts of layer {number}, in checkpoint order and grouped by rank",
+        f"Layer {number}, the layer of median saving. A cell is a pair of experts: the bluer, the more often they serve one token, "
+        "against what their loads alone would give. Boxes are ranks.",
+    )
+    title = f"Experts that work together now share a rank: {after:.0%} of their pairs, {before:.0%} before"
+    return Section(title, [picture])
+
+
+def _traffic(about: "PlanReport") -> Section | None:
+    import numpy as np
+
+    rows_RR = _details(about).rows_RR
+    ranks = len(rows_RR["before"])
+    if ranks < 2:
+        return None
+    off = ~np.eye(ranks, dtype=bool)
+    before, after = (float(rows_RR[name][off].sum()) for name in ("before", "after"))
+    change = after / max(before, 1e-12) - 1
+    verb = "fewer" if change <= 0 else "more"
+    live = (
+        "at a random rank"
+        if _details(about).schedule == "random"
+        else f"where schedule {_details(about).schedule} sends it"
+    )
+    unit = "tokens and experts" if about.report["dispatch"] == "per-expert" else "tokens and ranks"
+    picture = Picture(
+        figures_plan.rank_traffic(_details(about)),
+        4.0 if ranks <= 16 else 4.4,
+        "Rows from every rank to every other rank, before and after",
+        f"Rows (pairs of {unit}) per thousand tokens and layer. Before: every token lives at a random rank; after: {live}.",
+    )
+    return Section(f"{abs(change):.0%} {verb} rows between ranks", [picture])
+
+
+def _loads(about: "PlanReport") -> Section:
+    load = _details(about).load_LR
+    worst = {name: float(load_LR.max()) for name, load_LR in load.items()}
+    title = (
+        f"Load: the busiest rank of any layer carries {worst['after']:.2f} times the mean, {worst['before']:.2f} before"
+    )
+    picture = Picture(
+        figures_plan.rank_loads(_details(about)), 2.7, "Load of every rank and layer over the mean, before and after"
+    )
+    return Section(title, [picture])
+
+
+def _domains(about: "PlanReport") -> Section | None:
+    domains = _details(about).domains
+    dispatch = about.report["dispatch"]
+    metric = {"per-node": "node", "gather": "load_imbalance"}.get(dispatch, "rem")
+    if len(domains) < 2 or not any(row["before"][metric] for row in domains):
+        return None
+    better = sum(row["after"][metric] < row["before"][metric] for row in domains)
+    label = COLUMNS[metric][0]
+    title = f"{'All' if better == len(domains) else better} of {len(domains)} domains gain"
+    title = f"All {len(domains)} domains gain" if better == len(domains) else title
+    picture = Picture(
+        figures_plan.domain_dumbbells(domains, metric, label=label),
+        0.8 + 0.3 * len(domains),
+        f"{label} of every domain, before and after",
+        "Blue bar: 95% interval over the requests of the domain; few requests, wide bar.",
+    )
+    return Section(title, [picture])
+
+
+def _what_if(about: "PlanReport") -> Section | None:
+    found = about.what_if
+    if found is None or not found["rows"]:
+        return None
+    metric = {"per-node": "node", "gather": "load_imbalance"}.get(about.report["dispatch"], "rem")
+    if not any(row[metric] for row in found["rows"]):
+        metric = "rem"
+    value = {(row["ranks"], row["placement"]): row for row in found["rows"]}
+    ranks = sorted({row["ranks"] for row in found["rows"]})
+    saved = {r: 1 - value[r, "metis"][metric] / max(value[r, "contiguous"][metric], 1e-12) for r in ranks}
+    best = max(saved, key=lambda r: saved[r])
+    rows = [
+        [
+            f"{r}" + (f" on {value[r, 'metis']['nodes']} nodes" if value[r, "metis"]["nodes"] > 1 else ""),
+            *(f"{value[r, p][metric]:.3f}" for p in ("contiguous", "load", "metis")),
+            f"{saved[r]:.1%}",
+            f"{value[r, 'metis']['load_imbalance']:.3f}",
+        ]
+        for r in ranks
+    ]
+    label = COLUMNS[metric][0]
+    picture = Picture(
+        figures_plan.what_if_lines(found["rows"], metric, label=label),
+        2.8,
+        f"{label} over numbers of ranks",
+        f"A quick METIS placement for each number of ranks, fitted on {found['fitted_requests']:,} requests, scored on "
+        f"{found['scored_requests']:,} others; bands are 95% intervals.",
+    )
+    blocks: list[Block] = [
+        picture,
+        Grid(["ranks", f"{label} contiguous", "load", "placed", "saved", "load max/mean, placed"], rows),
+    ]
+    if found["skipped"]:
+        blocks.append(Text("Left out: " + "; ".join(s["why"] for s in found["skipped"]) + ".", hint=True))
+    return Section(f"On other numbers of ranks, most is saved at {best}: {saved[best]:.0%}", blocks)
+
+
+def _tokens(about: "PlanReport") -> Section | None:
+    tokens = about.tokens
+    if not tokens:
+        return None
+    half = min(LISTED_TOKENS, max(len(tokens) // 2, 1))
+    most, least = tokens[:half], tokens[-half:][::-1]
+    rows = [
+        [a["text"], f"{a['share']:.0%}", f"{a['tokens']:,}", b["text"], f"{b['share']:.0%}", f"{b['tokens']:,}"]
+        for a, b in zip(most, least, strict=True)
+    ]
+    blocks: list[Block] = [
+        Text(
+            "Share of a token's activations on the rank that its id alone predicts, learned on the training requests and scored on the "
+            f"others; {1 / about.report['ranks']:.0%} is chance."
+        ),
+        Grid(["most predictable", "share", "seen", "least predictable", "share", "seen"], rows),
+    ]
+    return Section(
+        f"Some tokens tell where they go: {most[0]['share']:.0%} at best, {least[0]['share']:.0%} at worst", blocks
+    )
+
+
+def _costs(about: "PlanReport") -> Section | None:
+    costs = about.costs
+    if costs is None:
+        return None
+    names = list(costs["rows"][0]["bytes"])
+    rows = []
+    for row in costs["rows"]:
+        before, after = row["bytes"]["contiguous"], row["bytes"][names[-1]]
+        saved = f"{1 - after / before:.0%}" if before else "-"
+        rows.append([row["dispatch"], *(f"{row['bytes'][name] / 1e3:,.0f}" for name in names), saved])
+    own = next(i for i, row in enumerate(costs["rows"]) if row["dispatch"] == about.report["dispatch"])
+    blocks: list[Block] = [
+        Text(
+            f"kB that one token sends and gets back over all {len(about.report['layers'])} MoE layers. Bold: this plan's dispatch. "
+            + costs["assumption"]
+        ),
+        Grid(["dispatch", *names, "saved"], rows, frozenset((own, j) for j in range(1, len(names) + 1))),
+    ]
+    if seconds := costs.get("seconds"):
+        said = ", ".join(f"{name} {1e6 * value:,.0f} us" for name, value in seconds.items())
+        blocks.append(
+            Text(
+                f"Time of these exchanges for a batch of {costs['batch_tokens']:,} tokens, at {costs['bandwidth'] / 1e9:g} GB/s "
+                f"a rank and direction, set by the busiest link: {said}. Latency and overlap are left out."
+            )
+        )
+    first, last = (costs["rows"][own]["bytes"][name] / 1e3 for name in (names[0], names[-1]))
+    return Section(
+        f"With {about.report['dispatch']} dispatch, a token moves {last:,.0f} kB instead of {first:,.0f} kB", blocks
+    )
+
+
+def _certificate(about: "PlanReport") -> Section | None:
+    certificate = about.report.get("certificate") or about.plan.scores.get("certificate")
+    if not certificate:
+        return None
+    layers = certificate["layers"]
+    worst = max(layers, key=lambda layer: layer["gap"])
+    rows = [
+        ["co-activation within ranks, below its bound", f"{certificate['gap']:.1%}", f"{worst['gap']:.1%}"],
+        ["no placement has fewer remote ranks per token than", *_mean_and(layers, "rem_bound", max)],
+    ]
+    if all("lar_bound" in layer for layer in layers):
+        rows.append(["no token table keeps more activations local than", *_mean_and(layers, "lar_bound", min)])
+    words = Text(
+        "Bounds that hold for every placement with as many experts per rank under the same load cap, on the requests that the placement "
+        "was fitted on: nothing can be better than they say, and the best may be worse."
+    )
+    title = (
+        f"The placement reaches {1 - certificate['gap']:.0%} of the most co-activation that any could keep inside ranks"
+    )
+    return Section(title, [words, Grid(["", "mean of the layers", "extreme layer"], rows)])
+
+
+def _mean_and(layers: list[dict[str, Any]], name: str, extreme: Any) -> list[str]:
+    values = [layer[name] for layer in layers]
+    return [f"{sum(values) / len(values):.3f}", f"{extreme(values):.3f}"]
