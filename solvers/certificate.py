@@ -10,9 +10,12 @@ normalised token x expert counts.
 Shape letters: E experts, R ranks, U token ids, K top-k.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 
 class Certificate(NamedTuple):
@@ -186,7 +189,7 @@ def _integer_partitions(total: int, largest: int) -> list[tuple[int, ...]]:
 
 
 def local_activation_bound(
-    token_expert_UE: np.ndarray, num_ranks: int, *, load_cap: float = 1.0, token_cap: float = 1.0
+    token_expert_UE: "np.ndarray | csr_array", num_ranks: int, *, load_cap: float = 1.0, token_cap: float = 1.0
 ) -> float:
     """No placement and token table within the caps have a larger share of local activations on these counts.
 

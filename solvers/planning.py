@@ -243,7 +243,7 @@ def score_placements(
     sums = {(name, "random"): summed(placement) for name, placement in placements.items()}
     token_imbalance = {}
     for name in available_schedules(schedule) if schedule else []:
-        if name == "random":  # summed above, exactly
+        if schedule is None or name == "random":  # random homes are summed above, exactly
             continue
         simulated = simulate(
             name,
