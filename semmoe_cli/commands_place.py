@@ -85,6 +85,7 @@ def place(
     """
     from profiles.trace import RoutingTrace
     from semmoe_cli.report import note, print_report
+    from semmoe_cli.steps import steps
     from solvers.placement import Topology
     from solvers.plan import check_plan_target
     from solvers.planning import Setting, make_plan
@@ -104,29 +105,31 @@ def place(
             opened, links, kind=kind.value, file=file, dispatch=dispatch.value, setting=setting, made_by=made_by
         )
     else:
-        plan = make_plan(
-            opened,
-            links,
-            Demands(
-                load_cap=load_cap,
-                seed=seed,
-                dispatch=dispatch.value,
-                objective=objective.value,
-                lar_weight=lar_weight,
-                replicas=replicas,
-                robust=robust,
-                expressible=expressible and expressible.value,
-                effort=effort.value,
-                processes=processes or os.cpu_count() or 1,
-            ),
-            method=method.value,
-            holdout=holdout,
-            holdout_domains=holdout_domain or [],
-            refit=refit,
-            certify=certify,
-            setting=setting,
-            made_by=command_line(output, topology or output, *traces),
-        )
+        with steps("placing layers") as step:
+            plan = make_plan(
+                opened,
+                links,
+                Demands(
+                    load_cap=load_cap,
+                    seed=seed,
+                    dispatch=dispatch.value,
+                    objective=objective.value,
+                    lar_weight=lar_weight,
+                    replicas=replicas,
+                    robust=robust,
+                    expressible=expressible and expressible.value,
+                    effort=effort.value,
+                    processes=processes or os.cpu_count() or 1,
+                ),
+                method=method.value,
+                holdout=holdout,
+                holdout_domains=holdout_domain or [],
+                refit=refit,
+                certify=certify,
+                setting=setting,
+                made_by=command_line(output, topology or output, *traces),
+                progress=step,
+            )
     plan.save(output)
     for line in plan.notes:
         note(line)

@@ -62,14 +62,16 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input
 
 
 def command_line(*path_values: Path | str) -> str:
-    """The command line as typed, without the words that name files: a record that does not depend on where files lie."""
+    """The command line as typed, without what cannot change the result: where files lie, how many processes work, how it is printed."""
     hidden = {str(p) for p in path_values}
     words, skip = [], False
     for word in sys.argv[1:]:
         if skip:
             skip = False
-        elif word in ("-o", "--output"):
+        elif word in ("-o", "--output", "--processes"):
             skip = True
+        elif word == "--json" or word.startswith(("--output=", "--processes=")):
+            continue
         elif word not in hidden and word.rstrip("/") not in hidden:
             words.append(word)
     return shlex.join(["semmoe", *words])
