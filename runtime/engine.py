@@ -23,6 +23,7 @@ from profiles.errors import InputError
 from runtime.failures import is_out_of_memory, naming
 from runtime.kv_cache import is_joinable, join_caches, keep_requests
 from runtime.placed_model import PlacedModel
+from runtime.tensor_parallel import ShuffledModel
 
 MAX_RUNNING = 64  # requests that one rank extends at a time
 
@@ -85,13 +86,16 @@ def serve(
     limits: Limits,
     *,
     deliver: Callable[[list[Completion]], None],
+    shuffled: ShuffledModel | None = None,
 ) -> PhaseTimes:
     """Serve this rank's prompts in step with the other ranks; every rank calls it.
 
-    `deliver` gets the completions of all ranks on rank 0, soon after they are there.
+    `deliver` gets the completions of all ranks on rank 0, soon after they are there. With `shuffled` (Attention-TP) all ranks serve the
+    same prompts, and rank 0 speaks for all.
     Raises ExchangeError where a collective fails, InputError where memory runs out.
     """
     group, watch = placed.group, placed.state.stopwatch
+    speaks = shuffled is None or group.rank == 0
     pending, batch, finished = deque(prompts), None, []
     times = PhaseTimes()
     watch.start()
@@ -108,14 +112,18 @@ def serve(
         phase = "prefill" if any(room for room, _, _ in wants_R3) else "decode"
         chosen = take_prompts(pending, batch, limits) if phase == "prefill" and room else []
         watch.start()
-        times.tokens[phase] += sum(len(p.token_ids) for p in chosen) if phase == "prefill" else running_requests(batch)
+        if speaks:
+            own = sum(len(p.token_ids) for p in chosen) if phase == "prefill" else running_requests(batch)
+            times.tokens[phase] += own
         with naming_memory(placed, phase, chosen, batch):
             if phase == "prefill":
-                batch = joined(batch, prefill(placed, chosen)) if chosen else idle(placed, batch)
+                batch = joined(batch, prefill(placed, chosen, shuffled)) if chosen else idle(placed, batch)
             else:
-                batch = decode(placed, batch) if batch is not None else idle(placed, None)
+                batch = decode(placed, batch, shuffled) if batch is not None else idle(placed, None)
         batch, stopped = retire(batch, limits, group.rank)
-        finished += stopped
+        if shuffled is not None:
+            shuffled.homes.forget([completion.index for completion in stopped])
+        finished += stopped if speaks else []
         watch.mark("attention")
         times.seconds[phase] += time.perf_counter() - begun
 
@@ -168,7 +176,7 @@ def idle(placed: PlacedModel, batch: Batch | None) -> Batch | None:
     return batch
 
 
-def prefill(placed: PlacedModel, prompts: list[Prompt]) -> Batch:
+def prefill(placed: PlacedModel, prompts: list[Prompt], shuffled: ShuffledModel | None = None) -> Batch:
     """Read prompts; the batch then holds the first generated token of each."""
     longest = max(len(p.token_ids) for p in prompts)
     ids_BS = np.zeros((len(prompts), longest), np.int64)
@@ -179,11 +187,14 @@ def prefill(placed: PlacedModel, prompts: list[Prompt]) -> Batch:
     device = placed.group.device
     ids, mask = torch.from_numpy(ids_BS).to(device), torch.from_numpy(mask_BS).to(device)
     valid_T = None if mask_BS.all() else torch.from_numpy(np.flatnonzero(mask_BS)).to(device)
-    tokens, cache = forward(placed, ids, mask, None, valid_T)
+    begin_batch(placed, shuffled, ids, valid_T, prompts, is_prompt=True)
+    tokens, cache = forward(placed, ids, mask, None)
+    if shuffled is not None:
+        shuffled.homes.finish()
     return Batch(list(prompts), [[token] for token in tokens], cache, mask, [False] * len(prompts))
 
 
-def decode(placed: PlacedModel, batch: Batch) -> Batch:
+def decode(placed: PlacedModel, batch: Batch, shuffled: ShuffledModel | None = None) -> Batch:
     """Extend every running request by one token."""
     device = placed.group.device
     ids = torch.tensor([generated[-1:] for generated in batch.generated], device=device)
@@ -191,7 +202,10 @@ def decode(placed: PlacedModel, batch: Batch) -> Batch:
     valid_T = None
     if any(batch.done_B):
         valid_T = torch.tensor([row for row, done in enumerate(batch.done_B) if not done], device=device)
-    tokens, batch.cache = forward(placed, ids, mask, batch.cache, valid_T)
+    begin_batch(placed, shuffled, ids, valid_T, batch.prompts, is_prompt=False)
+    tokens, batch.cache = forward(placed, ids, mask, batch.cache)
+    if shuffled is not None:
+        shuffled.homes.finish()
     batch.mask_BS = mask
     for generated, token, done in zip(batch.generated, tokens, batch.done_B, strict=True):
         if not done:
@@ -199,11 +213,23 @@ def decode(placed: PlacedModel, batch: Batch) -> Batch:
     return batch
 
 
-def forward(
-    placed: PlacedModel, ids_BQ: torch.Tensor, mask_BS: torch.Tensor, cache: Any, valid_T: torch.Tensor | None
-) -> tuple[list[int], Any]:
-    """One forward pass over the last Q of S positions: the most likely next token of each request, and the cache."""
+def begin_batch(
+    placed: PlacedModel,
+    shuffled: ShuffledModel | None,
+    ids_BQ: torch.Tensor,
+    valid_T: torch.Tensor | None,
+    prompts: list[Prompt],
+    *,
+    is_prompt: bool,
+) -> None:
+    """Tell the layers which rows of the next forward pass are tokens, and whose."""
     placed.state.valid_T = valid_T
+    if shuffled is not None:
+        shuffled.begin(ids_BQ, valid_T, [prompt.index for prompt in prompts], is_prompt=is_prompt)
+
+
+def forward(placed: PlacedModel, ids_BQ: torch.Tensor, mask_BS: torch.Tensor, cache: Any) -> tuple[list[int], Any]:
+    """One forward pass over the last Q of S positions: the most likely next token of each request, and the cache."""
     position_BS = (mask_BS.cumsum(1) - 1).clamp_(min=0)
     arguments = {
         "input_ids": ids_BQ,

@@ -77,6 +77,7 @@ class RankState:
     stopwatch: Stopwatch
     counters: Counters
     valid_T: torch.Tensor | None = field(default=None)  # int64 indices of rows that are not padding; None: all are
+    chosen_TK: torch.Tensor = field(default_factory=lambda: torch.zeros((0, 0)))  # choices of the layer that ran last
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +159,7 @@ def _exchange(
 ) -> torch.Tensor:
     """The five steps; float32 [T, D]."""
     tables, rank, watch = layer.tables, layer.rank, layer.state.stopwatch
+    layer.state.chosen_TK = expert_ids_TK
     slots, top_k = tables.slots_per_rank, expert_ids_TK.shape[1]
 
     def run_pairs(rows_PD: torch.Tensor, slot_P: torch.Tensor, weight_P: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from profiles.loading import DTYPES, ModelSource, find_model, load_tokenizer
 from profiles.requests import encode_requests, read_requests
 from profiles.sources import open_source
 from runtime.engine import Completion, Limits, PhaseTimes, Prompt, serve
+from runtime.experts import Counters
 from runtime.failures import naming
 from runtime.group import open_group, share
 from runtime.metrics import rate, traffic_metrics
@@ -30,6 +31,8 @@ from runtime.placed_model import PlacedModel, load_placed
 from runtime.rank_weights import find_placed
 from runtime.reshard_ranks import SHARED
 from runtime.schedulers import assign
+from runtime.tensor_parallel import install_tensor_parallel
+from runtime.token_homes import make_homes
 from solvers.plan import Plan
 from solvers.replicas import serving_LRE
 
@@ -42,6 +45,7 @@ class RunOptions:
     plan: str
     prompts: str
     scheduler: str
+    predict: str
     backend: str
     dtype: str
     device: str
@@ -86,6 +90,9 @@ def assign_prompts(options: RunOptions, plan: Plan, tell: Callable[[str], None])
     """Read and assign the prompts. Raises InputError where they, the model and the plan do not fit each other."""
     prompts = read_prompts(options, tell)
     ids = [prompt.token_ids for prompt in prompts]
+    if options.scheduler == "tp":  # every rank serves every request; refuse before ranks start
+        make_homes(options.predict, plan, relabelled=False)
+        return Assigned(prompts, np.zeros(len(prompts), np.int64))
     return Assigned(prompts, assign(options.scheduler, ids, plan, max_new_tokens=options.max_new_tokens))
 
 
@@ -138,10 +145,14 @@ def run_rank(options: RunOptions, assigned: Assigned | None, tell: Callable[[str
         prompts, rank_of_B = assigned
         serving = serving_LRE(placed_checkpoint.placement.hosts_LER, plan.load_LE, plan.topology)
         placed = load_placed(source, placed_checkpoint, plan, serving, group, dtype=options.dtype)
-        mine = [prompt for prompt, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
+        shuffled, mine = None, [prompt for prompt, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
+        if options.scheduler == "tp":
+            homes = make_homes(options.predict, plan, relabelled=placed_checkpoint.layout == "permuted")
+            shuffled, mine = install_tensor_parallel(placed, homes, plan.model.model_layers, source.name), prompts
+            placed.state.counters = Counters.zeros(plan.placement.num_layers, group.size)
         limits = Limits(options.max_new_tokens, options.batch_tokens, stop_token_ids(source))
         keeper = ResultKeeper(options.output, load_tokenizer(source) if group.rank == 0 else None)
-        times = serve(placed, mine, limits, deliver=keeper.add)
+        times = serve(placed, mine, limits, deliver=keeper.add, shuffled=shuffled)
         metrics = collect_metrics(options, plan, placed, times, len(prompts))
         if metrics is None:
             return None

@@ -15,7 +15,7 @@ from solvers.assign import assign_requests
 from solvers.plan import Plan
 from solvers.schedule import Schedule
 
-SCHEDULERS = ("none", "dp")
+SCHEDULERS = ("none", "dp", "tp")
 WINDOW = 256  # requests that are weighed against each other
 TOKEN_CAP = 1.05  # tokens of a rank over the mean in a window
 
@@ -45,9 +45,9 @@ def assign_by_scorer(prompts: Sequence[np.ndarray], plan: Plan, *, max_new_token
 
 
 def assign(scheduler: str, prompts: Sequence[np.ndarray], plan: Plan, *, max_new_tokens: int) -> np.ndarray:
-    """Rank of each request under one of SCHEDULERS."""
+    """Rank of each request under "none" or "dp"; with "tp" every rank serves every request. Raises InputError for another name."""
     if scheduler == "dp":
         return assign_by_scorer(prompts, plan, max_new_tokens=max_new_tokens)
     if scheduler == "none":
         return assign_round_robin(len(prompts), plan.topology.num_ranks)
-    raise InputError(f"--scheduler {scheduler}: this version runs {' and '.join(SCHEDULERS)}")
+    raise InputError(f"--scheduler {scheduler}: expected one of {', '.join(SCHEDULERS)}")

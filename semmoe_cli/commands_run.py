@@ -39,10 +39,17 @@ def run(
         str | None,
         typer.Option(
             metavar="none|dp|tp",
-            help="Where requests go: none (in turn), or dp (by the plan's scorer, balanced in tokens; the default where the plan has one). "
-            "With --replay also tp (equal slices of each batch by the context predictor); all that the plan allows by default.",
+            help="Where work goes. none: requests in turn. dp: requests by the plan's scorer, balanced in tokens (the default where "
+            "the plan has one). tp: heads shared over ranks, tokens by --predict. With --replay, all that the plan allows by default.",
         ),
     ] = None,
+    predict: Annotated[
+        str,
+        typer.Option(
+            metavar="context|table|paper|none",
+            help="With --scheduler tp: what predicts a token's rank; none gives equal consecutive slices.",
+        ),
+    ] = "context",
     backend: Annotated[str, typer.Option(help="auto, nccl or gloo.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number type of the weights; auto: as stored.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -119,6 +126,7 @@ def run(
         str(plan),
         prompts,
         scheduler or default_scheduler(str(plan)),
+        predict,
         backend,
         dtype.value,
         device,

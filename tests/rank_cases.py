@@ -50,6 +50,7 @@ def run_cases(
             "exchange": compare_exchange(group),
             "logits": {family: compare_logits(Path(root) / family, size, replicas, group) for family in families},
             "tokens": {family: generate(Path(root) / family, size, lengths, group) for family in generating},
+            "tp": {family: generate_shuffled(Path(root) / family, size, lengths, group) for family in families},
         }
 
 
@@ -122,6 +123,33 @@ def compare_logits(folder: Path, size: int, replicas: int, group: Any) -> list[f
         if reference is not None:
             found.append(float((logits - reference(input_ids=ids, use_cache=False).logits).abs().max()))
     return found
+
+
+def generate_shuffled(folder: Path, size: int, lengths: list[int], group: Any) -> list[Any]:
+    """The same with Attention-TP and consecutive slices: where the tokens differ from Transformers alone."""
+    import torch
+
+    from profiles.loading import find_model, load_model
+    from runtime.check import first_mismatch
+    from runtime.engine import Completion, Limits, Prompt, serve
+    from runtime.tensor_parallel import install_tensor_parallel
+    from runtime.token_homes import make_homes
+
+    placed, plan = open_case(folder, size, 1, group), random_plan(folder, ranks=size, grouped=False, seed=size)
+    homes = make_homes("none", plan, relabelled=False)
+    shuffled = install_tensor_parallel(placed, homes, plan.model.model_layers, folder.name)
+    random = np.random.default_rng(4)
+    prompts = [Prompt(i, str(i), random.integers(5, 100, n).astype(np.int32)) for i, n in enumerate(lengths)]
+    limits = Limits(5, 100, frozenset([3]), max_running=3)
+    done: list[Completion] = []
+    serve(placed, prompts, limits, deliver=done.extend, shuffled=shuffled)
+    if group.rank:
+        return []
+    model = load_model(find_model(str(folder)), dtype="float32", device=torch.device("cpu"))
+    got = {completion.index: completion for completion in done}
+    return [
+        first_mismatch(model, p, got[p.index].token_ids, max_new_tokens=5, stop_ids=limits.stop_ids) for p in prompts
+    ]
 
 
 def generate(folder: Path, size: int, lengths: list[int], group: Any) -> dict[str, Any]:

@@ -49,3 +49,4 @@ def test_ranks_compute_what_one_process_computes(
         # Rank 0 dispatched its own prompts and all generated tokens but the last of each; no padding.
         own = [i for i in range(len(lengths)) if i % size == 0]
         assert result["tokens"] == sum(lengths[i] + result["counts"][i] - 1 for i in own)
+    assert found["tp"] == dict.fromkeys(FAMILIES, [None] * len(lengths))

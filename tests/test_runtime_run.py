@@ -81,6 +81,15 @@ def test_run_gives_the_answers_of_the_model(demo: Path) -> None:
     assert not (demo / "out.jsonl.partial").exists()
 
 
+def test_tensor_parallel_run_gives_the_answers_of_the_model(demo: Path) -> None:
+    prompts = ["--plan", str(demo / "p"), "--prompts", str(demo / "prompts.jsonl")]
+    code, stdout = run(*RUN, *prompts, "--scheduler", "tp", "--check", "--json")
+    assert code == 0, stdout
+    metrics = json.loads(stdout)
+    assert metrics["check"] == {"ok": True, "compared": 5, "mismatches": []}
+    assert metrics["token_imbalance"] <= 1.05 and metrics["requests"] == 5
+
+
 def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
     arguments = ["--plan", str(demo / "p"), "--hidden-size", "16", "--expert-size", "8", "--batch-tokens", "500"]
     code, stdout = run("run", "--replay", str(demo / "t"), *arguments, "--json")
@@ -150,8 +159,8 @@ def test_a_rank_that_hangs_is_named_with_the_layer() -> None:
     ("arguments", "message"),
     [
         (["--nproc", "3"], "3 ranks run, the plan .* is for 2"),
-        (["--scheduler", "tp"], "--scheduler tp: this version runs none and dp"),
-        (["--scheduler", "best"], "--scheduler best"),
+        (["--scheduler", "tp", "--predict", "luck"], "--predict luck: expected one of context, table, paper, none"),
+        (["--scheduler", "best"], "--scheduler best: expected one of none, dp, tp"),
         (["--backend", "nccl", "--device", "cpu"], "--backend nccl needs GPUs"),
         (["--backend", "mpi"], "--backend mpi: expected one of auto, nccl, gloo"),
         (["--device", "tpu"], "--device tpu: expected auto, cpu, cuda"),

@@ -1,0 +1,137 @@
+"""Attention-TP around a placed model: heads over ranks, and between attention and the next layer every rank works on its slice of tokens.
+
+Decoder layers of the usual pre-norm shape (norm, attention, residual, norm, feed-forward, residual) get a forward of their own:
+
+    full hidden -> norm -> this rank's heads -> shuffled reduce-scatter -> + residual -> norm -> router, experts, shared experts
+                -> + residual -> shuffled all-gather -> full hidden
+
+Other shapes show at once: `install_tensor_parallel` compares the logits of a short text with those of the untouched model.
+
+Shape letters: T tokens, D hidden size, K top-k.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from profiles.errors import InputError
+from profiles.models import find_moe_layers, layer_number
+from runtime.attention_heads import keep_heads
+from runtime.experts import ExpertLayer, RunExperts, join_empty
+from runtime.failures import naming
+from runtime.placed_model import PlacedModel
+from runtime.shuffle import gather_slices, scatter_sums
+from runtime.token_homes import TokenHomes
+
+PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+PROBE_TOKENS = 24
+
+
+class ShuffledModel:
+    """What the decoder layers of a rank share: the homes, and which rows of the batch are tokens."""
+
+    def __init__(self, placed: PlacedModel, homes: TokenHomes) -> None:
+        self.placed, self.homes = placed, homes
+        self.valid_T: torch.Tensor | None = None
+
+    def begin(
+        self, ids_BQ: torch.Tensor, valid_T: torch.Tensor | None, requests: list[int], *, is_prompt: bool
+    ) -> None:
+        """Before a forward pass: its ids, which rows are tokens, and the request of each row of the batch."""
+        ids_T = ids_BQ.reshape(-1).cpu().numpy()
+        rows_T = np.repeat(np.asarray(requests), ids_BQ.shape[1])
+        kept_T = np.arange(len(ids_T)) if valid_T is None else valid_T.cpu().numpy()
+        self.valid_T = torch.from_numpy(kept_T).to(ids_BQ.device)
+        self.homes.begin(ids_T[kept_T], rows_T[kept_T], is_prompt=is_prompt)
+        self.placed.state.valid_T = None  # slices hold tokens only
+
+    def run_layer(
+        self,
+        layer: Any,
+        expert: tuple[int, ExpertLayer, RunExperts] | None,
+        name: str,
+        hidden_BSD: torch.Tensor,
+        named: dict[str, Any],
+    ) -> torch.Tensor:
+        """The forward of one decoder layer. `expert`: number, exchange and experts of a MoE layer."""
+        group, watch = self.placed.group, self.placed.state.stopwatch
+        partial = layer.self_attn(hidden_states=layer.input_layernorm(hidden_BSD), **named)
+        partial_TD = (partial[0] if isinstance(partial, tuple) else partial).reshape(-1, hidden_BSD.shape[-1])
+        slices = self.homes.slices(None if expert is None else expert[0])
+        mine = torch.from_numpy(slices.own(group.rank)).to(hidden_BSD.device)
+        watch.mark("attention")
+        with naming(group.rank, f"the shuffled reduce-scatter at {name}"):
+            sums_ND = scatter_sums(partial_TD[self.valid_T], slices, group.rank, group.handle)
+        watch.mark("wait")
+        hidden_ND = hidden_BSD.reshape(partial_TD.shape)[self.valid_T][mine] + sums_ND
+        chosen_NK = torch.zeros((len(mine), 0), dtype=torch.int16, device=hidden_ND.device)
+        if len(mine):
+            output = layer.mlp(layer.post_attention_layernorm(hidden_ND)[None])
+            hidden_ND = hidden_ND + (output[0] if isinstance(output, tuple) else output).reshape(hidden_ND.shape)
+        elif expert is not None:
+            join_empty(expert[1], expert[2])
+        if expert is not None:
+            chosen_NK = self.placed.state.chosen_TK
+        watch.mark("attention")
+        with naming(group.rank, f"the shuffled all-gather at {name}"):
+            hidden_TD, chosen_TK = gather_slices(hidden_ND, chosen_NK, slices, group.handle)
+        watch.mark("wait")
+        if expert is not None:
+            self.homes.record(expert[0], chosen_TK.cpu().numpy())
+        whole_TD = torch.zeros_like(partial_TD)
+        whole_TD[self.valid_T] = hidden_TD
+        return whole_TD.reshape(hidden_BSD.shape)
+
+
+def install_tensor_parallel(
+    placed: PlacedModel, homes: TokenHomes, model_layers: tuple[int, ...], name: str
+) -> ShuffledModel:
+    """Change a placed model's decoder layers; all ranks call it. Raises InputError for a family whose layers have another shape."""
+    shuffled = ShuffledModel(placed, homes)
+    stack = decoder_layers(placed.model, name)
+    ids = torch.arange(PROBE_TOKENS, device=placed.group.device)[None] % 50 + 5
+    with torch.inference_mode():
+        expected = placed.model(input_ids=ids, use_cache=False).logits.float()
+    experts = {
+        number: (place, layer, run)
+        for place, (number, layer, run) in enumerate(zip(model_layers, placed.layers, placed.run_experts, strict=True))
+    }
+    for number, layer in enumerate(stack):
+        where = f"layer {number}"
+        keep_heads(layer.self_attn, placed.group.rank, placed.group.size, where)
+
+        def forward(
+            hidden_states: torch.Tensor,
+            *,
+            layer: Any = layer,
+            number: int = number,
+            where: str = where,
+            **named: Any,
+        ) -> torch.Tensor:
+            return shuffled.run_layer(layer, experts.get(number), where, hidden_states, named)
+
+        layer.forward = forward
+    with torch.inference_mode():
+        shuffled.begin(ids, None, [-1], is_prompt=True)
+        found = placed.model(input_ids=ids, use_cache=False).logits.float()
+    limit = 1e-3 if placed.model.dtype == torch.float32 else 0.1
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+    if not difference <= limit:
+        raise InputError(
+            f"--scheduler tp: {name} gives other logits with its heads shared out (relative difference {difference:.2g}): its layers have "
+            f"another shape than norm, attention, norm, feed-forward; use --scheduler dp"
+        )
+    return shuffled
+
+
+def decoder_layers(model: Any, name: str) -> list[Any]:
+    """The decoder layers in order. Raises InputError where they lack a part of the usual shape."""
+    moe = find_moe_layers(model)
+    number = layer_number(moe[0].name)
+    stack = model.get_submodule(moe[0].name.split(f".{number}.")[0])
+    for place, layer in enumerate(stack):
+        missing = [part for part in PARTS if not hasattr(layer, part)]
+        if missing:
+            raise InputError(f"--scheduler tp: layer {place} of {name} has no {missing[0]}; use --scheduler dp")
+    return list(stack)
