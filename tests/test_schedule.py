@@ -1,0 +1,278 @@
+"""Schedules on planted structure: what is found, what is never read, what is stored; and how the simulation keeps capacities."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from profiles.counts import select_requests
+from profiles.errors import InputError
+from profiles.synthetic import write_synthetic
+from profiles.trace import RoutingTrace, TraceBatch
+from solvers import schedule as schedule_module
+from solvers.context import context_scores_TR, default_depth, previous_experts_TLK
+from solvers.placement import Placement
+from solvers.plan import only_tables
+from solvers.request_scorer import fit_request_scorer, request_shares_BR
+from solvers.schedule import PREFIX, Schedule, fit_schedule
+from solvers.sequence_table import build_sequence_table, needed_rank_T, paper_scores_TR
+from solvers.simulate import SCHEDULES, available_schedules, simulate
+from solvers.token_table import build_token_table, previous_token_ids_T
+
+RANKS = 4
+SIZES = {"batch_tokens": 128, "window": 40, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[TraceBatch, TraceBatch, Placement]:
+    """Training and held-out requests of a synthetic trace, and its best placement with labels that agree over layers."""
+    path = tmp_path_factory.mktemp("schedule") / "trace"
+    group_of_LE = write_synthetic(path, num_requests=120, vocab_size=300, noise=0.1, seed=4)
+    batch = RoutingTrace.open(path).load()
+    train_B = np.arange(batch.num_requests) // 4 % 2 == 0  # domains take turns of four
+    placement = Placement.from_ranks(group_of_LE, RANKS)
+    return select_requests(batch, train_B), select_requests(batch, ~train_B), placement
+
+
+@pytest.fixture(scope="module")
+def schedule(planted) -> Schedule:
+    train, _, placement = planted
+    return fit_schedule(train, placement, seed=0)
+
+
+def local_share(batch: TraceBatch, placement: Placement, homes_TL: np.ndarray) -> float:
+    layers = np.arange(placement.num_layers)[None, :, None]
+    return float(placement.hosts_LER[layers, batch.expert_ids_TLK, homes_TL[:, :, None]].mean())
+
+
+def test_better_informed_schedules_are_more_local(planted, schedule):
+    _, held_out, placement = planted
+    assert available_schedules(schedule) == list(SCHEDULES)
+    found = {
+        n: local_share(held_out, placement, simulate(n, held_out, placement, schedule, **SIZES).homes_TL)
+        for n in SCHEDULES
+    }
+    assert found["random"] == pytest.approx(1 / RANKS, abs=0.02)
+    assert found["tp-table"] > 0.65  # 90 % of the tokens follow their id's group, and slices are equal
+    assert found["tp-context"] >= found["tp-table"] - 0.01
+    assert found["tp-context"] > found["tp-paper"] - 0.01 > 0.5
+    assert found["tp-oracle"] >= found["tp-context"]
+    assert found["dp-oracle"] >= found["dp-scorer"] > found["dp-roundrobin"] + 0.1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_capacities_hold_in_every_batch_and_window(planted, schedule, name):
+    _, held_out, placement = planted
+    homes_TL, imbalance = simulate(name, held_out, placement, schedule, **SIZES)
+    assert homes_TL.shape == (held_out.num_tokens, placement.num_layers)
+    assert homes_TL.min() >= 0 and homes_TL.max() < RANKS
+    if name.startswith("dp-"):
+        assert (homes_TL == homes_TL[:, :1]).all()
+        first_T = np.repeat(homes_TL[held_out.starts_B1[:-1], 0], np.diff(held_out.starts_B1))
+        np.testing.assert_array_equal(homes_TL[:, 0], first_T)
+        assert imbalance <= 1.2
+    else:
+        assert imbalance <= RANKS * np.ceil(120 / RANKS) / 120  # slices of the smallest batch, rounded up
+    again = simulate(name, held_out, placement, schedule, **SIZES)
+    np.testing.assert_array_equal(homes_TL, again.homes_TL)
+
+
+def test_context_reads_only_what_is_known_before_the_layer(planted, schedule):
+    _, held_out, placement = planted
+    rows = slice(0, 200)
+    chosen_TLK = held_out.expert_ids_TLK[rows]
+    previous_TLK = previous_experts_TLK(held_out, placement.num_experts)[rows]
+    is_prompt_T = held_out.is_prompt_T[rows]
+    assert is_prompt_T.any() and not is_prompt_T.all()
+    shares_TR = np.zeros((200, RANKS), np.float32)
+    layer = 2
+    scores_TR = context_scores_TR(schedule.context, layer, shares_TR, chosen_TLK, previous_TLK, is_prompt_T)
+    future_TLK = chosen_TLK.copy()
+    future_TLK[:, layer:] = 0
+    before_TLK = previous_TLK.copy()
+    before_TLK[is_prompt_T, layer:] = 0  # runs in the same pass
+    before_TLK[~is_prompt_T, layer + 1 :] = 0
+    same_TR = context_scores_TR(schedule.context, layer, shares_TR, future_TLK, before_TLK, is_prompt_T)
+    np.testing.assert_array_equal(scores_TR, same_TR)
+    past_TLK = chosen_TLK.copy()
+    past_TLK[:, layer - 1] = 0
+    assert not np.allclose(
+        scores_TR, context_scores_TR(schedule.context, layer, shares_TR, past_TLK, previous_TLK, is_prompt_T)
+    )
+
+
+def test_previous_experts_stay_within_the_request(planted):
+    train, _, placement = planted
+    previous_TLK = previous_experts_TLK(train, placement.num_experts)
+    assert (previous_TLK[train.starts_B1[:-1]] == placement.num_experts).all()
+    np.testing.assert_array_equal(previous_TLK[1], train.expert_ids_TLK[0])
+
+
+def test_previous_token_ids_come_from_the_sequence(planted):
+    train, _, _ = planted
+    previous_T = previous_token_ids_T(train)
+    assert previous_T[0] == -1  # the first row is the first token of the sequence
+    np.testing.assert_array_equal(previous_T[1:5], train.token_ids_T[:4])
+    # A request whose rows begin after its prompt: the last prompt token comes before the first row.
+    shifted = replace(train, first_position_B=train.first_position_B + 3)
+    assert previous_token_ids_T(shifted)[0] == train.sequence(0)[2]
+
+
+def test_table_traffic_is_capped_and_unknown_ids_are_spread(planted, schedule):
+    train, _, _ = planted
+    token = schedule.token
+    lookup = token.lookup(token.own.ids_U, np.full(len(token.own.ids_U), -1))
+    unknown = token.lookup(np.array([-1, 10**6]), np.array([-1, 10**6]))
+    assert (unknown.row_T == -1).all() and (unknown.after_T == -1).all()
+    counts_U = np.bincount(np.searchsorted(token.own.ids_U, train.token_ids_T))
+    for layer in range(len(token.rare_LR)):
+        traffic_R = counts_U @ token.homes_TR(layer, lookup)
+        assert traffic_R.max() <= 1.06 * traffic_R.mean()
+        np.testing.assert_allclose(token.homes_TR(layer, unknown), 1 / RANKS)
+
+
+def test_unseen_ids_follow_what_came_before_them():
+    # Ids 1..40 are seen once each; those after id 100 need expert 0, those after id 101 expert 3. Id 77 is new.
+    follows = np.arange(40) % 2
+    pairs = np.stack([100 + follows, 1 + np.arange(40)], axis=1).reshape(-1).astype(np.int32)
+    experts = np.stack([np.arange(40) % 4, np.where(follows, 3, 0)], axis=1).reshape(-1, 1, 1).astype(np.uint8)
+    batch = one_request(pairs, experts)
+    hosts_LER = np.eye(4, dtype=bool)[None]
+    table = build_token_table(batch, hosts_LER)
+    shares_TR = table.shares_TR(0, table.lookup(np.array([77, 77]), np.array([100, 101])))
+    assert shares_TR.argmax(axis=1).tolist() == [0, 3]
+    assert shares_TR.max(axis=1).min() > 0.7
+
+
+def test_embedding_gives_unseen_ids_a_row():
+    rng = np.random.default_rng(0)
+    embedding_VD = rng.normal(size=(200, 6)).astype(np.float32)
+    expert_V = (embedding_VD[:, 0] > 0).astype(np.uint8) * 3
+    ids = rng.integers(0, 100, 2000).astype(np.int32)  # ids 100..199 are never seen
+    batch = one_request(ids, expert_V[ids].reshape(-1, 1, 1))
+    table = build_token_table(batch, np.eye(4, dtype=bool)[None], embedding_VD=embedding_VD)
+    unseen = np.arange(100, 200)
+    lookup = table.lookup(unseen, np.full(100, -1))
+    assert (lookup.row_T >= 0).all() and (table.own.weight_U[lookup.row_T] == 0).all()
+    assert (table.shares_TR(0, lookup).argmax(axis=1) == expert_V[unseen]).mean() > 0.85
+
+
+def test_tables_of_many_ranks_keep_the_best_candidates(planted):
+    train, _, _ = planted
+    hosts_LER = np.tile(np.eye(32, dtype=bool)[None], (4, 1, 1))
+    whole = build_token_table(train, hosts_LER, max_candidates=32)
+    cut = build_token_table(train, hosts_LER, max_candidates=6)
+    assert cut.own.shares_LUC.shape[2] == 6
+    lookup = whole.lookup(train.token_ids_T[:50], np.full(50, -1))
+    best_T6 = np.argsort(-whole.own.shares_TR(1, lookup.row_T, whole.rare_LR[1]), axis=1)[:, :3]
+    shares_TR = cut.own.shares_TR(1, lookup.row_T, cut.rare_LR[1])
+    expected = np.take_along_axis(whole.own.shares_TR(1, lookup.row_T, whole.rare_LR[1]), best_T6, axis=1)
+    np.testing.assert_array_equal(np.take_along_axis(shares_TR, best_T6, axis=1), expected)
+
+
+def test_a_schedule_survives_the_plan_file(planted, schedule):
+    _, held_out, placement = planted
+    tables = schedule.to_tables()
+    assert all(name.startswith(PREFIX) for name in tables) and only_tables(PREFIX, tables)
+    again = Schedule.from_tables({"expert_load": np.zeros(1), **tables})
+    assert again is not None
+    for name in ("tp-context", "dp-scorer"):
+        homes = [simulate(name, held_out, placement, s, **SIZES).homes_TL for s in (schedule, again)]
+        np.testing.assert_array_equal(*homes)
+    assert Schedule.from_tables({"expert_load": np.zeros(1)}) is None
+    del tables["schedule.context.bias_LR"]
+    with pytest.raises(InputError, match=r"lacks the table schedule\.context\.bias_LR"):
+        Schedule.from_tables(tables)
+
+
+def test_layers_fitted_apart_give_the_same_schedule(planted, schedule, monkeypatch):
+    train, _, placement = planted
+    whole = schedule.to_tables()
+    monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
+    for name, array in fit_schedule(train, placement, seed=0, processes=2).to_tables().items():
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+
+def test_a_trace_without_token_ids_is_scheduled_by_context(planted):
+    train, held_out, placement = planted
+    hidden = [
+        replace(
+            b,
+            token_ids_T=np.full(b.num_tokens, -1, np.int32),
+            sequences=np.zeros(0, np.int32),
+            sequence_starts_B1=0 * b.starts_B1,
+        )
+        for b in (train, held_out)
+    ]
+    schedule = fit_schedule(hidden[0], placement, seed=0)
+    assert available_schedules(schedule) == ["random", "dp-roundrobin", "dp-oracle", "tp-context", "tp-oracle"]
+    homes_TL = simulate("tp-context", hidden[1], placement, schedule, **SIZES).homes_TL
+    assert local_share(hidden[1], placement, homes_TL[:, :]) > 0.55
+
+
+def test_a_placement_of_another_model_is_refused(planted):
+    train, _, _ = planted
+    small = Placement.from_ranks(np.tile(np.repeat(np.arange(2), 2), (4, 1)), 2)
+    with pytest.raises(InputError, match="4 layers of 4 experts"):
+        fit_schedule(train, small, seed=0)
+
+
+def test_unknown_schedules_and_sizes_are_refused(planted, schedule):
+    _, held_out, placement = planted
+    with pytest.raises(InputError, match="'tp-magic' is none of random"):
+        simulate("tp-magic", held_out, placement, schedule, **SIZES)
+    with pytest.raises(InputError, match="0 tokens a batch"):
+        simulate("tp-table", held_out, placement, schedule, batch_tokens=0, window=1, seed=0)
+
+
+def test_the_scorer_predicts_the_ranks_of_new_prompts(planted):
+    train, held_out, placement = planted
+    scorer = fit_request_scorer(train, placement.hosts_LER, seed=0)
+    scores_BR = np.stack([scorer.scores_R(held_out.prompt(b)) for b in range(held_out.num_requests)])
+    best_B = request_shares_BR(held_out, placement.hosts_LER).argmax(axis=1)
+    assert (scores_BR.argmax(axis=1) == best_B).mean() > 0.9
+    assert (scorer.scores_R(np.array([10**6])) == 0).all() and (scorer.scores_R(np.zeros(0, np.int32)) == 0).all()
+
+
+def test_the_device_sequence_table_counts_where_tokens_go_next():
+    # One expert per rank. Tokens on rank 1, then 0, go to rank 1; one of four goes elsewhere.
+    expert_ids_TLK = np.array([[1, 0, 1], [1, 0, 1], [1, 0, 1], [1, 0, 0], [0, 0, 0]], np.uint8)[:, :, None]
+    table = build_sequence_table(expert_ids_TLK, np.tile(np.eye(2, dtype=bool)[None], (3, 1, 1)))
+    assert table.rank_LRR[2, 0, 1] == 1 and table.confidence_LRR[2, 0, 1] == 0.75
+    assert table.rank_LRR[2, 0, 0] == 0 and table.confidence_LRR[2, 0, 0] == 1
+    assert (table.confidence_LRR[:2] == 0).all() and table.confidence_LRR[2, 1, 1] == 0
+
+
+def test_the_paper_follows_the_table_only_where_it_is_the_more_confident():
+    table_TR = np.array([[0.7, 0.3], [0.7, 0.3], [0.9, 0.1]])
+    scores_TR = paper_scores_TR(table_TR, np.array([True, True, False]), np.array([1, 1, 1]), np.array([0.6, 0.8, 0.1]))
+    assert scores_TR.argmax(axis=1).tolist() == [0, 1, 1]
+
+
+def test_needed_rank_ignores_empty_slots():
+    hosts_ER = np.array([[True, False], [False, True], [False, True]])
+    assert needed_rank_T(np.array([[0, 3], [1, 2], [3, 2]]), hosts_ER).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "depth"), [(24, 32, 23), (26, 64, 24), (58, 256, 6), (58, 512, 3), (1, 8, 1)]
+)
+def test_depth_is_bounded_by_the_size_of_the_equations(layers, experts, depth):
+    assert default_depth(layers, experts) == depth
+
+
+def one_request(token_ids: np.ndarray, expert_ids_TLK: np.ndarray) -> TraceBatch:
+    """One request of generated tokens whose ids are all known."""
+    ends = np.array([0, len(token_ids)], np.int64)
+    return TraceBatch(
+        request_ids=["only"],
+        domains=[""],
+        starts_B1=ends,
+        expert_ids_TLK=expert_ids_TLK,
+        token_ids_T=token_ids,
+        is_prompt_T=np.zeros(len(token_ids), bool),
+        num_prompt_tokens_B=np.zeros(1, np.int64),
+        first_position_B=np.zeros(1, np.int64),
+        sequence_starts_B1=ends,
+        sequences=token_ids,
+    )
