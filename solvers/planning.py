@@ -82,7 +82,9 @@ def make_plan(
     fitted = [~h for h in held_out]
     profile = profile_traces(traces, fitted, seed=demands.seed)
     placement, notes = solve_placement(profile, topology, demands, method=method, progress=progress)
-    schedule = fit_schedule(profile.sample, placement, seed=demands.seed, embedding_VD=embedding_VD)
+    schedule = fit_schedule(
+        profile.sample, placement, seed=demands.seed, embedding_VD=embedding_VD, processes=demands.processes
+    )
     scores = score_placements(
         {"plan": placement, **baselines(profile.load_LE, topology)},
         traces,
@@ -99,7 +101,9 @@ def make_plan(
         fitted = [np.ones_like(h) for h in held_out]
         profile = profile_traces(traces, seed=demands.seed)
         placement, notes = solve_placement(profile, topology, demands, method=method, progress=progress)
-        schedule = fit_schedule(profile.sample, placement, seed=demands.seed, embedding_VD=embedding_VD)
+        schedule = fit_schedule(
+            profile.sample, placement, seed=demands.seed, embedding_VD=embedding_VD, processes=demands.processes
+        )
     num_held_out = int(sum(h.sum() for h in held_out))
     options = {k: v for k, v in asdict(demands).items() if k not in ("load_cap", "seed", "dispatch", "processes")}
     return Plan(
