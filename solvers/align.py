@@ -26,17 +26,19 @@ def align_labels(
     weight_B: np.ndarray,
     num_ranks: int,
     *,
+    num_nodes: int = 1,
     seed: int,
     starts: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The placement with its ranks renamed per layer, int64 [L, E], and the rank of every request, int64 [B].
 
-    Renaming changes no load and no co-activation. `weight_B`: tokens of each request, which the ranks share equally.
+    Renaming changes no load and no co-activation, and keeps the ranks of a node together. `weight_B`: tokens of
+    each request, which the ranks share equally.
     """
     usage_BLR = part_usage_BLR(rank_of_LE, request_expert_LBE, num_ranks)
     best: tuple[float, np.ndarray, np.ndarray] | None = None
     for start in range(starts):
-        value, label_LR, home_B = _align_from(usage_BLR, weight_B, np.random.default_rng([seed, start]))
+        value, label_LR, home_B = _align_from(usage_BLR, weight_B, num_nodes, np.random.default_rng([seed, start]))
         if best is None or value > best[0]:
             best = value, label_LR, home_B
     assert best is not None
@@ -44,13 +46,11 @@ def align_labels(
 
 
 def _align_from(
-    usage_BLR: np.ndarray, weight_B: np.ndarray, rng: np.random.Generator
+    usage_BLR: np.ndarray, weight_B: np.ndarray, num_nodes: int, rng: np.random.Generator
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Local activations reached from one random order of layers, the new label of every part [L, R], and the homes
     [B].
     """
-    from scipy.optimize import linear_sum_assignment
-
     num_requests, num_layers, num_ranks = usage_BLR.shape
     label_LR = np.tile(np.arange(num_ranks), (num_layers, 1))
     # Layers are matched one after the other to what the layers so far agree on.
@@ -58,7 +58,7 @@ def _align_from(
     for layer in rng.permutation(num_layers):
         if score_BR.any():
             centred_BR = score_BR - score_BR.mean(axis=1, keepdims=True)
-            _, label_LR[layer] = linear_sum_assignment(-(usage_BLR[:, layer].T @ centred_BR))
+            label_LR[layer] = best_labels(usage_BLR[:, layer].T @ centred_BR, num_nodes)
         score_BR[:, label_LR[layer]] += usage_BLR[:, layer]
     value, home_B = -np.inf, np.zeros(num_requests, np.int64)
     for _ in range(MAX_ROUNDS):
@@ -67,7 +67,7 @@ def _align_from(
         member_BR = np.eye(num_ranks)[homes_B]
         labels_LR = label_LR.copy()
         for layer in range(num_layers):
-            _, labels_LR[layer] = linear_sum_assignment(-(usage_BLR[:, layer].T @ member_BR))
+            labels_LR[layer] = best_labels(usage_BLR[:, layer].T @ member_BR, num_nodes)
         score_BR = np.zeros((num_requests, num_ranks))
         for layer in range(num_layers):
             score_BR[:, labels_LR[layer]] += usage_BLR[:, layer]
@@ -76,3 +76,20 @@ def _align_from(
             break
         value, label_LR, home_B = reached, labels_LR, homes_B
     return value, label_LR, home_B
+
+
+def best_labels(worth_RR: np.ndarray, num_nodes: int) -> np.ndarray:
+    """New label of every part, int64 [R], at the highest summed worth[part, label]; parts of a node stay on one
+    node.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    size = len(worth_RR) // num_nodes
+    inner, total_NN = {}, np.zeros((num_nodes, num_nodes))
+    for part in range(num_nodes):
+        for node in range(num_nodes):
+            block = worth_RR[part * size : (part + 1) * size, node * size : (node + 1) * size]
+            _, inner[part, node] = linear_sum_assignment(-block)
+            total_NN[part, node] = block[np.arange(size), inner[part, node]].sum()
+    _, node_of_part = linear_sum_assignment(-total_NN)
+    return np.concatenate([node * size + inner[part, int(node)] for part, node in enumerate(node_of_part)])

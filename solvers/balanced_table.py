@@ -42,21 +42,33 @@ def _scaled(score_VR: np.ndarray, weight_V: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def balanced_homes(score_VR: np.ndarray, weight_V: np.ndarray, *, slack: float = 1.02) -> np.ndarray:
-    """One rank per row, int64 [V]: best score under the balancing prices, heaviest rows first.
+    """One rank per row, int64 [V]: best score under the balancing prices; rows that lose most by moving come first.
 
-    No rank is filled beyond `slack` times its share while another has room (a row heavier than the room of all ranks
-    goes to the emptiest). Ties go to the lower rank.
+    No rank is filled beyond `slack` times its share while another has room; a row heavier than the room of every
+    rank goes to the emptiest. Ties go to the lower rank.
     """
     num_rows, num_ranks = score_VR.shape
     _, price_R = _scaled(score_VR, weight_V)
     worth_VR = score_VR - price_R
     room_R = np.full(num_ranks, slack * weight_V.sum() / num_ranks)
-    order_VR = np.argsort(-worth_VR, axis=1, kind="stable")
-    best_two = np.take_along_axis(worth_VR, order_VR[:, :2], 1)
-    regret_V = (best_two[:, 0] - best_two[:, -1]) * weight_V
-    home_V = np.empty(num_rows, np.int64)
-    for row in np.argsort(-regret_V, kind="stable"):
-        fits = order_VR[row][room_R[order_VR[row]] >= weight_V[row]]
-        home_V[row] = fits[0] if len(fits) else np.argmax(room_R)
+    home_V = np.full(num_rows, -1)
+    is_open_R = np.ones(num_ranks, bool)
+    while is_open_R.any() and (home_V < 0).any():
+        rows = np.flatnonzero(home_V < 0)
+        open_VR = np.where(is_open_R, worth_VR[rows], -np.inf)
+        choice_V = open_VR.argmax(axis=1)
+        best_V = open_VR[np.arange(len(rows)), choice_V]
+        open_VR[np.arange(len(rows)), choice_V] = -np.inf
+        second_V = np.where(np.isfinite(open_VR.max(axis=1)), open_VR.max(axis=1), best_V)
+        regret_V = (best_V - second_V) * weight_V[rows]
+        for rank in np.flatnonzero(is_open_R):
+            mine = np.flatnonzero(choice_V == rank)
+            mine = mine[np.argsort(-regret_V[mine], kind="stable")]
+            fits = np.cumsum(weight_V[rows[mine]]) <= room_R[rank] + 1e-9
+            home_V[rows[mine[fits]]] = rank
+            room_R[rank] -= weight_V[rows[mine[fits]]].sum()
+            is_open_R[rank] = fits.all()
+    for row in np.flatnonzero(home_V < 0):
+        home_V[row] = np.argmax(room_R)
         room_R[home_V[row]] -= weight_V[row]
     return home_V

@@ -32,6 +32,8 @@ from solvers.placement import Topology
 from solvers.remote import token_kinds
 
 OBJECTIVES = ("tp", "dp", "both")
+# Weight of local activations, at first and later: a strong pull makes layers agree on which requests go where.
+LOCAL_PULL = {"dp": (4.0, 1.0), "both": (0.0, 0.0)}
 PRIOR = 4.0  # tokens of the average id that smooth the row of a token id
 HOMELESS_SHARE = 0.5  # part of the traffic taken to come from ranks that no schedule chose
 
@@ -121,16 +123,26 @@ def place_semmoe(
     with layer_map(processes, info.num_experts) as run:
         tasks = (task(layer, None, None) for layer in layers)
         rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, progress)
-        if objective == "tp" or whole_groups:
-            return rank_of_LE
+        if objective == "tp" or whole_groups or topology.cost_RR is not None:
+            return rank_of_LE  # whole groups and unequal links leave no labels to choose
         request_T = profile.sample.request_of_T
         usage_LBE = np.stack([request_usage_BE(profile, layer, request_T) for layer in layers])
         weight_B = np.diff(profile.sample.starts_B1).astype(np.float64)
         starts = 4 if effort == "fast" else 16
-        rank_of_LE, home_B = align_labels(rank_of_LE, usage_LBE, weight_B, topology.num_ranks, seed=seed, starts=starts)
-        for _ in range(max(1, 2 * how.rounds)):
+        rank_of_LE, home_B = align_labels(
+            rank_of_LE,
+            usage_LBE,
+            weight_B,
+            topology.num_ranks,
+            num_nodes=topology.num_nodes if dispatch == "per-node" else 1,
+            seed=seed,
+            starts=starts,
+        )
+        for turn in range(max(1, 2 * how.rounds)):
+            weight = max(lar_weight, LOCAL_PULL[objective][min(turn, 1) if how.rounds else 1])
             home_T = home_B[request_T][rows_T]
-            tasks = (task(layer, rank_of_LE[layer], home_T) for layer in layers)
+            starts_LE = rank_of_LE
+            tasks = (task(layer, starts_LE[layer], home_T)._replace(lar_weight=weight) for layer in layers)
             rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, None)
             share_BR = request_shares_BR(rank_of_LE, usage_LBE, topology.num_ranks)
             home_B = balanced_homes(share_BR, weight_B)

@@ -13,6 +13,8 @@ import numpy as np
 from solvers.balanced_table import balanced_homes
 from solvers.placement import Topology
 
+SAMPLE_ROWS = 32_768  # tokens per layer that decide on copies
+
 
 def serving_LRE(hosts_LER: np.ndarray, load_LE: np.ndarray, topology: Topology) -> np.ndarray:
     """Rank that serves expert e for a token that lives on rank r, int32 [L, R, E].
@@ -74,7 +76,7 @@ def add_replicas(
         hosts_ER = np.eye(num_ranks, dtype=bool)[rank_of_E]
         own_RS = [np.flatnonzero(rank_of_E == rank).tolist() for rank in range(num_ranks)]
         by_affinity = max(replicas - load_slots, 0)
-        ids_TK = expert_ids_TLK[:, layer]
+        ids_TK = expert_ids_TLK[:: max(1, len(expert_ids_TLK) // SAMPLE_ROWS), layer]
         for _ in range(by_affinity):
             # One copy per rank at a time: tokens then choose their homes again with the new copies.
             wanted_ER = np.where(hosts_ER, -np.inf, _wanted_ER(ids_TK, hosts_ER, load_LE[layer], topology))

@@ -11,7 +11,7 @@ from profiles.counts import RoutingProfile, count_batches
 from profiles.errors import InputError
 from profiles.synthetic import plant_structure, synthetic_requests
 from profiles.trace import TraceBatch, TraceInfo
-from solvers.align import align_labels
+from solvers.align import align_labels, best_labels
 from solvers.balanced_table import balanced_homes, balanced_shares
 from solvers.coschedule import cluster_loads, place_semmoe
 from solvers.exact import place_exact
@@ -209,3 +209,11 @@ def test_the_joint_method_reaches_the_proven_best() -> None:
         assert remote_cost(ours_LE[layer], ids_TK, cost_XR) <= 1.002 * best
     with pytest.raises(InputError, match="distinct expert sets"):
         place_exact(planted(noise=0.9)[0], Topology(16), load_cap=1.5)
+
+
+def test_labels_keep_nodes_together() -> None:
+    worth_RR = np.array([[0, 0, 9, 1], [0, 0, 1, 9], [9, 1, 0, 0], [1, 9, 8, 8.0]])
+    assert best_labels(worth_RR, 2).tolist() == [2, 3, 0, 1]
+    worth_RR = np.array([[9, 0, 0, 0], [0, 0, 9, 0], [0, 9, 0, 0], [0, 0, 0, 1.0]])
+    assert best_labels(worth_RR, 1).tolist() == [0, 2, 1, 3]
+    assert sorted(best_labels(worth_RR, 2)[:2].tolist()) in ([0, 1], [2, 3])
