@@ -14,7 +14,7 @@ Shape letters: T tokens, L MoE layers, K top-k, B requests of a batch, E experts
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,20 +72,28 @@ class Recording:
         return torch.uint8 if self.num_experts + self.empty_slots <= 256 else torch.uint16
 
 
+class AllChosen(Exception):
+    """Ends a forward pass whose last router has chosen: nothing after that is recorded."""
+
+
 @contextmanager
-def hooked(layers: Iterable[MoeLayer]) -> Iterator[list[list[Any]]]:
-    """Within the block, every forward pass appends each layer's choice to that layer's list of the yielded lists."""
+def hooked(layers: Iterable[MoeLayer], *, stop: bool = False) -> Iterator[list[list[Any]]]:
+    """Within the block, every forward pass appends each layer's choice to that layer's list of the yielded lists.
+
+    With `stop` a pass ends in AllChosen as soon as the last layer's router has chosen.
+    """
     layers = list(layers)
     choices: list[list[Any]] = [[] for _ in layers]
 
     def attach(layer: MoeLayer, into: list[Any]) -> Any:
+        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
+            into.append(layer.read(args, kwargs, output))
+            if stop and layer is layers[-1]:
+                raise AllChosen
+
         if layer.after:
-            return layer.module.register_forward_hook(
-                lambda module, args, kwargs, output: into.append(layer.read(args, kwargs, output)), with_kwargs=True
-            )
-        return layer.module.register_forward_pre_hook(
-            lambda module, args, kwargs: into.append(layer.read(args, kwargs, None)), with_kwargs=True
-        )
+            return layer.module.register_forward_hook(keep, with_kwargs=True)
+        return layer.module.register_forward_pre_hook(keep, with_kwargs=True)
 
     # GPT-OSS in MXFP4 fuses router and experts unless its experts say that they are hooked; then they take the router's choice.
     fused = [m for m in (layer.module for layer in layers) if hasattr(m, "forward_routed")]
@@ -202,10 +210,15 @@ def pad_batch(batch: list[TokenRequest], *, left: bool) -> tuple[np.ndarray, np.
 
 @torch.inference_mode()
 def record_prefill(model: Any, recording: Recording, batch: list[TokenRequest]) -> list[Recorded]:
-    """Read a batch once and return every request's routing."""
+    """Read a batch once and return every request's routing.
+
+    The pass ends at the last router: the experts behind it, whose output nobody needs, are not computed. A model that is spread
+    over devices runs to its end, since hooks of its own move weights after each module.
+    """
     ids, mask = pad_batch(batch, left=False)
     needs_mask = not (mask.all() or model.can_generate())
-    with hooked(recording.layers) as choices:
+    stop = len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2
+    with suppress(AllChosen), hooked(recording.layers, stop=stop) as choices:
         read_batch(
             model,
             torch.from_numpy(ids).to(model.device),

@@ -127,7 +127,7 @@ def main() -> None:
         mixed_tokens = sum(len(r.token_ids) for r in mixed)
 
         peaks = []
-        for copies in (4, 16):
+        for copies in (8, 24):
             rows = [{"text": tokenizer.decode(r.token_ids)} for r in requests] * copies
             (out / f"{copies}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             peaks.append(peak_mib(options.model, out / f"{copies}.jsonl", out / f"m{copies}"))
