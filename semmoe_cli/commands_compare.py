@@ -114,7 +114,7 @@ def _score_table(
     for heading in ("plan", "method", "ranks", "schedule"):
         table.add_column(heading, justify="right" if heading == "ranks" else "left")
     for metric in metrics:
-        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
     facts = {plan["plan"]: plan for plan in comparison["plans"]}
     for row in rows:
         plan = facts[row["placement"]]
@@ -130,13 +130,13 @@ def _difference_table(comparison: dict[str, Any]) -> "Table":
     table = new_table()
     table.add_column("plan")
     for metric in PAIRED:
-        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
     for row in comparison["differences"]:
         cells = []
         for metric in PAIRED:
             value, low, high = row[metric]
             sure = "better" if high < 0 else "worse" if low > 0 else "same"
-            cells.append(f"{value:+.3f} \\[{low:+.3f}, {high:+.3f}] {sure:<6}")
+            cells.append(f"{value:+.3f} \\[{low:+.3f}, {high:+.3f}] {sure}")
         table.add_row(row["plan"], *cells)
     return table
 

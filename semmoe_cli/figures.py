@@ -90,7 +90,8 @@ def svg(draw: Draw, height: float, *, key: str, label: str) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_context(MARKERS) | {"svg.hashsalt": key}):
+    settings: dict[Any, Any] = {**_context(MARKERS), "svg.hashsalt": key}
+    with mpl.rc_context(settings):
         figure = Figure(figsize=(WIDTH, height))
         draw(figure, MARKERS)
         buffer = io.StringIO()

@@ -89,14 +89,15 @@ def _score_table(report: dict[str, Any], metrics: list[str], intervals: bool) ->
     for heading in ("placement", "schedule"):
         table.add_column(heading)
     for metric in metrics:
-        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
     rows = report["rows"]
     for row in rows:
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
         style = "dim" if "oracle" in row["schedule"] else None
         table.add_row(row["placement"], row["schedule"], *cells, style=style)
     uniform = report["uniform"]
-    cells = (f"{uniform[m]:.3f} {_room(rows, m, intervals)}" if m in uniform else "" for m in metrics)
+    widths = {m: max(len(f"{row[m]:.3f}") for row in rows) for m in metrics}
+    cells = (f"{uniform[m]:{widths[m]}.3f}" if m in uniform else "" for m in metrics)
     table.add_row("uniform", "random", *cells, style="dim")
     return table
 
@@ -109,22 +110,17 @@ def _title(report: dict[str, Any]) -> str:
 
 
 def score_cell(row: dict[str, Any], metric: str, rows: list[dict[str, Any]], *, intervals: bool) -> str:
-    """A value with its mark where it is the best of `rows`, and its interval, at a width that keeps digits aligned."""
+    """A value, marked where it is the best of `rows`, and its interval; digits are aligned in a left-justified column."""
     low, high = row["ci"][metric]
     better = max if COLUMNS[metric][1] else min
     values = [round(r[metric], 3) for r in rows if "oracle" not in r["schedule"]]
     value = round(row[metric], 3)
     best = "oracle" not in row["schedule"] and len(set(values)) > 1 and value == better(values)
-    text = f"{value:.3f}{'*' if best else ' '}"
-    # An interval without width (a value that does not depend on the data) is left out, its room is not.
-    interval = f" \\[{low:.3f}, {high:.3f}]" if intervals and high - low > 5e-4 else _room(rows, metric, intervals)
+    width = max(len(f"{r[metric]:.3f}") for r in rows)
+    text = f"{value:{width}.3f}{'*' if best else ' '}"
+    # An interval without width (a value that does not depend on the data) is left out.
+    interval = f" \\[{low:.3f}, {high:.3f}]" if intervals and high - low > 5e-4 else ""
     return f"[bold]{text}[/bold]{interval}" if best else f"{text}{interval}"
-
-
-def _room(rows: list[dict[str, Any]], metric: str, intervals: bool) -> str:
-    """Blanks as wide as the column's intervals; none where no row has one."""
-    shown = intervals and any(row["ci"][metric][1] - row["ci"][metric][0] > 5e-4 for row in rows)
-    return " " * len(" [0.000, 0.000]") * shown
 
 
 def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
