@@ -97,6 +97,7 @@ def layer_lines(report: dict[str, Any], best: str) -> Draw:
                 )
             axes.set_title(title)
             axes.set_xlabel("layer of the model")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             plain_axes(axes, palette)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=5)
