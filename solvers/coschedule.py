@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from math import comb
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def place_semmoe(
     info, how = profile.info, EFFORTS[effort]
     if topology.num_ranks == 1:
         return np.zeros((info.num_layers, info.num_experts), np.int64)
-    rows_T = sample_rows(profile.sample.num_tokens, how.token_rows, seed)
+    rows_T = sample_rows(profile.sample.num_tokens, comb(info.num_experts, info.top_k), how.token_rows, seed)
     _, index_T = profile.token_index()
     load_LJE = cluster_loads(profile, robust, seed)
     whole_groups = expressible == "permutation" and 1 < info.n_group
@@ -251,11 +252,15 @@ def request_shares_BR(rank_of_LE: np.ndarray, usage_LBE: np.ndarray, num_ranks: 
     return count_BR / np.maximum(count_BR.sum(axis=1, keepdims=True), 1)
 
 
-def sample_rows(num_tokens: int, max_rows: int, seed: int) -> np.ndarray:
-    """Rows that the exact objective looks at, ascending int64: all, or a random choice of `max_rows`."""
-    if num_tokens <= 4 * max_rows:
+def sample_rows(num_tokens: int, num_sets: int, max_rows: int, seed: int) -> np.ndarray:
+    """Rows that the exact objective looks at, ascending int64: all, or a random choice.
+
+    `num_sets`: expert sets there are at all. Few of them merge into few token kinds, so many more rows cost no more.
+    """
+    allowed = 16 * max_rows if num_sets <= 2 * max_rows else max_rows
+    if num_tokens <= allowed:
         return np.arange(num_tokens)
-    return np.sort(np.random.default_rng([seed, 7]).choice(num_tokens, max_rows, replace=False))
+    return np.sort(np.random.default_rng([seed, 7]).choice(num_tokens, allowed, replace=False))
 
 
 def closeness(cost_RR: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from profiles.synthetic import plant_structure, synthetic_requests
 from profiles.trace import TraceBatch, TraceInfo
 from solvers.align import align_labels, best_labels
 from solvers.balanced_table import balanced_homes, balanced_shares
-from solvers.coschedule import cluster_loads, place_semmoe
+from solvers.coschedule import cluster_loads, place_semmoe, sample_rows
 from solvers.exact import place_exact
 from solvers.metis import place_metis
 from solvers.paper import place_paper
@@ -217,3 +217,10 @@ def test_labels_keep_nodes_together() -> None:
     worth_RR = np.array([[9, 0, 0, 0], [0, 0, 9, 0], [0, 9, 0, 0], [0, 0, 0, 1.0]])
     assert best_labels(worth_RR, 1).tolist() == [0, 2, 1, 3]
     assert sorted(best_labels(worth_RR, 2)[:2].tolist()) in ([0, 1], [2, 3])
+
+
+def test_a_bounded_number_of_rows_is_looked_at() -> None:
+    assert len(sample_rows(1000, 10**9, 100, 0)) == 100
+    assert len(sample_rows(1000, 150, 100, 0)) == 1000  # so few sets merge into few kinds
+    assert len(sample_rows(5000, 150, 100, 0)) == 1600
+    assert np.array_equal(sample_rows(50, 10**9, 100, 0), np.arange(50))
