@@ -1,15 +1,20 @@
 """Throughput of a placed model over a slow network, against Transformers' own expert parallelism. Needs root; prints one JSON object.
 
-    python tests/benchmarks/run.py MODEL TEXTS [GPT_OSS_TRACE] [--rate 50mbit] [--replay-rate 400mbit] [--requests 128]
+    python tests/benchmarks/run.py MODEL TEXTS [GPT_OSS_TRACE] [--rate 25mbit] [--replay-rate 400mbit] [--requests 128]
 
 Four ranks, each in a network namespace of its own with a link shaped by `tc tbf` in both directions. MODEL: a checkpoint (the shared
 models/moe-16m); TEXTS: JSON lines with id, domain and text, of which one half is traced and placed on, and the other half is served. All
 cases run in one group of processes one after the other, greedy, prompts cut to one length, so that no case computes padding:
 
-    transformers    Transformers' AllToAllEP, contiguous experts, requests in turn
-    dedup           our dispatch, contiguous experts, requests in turn
-    plan            our dispatch, placed experts, requests by the plan's scorer
-    plan+4          the same with 4 replica slots per rank
+    transformers     Transformers' AllToAllEP, contiguous experts, requests in turn
+    dedup            our dispatch, contiguous experts, requests in turn
+    plan             our dispatch, placed experts, requests by the plan's scorer
+    plan+4           the same with 4 replica slots per rank
+    tp transformers  heads over ranks, Transformers' AllReduceEP, an all-reduce after each attention (Transformers' own tensor parallelism
+                     has this communication, but cannot share out 3 key-value heads over 4 ranks, so our cut of the heads is used)
+    tp slices        Attention-TP with equal consecutive slices, placed experts
+    tp               Attention-TP with the plan's context predictor
+    tp+4             the same with 4 replica slots per rank
 
 GPT_OSS_TRACE: a trace to replay (hidden 2880, bfloat16), half of it placed on, the other half replayed.
 """
@@ -138,6 +143,8 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
     from runtime.rank_weights import find_placed
     from runtime.run import RunOptions, collect_metrics
     from runtime.schedulers import assign
+    from runtime.tensor_parallel import install_tensor_parallel
+    from runtime.token_homes import make_homes
     from solvers.plan import Plan
     from solvers.replicas import serving_LRE
 
@@ -149,27 +156,29 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
             placed_checkpoint = find_placed(Path(source.path), plan)
             serving = serving_LRE(plan.placement.hosts_LER, plan.load_LE, plan.topology)
             placed: Any = load_placed(source, placed_checkpoint, plan, serving, group, dtype="float32")
+            shuffled = None
             if case["implementation"] == "all_to_all":
-                placed = with_all_to_all(placed, plan)
+                placed = with_transformers(placed, plan, "all_to_all")
+            elif case["implementation"] == "all_reduce":
+                placed, shuffled = with_transformers(placed, plan, "all_reduce"), NoShuffle()
+            elif case["scheduler"] == "tp":
+                homes = make_homes(case["predict"], plan, relabelled=False)
+                shuffled = install_tensor_parallel(placed, homes, plan.model.model_layers, "the model")
             prompts = [Prompt(i, str(i), np.array(ids, np.int32)) for i, ids in enumerate(task["prompts"])]
             limits = Limits(task["max_new_tokens"], task["batch_tokens"], frozenset())
-            rank_of_B = assign(
-                case["scheduler"], [p.token_ids for p in prompts], plan, max_new_tokens=limits.max_new_tokens
-            )
-            mine = [p for p, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
+            mine = prompts
+            if case["scheduler"] != "tp":
+                ids = [p.token_ids for p in prompts]
+                rank_of_B = assign(case["scheduler"], ids, plan, max_new_tokens=limits.max_new_tokens)
+                mine = [p for p, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
             completions: dict[int, list[int]] = {}
             # Once with a few prompts, unmeasured: connections and first allocations.
-            serve(placed, mine[:2], limits, deliver=lambda done: None)
+            serve(placed, mine[:2], limits, deliver=lambda done: None, shuffled=shuffled)
             placed.state.counters = type(placed.state.counters).zeros(plan.placement.num_layers, group.size)
             before = placed.state.stopwatch.seconds()
             dist.barrier(group.handle)
-            times = serve(
-                placed,
-                mine,
-                limits,
-                deliver=lambda done, into=completions: into.update((d.index, d.token_ids) for d in done),
-            )
-            options = RunOptions("", "", "", case["scheduler"], "gloo", "float32", "cpu", 0, 0, None, 0.0)
+            times = serve(placed, mine, limits, deliver=keep_in(completions), shuffled=shuffled)
+            options = RunOptions("", "", "", case["scheduler"], "", "gloo", "float32", "cpu", 0, 0, None, 0.0)
             metrics = collect_metrics(options, plan, placed, times, len(prompts))
             if metrics is not None:
                 metrics["time"] = {
@@ -183,18 +192,41 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
     return found if group.rank == 0 else None
 
 
-def with_all_to_all(placed: Any, plan: Any) -> Baseline:
-    """The experts modules of a placed model under Transformers' AllToAllEP instead. The placement must be contiguous."""
+def keep_in(completions: dict[int, list[int]]) -> Any:
+    return lambda done: completions.update((d.index, d.token_ids) for d in done)
+
+
+class NoShuffle:
+    """Where all ranks serve the same requests without slices: what serve() asks of a ShuffledModel."""
+
+    def __init__(self) -> None:
+        self.homes = self
+
+    def begin(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def forget(self, requests: list[int]) -> None:
+        pass
+
+
+def with_transformers(placed: Any, plan: Any, implementation: str) -> Baseline:
+    """The experts modules of a placed model under Transformers' own implementation. The placement must be contiguous."""
+    import torch.distributed as dist
     from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 
+    from runtime.attention_heads import keep_heads
     from runtime.placed_model import placed_layers
 
-    watch, calls = placed.state.stopwatch, []
-    group = placed.group
+    watch, calls, group = placed.state.stopwatch, [], placed.group
+    shares_batch = implementation == "all_reduce"
     for layer, run_experts in zip(placed_layers(placed.model, plan, "baseline"), placed.run_experts, strict=True):
         layer.module.forward = run_experts
-        style = EpDispatchExpertsParallel()
-        style.install_forward(layer.module, group.mesh, tp_mesh=group.alone, ep_implementation="all_to_all")
+        layer.module._is_expert_parallel = True
+        style, alone = EpDispatchExpertsParallel(), group.mesh if shares_batch else group.alone
+        style.install_forward(layer.module, group.mesh, tp_mesh=alone, ep_implementation=implementation)
 
         def timed(*arguments: Any, forward: Any = layer.module.forward) -> Any:
             watch.mark("attention")
@@ -204,6 +236,17 @@ def with_all_to_all(placed: Any, plan: Any) -> Baseline:
 
         layer.module.forward = timed
         calls.append(timed)
+    for layer in placed.model.model.layers if shares_batch else []:
+        keep_heads(layer.self_attn, group.rank, group.size, "a layer")
+
+        def summed(module: Any, arguments: Any, output: Any) -> Any:
+            watch.mark("attention")
+            output = output.contiguous()
+            dist.all_reduce(output, group=group.handle)
+            watch.mark("wait")
+            return output
+
+        layer.self_attn.o_proj.register_forward_hook(summed)
     first = placed.layers[0]
     return Baseline(placed.model, calls, placed.state, placed.group, first.hidden_size, first.top_k)
 
@@ -229,6 +272,16 @@ def replay(task: dict[str, Any]) -> Any:
         )
         rows.append(replay_rank(options, None, lambda line: print(line, file=sys.stderr)))
     return rows if rows[0] is not None else None
+
+
+def make(out: Path, *words: str) -> None:
+    """Run a semmoe command that writes `out`, unless it is there."""
+    if not out.exists():
+        subprocess.run([*SEMMOE, *words, "-o", str(out)], check=True, stdout=subprocess.DEVNULL)
+
+
+def place(trace: Path, out: Path, objective: str, replicas: int) -> None:
+    make(out, "place", str(trace), "--ranks", str(RANKS), "--objective", objective, "--replicas", str(replicas))
 
 
 def split_jsonl(texts: Path, work: Path) -> None:
@@ -277,29 +330,29 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("texts", type=Path)
     parser.add_argument("trace", nargs="?")
-    parser.add_argument("--rate", default="50mbit")
+    parser.add_argument("--work", type=Path, help="keep traces and plans here, and take what is there already")
+    parser.add_argument("--only", action="append", metavar="CASE", help="run these cases only")
+    parser.add_argument("--rate", default="25mbit")
     parser.add_argument("--replay-rate", default="400mbit")
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--max-new-tokens", type=int, default=4)
     options = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "run", "ranks": RANKS, "rate": options.rate, "load_average": os.getloadavg()}
+    os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+        work = options.work or Path(folder)
+        work.mkdir(exist_ok=True)
         split_jsonl(options.texts, work)
-        quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL}
-        subprocess.run(
-            [*SEMMOE, "trace", options.model, "--data", str(work / "fit.jsonl"), "-o", str(work / "t")], **quiet
-        )
-        for replicas in (0, 4):
-            place = ["place", str(work / "t"), "--ranks", str(RANKS), "--objective", "dp", "--replicas", str(replicas)]
-            subprocess.run([*SEMMOE, *place, "-o", str(work / f"p{replicas}")], **quiet)
-        contiguous_plan(work / "p0", work / "contiguous")
+        make(work / "t", "trace", options.model, "--data", str(work / "fit.jsonl"))
+        for objective, replicas in (("dp", 0), ("dp", 4), ("tp", 0), ("tp", 4)):
+            place(work / "t", work / f"{objective}{replicas}", objective, replicas)
+        contiguous_plan(work / "dp0", work / "contiguous")
         try:
             open_network()
             result |= throughput(options, work)
             if options.trace:
-                result["replay"] = replayed(options, work, quiet)
+                result["replay"] = replayed(options, work)
         finally:
             close_network()
     print(json.dumps(result))
@@ -314,11 +367,20 @@ def throughput(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     encoded = encode_requests(requests, load_tokenizer(find_model(options.model)))
     long_enough = [ids[: options.prompt_tokens].tolist() for ids in encoded if len(ids) >= options.prompt_tokens]
     order = np.random.default_rng(0).permutation(len(long_enough))[: options.requests]
+    kinds = {  # plan, implementation, scheduler, predictor
+        "transformers": ("contiguous", "all_to_all", "none", ""),
+        "dedup": ("contiguous", "semmoe", "none", ""),
+        "plan": ("dp0", "semmoe", "dp", ""),
+        "plan+4": ("dp4", "semmoe", "dp", ""),
+        "tp transformers": ("contiguous", "all_reduce", "tp", ""),
+        "tp slices": ("tp0", "semmoe", "tp", "none"),
+        "tp": ("tp0", "semmoe", "tp", "context"),
+        "tp+4": ("tp4", "semmoe", "tp", "context"),
+    }
     cases = [
-        {"name": "transformers", "plan": str(work / "contiguous"), "implementation": "all_to_all", "scheduler": "none"},
-        {"name": "dedup", "plan": str(work / "contiguous"), "implementation": "semmoe", "scheduler": "none"},
-        {"name": "plan", "plan": str(work / "p0"), "implementation": "semmoe", "scheduler": "dp"},
-        {"name": "plan+4", "plan": str(work / "p4"), "implementation": "semmoe", "scheduler": "dp"},
+        {"name": name, "plan": str(work / plan), "implementation": kind, "scheduler": scheduler, "predict": predict}
+        for name, (plan, kind, scheduler, predict) in kinds.items()
+        if options.only is None or name in options.only
     ]
     shape_network(options.rate)
     task = {"kind": "serve", "model": options.model, "cases": cases, "prompts": [long_enough[i] for i in order]}
@@ -326,29 +388,23 @@ def throughput(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     same = [case["tokens"] == found[0]["tokens"] for case in found]
     rows = [{k: v for k, v in case.items() if k not in ("tokens", "layers", "plan")} for case in found]
     speed = {row["name"]: row["tokens_per_s"] for row in rows}
-    return {
-        "cases": rows,
-        "same_tokens_as_transformers": same,
-        "plan_over_transformers": speed["plan"] / speed["transformers"],
-        "replicas_over_transformers": speed["plan+4"] / speed["transformers"],
-        "plan_over_dedup": speed["plan"] / speed["dedup"],
+    ratios = {
+        "plan_over_transformers": ("plan", "transformers"),
+        "replicas_over_transformers": ("plan+4", "transformers"),
+        "plan_over_dedup": ("plan", "dedup"),
+        "tp_over_transformers": ("tp", "tp transformers"),
+        "tp_replicas_over_transformers": ("tp+4", "tp transformers"),
+        "tp_over_slices": ("tp", "tp slices"),
     }
+    found_ratios = {key: speed[a] / speed[b] for key, (a, b) in ratios.items() if a in speed and b in speed}
+    return {"cases": rows, "same_tokens_in_all_cases": all(same), **found_ratios}
 
 
-def replayed(options: argparse.Namespace, work: Path, quiet: dict[str, Any]) -> dict[str, Any]:
-    split_trace(options.trace, work)
+def replayed(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    if not (work / "replay-held").exists():
+        split_trace(options.trace, work)
     for replicas in (0, 2):
-        place = [
-            "place",
-            str(work / "replay-fit"),
-            "--ranks",
-            str(RANKS),
-            "--objective",
-            "tp",
-            "--replicas",
-            str(replicas),
-        ]
-        subprocess.run([*SEMMOE, *place, "-o", str(work / f"r{replicas}")], **quiet)
+        place(work / "replay-fit", work / f"r{replicas}", "tp", replicas)
     shape_network(options.replay_rate)
     task = {"kind": "replay", "trace": str(work / "replay-held"), "plans": [str(work / "r0"), str(work / "r2")]}
     found = run_ranks(work, task | {"batch_tokens": 512, "max_tokens": 2048})
