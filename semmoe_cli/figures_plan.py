@@ -262,6 +262,11 @@ def domain_dumbbells(domains: list[dict[str, Any]], metric: str, *, label: str) 
     return draw
 
 
+def saved_share(before: float, after: float) -> float:
+    """Share saved; 0 where there is nothing to save (remote nodes on a single node)."""
+    return 1 - after / before if before > 0 else 0.0
+
+
 def what_if_lines(rows: list[dict[str, Any]], metric: str, *, label: str) -> Draw:
     """The metric over numbers of ranks, and what is saved at each."""
     ranks = sorted({row["ranks"] for row in rows})
@@ -284,7 +289,7 @@ def what_if_lines(rows: list[dict[str, Any]], metric: str, *, label: str) -> Dra
             )
             low, high = zip(*(r["ci"][metric] for r in rows_here), strict=True)
             left.fill_between(where, low, high, color=palette.of(placement), alpha=0.18, linewidth=0)
-        saved = [1 - value[r, "metis"][metric] / max(value[r, "contiguous"][metric], 1e-12) for r in ranks]
+        saved = [saved_share(value[r, "contiguous"][metric], value[r, "metis"][metric]) for r in ranks]
         right.bar(where, [100 * s for s in saved], color=palette.plan, width=0.55)
         for x, share in zip(where, saved, strict=True):
             right.annotate(f"{share:.0%}", (x, 100 * share), (0, 3), textcoords="offset points", ha="center")

@@ -255,7 +255,7 @@ def _what_if(about: "PlanReport") -> Section | None:
         metric = "rem"
     value = {(row["ranks"], row["placement"]): row for row in found["rows"]}
     ranks = sorted({row["ranks"] for row in found["rows"]})
-    saved = {r: 1 - value[r, "metis"][metric] / max(value[r, "contiguous"][metric], 1e-12) for r in ranks}
+    saved = {r: figures_plan.saved_share(value[r, "contiguous"][metric], value[r, "metis"][metric]) for r in ranks}
     best = max(saved, key=lambda r: saved[r])
     rows = [
         [

@@ -16,6 +16,7 @@ from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
 from semmoe_cli.figures import DARK, LIGHT, svg
+from semmoe_cli.figures_plan import saved_share
 from semmoe_cli.headline import plan_verdict
 from semmoe_cli.main import app
 from semmoe_cli.page import Grid, Page, Picture, Section, Text, check_page_target, write_page
@@ -253,6 +254,10 @@ def test_predictable_tokens_are_told_from_unpredictable_ones(made):
     assert found.ids_U.tolist() == [0, 1] and found.share_U[0] == 1 and found.share_U[1] < 0.7
     assert found.tokens_U.sum() == len(ids_T) - half
     assert len(token_predictability(*sides, hosts_LER, least_tokens=10**6).ids_U) == 0
+
+
+def test_nothing_to_save_is_no_saving():
+    assert saved_share(0.0, 0.0) == 0 and saved_share(2.0, 1.5) == 0.25 and saved_share(1.0, 1.5) == -0.5
 
 
 def test_rows_and_bytes_per_dispatch_kind():
