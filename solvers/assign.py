@@ -4,7 +4,7 @@ Tokens (Attention-TP). A shuffled reduce-scatter hands every rank an equal slice
 per rank make the demand meet the slices: a few sweeps of entropic transport (Sinkhorn on the rank side, cooled), each one softmax over
 [T, R] and a column sum, the same on a GPU. Then every token goes to its best rank net of price; where a slice is full, the tokens that
 lose least go on to their next-best rank. Cost: about 4 * sweeps * T * R flops, and T * R * 4 bytes read per sweep; at 512 tokens, 8 ranks
-and 24 sweeps that is 0.4 Mflop in 16 KB. On gpt-oss-20b this loses 0.2 % of the locality of the exact assignment (docs/experiments.md).
+and 24 sweeps that is 0.4 Mflop in 16 KB. This loses 0.1 to 0.4 % of the locality of the exact assignment (docs/experiments.md).
 
 Requests (Attention-DP). A request stays on one rank and brings a known number of tokens. Prices again give the start, then moves and swaps
 of requests raise the score while the capacity in tokens holds. The paper's masked round-robin (arXiv 2503.04398, inter-request
