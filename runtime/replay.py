@@ -21,7 +21,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from profiles.counts import sample_requests
 from profiles.errors import InputError
 from profiles.trace import RoutingTrace, TraceBatch, TraceInfo
-from runtime.exchange import start_rows, wait_for
 from runtime.experts import Counters, ExpertLayer, RankState, RunExperts, dispatch_layer, layer_tables
 from runtime.failures import naming
 from runtime.group import Group, open_group, share
@@ -29,7 +28,7 @@ from runtime.metrics import stacked
 from runtime.permute import row_sections
 from runtime.stopwatch import Stopwatch
 from solvers.contiguous import place_contiguous
-from solvers.cost import Network, fit_network, layer_seconds
+from solvers.cost import EXCHANGES, Network, fit_network, layer_seconds
 from solvers.evaluate import metrics_XL, traffic_sums
 from solvers.load import place_load
 from solvers.placement import Placement, Topology
@@ -40,7 +39,6 @@ from solvers.simulate import available_schedules, simulate
 
 SCHEDULES_OF = {"none": [], "dp": ["dp-scorer"], "tp": ["tp-context"]}
 WINDOW = 256  # requests that dp weighs against each other
-PROBE_BYTES = (1 << 12, 1 << 16, 1 << 19, 1 << 21)  # to each rank
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -89,8 +87,8 @@ def replay_rank(
         if prepared is None:
             prepared = share(prepare(options, group.size, tell) if group.rank == 0 else None, group)
         expert_ids_TLK, num_experts, cases = prepared
-        network = measure_network(group)
         dtype = DTYPES[options.dtype]
+        network = measure_network(options, expert_ids_TLK.shape[2], group, dtype)
         rows = []
         for case in cases:
             run_experts, seconds = random_experts(options, case.experts_LRS.shape[2], group, dtype)
@@ -197,22 +195,41 @@ def random_homes(order: np.ndarray, num_batches: int, num_ranks: int, num_layers
     return homes_TL
 
 
-def measure_network(group: Group) -> Network:
-    """Bandwidth and latency of all-to-alls in which every rank sends and receives the same; equal on all ranks."""
-    sizes, seconds = [], []
-    peers = max(group.size - 1, 1)
-    for size in PROBE_BYTES:
-        counts = [0 if rank == group.rank else size for rank in range(group.size)]
-        payload = torch.zeros(sum(counts), dtype=torch.uint8, device=group.device)
-        best = float("inf")
-        for _ in range(4):
-            barrier(group)
-            begun = time.perf_counter()
-            wait_for(start_rows(payload, counts, counts, group.handle)[1])
-            best = min(best, seconds_of_slowest(time.perf_counter() - begun, group))
-        sizes.append(size * peers)
-        seconds.append(best)
-    return fit_network(np.array(sizes, np.float64), np.array(seconds))
+def measure_network(options: ReplayOptions, top_k: int, group: Group, dtype: torch.dtype) -> Network:
+    """Bandwidth and latency of this network as the exchange sees it, equal on all ranks: packing and adding are in them.
+
+    Every rank sends each of its rows to one other rank, in turn, in batches of some sizes; nothing is computed.
+    """
+    num_ranks, rank = group.size, group.rank
+    names, state = ["the measurement of the network"], RankState(Stopwatch(group.device), Counters.zeros(1, num_ranks))
+    one_each = Placement(np.arange(num_ranks, dtype=np.int32).reshape(1, num_ranks, 1), num_ranks)
+    serving = np.tile(np.arange(num_ranks), (1, num_ranks, 1))
+    table = layer_tables(one_each, serving, rank, names, group.device)[0]
+    layer = ExpertLayer(table, rank, num_ranks, group.handle, state, options.hidden_size, dtype, top_k)
+    share_of_batch = max(4, options.batch_tokens // num_ranks)
+    sizes, seconds = [1, share_of_batch // 2, share_of_batch, 2 * share_of_batch], []
+    with torch.inference_mode():
+        for size in sizes:
+            others = (rank + 1 + np.arange(size) % max(num_ranks - 1, 1)) % num_ranks
+            ids_TK = torch.from_numpy(np.repeat(others[:, None], top_k, axis=1)).to(group.device)
+            hidden_TD = torch.zeros(size, options.hidden_size, dtype=dtype, device=group.device)
+            weight_TK = torch.ones(ids_TK.shape, device=group.device)
+            best = float("inf")
+            for _ in range(3):
+                barrier(group)
+                begun = time.perf_counter()
+                dispatch_layer(layer, run_nothing, hidden_TD, ids_TK, weight_TK)
+                best = min(best, seconds_of_slowest(time.perf_counter() - begun, group))
+            seconds.append(best)
+    _, _, row_bytes = row_sections(options.hidden_size, top_k, dtype, torch.float32)
+    both_ways = row_bytes + options.hidden_size * dtype.itemsize
+    whole = fit_network(np.array(sizes, np.float64) * both_ways, np.array(seconds))
+    return Network(whole.bytes_per_s, whole.latency_s / EXCHANGES)
+
+
+def run_nothing(rows_PD: torch.Tensor, slot_P1: torch.Tensor, weight_P1: torch.Tensor) -> torch.Tensor:
+    """An expert that costs nothing."""
+    return rows_PD * weight_P1.to(rows_PD.dtype)
 
 
 def barrier(group: Group) -> None:
@@ -234,7 +251,7 @@ def seconds_of_slowest(seconds: float, group: Group) -> float:
 def random_experts(options: ReplayOptions, slots: int, group: Group, dtype: torch.dtype) -> tuple[RunExperts, float]:
     """A gated expert layer with random weights (nothing for size 0), and its seconds per activation on this machine, all ranks at work."""
     if options.expert_size == 0:
-        return (lambda rows_PD, slot_P1, weight_P1: rows_PD * weight_P1.to(rows_PD.dtype)), 0.0
+        return run_nothing, 0.0
     config = Qwen3MoeConfig(
         hidden_size=options.hidden_size, moe_intermediate_size=options.expert_size, num_experts=slots
     )

@@ -5,7 +5,7 @@ Attention over shared heads leaves a partial sum of every token on every rank. T
 slice only. The order is a stable argsort by home, and its inverse restores the tokens. The experts that a slice's router chose ride on the
 all-gather (2 bytes each), for they predict the homes of later layers.
 
-Both collectives are all-to-alls of uneven slices: the same bytes as the fused ones, and slices may differ by what does not divide.
+Both collectives exchange slices directly: the same bytes as the fused ones, and slices may differ by what does not divide.
 
 Shape letters: T tokens of the batch (the same on every rank), R ranks, D hidden size, K top-k, N tokens of this rank's slice.
 """
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from runtime.exchange import start_rows, wait_for
+from runtime.exchange import exchange_in_rounds, start_rows, wait_for
+
+LARGE_SLICE_BYTES = 1 << 16
 
 
 class Slices(NamedTuple):
@@ -41,12 +43,23 @@ def contiguous_homes(num_tokens: int, num_ranks: int) -> np.ndarray:
     return np.arange(num_tokens) // max(1, -(-num_tokens // num_ranks))
 
 
+def exchange_slices(
+    rows_MD: torch.Tensor, slices: Slices, sent_R: list[int], received_R: list[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Rows to and from every rank: in rounds where they are large, all at once where latency counts. All ranks decide alike."""
+    largest = max(slices.counts_R) * rows_MD.shape[1] * rows_MD.element_size()
+    if largest >= LARGE_SLICE_BYTES:
+        return exchange_in_rounds(rows_MD, sent_R, received_R, group)
+    received_ND, work = start_rows(rows_MD, sent_R, received_R, group)
+    wait_for(work)
+    return received_ND
+
+
 def scatter_sums(partial_TD: torch.Tensor, slices: Slices, rank: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Sums over all ranks of this rank's slice, [N, D] in the order of the slice."""
     num_ranks, own = len(slices.counts_R), slices.counts_R[rank]
     order_T = torch.from_numpy(slices.order_T).to(partial_TD.device)
-    received, work = start_rows(partial_TD[order_T], slices.counts_R, [own] * num_ranks, group)
-    wait_for(work)
+    received = exchange_slices(partial_TD[order_T], slices, slices.counts_R, [own] * num_ranks, group)
     return received.view(num_ranks, own, partial_TD.shape[1]).sum(0, dtype=torch.float32).to(partial_TD.dtype)
 
 
@@ -57,8 +70,7 @@ def gather_slices(
     num_ranks, own = len(slices.counts_R), len(slice_ND)
     hidden_bytes = slice_ND.contiguous().view(torch.uint8)
     packed_NB = torch.cat([hidden_bytes, chosen_NK.to(torch.int16).contiguous().view(torch.uint8)], 1)
-    sent, work = start_rows(packed_NB.repeat(num_ranks, 1), [own] * num_ranks, slices.counts_R, group)
-    wait_for(work)
+    sent = exchange_slices(packed_NB.repeat(num_ranks, 1), slices, [own] * num_ranks, slices.counts_R, group)
     width = hidden_bytes.shape[1]
     order_T = torch.from_numpy(slices.order_T).to(slice_ND.device)
     hidden_TD = slice_ND.new_empty((len(order_T), slice_ND.shape[1]))

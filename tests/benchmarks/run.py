@@ -165,7 +165,9 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
                 homes = make_homes(case["predict"], plan, relabelled=False)
                 shuffled = install_tensor_parallel(placed, homes, plan.model.model_layers, "the model")
             prompts = [Prompt(i, str(i), np.array(ids, np.int32)) for i, ids in enumerate(task["prompts"])]
-            limits = Limits(task["max_new_tokens"], task["batch_tokens"], frozenset())
+            # With tp all ranks share one batch: as many tokens per rank as with dp.
+            batch_tokens = task["batch_tokens"] * (RANKS if case["scheduler"] == "tp" else 1)
+            limits = Limits(task["max_new_tokens"], batch_tokens, frozenset())
             mine = prompts
             if case["scheduler"] != "tp":
                 ids = [p.token_ids for p in prompts]
