@@ -61,10 +61,13 @@ def reshard(
         )
     from dataclasses import asdict
 
+    from profiles.demo.paths import demo_model_path
     from runtime.reshard import reshard_checkpoint, undo_reshard
     from semmoe_cli.report import note, print_json
     from solvers.plan import Plan
 
+    if checkpoint == Path("demo") and not checkpoint.exists():
+        checkpoint = demo_model_path()
     progress = progress_line if sys.stderr.isatty() else None
     if plan is None:
         result = undo_reshard(checkpoint, output, verify=verify.value, force=force, progress=progress)

@@ -31,7 +31,7 @@ def place_metis(
     placed = []
     for affinity_EE, load_E in zip(co_activation_LEE, load_LE, strict=True):
         partitions = [
-            _partition(affinity_EE, load_E, num_ranks, seed + i, recursive)
+            metis_partition(affinity_EE, load_E, num_ranks, seed + i, recursive)
             for i in range(num_seeds)
             for recursive in (False, True)
         ]
@@ -39,7 +39,9 @@ def place_metis(
     return np.stack(placed)
 
 
-def _partition(affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, seed: int, recursive: bool) -> np.ndarray:
+def metis_partition(
+    affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, seed: int, recursive: bool
+) -> np.ndarray:
     """One METIS run: part of each expert, int64 [E]. The parts may differ in size."""
     import pymetis
 

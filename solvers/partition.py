@@ -12,7 +12,7 @@ import numpy as np
 
 from solvers.equalize import equal_counts
 from solvers.load import place_load
-from solvers.metis import _partition as metis_partition
+from solvers.metis import metis_partition
 from solvers.remote import RemoteGains, remote_cost
 from solvers.spectral import balanced_k_means, spectral_embedding
 from solvers.swap import AffinityGains, affinity_value, overload, rank_loads, swap_search

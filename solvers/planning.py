@@ -306,7 +306,14 @@ def _verdict(
 
     def judged(schedule: str) -> dict[str, Any]:
         saved = saving(sums[before], sums["plan", schedule], topology, dispatch=dispatch, seed=seed)
-        return verdict(saved, dispatch=dispatch, schedule=schedule) | {"against": before[0]}
+        found = verdict(saved, dispatch=dispatch, schedule=schedule) | {"against": before[0]}
+        loads = [scores[key].means["load_imbalance"] for key in (before, ("plan", schedule))]
+        if loads[1] / loads[0] - 1 > max(saved.share, 0) and dispatch != "gather":
+            found["level"] = "watch" if found["level"] == "good" else found["level"]
+            found["sentence"] += (
+                f" But the busiest rank's load rises from {loads[0]:.2f} to {loads[1]:.2f} of the mean."
+            )
+        return found
 
     found = judged(best if dispatch == "per-expert" else "random")
     return found | {"with_schedule": judged(best) if best != "random" else None}
