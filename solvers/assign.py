@@ -34,10 +34,16 @@ def balanced_prices(
     weight_T = np.ones(num_tokens) if weight_T is None else weight_T
     share = weight_T.sum() / num_ranks
     temperature = spread
+    # Ranks first: sums and maxima over the few ranks then run along the tokens, several times faster in numpy.
+    scores_RT = np.ascontiguousarray(scores_TR.T)
     for sweep in range(sweeps):
         temperature = spread * cooling ** (sweep / max(sweeps - 1, 1))
-        demand_R = weight_T @ softmax(scores_TR - prices_R, temperature)
-        prices_R = prices_R + temperature * np.log(np.maximum(demand_R / share, 1e-6))
+        shares_RT = scores_RT - prices_R[:, None].astype(scores_RT.dtype)
+        shares_RT -= shares_RT.max(axis=0)
+        shares_RT /= temperature
+        np.exp(shares_RT, out=shares_RT)
+        shares_RT /= shares_RT.sum(axis=0)
+        prices_R = prices_R + temperature * np.log(np.maximum(shares_RT @ weight_T / share, 1e-6))
     return prices_R - prices_R.mean(), temperature
 
 
