@@ -167,7 +167,9 @@ def solve_layer(task: LayerTask) -> np.ndarray:
     closeness_RR = np.eye(num_ranks) if task.closeness_RR is None else task.closeness_RR
     cost_XR = np.repeat(np.bincount(kind_T, minlength=len(kinds_XK)).astype(np.float64)[:, None], num_ranks, axis=1)
     no_home_ER = np.zeros((num_experts, num_ranks))
-    affinity_EE = task.affinity_EE.astype(np.float64)
+    # Co-activation is counted over all tokens, costs over the rows at hand: both in tokens of these rows.
+    rows_share = task.expert_ids_TK.size / max(float(np.trace(task.affinity_EE)), 1.0)
+    affinity_EE = task.affinity_EE * rows_share
     problem = Problem(affinity_EE, kinds_XK, cost_XR, no_home_ER, closeness_RR, task.load_JE, limit_J)
     contiguous = task.num_groups > 1
     if task.start_E is not None:

@@ -17,11 +17,17 @@ class RemoteGains:
     """Gains of all swaps, exact, in units where an average expert carries cost 1; plus linear terms home[e, x_e].
 
     `expert_ids_XK`: E stands for an empty slot. `cost_XR`: float, cost of touching each rank summed over a kind's tokens.
-    `home_ER`: worth of expert e on rank r in the same units as the cost. A swap recounts only tokens with one of the pair.
+    `home_ER`: worth of expert e on rank r in the same units as the cost. `pair_EE`: worth of two experts on one rank, symmetric.
+    A swap recounts only tokens with one of the pair.
     """
 
     def __init__(
-        self, rank_of_E: np.ndarray, expert_ids_XK: np.ndarray, cost_XR: np.ndarray, home_ER: np.ndarray
+        self,
+        rank_of_E: np.ndarray,
+        expert_ids_XK: np.ndarray,
+        cost_XR: np.ndarray,
+        home_ER: np.ndarray,
+        pair_EE: np.ndarray,
     ) -> None:
         num_experts, num_ranks = home_ER.shape
         self.size, self.num_ranks = num_experts, num_ranks
@@ -33,6 +39,7 @@ class RemoteGains:
         self.cost_XR = np.zeros((num_kinds, num_ranks + 1))
         self.cost_XR[:, :num_ranks] = cost_XR / self.scale
         self.home_ER = home_ER / self.scale
+        self.pair_EE = (pair_EE - np.diag(np.diagonal(pair_EE))) / self.scale
         self.rank_of_all = np.append(self.rank_of_E, num_ranks)
         flat = self.ids_XK.reshape(-1)
         order = np.argsort(flat, kind="stable")
@@ -102,11 +109,14 @@ class RemoteGains:
     def _refresh(self) -> None:
         size, rank_of_E = self.size, self.rank_of_E
         home_E = self.home_ER[np.arange(size), rank_of_E]
-        constant_E = (self.freed_E[:size] - home_E).astype(np.float32)
-        worth_ER = (self.home_ER - self.opened_ER[:size, : self.num_ranks]).astype(np.float32)
+        pairs_ER = self.pair_EE @ np.eye(self.num_ranks)[rank_of_E]
+        own_E = pairs_ER[np.arange(size), rank_of_E]
+        constant_E = (self.freed_E[:size] - home_E - own_E).astype(np.float32)
+        worth_ER = (self.home_ER + pairs_ER - self.opened_ER[:size, : self.num_ranks]).astype(np.float32)
         worth_ER += constant_E[:, None]
         move_EE = np.take(worth_ER, rank_of_E, axis=1)
         move_EE -= self.shared_EE.reshape(size + 1, size + 1)[:size, :size]
+        move_EE -= self.pair_EE
         np.add(move_EE, move_EE.T, out=self.gain_EE)
         self.gain_EE[rank_of_E[:, None] == rank_of_E[None, :]] = -np.inf
 

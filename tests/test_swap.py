@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from solvers.equalize import co_activation_within
 from solvers.remote import RemoteGains, remote_cost, token_kinds
 from solvers.swap import AffinityGains, affinity_value, overload, swap_search
 
@@ -27,11 +28,12 @@ def test_gains_of_all_swaps_are_exact(seed: int, shape: tuple[int, int, int]) ->
     closeness_RR = rng.random((num_ranks, num_ranks))
     closeness_RR += closeness_RR.T
     start = rng.permutation(np.repeat(np.arange(num_ranks), num_experts // num_ranks))
-    remote = RemoteGains(start, ids_XK, cost_XR, home_ER)
+    remote = RemoteGains(start, ids_XK, cost_XR, home_ER, affinity_EE)
     affinity = AffinityGains(start, affinity_EE, home_ER, closeness_RR)
 
     def remote_value(rank_of_E: np.ndarray) -> float:
-        return home_ER[np.arange(num_experts), rank_of_E].sum() - remote_cost(rank_of_E, ids_XK, cost_XR)
+        homes = home_ER[np.arange(num_experts), rank_of_E].sum()
+        return homes + co_activation_within(rank_of_E, affinity_EE) - remote_cost(rank_of_E, ids_XK, cost_XR)
 
     for model, value in (
         (remote, remote_value),
@@ -62,7 +64,7 @@ def test_finds_the_optimum_of_small_cases(seed: int) -> None:
         for x in set(permutations([0, 0, 1, 1, 2, 2]))
         if overload(np.array(x), load_JE, limit_J, 3) == 0
     ]
-    gains = RemoteGains(np.array([0, 0, 1, 1, 2, 2]), ids_XK, cost_XR, home_ER)
+    gains = RemoteGains(np.array([0, 0, 1, 1, 2, 2]), ids_XK, cost_XR, home_ER, np.zeros((6, 6)))
     found, _ = swap_search(gains, load_JE, limit_J, num_ranks=3, steps=200, patience=200, seed=0)
     assert overload(found, load_JE, limit_J, 3) == 0
     assert remote_cost(found, ids_XK, cost_XR) == min(values)
