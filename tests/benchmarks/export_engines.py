@@ -1,10 +1,12 @@
-"""Our files in the engines' own readers: SGLang, vLLM-Ascend and EPLB, taken out of their wheels. Prints one JSON object.
+"""Our files in the engines' own readers: SGLang, vLLM-Ascend and EPLB, taken out of their wheels. Prints one JSON
+object.
 
-The wheels are downloaded without their dependencies into a temporary directory (or taken from --wheels DIR) and only the modules that
-read a map are unpacked; nothing is installed. What those modules ask of a running server (its options, its model class) is answered from
-here; what they do with the file is their own code. An engine whose reader cannot be had is skipped with the reason.
+The wheels are downloaded without their dependencies into a temporary directory (or taken from --wheels DIR) and only
+the modules that read a map are unpacked; nothing is installed. What those modules ask of a running server (its options,
+its model class) is answered from here; what they do with the file is their own code. An engine whose reader cannot be
+had is skipped with the reason.
 
-    python tests/benchmarks/export_engines.py [--wheels DIR]
+python tests/benchmarks/export_engines.py [--wheels DIR]
 """
 
 import argparse
@@ -161,7 +163,9 @@ def check_ascend(wheels: Path, scratch: Path) -> dict[str, Any]:
 
 
 def check_eplb(wheels: Path, scratch: Path) -> dict[str, Any]:
-    """What EPLB's rebalance_experts (the copy in SGLang) returns, saved as it is, read back, and its tables compared with ours."""
+    """What EPLB's rebalance_experts (the copy in SGLang) returns, saved as it is, read back, and its tables
+    compared with ours.
+    """
     archive = wheel("sglang", wheels)
     provide("sglang.srt.utils", get_bool_env_var=lambda *_: False)
     module = load(archive, "sglang/srt/eplb/eplb_algorithms/deepseek.py", scratch)

@@ -1,8 +1,8 @@
 """Write, stream and load one million tokens x 48 layers x top-8, against JSON lines and one npz a request.
 
-python tests/benchmarks/read_trace.py [--tokens 1000000]; prints one JSON object. Rows are skewed draws of 128 experts, so
-they compress like real routing does. The baselines run on a twentieth of the tokens; ratios
-and tokens a second are of processor time.
+python tests/benchmarks/read_trace.py [--tokens 1000000]; prints one JSON object. Rows are skewed draws of 128 experts,
+so they compress like real routing does. The baselines run on a twentieth of the tokens; ratios and tokens a second are
+of processor time.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def requests(num_tokens: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def timed(function: Callable[[], object], wall: dict[str, float]) -> float:
-    """Seconds of processor time, of all threads: what others do on the machine counts little. Wall time goes into `wall`."""
+    """Seconds of processor time, of all threads: what others do on the machine counts little. Wall time goes
+    into `wall`.
+    """
     start, start_wall = time.process_time(), time.perf_counter()
     function()
     wall[function.__name__] = round(time.perf_counter() - start_wall, 2)
