@@ -1,11 +1,12 @@
 """Time, memory and quality of `place_semmoe` on a made-up model of any size; prints one JSON object.
 
-python tests/benchmarks/place.py --layers 58 --experts 256 --top-k 8 --ranks 8 --tokens 1000000 --processes 2 python
-tests/benchmarks/place.py --layers 2 --experts 128 --ranks 32 --tokens 200000 --compare
+    python tests/benchmarks/place.py --layers 58 --experts 256 --top-k 8 --ranks 8 --tokens 1000000 --processes 2
+    python tests/benchmarks/place.py --layers 2 --experts 128 --ranks 32 --tokens 200000 --compare
 
-Timed: counting and placement. `--layers-timed` solves only the first few layers (CPU seconds per layer are then what
-scales). `--compare` adds METIS (best of 10 seeds, both schemes) and packing by load at the same cap, on the second half
-of the requests.
+Timed: counting, placement (`--objective`), token tables (layers shared by the processes), and with `--schedules` all that
+`semmoe place` fits beside them (context predictor, request scorer). `--layers-timed` takes only the first few layers (CPU
+seconds per layer are then what scales). `--compare` adds METIS (best of 10 seeds, both schemes) and packing by load at the
+same cap, on the second half of the requests.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,12 +26,14 @@ from routing_world import Tokens, draw_tokens, route_layer  # noqa: E402
 
 from profiles.counts import RoutingProfile, count_batches  # noqa: E402
 from profiles.trace import TraceBatch, TraceInfo  # noqa: E402
-from solvers.coschedule import place_semmoe  # noqa: E402
+from solvers.coschedule import layer_map, place_semmoe  # noqa: E402
 from solvers.equalize import rank_load_R  # noqa: E402
 from solvers.load import place_load  # noqa: E402
 from solvers.metis import place_metis  # noqa: E402
-from solvers.placement import Topology  # noqa: E402
+from solvers.placement import Placement, Topology  # noqa: E402
 from solvers.remote import remote_cost  # noqa: E402
+from solvers.schedule import fit_schedule  # noqa: E402
+from solvers.token_table import TokenTable, build_token_table  # noqa: E402
 
 REQUEST_TOKENS = 256
 
@@ -75,6 +79,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--vocab", type=int, default=129_280)
     parser.add_argument("--effort", default="default")
+    parser.add_argument("--objective", default="tp")
+    parser.add_argument("--schedules", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true")
@@ -96,13 +102,32 @@ def main() -> None:
     profile = RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, batch)
     counted, counted_cpu = time.perf_counter() - start, cpu_seconds() - cpu
     start, cpu = time.perf_counter(), cpu_seconds()
-    rank_of_LE = place_semmoe(profile, topology, load_cap=1.05, seed=a.seed, effort=a.effort, processes=a.processes)
+    rank_of_LE = place_semmoe(
+        profile,
+        topology,
+        load_cap=1.05,
+        seed=a.seed,
+        effort=a.effort,
+        objective=a.objective,
+        processes=a.processes,
+    )
+    placed, placed_cpu = time.perf_counter() - start, cpu_seconds() - cpu
+    placement = Placement.from_ranks(rank_of_LE, a.ranks)
+    start = time.perf_counter()
+    tables = token_tables(batch, placement, a.processes)
+    tabled = time.perf_counter() - start
+    start = time.perf_counter()
+    if a.schedules:
+        fit_schedule(batch, placement, seed=a.seed, processes=a.processes)
     result = {
         "arguments": vars(a),
         "count_seconds": round(counted, 2),
         "count_cpu_seconds_per_layer": round(counted_cpu / layers, 3),
-        "place_seconds": round(time.perf_counter() - start, 2),
-        "place_cpu_seconds_per_layer": round((cpu_seconds() - cpu) / layers, 3),
+        "place_seconds": round(placed, 2),
+        "place_cpu_seconds_per_layer": round(placed_cpu / layers, 3),
+        "token_table_seconds": round(tabled, 2),
+        "token_table_layers": len(tables),
+        "all_schedules_seconds": round(time.perf_counter() - start, 2) if a.schedules else None,
         "peak_mib_this_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "peak_mib_largest_worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         "load_average": [round(x, 1) for x in os.getloadavg()],
@@ -114,6 +139,19 @@ def main() -> None:
         result["metis"] = scores(metis_LE, profile, held_out_TLK, a.ranks)
         result["load"] = scores(place_load(load_LE, a.ranks), profile, held_out_TLK, a.ranks)
     print(json.dumps(result))
+
+
+def token_tables(batch: TraceBatch, placement: Placement, processes: int) -> list[TokenTable]:
+    """Token tables of consecutive shares of the layers, one share per process."""
+    shares = [s for s in np.array_split(np.arange(placement.num_layers), processes) if len(s)]
+    parts = [replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:, share]) for share in shares]
+    with layer_map(processes, placement.num_experts) as run:
+        jobs = [(part, placement.hosts_LER[share]) for part, share in zip(parts, shares, strict=True)]
+        return list(run(token_table, jobs))
+
+
+def token_table(job: tuple[TraceBatch, np.ndarray]) -> TokenTable:
+    return build_token_table(*job)
 
 
 def cpu_seconds() -> float:
