@@ -226,8 +226,9 @@ def scheduled_problem(problem: Problem, task: LayerTask, kind_T: np.ndarray, sha
         [np.bincount(flat, np.repeat(c, top_k), num_experts + 1)[:num_experts] for c in share_TR.T], axis=1
     )
     if task.per_expert:
-        # One row per activation: locality alone counts; a little remote cost decides between equals.
-        return problem._replace(cost_XR=0.1 * (problem.cost_XR - free_XR), home_ER=local_ER)
+        # One row per activation: locality alone counts; a little remote cost, and pairs, decide between equals.
+        cost_XR, pairs_EE = 0.1 * (problem.cost_XR - free_XR), 0.1 * problem.affinity_EE
+        return problem._replace(cost_XR=cost_XR, home_ER=local_ER, affinity_EE=pairs_EE)
     kept = HOMELESS_SHARE if task.home_T is None else 0.0
     return problem._replace(cost_XR=problem.cost_XR - (1 - kept) * free_XR, home_ER=task.lar_weight * local_ER)
 
