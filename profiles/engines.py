@@ -23,7 +23,8 @@ from profiles.engines_recorder import read_recorder
 from profiles.engines_responses import read_sglang, read_vllm
 from profiles.errors import InputError
 from profiles.layout import Layout, find_layout, find_rows, kept_runs, parse_layers, survey_requests
-from profiles.trace import TraceInfo, TraceWriter
+from profiles.trace import TraceInfo
+from profiles.trace_writer import TraceWriter
 
 KINDS: dict[str, Reader] = {
     "sglang": read_sglang,

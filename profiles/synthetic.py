@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from profiles.errors import InputError
-from profiles.trace import TraceInfo, TraceWriter
+from profiles.trace import TraceInfo
+from profiles.trace_writer import TraceWriter
 
 POPULARITY_SPREAD = 0.5  # standard deviation of the log popularity of the experts of one group
 DOMAIN_PREFERENCE = 6.0  # how much likelier a domain's own group of tokens is than another group

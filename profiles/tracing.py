@@ -37,7 +37,8 @@ from profiles.loading import (
 from profiles.models import trace_info
 from profiles.requests import TextRequest, encode_requests
 from profiles.sources import ReadProgress
-from profiles.trace import TraceInfo, TraceWriter, refuse_existing_trace
+from profiles.trace import TraceInfo
+from profiles.trace_writer import TraceWriter, refuse_existing_trace
 
 ENCODE_REQUESTS = 64  # texts tokenised together
 FLUSH_SECONDS = 20.0  # how much work a killed run loses at most, besides the batch in hand

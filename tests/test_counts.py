@@ -7,7 +7,8 @@ from profiles.counts import co_activation_EE, count_batches, profile_traces, req
 from profiles.errors import InputError
 from profiles.split import holdout_requests, request_keys
 from profiles.synthetic import write_synthetic
-from profiles.trace import RoutingTrace, TraceInfo, TraceWriter
+from profiles.trace import RoutingTrace, TraceInfo
+from profiles.trace_writer import TraceWriter
 
 
 def test_co_activation_equals_a_plain_loop_and_skips_empty_slots():

@@ -203,8 +203,8 @@ def test_recordings_that_cannot_be(tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-import profiles.trace
-profiles.trace.PART_VALUES = 20_000
+import profiles.trace_writer
+profiles.trace_writer.PART_VALUES = 20_000
 from profiles.engines import import_trace
 summary = import_trace("sglang", [Path(sys.argv[1])], Path(sys.argv[2]), resume=sys.argv[3] == "resume")
 print(summary.requests, [note for note in summary.notes if "already" in note])

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from profiles.trace import RoutingTrace, TraceInfo, TraceWriter
+from profiles.trace import RoutingTrace, TraceInfo
+from profiles.trace_writer import TraceWriter
 from solvers.evaluate import metrics_XL, score, traffic_sums, uniform_scores
 from solvers.placement import Topology
 

@@ -9,7 +9,8 @@ import pytest
 from profiles.domains import domain_groups
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
-from profiles.trace import RoutingTrace, TraceInfo, TraceWriter
+from profiles.trace import RoutingTrace, TraceInfo
+from profiles.trace_writer import TraceWriter
 from solvers.drift import load_distance
 from solvers.evaluate import score, traffic_sums
 from solvers.health import fit_power_law, trace_health

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profiles import trace as trace_module
+from profiles import trace_writer as writer_module
 from profiles.errors import InputError
-from profiles.trace import RoutingTrace, TraceInfo, TraceWriter
+from profiles.trace import RoutingTrace, TraceInfo
+from profiles.trace_writer import TraceWriter
 
 INFO = TraceInfo("tiny", num_layers=2, num_experts=8, top_k=3, model_layers=(1, 2), num_model_layers=3)
 
@@ -65,8 +66,8 @@ def test_any_cut_into_parts_and_row_groups_reads_the_same(tmp_path_factory, leng
     path = tmp_path_factory.mktemp("traces") / "t"
     info = TraceInfo("m", 2, experts, 3, (0, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace_module, "PART_VALUES", values_per_part)
-        patch.setattr(trace_module, "ROW_GROUP_VALUES", 7)
+        patch.setattr(writer_module, "PART_VALUES", values_per_part)
+        patch.setattr(writer_module, "ROW_GROUP_VALUES", 7)
         rows = write(path, lengths, info)
         batches = list(RoutingTrace.open(path).batches())
     np.testing.assert_array_equal(np.concatenate([b.expert_ids_TLK for b in batches]), np.concatenate(rows))
@@ -123,9 +124,9 @@ def test_resume_adds_only_what_is_missing(tmp_path):
 def test_a_killed_writer_loses_only_the_current_part(tmp_path):
     script = f"""
 import numpy as np, time
-from profiles import trace
-trace.PART_VALUES = 60
-writer = trace.TraceWriter({str(tmp_path / "t")!r}, trace.TraceInfo("tiny", 2, 8, 3, (1, 2)))
+from profiles import trace, trace_writer
+trace_writer.PART_VALUES = 60
+writer = trace_writer.TraceWriter({str(tmp_path / "t")!r}, trace.TraceInfo("tiny", 2, 8, 3, (1, 2)))
 for i in range(100000):
     writer.add(f"r{{i}}", np.zeros((5, 2, 3), int))
     time.sleep(0.002)

@@ -309,7 +309,8 @@ def contiguous_plan(path: Path, out: Path) -> None:
 
 def split_trace(trace: str, work: Path) -> None:
     """Every other request of a trace to `replay-fit`, the rest to `replay-held`."""
-    from profiles.trace import RoutingTrace, TraceWriter
+    from profiles.trace import RoutingTrace
+    from profiles.trace_writer import TraceWriter
 
     whole = RoutingTrace.open(trace)
     with TraceWriter(work / "replay-fit", whole.info) as fit, TraceWriter(work / "replay-held", whole.info) as held:

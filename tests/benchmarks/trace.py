@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from profiles.capture import TokenRequest, length_batches, pad_batch, read_batch, record_prefill, start_recording
 from profiles.requests import encode_requests, read_requests
 from profiles.sources import open_source
-from profiles.trace import TraceWriter
+from profiles.trace_writer import TraceWriter
 from profiles.tracing import TraceProgress, add_recorded, trace_info
 
 
