@@ -322,7 +322,13 @@ def _verdict(
 def split_requests(
     traces: list[RoutingTrace], *, holdout: float, holdout_domains: list[str], seed: int
 ) -> list[np.ndarray]:
-    """Held-out requests over all traces together, bool [B] per trace (see `holdout_requests`)."""
+    """Held-out requests over all traces together, bool [B] per trace (see `holdout_requests`).
+
+    Raises InputError where a request is in two of the traces: it would be learned from and scored on.
+    """
     tables = [trace.requests() for trace in traces]
+    keys = np.concatenate([request_keys(table) for table in tables])
+    if repeated := len(keys) - len(np.unique(keys)):
+        raise InputError(f"{repeated} requests are in more than one of the traces: give each request once")
     held_out_B = holdout_requests(pa.concat_tables(tables), holdout=holdout, holdout_domains=holdout_domains, seed=seed)
     return np.split(held_out_B, np.cumsum([t.num_rows for t in tables])[:-1])

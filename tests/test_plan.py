@@ -10,7 +10,7 @@ from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
 from solvers.placement import Topology
 from solvers.plan import Plan
-from solvers.planning import Setting, make_plan, score_plan
+from solvers.planning import Setting, make_plan, score_plan, split_requests
 from solvers.solve import Demands
 
 SETTING = Setting(batch_tokens=128, window=8)
@@ -71,6 +71,11 @@ def test_the_planted_structure_pays_on_held_out_requests(trace):
     assert rows["plan"]["rem"] < 0.75 * min(rows["contiguous"]["rem"], rows["load"]["rem"])
     assert rows["plan"]["ci"]["rem"][1] < rows["load"]["ci"]["rem"][0]
     assert rows["load"]["lar"] == pytest.approx(0.25)
+
+
+def test_a_request_is_given_once(trace):
+    with pytest.raises(InputError, match="60 requests are in more than one of the traces"):
+        split_requests([trace, trace], holdout=0.2, holdout_domains=[], seed=0)
 
 
 def test_domains_can_be_held_out(trace):
