@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from profiles.document import read_document
 from profiles.errors import InputError
 
 FORMAT = "semmoe-trace"
@@ -139,19 +140,10 @@ def open_part(source: Any, name: str | None = None) -> pq.ParquetFile:
 def read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) -> tuple[dict[str, Any], TraceInfo]:
     """trace.json as it is, and as TraceInfo."""
     where = f"{path.rstrip('/')}/trace.json"
-    try:
-        with (filesystem or fsspec.filesystem("file")).open(where, "rb") as file:
-            facts = json.loads(file.read())
-    except FileNotFoundError:
-        raise InputError(f"{path} is not a trace: it holds no trace.json") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error}") from None
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise InputError(f"{where} is not a trace: its format is not {FORMAT!r}")
-    if facts.get("version") != VERSION:
-        raise InputError(f"{where} has version {facts.get('version')}, this semmoe reads version {VERSION}")
+    source = filesystem or fsspec.filesystem("file")
+    facts = read_document(
+        lambda: source.cat_file(where), path, "trace.json", kind="trace", format=FORMAT, version=VERSION
+    )
     known = {f.name for f in fields(TraceInfo)}
     try:
         values: dict[str, Any] = {name: value for name, value in facts.items() if name in known}

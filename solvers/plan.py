@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from profiles.document import read_document
 from profiles.errors import InputError
 from profiles.trace import TraceInfo
 from solvers.placement import Placement, Topology
@@ -136,7 +137,9 @@ class Plan:
     def load(cls, path: str | Path) -> "Plan":
         """Read and check a plan directory. Raises InputError where it is none, or damaged."""
         path = Path(path)
-        facts = _read_json(path)
+        facts = read_document(
+            (path / "plan.json").read_bytes, str(path), "plan.json", kind="plan", format=FORMAT, version=VERSION
+        )
         try:
             model = ModelFacts(**{**facts["model"], "model_layers": tuple(facts["model"]["model_layers"])})
             topology = facts["topology"]
@@ -185,23 +188,6 @@ def check_plan_target(path: Path) -> None:
         raise InputError(f"{path} is there and is not a plan: choose another name")
     if not path.absolute().parent.exists():
         raise InputError(f"cannot write the plan {path}: the directory {path.absolute().parent} does not exist")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    where = path / "plan.json"
-    try:
-        facts = json.loads(where.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} is not a plan: it holds no plan.json") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror}") from None
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise InputError(f"{where} is not a plan: its format is not {FORMAT!r}")
-    if facts.get("version") != VERSION:
-        raise InputError(f"{where} has version {facts.get('version')}, this semmoe reads version {VERSION}")
-    return facts
 
 
 def _read_tables(path: Path) -> dict[str, np.ndarray]:

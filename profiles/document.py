@@ -1,0 +1,30 @@
+"""JSON documents with a format name and a version: one reader, one set of refusals."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from profiles.errors import InputError
+
+
+def read_document(
+    read: Callable[[], Any], folder: str, name: str, *, kind: str, format: str, version: int
+) -> dict[str, Any]:
+    """The object that `read` returns as JSON text or bytes: file `name` of `folder`, which makes the folder a `kind`.
+
+    Raises InputError where the file is missing, unreadable, not JSON, of another format or of another version.
+    """
+    where = f"{folder.rstrip('/')}/{name}"
+    try:
+        facts = json.loads(read())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder} is not a {kind}: it holds no {name}") from None
+    except ValueError as error:  # of the encoding too
+        raise InputError(f"{where} is not JSON: {error}") from None
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
+    if not isinstance(facts, dict) or facts.get("format") != format:
+        raise InputError(f"{where} is not a {kind}: its format is not {format!r}")
+    if facts.get("version") != version:
+        raise InputError(f"{where} has version {facts.get('version')}, this semmoe reads version {version}")
+    return facts
