@@ -35,10 +35,18 @@ def report(
     dispatch_bytes: Annotated[
         float, typer.Option(help="Bytes of a value at dispatch, 1 for float8; combine sends 2.", min=0)
     ] = 2.0,
-    bandwidth: Annotated[
-        float,
-        typer.Option(metavar="GB/S", help="Also give times, for this bandwidth of a rank's link, one way.", min=0),
-    ] = 0.0,
+    topology_bandwidth: Annotated[
+        str,
+        typer.Option(
+            metavar="GB/S",
+            help="Also predict the time of dispatch and combine per layer: GB/s of a rank's link, one way; INTRA:INTER for links inside "
+            "a node and between nodes; or a .json file with bandwidth and latency per class of link or pair of ranks.",
+        ),
+    ] = "",
+    latency: Annotated[
+        str,
+        typer.Option(metavar="US", help="With --topology-bandwidth: microseconds of one exchange, or INTRA:INTER."),
+    ] = "",
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -60,6 +68,8 @@ def report(
     from profiles.errors import InputError
     from profiles.trace import RoutingTrace
 
+    if latency and not topology_bandwidth:
+        raise typer.BadParameter("needs --topology-bandwidth", param_hint="--latency")
     if len(paths) > 2:
         raise typer.BadParameter("a plan and a trace, or a trace alone", param_hint="[PLAN] TRACE")
     if output is not None:
@@ -68,20 +78,22 @@ def report(
         check_page_target(output)
     numbers = _numbers(what_if)
     if len(paths) == 1:
-        if numbers or tokenizer or hidden_size or bandwidth:
+        if numbers or tokenizer or hidden_size or topology_bandwidth:
             raise InputError(
-                "--what-if, --tokenizer, --hidden-size and --bandwidth need a plan: semmoe report PLAN TRACE"
+                "--what-if, --tokenizer, --hidden-size and --topology-bandwidth need a plan: semmoe report PLAN TRACE"
             )
         _report_trace(RoutingTrace.open(paths[0]), paths[0], ranks, seed, output, json_)
         return
     from semmoe_cli.page import write_page
     from semmoe_cli.page_plan import plan_page
     from semmoe_cli.plan_report import PlanReportOptions, make_plan_report
-    from semmoe_cli.report import note, print_report
+    from semmoe_cli.report import note, print_report, print_times
     from solvers.plan import Plan
     from solvers.planning import Setting
 
-    options = PlanReportOptions(numbers, hidden_size, dispatch_bytes, bandwidth * 1e9, tokenizer, output is not None)
+    options = PlanReportOptions(
+        numbers, hidden_size, dispatch_bytes, topology_bandwidth, latency, tokenizer, output is not None
+    )
     made = make_plan_report(
         Plan.load(paths[0]),
         RoutingTrace.open(paths[1]),
@@ -92,6 +104,8 @@ def report(
     for line in [*made.notes, *made.left_out]:
         note(line)
     print_report(made.to_json() | {"plan": paths[0], "trace": paths[1]}, as_json=json_)
+    if made.times and not json_:
+        print_times(made.times)
     if output is not None:
         write_page(plan_page(made), output)
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")

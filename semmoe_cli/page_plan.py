@@ -9,7 +9,7 @@ from semmoe_cli import figures_plan
 from semmoe_cli.deployment import deployment
 from semmoe_cli.headline import plan_verdict
 from semmoe_cli.page import Block, Grid, Page, Picture, Section, Text
-from semmoe_cli.report import COLUMNS
+from semmoe_cli.report import COLUMNS, times_cells
 
 if TYPE_CHECKING:
     from semmoe_cli.plan_report import PlanReport
@@ -34,6 +34,7 @@ def plan_page(about: "PlanReport") -> Page:
         _what_if,
         _tokens,
         _costs,
+        _times,
         _certificate,
     )
     sections = [section for make in makers if (section := make(about)) is not None]
@@ -323,18 +324,26 @@ def _costs(about: "PlanReport") -> Section | None:
         ),
         Grid(["dispatch", *names, "saved"], rows, frozenset((own, j) for j in range(1, len(names) + 1))),
     ]
-    if seconds := costs.get("seconds"):
-        said = ", ".join(f"{name} {1e6 * value:,.0f} us" for name, value in seconds.items())
-        blocks.append(
-            Text(
-                f"Time of these exchanges for a batch of {costs['batch_tokens']:,} tokens, at {costs['bandwidth'] / 1e9:g} GB/s "
-                f"a rank and direction, set by the busiest link: {said}. Latency and overlap are left out."
-            )
-        )
     first, last = (costs["rows"][own]["bytes"][name] / 1e3 for name in (names[0], names[-1]))
     return Section(
         f"With {about.report['dispatch']} dispatch, a token moves {last:,.0f} kB instead of {first:,.0f} kB", blocks
     )
+
+
+def _times(about: "PlanReport") -> Section | None:
+    times = about.times
+    if times is None:
+        return None
+    cells = times_cells(times)
+    rows = [row for row in times["rows"] if "oracle" not in row["schedule"]]
+    after = min(row["ms_per_layer"] for row in rows if row["placement"] == "plan")
+    before = next(row["ms_per_layer"] for row in rows if row["placement"] == "contiguous")
+    text = Text(
+        f"Dispatch and combine of a batch of {times['batch_tokens']:,} tokens over all ranks, set by the busiest link: {times['network']}. "
+        f"{times['assumption']} Experts, packing and what overlaps are left out."
+    )
+    grid = Grid(["placement", "schedule", "ms per layer", "ms, all layers", "of contiguous"], cells)
+    return Section(f"On your network a layer's exchanges take {after:.3g} ms instead of {before:.3g} ms", [text, grid])
 
 
 def _certificate(about: "PlanReport") -> Section | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from solvers.planning import Setting
 
 ASSUMED_HIDDEN_SIZE = 4096
+COMBINE_BYTES = 2.0  # of a value on its way back
 WHAT_IF_HOLDOUT = 0.2
 
 
@@ -30,7 +31,8 @@ class PlanReportOptions:
     what_if: list[int]
     hidden_size: int
     dispatch_bytes: float
-    bandwidth: float  # bytes a second, 0 = no times
+    bandwidth: str  # of the links (solvers/links.py), "" = no times
+    latency: str
     tokenizer: Path | None
     pictures: bool
 
@@ -47,11 +49,13 @@ class PlanReport:
     what_if: dict[str, Any] | None = None
     tokens: list[dict[str, Any]] | None = None
     costs: dict[str, Any] | None = None
+    times: dict[str, Any] | None = None
     left_out: list[str] = field(default_factory=list)  # what was asked for and cannot be had, with the reason
 
     def to_json(self) -> dict[str, Any]:
         """The report object (docs/formats.md)."""
         extra = {"what_if": self.what_if, "predictable_tokens": self.tokens, "costs": self.costs}
+        extra |= {"times": self.times}
         return self.report | {name: value for name, value in extra.items() if value is not None}
 
 
@@ -61,15 +65,17 @@ def make_plan_report(
     """The report of the plan on the trace. Raises InputError where there is nothing to score honestly."""
     from semmoe_cli.steps import steps
     from solvers.details import best_schedule, report_details, scored_requests
+    from solvers.links import parse_links
     from solvers.planning import score_plan
 
+    links = parse_links(options.bandwidth, options.latency, plan.topology) if options.bandwidth else None
     with steps("report") as progress:
         progress(0, 4)
         report, notes = score_plan(plan, trace, setting=setting)
         progress(1, 4)
-        details = scored = what_if = tokens = costs = None
+        details = scored = what_if = tokens = costs = times = rows = None
         left_out: list[str] = []
-        if options.pictures or options.what_if or options.tokenizer:
+        if options.pictures or options.what_if or options.tokenizer or (links and not links.is_uniform):
             scored = scored_requests(plan, trace, processes=os.cpu_count() or 1)
             progress(2, 4)
         if scored and options.pictures:
@@ -83,6 +89,10 @@ def make_plan_report(
                 left_out.append(
                     "predictable tokens are left out: no token id is frequent enough on both sides of the split"
                 )
+        if scored and links and not links.is_uniform:
+            from solvers.times import rows_between_ranks
+
+            rows = rows_between_ranks(plan, trace, scored, report)
     if options.hidden_size or options.bandwidth or options.pictures:
         from solvers.volume import dispatch_costs
 
@@ -93,9 +103,14 @@ def make_plan_report(
             top_k=plan.model.top_k,
             hidden_size=hidden_size,
             dispatch_bytes=options.dispatch_bytes,
-            bandwidth=options.bandwidth,
         ) | {"assumption": assumption}
-    return PlanReport(plan, report, notes, plan_path, details, what_if, tokens, costs, left_out)
+        if links:
+            from solvers.times import report_times
+
+            out, back = hidden_size * options.dispatch_bytes, hidden_size * COMBINE_BYTES
+            times = report_times(report, links, row_bytes=out, result_bytes=back, rows=rows)
+            times |= {"hidden_size": hidden_size, "assumption": assumption}
+    return PlanReport(plan, report, notes, plan_path, details, what_if, tokens, costs, times, left_out)
 
 
 def _hidden_size(plan: "Plan", options: PlanReportOptions) -> tuple[int, str]:

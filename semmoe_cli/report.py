@@ -123,6 +123,30 @@ def score_cell(row: dict[str, Any], metric: str, rows: list[dict[str, Any]], *, 
     return f"[bold]{text}[/bold]{interval}" if best else f"{text}{interval}"
 
 
+def print_times(times: dict[str, Any]) -> None:
+    """Predicted communication time of every row, under the table of a report."""
+    table = new_table()
+    for heading in ("placement", "schedule"):
+        table.add_column(heading)
+    for heading in ("ms per layer", "ms, all layers", "of contiguous"):
+        table.add_column(heading, justify="right")
+    for cells in times_cells(times):
+        table.add_row(*cells, style="dim" if "oracle" in cells[1] else None)
+    title = f"\nPredicted dispatch and combine of a batch of {times['batch_tokens']:,} tokens over all ranks: {times['network']}"
+    print_fitting(wide_console(), [table], title=title, caption=times["assumption"])
+
+
+def times_cells(times: dict[str, Any]) -> list[list[str]]:
+    """Placement, schedule, milliseconds per layer and of all layers, and their share of contiguous experts with random homes."""
+    keys = [(row["placement"], row["schedule"]) for row in times["rows"]]
+    before = times["rows"][keys.index(("contiguous", "random"))]["ms_per_layer"]
+    cells = []
+    for (placement, schedule), row in zip(keys, times["rows"], strict=True):
+        share = f"{row['ms_per_layer'] / before:.2f}" if before else "-"
+        cells.append([placement, schedule, f"{row['ms_per_layer']:.4g}", f"{sum(row['ms_layers']):.4g}", share])
+    return cells
+
+
 def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
     """Named facts as JSON, or one a line."""
     if as_json:

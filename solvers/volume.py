@@ -5,7 +5,6 @@ What each kind counts: docs/concepts.md; a row is one hidden state, sent at disp
 
 from typing import Any
 
-from solvers.cost import Network, exchange_seconds
 from solvers.evaluate import DISPATCH_KINDS
 
 
@@ -33,12 +32,10 @@ def dispatch_costs(
     top_k: int,
     hidden_size: int,
     dispatch_bytes: float,
-    bandwidth: float,
 ) -> dict[str, Any]:
     """Bytes that a token sends and gets back over all layers, by dispatch kind, before and after; the "costs" of a report.
 
-    `schedule`: the one to show beside random homes. `bandwidth`: bytes a second of a rank's link, one way; 0 = no times. Times are for
-    the report's own dispatch kind, which LINK is counted in: one batch, dispatch and combine of all layers, nothing else on the link.
+    `schedule`: the one to show beside random homes.
     """
     ranks, num_layers = report["ranks"], len(report["layers"])
     rows = {(r["placement"], r["schedule"]): r for r in report["rows"]}
@@ -46,7 +43,7 @@ def dispatch_costs(
     if schedule != "random":
         shown[f"plan, {schedule}"] = rows["plan", schedule]
     per_row = row_bytes(hidden_size, dispatch_bytes=dispatch_bytes) * num_layers
-    costs: dict[str, Any] = {
+    return {
         "hidden_size": hidden_size,
         "dispatch_bytes": dispatch_bytes,
         "rows": [
@@ -61,12 +58,3 @@ def dispatch_costs(
             if kind != "per-node" or report["nodes"] > 1
         ],
     }
-    if bandwidth:
-        tokens = report.get("setting", {}).get("batch_tokens", 512)
-        network = Network(bandwidth, 0.0)
-        costs["batch_tokens"] = tokens
-        costs["bandwidth"] = bandwidth
-        costs["seconds"] = {
-            name: exchange_seconds(row["link"] * tokens / ranks, per_row, network) for name, row in shown.items()
-        }
-    return costs
