@@ -289,4 +289,5 @@ def print_results(lines: list[dict[str, Any]], metrics: dict[str, Any], *, outpu
     if "check" in metrics:
         found = metrics["check"]
         facts["check"] = f"{'ok' if found['ok'] else 'MISMATCH'}, {found['compared']} compared"
+        facts["check"] += f", {len(found['ties'])} ties" if found["ties"] else ""
     print_facts(facts, as_json=False)

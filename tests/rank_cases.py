@@ -130,7 +130,7 @@ def generate_shuffled(folder: Path, size: int, lengths: list[int], group: Any) -
     import torch
 
     from profiles.loading import find_model, load_model
-    from runtime.check import first_mismatch
+    from runtime.check import compare_greedy
     from runtime.engine import Completion, Limits, Prompt, serve
     from runtime.tensor_parallel import install_tensor_parallel
     from runtime.token_homes import make_homes
@@ -148,7 +148,8 @@ def generate_shuffled(folder: Path, size: int, lengths: list[int], group: Any) -
     model = load_model(find_model(str(folder)), dtype="float32", device=torch.device("cpu"))
     got = {completion.index: completion for completion in done}
     return [
-        first_mismatch(model, p, got[p.index].token_ids, max_new_tokens=5, stop_ids=limits.stop_ids) for p in prompts
+        compare_greedy(model, p, got[p.index].token_ids, max_new_tokens=5, stop_ids=limits.stop_ids).mismatch
+        for p in prompts
     ]
 
 
@@ -157,7 +158,7 @@ def generate(folder: Path, size: int, lengths: list[int], group: Any) -> dict[st
     import torch
 
     from profiles.loading import find_model, load_model
-    from runtime.check import first_mismatch
+    from runtime.check import compare_greedy
     from runtime.engine import Completion, Limits, Prompt, serve
 
     placed = open_case(folder, size, 1, group)
@@ -176,7 +177,7 @@ def generate(folder: Path, size: int, lengths: list[int], group: Any) -> dict[st
         "reasons": [c.finish_reason for c in completions],
         "counts": [len(c.token_ids) for c in completions],
         "mismatches": [
-            first_mismatch(model, p, c.token_ids, max_new_tokens=6, stop_ids=limits.stop_ids)
+            compare_greedy(model, p, c.token_ids, max_new_tokens=6, stop_ids=limits.stop_ids).mismatch
             for p, c in zip(prompts, completions, strict=True)
         ],
         "tokens": int(placed.state.counters.tokens_L[0]),
