@@ -30,15 +30,20 @@ def _scaled(score_VR: np.ndarray, weight_V: np.ndarray) -> tuple[np.ndarray, np.
     price_R = np.zeros(num_ranks)
     if spread <= 1e-12:
         return np.full(score_VR.shape, 1 / num_ranks), price_R
-    shares_VR = np.empty(score_VR.shape)
+    # Ranks first and single precision: sums and maxima over the few ranks then run along the rows, several times faster.
+    score_RV = np.ascontiguousarray(score_VR.T, np.float32)
+    weight_V = weight_V.astype(np.float32)
+    shares_RV = np.empty(score_RV.shape, np.float32)
     for temperature in TEMPERATURES:
         scale = temperature * spread
         for _ in range(ROUNDS):
-            logits_VR = (score_VR - price_R) / scale
-            np.exp(logits_VR - logits_VR.max(axis=1, keepdims=True), out=shares_VR)
-            shares_VR /= shares_VR.sum(axis=1, keepdims=True)
-            price_R += scale * np.log(np.maximum(weight_V @ shares_VR, 1e-9 * target) / target)
-    return shares_VR, price_R
+            np.subtract(score_RV, price_R[:, None].astype(np.float32), out=shares_RV)
+            shares_RV -= shares_RV.max(axis=0)
+            shares_RV *= np.float32(1 / scale)
+            np.exp(shares_RV, out=shares_RV)
+            shares_RV /= shares_RV.sum(axis=0)
+            price_R += scale * np.log(np.maximum((shares_RV @ weight_V).astype(np.float64), 1e-9 * target) / target)
+    return shares_RV.T.astype(np.float64), price_R
 
 
 def balanced_homes(score_VR: np.ndarray, weight_V: np.ndarray, *, slack: float = 1.02) -> np.ndarray:

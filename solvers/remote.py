@@ -33,92 +33,116 @@ class RemoteGains:
         self.size, self.num_ranks = num_experts, num_ranks
         self.rank_of_E = np.array(rank_of_E, np.int64)
         # The empty slot is an expert of its own on a rank of its own, which costs nothing.
-        self.ids_XK = expert_ids_XK.astype(np.int64)
+        self.ids_XK = np.ascontiguousarray(expert_ids_XK, np.intp)
         num_kinds, top_k = self.ids_XK.shape
         self.scale = max(float(cost_XR.mean(axis=1).sum()) * top_k / num_experts, 1e-300)
-        self.cost_XR = np.zeros((num_kinds, num_ranks + 1))
-        self.cost_XR[:, :num_ranks] = cost_XR / self.scale
-        self.home_ER = home_ER / self.scale
-        self.pair_EE = (pair_EE - np.diag(np.diagonal(pair_EE))) / self.scale
-        self.rank_of_all = np.append(self.rank_of_E, num_ranks)
-        flat = self.ids_XK.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        ends = np.searchsorted(flat[order], np.arange(num_experts + 1))
+        self.cost_RX = np.zeros((num_ranks + 1, num_kinds), np.float32)
+        self.cost_RX[:num_ranks] = cost_XR.T / self.scale
+        self.home_ER = (home_ER / self.scale).astype(np.float32)
+        self.pair_EE = ((pair_EE - np.diag(np.diagonal(pair_EE))) / self.scale).astype(np.float32)
+        self.rank_of_all = np.append(self.rank_of_E, num_ranks).astype(np.int16)
+        # Small integers are sorted by radix: the slots of each expert, ascending.
+        order = np.argsort(self.ids_XK.reshape(-1).astype(np.uint16), kind="stable")
+        ends = np.concatenate([[0], np.cumsum(np.bincount(self.ids_XK.reshape(-1), minlength=num_experts + 1))])
         self.kinds_of_E = [order[ends[e] : ends[e + 1]] // top_k for e in range(num_experts)]
+        self.is_chosen_X = np.zeros(num_kinds, bool)
         self._count_all()
         self.gain_EE = np.empty((num_experts, num_experts), np.float32)
+        self.same_EE = self.rank_of_E[:, None] == self.rank_of_E
         self._refresh()
 
     def _count_all(self) -> None:
+        from scipy.sparse import csr_array
+
         size, ids_XK = self.size, self.ids_XK
         num_kinds, top_k = ids_XK.shape
         rank_XK = self.rank_of_all[ids_XK]
-        width = self.num_ranks + 1
-        keys = (np.arange(num_kinds)[:, None] * width + rank_XK).reshape(-1)
-        self.count_XR = np.bincount(keys, minlength=num_kinds * width).reshape(num_kinds, width).astype(np.int16)
-        lone = np.take_along_axis(self.count_XR, rank_XK, 1) == 1
-        lone_XK = np.where(lone, np.take_along_axis(self.cost_XR, rank_XK, 1), 0)
-        self.freed_E = np.bincount(ids_XK.reshape(-1), lone_XK.reshape(-1), size + 1)
-        open_XR = np.where(self.count_XR == 0, self.cost_XR, 0)
-        self.opened_ER = np.zeros((size + 1, width))
-        self.shared_EE = np.zeros((size + 1) ** 2)
-        for k in range(top_k):
-            for rank in range(self.num_ranks):
-                self.opened_ER[:, rank] += np.bincount(ids_XK[:, k], open_XR[:, rank], size + 1)
-            for j in range(top_k):
-                keys = ids_XK[:, k] * (size + 1) + ids_XK[:, j]
-                self.shared_EE += np.bincount(keys, lone_XK[:, k], (size + 1) ** 2)
+        keys = (rank_XK.astype(np.int64) * num_kinds + np.arange(num_kinds)[:, None]).reshape(-1)
+        counts = np.bincount(keys, minlength=(self.num_ranks + 1) * num_kinds)
+        self.count_RX = counts.reshape(self.num_ranks + 1, num_kinds).astype(np.int16)
+        cost_XK = self.cost_RX.reshape(-1)[keys].reshape(num_kinds, top_k)
+        lone_XK = cost_XK * (counts[keys] == 1).reshape(num_kinds, top_k)
+        self.freed_E = np.bincount(ids_XK.reshape(-1), lone_XK.reshape(-1), size + 1).astype(np.float32)
+        starts = np.arange(0, num_kinds * top_k + 1, top_k)
+        chosen_XE = csr_array(
+            (np.ones(num_kinds * top_k, np.float32), ids_XK.reshape(-1), starts), (num_kinds, size + 1)
+        )
+        open_XR = np.ascontiguousarray(np.where(self.count_RX == 0, self.cost_RX, 0).T)
+        self.opened_RE = np.ascontiguousarray((chosen_XE.T @ open_XR).T)
+        lone_XE = csr_array((lone_XK.reshape(-1), ids_XK.reshape(-1), starts), (num_kinds, size + 1))
+        shared_EE = (lone_XE.T @ chosen_XE).toarray()
+        # What a pair of experts gains less than each alone, both ways.
+        self.tied_EE = np.zeros((size + 1, size + 1), np.float32)
+        self.tied_EE -= shared_EE + shared_EE.T
+        self.tied_EE[:size, :size] -= 2 * self.pair_EE
+        self.pairs_RE = np.stack([self.pair_EE[:, self.rank_of_E == r].sum(axis=1) for r in range(self.num_ranks)])
 
     def swap(self, e: int, f: int) -> None:
         a, b = int(self.rank_of_E[e]), int(self.rank_of_E[f])
         with_e, with_f = self.kinds_of_E[e], self.kinds_of_E[f]
         # A token with both experts touches the same ranks before and after; its slots are recounted as all others are.
-        kinds = np.union1d(with_e, with_f)
-        ids_XK = self.ids_XK[kinds]
-        counts_X2, cost_X2 = self.count_XR[kinds][:, [a, b]], self.cost_XR[kinds][:, [a, b]]
-        before_XK = self._lone_on(ids_XK, (a, b), counts_X2, cost_X2)
+        self.is_chosen_X[with_e] = True
+        kinds = np.concatenate([with_e, with_f[~self.is_chosen_X[with_f]]])
+        self.is_chosen_X[with_e] = False
+        ids_XK = self.ids_XK.take(kinds, axis=0)
+        cost_2X = self.cost_RX[a][kinds], self.cost_RX[b][kinds]
+        before_2X = self.count_RX[a][kinds], self.count_RX[b][kinds]
+        change_XK = self._lone_on((a, b), ids_XK, before_2X, cost_2X)
         self.rank_of_E[e], self.rank_of_E[f] = b, a
         self.rank_of_all[e], self.rank_of_all[f] = b, a
-        self.count_XR[with_e, a] -= 1
-        self.count_XR[with_e, b] += 1
-        self.count_XR[with_f, b] -= 1
-        self.count_XR[with_f, a] += 1
-        after_X2 = self.count_XR[kinds][:, [a, b]]
-        change_XK = self._lone_on(ids_XK, (a, b), after_X2, cost_X2) - before_XK
-        kind, slot = np.nonzero(change_XK)
-        change, lone_ids = change_XK[kind, slot], ids_XK[kind, slot]
-        np.add.at(self.freed_E, lone_ids, change)
-        keys = (lone_ids * (self.size + 1))[:, None] + ids_XK[kind]
-        np.add.at(self.shared_EE, keys.reshape(-1), np.repeat(change, ids_XK.shape[1]))
-        opened_X2 = ((after_X2 == 0) * 1.0 - (counts_X2 == 0)) * cost_X2
-        for column, rank in enumerate((a, b)):
-            moved = np.flatnonzero(opened_X2[:, column])
-            weights = np.repeat(opened_X2[moved, column], ids_XK.shape[1])
-            self.opened_ER[:, rank] += np.bincount(ids_XK[moved].reshape(-1), weights, self.size + 1)
+        self.count_RX[a, with_e] -= 1
+        self.count_RX[b, with_e] += 1
+        self.count_RX[b, with_f] -= 1
+        self.count_RX[a, with_f] += 1
+        after_2X = self.count_RX[a][kinds], self.count_RX[b][kinds]
+        change_XK -= self._lone_on((a, b), ids_XK, after_2X, cost_2X)
+        top_k, width = ids_XK.shape[1], self.size + 1
+        slots = np.flatnonzero(change_XK.reshape(-1) != 0)
+        change, lone_ids = change_XK.reshape(-1)[slots], ids_XK.reshape(-1)[slots]
+        self.freed_E -= np.bincount(lone_ids, change, width).astype(np.float32)
+        beside = ids_XK.take(slots // top_k, axis=0)
+        changes = np.repeat(change, top_k)
+        tied = self.tied_EE.reshape(-1)
+        np.add.at(tied, (lone_ids[:, None] * width + beside).reshape(-1), changes)
+        np.add.at(tied, (beside * width + lone_ids[:, None]).reshape(-1), changes)
+        for rank, before_X, after_X, cost_X in zip((a, b), before_2X, after_2X, cost_2X, strict=True):
+            closed_X = (before_X == 0).view(np.int8) - (after_X == 0).view(np.int8)
+            moved = np.flatnonzero(closed_X)
+            weights = np.repeat(closed_X[moved] * cost_X[moved], top_k)
+            self.opened_RE[rank] -= np.bincount(ids_XK.take(moved, axis=0).reshape(-1), weights, width).astype(
+                np.float32
+            )
+        difference_E = self.pair_EE[e] - self.pair_EE[f]
+        self.pairs_RE[a] -= difference_E
+        self.pairs_RE[b] += difference_E
+        for i in (e, f):
+            self.same_EE[i] = self.same_EE[:, i] = self.rank_of_E == self.rank_of_E[i]
         self._refresh()
 
     def _lone_on(
-        self, ids_XK: np.ndarray, ranks: tuple[int, int], counts_X2: np.ndarray, cost_X2: np.ndarray
+        self,
+        ranks: tuple[int, int],
+        ids_XK: np.ndarray,
+        count_2X: tuple[np.ndarray, np.ndarray],
+        cost_2X: tuple[np.ndarray, np.ndarray],
     ) -> np.ndarray:
-        """Cost that each slot on one of two ranks alone makes its token pay, [X, K]; 0 elsewhere."""
-        rank_XK = self.rank_of_all[ids_XK]
-        alone_X2 = np.where(counts_X2 == 1, cost_X2, 0)
-        on_a = np.where(rank_XK == ranks[0], alone_X2[:, :1], 0)
-        return np.where(rank_XK == ranks[1], alone_X2[:, 1:], on_a)
+        """Cost that each slot alone on one of two ranks makes its token pay, float32 [X, K]; 0 elsewhere."""
+        rank_XK = self.rank_of_all.take(ids_XK)
+        lone_XK = (rank_XK == ranks[0]) * (cost_2X[0] * (count_2X[0] == 1))[:, None]
+        lone_XK += (rank_XK == ranks[1]) * (cost_2X[1] * (count_2X[1] == 1))[:, None]
+        return lone_XK
 
     def _refresh(self) -> None:
         size, rank_of_E = self.size, self.rank_of_E
-        home_E = self.home_ER[np.arange(size), rank_of_E]
-        pairs_ER = self.pair_EE @ np.eye(self.num_ranks)[rank_of_E]
-        own_E = pairs_ER[np.arange(size), rank_of_E]
-        constant_E = (self.freed_E[:size] - home_E - own_E).astype(np.float32)
-        worth_ER = (self.home_ER + pairs_ER - self.opened_ER[:size, : self.num_ranks]).astype(np.float32)
-        worth_ER += constant_E[:, None]
-        move_EE = np.take(worth_ER, rank_of_E, axis=1)
-        move_EE -= self.shared_EE.reshape(size + 1, size + 1)[:size, :size]
-        move_EE -= self.pair_EE
-        np.add(move_EE, move_EE.T, out=self.gain_EE)
-        self.gain_EE[rank_of_E[:, None] == rank_of_E[None, :]] = -np.inf
+        worth_RE = self.pairs_RE - self.opened_RE[: self.num_ranks, :size]
+        worth_RE += self.home_ER.T
+        each = np.arange(size)
+        own_E = self.home_ER[each, rank_of_E] + self.pairs_RE[rank_of_E, each]
+        worth_RE += self.freed_E[:size] - own_E
+        move_EE = worth_RE[rank_of_E]
+        np.add(self.tied_EE[:size, :size], move_EE, out=self.gain_EE)
+        self.gain_EE += worth_RE.T.take(rank_of_E, axis=1)
+        np.copyto(self.gain_EE, -np.inf, where=self.same_EE)
 
 
 def remote_cost(rank_of_E: np.ndarray, expert_ids_XK: np.ndarray, cost_XR: np.ndarray) -> float:

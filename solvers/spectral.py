@@ -62,7 +62,8 @@ def balanced_k_means(points_EM: np.ndarray, num_ranks: int, *, seed: int, max_ro
     centers_RM = _spread_centers(points_EM, num_ranks, rng)
     rank_of_E = np.full(len(points_EM), -1)
     for _ in range(max_rounds):
-        distance_ER = ((points_EM[:, None] - centers_RM[None]) ** 2).sum(-1)
+        # Squared distances up to a constant of each point, which no assignment looks at.
+        distance_ER = (centers_RM**2).sum(1) - 2 * points_EM @ centers_RM.T
         _, column_E = linear_sum_assignment(np.repeat(distance_ER, capacity, axis=1))
         if np.array_equal(column_E // capacity, rank_of_E):
             break
@@ -74,8 +75,9 @@ def balanced_k_means(points_EM: np.ndarray, num_ranks: int, *, seed: int, max_ro
 def _spread_centers(points_EM: np.ndarray, num_ranks: int, rng: np.random.Generator) -> np.ndarray:
     """k-means++ (Arthur and Vassilvitskii, 2007): each next centre with a chance of its squared distance, float64 [R, M]."""
     chosen = [int(rng.integers(len(points_EM)))]
+    distance_E = np.full(len(points_EM), np.inf)
     for _ in range(1, num_ranks):
-        distance_E = ((points_EM[:, None] - points_EM[chosen][None]) ** 2).sum(-1).min(1)
+        distance_E = np.minimum(distance_E, ((points_EM - points_EM[chosen[-1]]) ** 2).sum(-1))
         weight_E = distance_E + 1e-12
         chosen.append(int(rng.choice(len(points_EM), p=weight_E / weight_E.sum())))
     return points_EM[chosen]
