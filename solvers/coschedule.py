@@ -27,7 +27,15 @@ from profiles.counts import RoutingProfile, request_expert_BE
 from profiles.errors import InputError
 from solvers.align import align_labels
 from solvers.balanced_table import balanced_homes, balanced_shares
-from solvers.hierarchy import partition_in_blocks
+from solvers.hierarchy import (
+    best_in_nodes,
+    group_ranks,
+    label_ranks,
+    node_costs,
+    partition_in_blocks,
+    place_in_nodes,
+    polish_in_nodes,
+)
 from solvers.partition import EFFORTS, Effort, Problem, best_polished, load_limits, partition, polish
 from solvers.placement import Topology
 from solvers.remote import token_kinds
@@ -52,7 +60,7 @@ class LayerTask(NamedTuple):
     start_E: np.ndarray | None  # placement to go on from, int64 [E]
     num_ranks: int
     num_nodes: int
-    closeness_RR: np.ndarray | None
+    cost_RR: np.ndarray | None  # of one row from rank to rank, symmetric, mean 1 between ranks
     num_groups: int
     whole_groups: bool
     per_expert: bool
@@ -95,6 +103,9 @@ def place_semmoe(
     rows_T = sample_rows(profile.sample.num_tokens, comb(info.num_experts, info.top_k), how.token_rows, seed)
     _, index_T = profile.token_index()
     load_LJE = cluster_loads(profile, robust, seed)
+    per_node = dispatch == "per-node" and topology.num_nodes > 1
+    # Rows that travel once per node do not pay for pairs of ranks.
+    cost_RR = None if per_node or topology.cost_RR is None else scaled_costs(topology.cost_RR)
     whole_groups = expressible == "permutation" and 1 < info.n_group
     if whole_groups:
         check_whole_groups(info.n_group, topology.num_ranks)
@@ -109,11 +120,11 @@ def place_semmoe(
             start_E=start_E,
             num_ranks=topology.num_ranks,
             num_nodes=topology.num_nodes,
-            closeness_RR=None if topology.cost_RR is None else closeness(topology.cost_RR),
+            cost_RR=cost_RR,
             num_groups=info.n_group,
             whole_groups=whole_groups,
             per_expert=dispatch == "per-expert",
-            per_node=dispatch == "per-node" and topology.num_nodes > 1,
+            per_node=per_node,
             lar_weight=lar_weight,
             load_cap=load_cap,
             effort=how,
@@ -124,21 +135,28 @@ def place_semmoe(
     with layer_map(processes, info.num_experts) as run:
         tasks = (task(layer, None, None) for layer in layers)
         rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, progress)
-        if objective == "tp" or whole_groups or topology.cost_RR is not None:
-            return rank_of_LE  # whole groups and unequal links leave no labels to choose
+        if objective == "tp" or whole_groups:
+            return rank_of_LE  # whole groups leave no labels to choose
         request_T = profile.sample.request_of_T
         usage_LBE = np.stack([request_usage_BE(profile, layer, request_T) for layer in layers])
         weight_B = np.diff(profile.sample.starts_B1).astype(np.float64)
         starts = 4 if effort == "fast" else 16
+        # Tokens are sent near by each layer's grouping of ranks into nodes: for their sake it stays.
+        keep_nodes = topology.num_nodes > 1 and (per_node or objective == "both")
         rank_of_LE, home_B = align_labels(
             rank_of_LE,
             usage_LBE,
             weight_B,
             topology.num_ranks,
-            num_nodes=topology.num_nodes if dispatch == "per-node" else 1,
+            num_nodes=topology.num_nodes if keep_nodes else 1,
             seed=seed,
             starts=starts,
         )
+        if (cost_RR is not None or topology.num_nodes > 1) and not keep_nodes:
+            far_RR = topology.node_of_R[:, None] != topology.node_of_R if cost_RR is None else cost_RR
+            pairs_RR = home_pairs_RR(profile.sample.expert_ids_TLK[rows_T], rank_of_LE, home_B[request_T][rows_T])
+            label_R = label_ranks(pairs_RR, far_RR.astype(np.float64), seed=seed)
+            rank_of_LE, home_B = label_R[rank_of_LE], label_R[home_B]
         for turn in range(max(1, 2 * how.rounds)):
             weight = max(lar_weight, LOCAL_PULL[objective][min(turn, 1) if how.rounds else 1])
             home_T = home_B[request_T][rows_T]
@@ -148,6 +166,14 @@ def place_semmoe(
             share_BR = request_shares_BR(rank_of_LE, usage_LBE, topology.num_ranks)
             home_B = balanced_homes(share_BR, weight_B)
     return rank_of_LE
+
+
+def home_pairs_RR(expert_ids_TLK: np.ndarray, rank_of_LE: np.ndarray, home_T: np.ndarray) -> np.ndarray:
+    """Tokens that live on rank h and touch rank r, summed over layers, float64 [R, R]."""
+    num_ranks = int(rank_of_LE.max()) + 1
+    home_TR = np.eye(num_ranks)[home_T]
+    layers = [rank_counts_TR(expert_ids_TLK[:, i], rank_of_E, num_ranks) > 0 for i, rank_of_E in enumerate(rank_of_LE)]
+    return sum((home_TR.T @ touched_TR for touched_TR in layers), np.zeros((num_ranks, num_ranks)))
 
 
 def _collect(results: Iterator[np.ndarray], num_layers: int, progress: Progress | None) -> np.ndarray:
@@ -164,34 +190,62 @@ def solve_layer(task: LayerTask) -> np.ndarray:
     num_ranks, num_experts = task.num_ranks, task.affinity_EE.shape[0]
     kinds_XK, kind_T = token_kinds(task.expert_ids_TK, num_experts)
     limit_J = load_limits(task.load_JE, num_ranks, task.load_cap)
-    closeness_RR = np.eye(num_ranks) if task.closeness_RR is None else task.closeness_RR
     cost_XR = np.repeat(np.bincount(kind_T, minlength=len(kinds_XK)).astype(np.float64)[:, None], num_ranks, axis=1)
     no_home_ER = np.zeros((num_experts, num_ranks))
     # Co-activation is counted over all tokens, costs over the rows at hand: both in tokens of these rows.
     rows_share = task.expert_ids_TK.size / max(float(np.trace(task.affinity_EE)), 1.0)
     affinity_EE = task.affinity_EE * rows_share
-    problem = Problem(affinity_EE, kinds_XK, cost_XR, no_home_ER, closeness_RR, task.load_JE, limit_J)
+    problem = Problem(affinity_EE, kinds_XK, cost_XR, no_home_ER, np.eye(num_ranks), task.load_JE, limit_J)
     contiguous = task.num_groups > 1
     if task.start_E is not None:
         rank_of_E = task.start_E
-    elif task.per_node or task.whole_groups:
-        blocks = task.num_groups if task.whole_groups else task.num_nodes
-        rank_of_E = partition_in_blocks(
-            problem, num_ranks, blocks, task.whole_groups, task.effort, load_cap=task.load_cap, seed=task.seed
+    elif task.whole_groups:
+        return partition_in_blocks(
+            problem, num_ranks, task.num_groups, task.effort, load_cap=task.load_cap, seed=task.seed
+        )
+    elif task.per_node:
+        rank_of_E = place_in_nodes(
+            problem,
+            num_ranks,
+            task.num_nodes,
+            task.effort,
+            load_cap=task.load_cap,
+            seed=task.seed,
+            num_groups=task.num_groups,
         )
     else:
         rank_of_E = partition(problem, num_ranks, task.effort, seed=task.seed, contiguous=contiguous)
-    if task.whole_groups or task.per_node or task.closeness_RR is not None:
-        return rank_of_E
+        if task.cost_RR is not None:
+            rank_of_E = near_labels(rank_of_E, task)
+        else:
+            rank_of_E = group_ranks(
+                rank_of_E, problem, num_ranks, task.num_nodes, effort=EFFORTS["fast"], seed=task.seed
+            )
     for turn in range(max(task.effort.rounds, task.home_T is not None)):
         share_TR = home_shares(task, rank_of_E)
         judged = scheduled_problem(problem, task, kind_T, share_TR)
-        candidates = [rank_of_E, polish(rank_of_E, judged, task.effort.polish_steps, task.seed + turn)]
-        better_E = best_polished(candidates, judged, num_ranks)
+        better_E = refine(rank_of_E, judged, task, cost_XR[:, 0], task.seed + turn)
         if np.array_equal(better_E, rank_of_E):
             break
         rank_of_E = better_E
     return rank_of_E
+
+
+def near_labels(rank_of_E: np.ndarray, task: LayerTask) -> np.ndarray:
+    """The placement with its ranks renamed: what tokens touch is near where their schedule sends them."""
+    assert task.cost_RR is not None
+    share_TR = home_shares(task, rank_of_E)
+    touched_TR = rank_counts_TR(task.expert_ids_TK, rank_of_E, task.num_ranks) > 0
+    return label_ranks(share_TR.T @ touched_TR, task.cost_RR, seed=task.seed)[rank_of_E]
+
+
+def refine(rank_of_E: np.ndarray, judged: Problem, task: LayerTask, weight_X: np.ndarray, seed: int) -> np.ndarray:
+    """The placement after swaps on what tokens with homes pay; the same where that is no better. `weight_X`: tokens."""
+    steps = task.effort.polish_steps
+    if task.per_node:
+        cost_XN = node_costs(judged, weight_X, task.num_nodes)
+        return best_in_nodes([rank_of_E, polish_in_nodes(rank_of_E, judged, cost_XN, steps, seed)], judged, cost_XN)
+    return best_polished([rank_of_E, polish(rank_of_E, judged, steps, seed)], judged, task.num_ranks)
 
 
 def home_shares(task: LayerTask, rank_of_E: np.ndarray) -> np.ndarray:
@@ -228,9 +282,15 @@ def scheduled_problem(problem: Problem, task: LayerTask, kind_T: np.ndarray, sha
     if task.per_expert:
         # One row per activation: locality alone counts; a little remote cost, and pairs, decide between equals.
         cost_XR, pairs_EE = 0.1 * (problem.cost_XR - free_XR), 0.1 * problem.affinity_EE
-        return problem._replace(cost_XR=cost_XR, home_ER=local_ER, affinity_EE=pairs_EE)
+        worth_ER = local_ER if task.cost_RR is None else -local_ER @ task.cost_RR
+        return problem._replace(cost_XR=cost_XR, home_ER=worth_ER, affinity_EE=pairs_EE)
     kept = HOMELESS_SHARE if task.home_T is None else 0.0
-    return problem._replace(cost_XR=problem.cost_XR - (1 - kept) * free_XR, home_ER=task.lar_weight * local_ER)
+    cost_XR = problem.cost_XR - (1 - kept) * free_XR
+    if task.cost_RR is not None:
+        # A rank costs what it is away from the home: on average over all ranks where no schedule chose one.
+        away_RR = task.cost_RR * num_ranks / (num_ranks - 1)
+        cost_XR = kept * problem.cost_XR * away_RR.mean(axis=0) + (1 - kept) * free_XR @ task.cost_RR
+    return problem._replace(cost_XR=cost_XR, home_ER=task.lar_weight * local_ER)
 
 
 def rank_counts_TR(expert_ids_TK: np.ndarray, rank_of_E: np.ndarray, num_ranks: int) -> np.ndarray:
@@ -266,12 +326,11 @@ def sample_rows(num_tokens: int, num_sets: int, max_rows: int, seed: int) -> np.
     return np.sort(np.random.default_rng([seed, 7]).choice(num_tokens, allowed, replace=False))
 
 
-def closeness(cost_RR: np.ndarray) -> np.ndarray:
-    """How well experts of two ranks go together, symmetric float64 [R, R]: 1 on one rank, 0 at the largest cost."""
+def scaled_costs(cost_RR: np.ndarray) -> np.ndarray:
+    """Costs both ways together, symmetric float64 [R, R], of mean 1 between different ranks."""
     cost_RR = (cost_RR + cost_RR.T) / 2
-    close_RR = 1 - cost_RR / max(float(cost_RR.max()), 1e-300)
-    np.fill_diagonal(close_RR, 1.0)
-    return close_RR
+    off = ~np.eye(len(cost_RR), dtype=bool)
+    return cost_RR / max(float(cost_RR[off].mean()), 1e-300)
 
 
 def check_whole_groups(num_groups: int, num_ranks: int) -> None:

@@ -21,22 +21,53 @@ def place_metis(
     load_cap: float,
     seed: int,
     num_seeds: int = 10,
+    num_nodes: int = 1,
 ) -> np.ndarray:
     """Rank of each expert, int64 [L, E]: most co-activation within ranks among the runs that keep the load cap.
 
-    `co_activation_LEE`, `load_LE`: counts, int64. `num_seeds` runs of each scheme (k-way and recursive bisection).
+    `co_activation_LEE`, `load_LE`: counts, int64. `num_seeds` runs of each scheme (k-way and recursive bisection). With several nodes
+    experts are split over nodes first, then over the ranks of each: best of as many runs every time.
     """
-    if num_ranks == 1:
-        return np.zeros(load_LE.shape, np.int64)
-    placed = []
-    for affinity_EE, load_E in zip(co_activation_LEE, load_LE, strict=True):
-        partitions = [
-            metis_partition(affinity_EE, load_E, num_ranks, seed + i, recursive)
-            for i in range(num_seeds)
-            for recursive in (False, True)
+    return np.stack(
+        [
+            _in_nodes(affinity_EE, load_E, num_ranks, num_nodes, load_cap, seed, num_seeds)
+            for affinity_EE, load_E in zip(co_activation_LEE, load_LE, strict=True)
         ]
-        placed.append(best_within_cap(partitions, affinity_EE, load_E, num_ranks, load_cap))
-    return np.stack(placed)
+    )
+
+
+def _in_nodes(
+    affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, num_nodes: int, load_cap: float, seed: int, seeds: int
+) -> np.ndarray:
+    """Rank of each expert of one layer, int64 [E]."""
+    if num_nodes in (1, num_ranks):
+        return _best_of(affinity_EE, load_E, num_ranks, load_cap, seed, seeds)
+    # Half of the slack for the nodes, so that ranks inside a full node still find room.
+    node_of_E = _best_of(affinity_EE, load_E, num_nodes, 1 + (load_cap - 1) / 2, seed, seeds)
+    per_node = num_ranks // num_nodes
+    rank_of_E = np.empty(len(load_E), np.int64)
+    for node in range(num_nodes):
+        experts = np.flatnonzero(node_of_E == node)
+        # The cap is on the mean of all ranks, not of this node's.
+        share = float(load_E[experts].sum()) * num_nodes / max(float(load_E.sum()), 1.0)
+        inside_E = _best_of(
+            affinity_EE[np.ix_(experts, experts)], load_E[experts], per_node, load_cap / max(share, 1e-9), seed, seeds
+        )
+        rank_of_E[experts] = node * per_node + inside_E
+    return rank_of_E
+
+
+def _best_of(
+    affinity_EE: np.ndarray, load_E: np.ndarray, num_parts: int, load_cap: float, seed: int, num_seeds: int
+) -> np.ndarray:
+    if num_parts == 1:
+        return np.zeros(len(load_E), np.int64)
+    partitions = [
+        metis_partition(affinity_EE, load_E, num_parts, seed + i, recursive)
+        for i in range(num_seeds)
+        for recursive in (False, True)
+    ]
+    return best_within_cap(partitions, affinity_EE, load_E, num_parts, load_cap)
 
 
 def metis_partition(

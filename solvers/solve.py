@@ -45,7 +45,18 @@ def _contiguous(profile: RoutingProfile, topology: Topology, demands: Demands, p
 
 
 def _load(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
-    return place_load(profile.load_LE, topology.num_ranks)
+    if topology.num_nodes == 1:
+        return place_load(profile.load_LE, topology.num_ranks)
+    # As EPLB does: routing groups to nodes first, where they divide over them.
+    info = profile.info
+    experts_LRS = place_load_replicated(
+        profile.load_LE,
+        info.num_experts,
+        num_groups=info.n_group,
+        num_nodes=topology.num_nodes,
+        num_ranks=topology.num_ranks,
+    )
+    return Placement(experts_LRS, info.num_experts).rank_of_LE
 
 
 def _metis(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
@@ -55,6 +66,7 @@ def _metis(profile: RoutingProfile, topology: Topology, demands: Demands, progre
         topology.num_ranks,
         load_cap=demands.load_cap,
         seed=demands.seed,
+        num_nodes=topology.num_nodes if demands.dispatch == "per-node" else 1,
     )
 
 
@@ -115,7 +127,7 @@ def solve_placement(
     topology.check_experts(info.num_experts)
     if method not in METHODS:
         raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if demands.load_cap < 1:
+    if not demands.load_cap >= 1:  # nan too
         raise InputError(f"--load-cap is {demands.load_cap}, expected at least 1")
     own_slots = info.num_experts // topology.num_ranks
     if not 0 <= demands.replicas <= info.num_experts - own_slots:
