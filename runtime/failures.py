@@ -1,9 +1,16 @@
-"""What can fail while ranks run together, told apart: a collective, and memory."""
+"""What can fail while ranks run together, told apart: a mistake that all ranks know of, a collective, and memory."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from profiles.errors import InputError
+
+
+class SharedRefusal(InputError):
+    """A user's mistake that every rank of this machine has seen: it is enough that one tells it."""
 
 
 class ExchangeError(RuntimeError):
@@ -23,5 +30,11 @@ def naming(rank: int, step: str) -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error) or isinstance(error, ExchangeError):
             raise
-        reason = str(error).strip().split("\n")[0]
-        raise ExchangeError(f"rank {rank}: {step} failed: {reason}") from error
+        raise ExchangeError(f"rank {rank}: {step} failed: {short_reason(str(error))}") from error
+
+
+def short_reason(text: str) -> str:
+    """First line of a collective's error, without source files of gloo and advice: "Read error [1.2.3.4]:5: Connection reset by peer"."""
+    line = text.strip().split("\n")[0]
+    line = re.sub(r"\[[^\]\s]*\.(?:cc|cpp|h):\d+\]\s*", "", line)
+    return re.split(r"\.?\s+This is typically", line)[0].encode("ascii", "ignore").decode().strip()

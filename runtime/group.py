@@ -5,7 +5,7 @@ MASTER_ADDR, MASTER_PORT). Ranks that share one device, or CPU ranks, use gloo; 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from profiles.errors import InputError
-from runtime.failures import naming
+from runtime.failures import SharedRefusal, naming
 
 BACKENDS = ("auto", "nccl", "gloo")
 
@@ -84,8 +84,11 @@ def read_environment() -> tuple[int, int, int, int]:
 def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float = 300.0) -> Iterator[Group]:
     """The group of all ranks; a collective that waits longer than `timeout_s` seconds raises."""
     rank, size, local_rank, local_size = read_environment()
-    chosen = choose_device(device, local_rank)
-    backend = choose_backend(backend, chosen, local_size)
+    try:
+        chosen = choose_device(device, local_rank)
+        backend = choose_backend(backend, chosen, local_size)
+    except InputError as error:
+        raise SharedRefusal(str(error)) from None
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if backend == "nccl":
         torch.cuda.set_device(chosen)
@@ -102,10 +105,18 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
     dist.destroy_process_group()
 
 
-def share(value: Shared | None, group: Group) -> Shared:
-    """The value that rank 0 has, on every rank; any picklable object."""
-    shared: list[Any] = [value]
+def share(make: Callable[[], Shared], group: Group) -> Shared:
+    """What `make` returns on rank 0, on every rank; any picklable object. Its InputError is raised on every rank, as SharedRefusal."""
+    shared: list[Any] = [None, ""]
+    if group.rank == 0:
+        try:
+            shared = [make(), ""]
+        except InputError as error:
+            shared = [None, str(error)]
     device = group.device if group.backend == "nccl" else None
     with naming(group.rank, "the exchange of what rank 0 has read"):
         dist.broadcast_object_list(shared, src=0, group=group.handle, device=device)
-    return shared[0]
+    value, refusal = shared
+    if refusal:
+        raise SharedRefusal(refusal)
+    return value

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -101,6 +102,13 @@ def _stop(processes: list[Any]) -> None:
             process.join(max(0.0, deadline - time.monotonic()))
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "ranks are child processes"
+    parent.join()
+    os._exit(1)
+
+
 def _rank_main(
     pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, num_ranks: int, port: int
 ) -> None:
@@ -115,6 +123,8 @@ def _rank_main(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    # A killed command must not leave ranks behind.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores of this machine
         import torch
 

@@ -85,7 +85,7 @@ def replay_rank(
     """Replay on this process's rank: the result on rank 0, None elsewhere. `prepared` None: rank 0 reads the trace."""
     with open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group:
         if prepared is None:
-            prepared = share(prepare(options, group.size, tell) if group.rank == 0 else None, group)
+            prepared = share(lambda: prepare(options, group.size, tell), group)
         expert_ids_TLK, num_experts, cases = prepared
         dtype = DTYPES[options.dtype]
         network = measure_network(options, expert_ids_TLK.shape[2], group, dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -125,6 +126,13 @@ def load_plan(options: RunOptions, num_ranks: int | None) -> Plan:
     return plan
 
 
+def prepare(options: RunOptions, num_ranks: int, tell: Callable[[str], None]) -> Assigned:
+    """All that can be refused before weights are read, and the prompts. Raises InputError."""
+    plan = load_plan(options, num_ranks)
+    find_placed(find_source(options.checkpoint)[1], plan)
+    return assign_prompts(options, plan, tell)
+
+
 def stop_token_ids(source: ModelSource) -> frozenset[int]:
     """Ids that end a generation, from generation_config.json or config.json."""
     ids = source.config.get_text_config().eos_token_id
@@ -137,11 +145,11 @@ def run_rank(options: RunOptions, assigned: Assigned | None, tell: Callable[[str
     """Run this process's rank; the result on rank 0, None elsewhere. `assigned` None: rank 0 reads the prompts."""
     transformers_logging.disable_progress_bar()  # one bar per rank would be noise
     with open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group:
+        if assigned is None:
+            assigned = share(lambda: prepare(options, group.size, tell), group)
         plan = load_plan(options, group.size)
         source, folder = find_source(options.checkpoint)
         placed_checkpoint = find_placed(folder, plan)
-        if assigned is None:
-            assigned = share(assign_prompts(options, plan, tell) if group.rank == 0 else None, group)
         prompts, rank_of_B = assigned
         serving = serving_LRE(placed_checkpoint.placement.hosts_LER, plan.load_LE, plan.topology)
         placed = load_placed(source, placed_checkpoint, plan, serving, group, dtype=options.dtype)
@@ -152,7 +160,8 @@ def run_rank(options: RunOptions, assigned: Assigned | None, tell: Callable[[str
             placed.state.counters = Counters.zeros(plan.placement.num_layers, group.size)
         limits = Limits(options.max_new_tokens, options.batch_tokens, stop_token_ids(source))
         keeper = ResultKeeper(options.output, load_tokenizer(source) if group.rank == 0 else None)
-        times = serve(placed, mine, limits, deliver=keeper.add, shuffled=shuffled)
+        with torch.inference_mode():
+            times = serve(placed, mine, limits, deliver=keeper.add, shuffled=shuffled)
         metrics = collect_metrics(options, plan, placed, times, len(prompts))
         if metrics is None:
             return None

@@ -1,6 +1,8 @@
 """`semmoe run`: a placed model on many ranks, or with --replay a recorded routing on them without model weights."""
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +138,7 @@ def run(
         timeout,
     )
     if under_torchrun():
-        result = in_one_line(lambda: run_rank(options, None, note))
+        result = as_rank(lambda: run_rank(options, None, note), output)
         if result is None:
             return
     else:
@@ -173,7 +175,7 @@ def run_replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) ->
     from solvers.plan import Plan
 
     if under_torchrun():
-        result = in_one_line(lambda: replay_rank(options, None, note))
+        result = as_rank(lambda: replay_rank(options, None, note), None)
     else:
         ranks = Plan.load(options.plan).topology.num_ranks
         if nproc not in (None, ranks):
@@ -216,14 +218,26 @@ def print_replay(result: dict[str, Any], *, as_json: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
 
 
-def in_one_line(work: Callable[[], Any]) -> Any:
-    """What `work` returns on this rank under torchrun; a failed exchange is one line."""
-    from runtime.failures import ExchangeError
+def as_rank(work: Callable[[], Any], output: Path | None) -> Any:
+    """What `work` returns on this rank under torchrun. A failure is one line, told once where all ranks see it."""
+    from runtime.failures import ExchangeError, SharedRefusal
 
+    rank = os.environ["RANK"]
+
+    def stop(*_: object) -> None:
+        raise ExchangeError(f"rank {rank} was stopped by SIGTERM: another rank has failed")
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         return work()
-    except ExchangeError as error:
+    except SharedRefusal as error:
+        if os.environ.get("LOCAL_RANK", rank) != "0":
+            sys.exit(1)
         raise InputError(str(error)) from None
+    except (ExchangeError, InputError) as error:
+        raise InputError(f"{error}{kept_results(output) if rank == '0' else ''}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_start(options: "RunOptions", ranks: int, *, check: bool) -> None:

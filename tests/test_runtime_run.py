@@ -65,7 +65,7 @@ def test_run_gives_the_answers_of_the_model(demo: Path) -> None:
     assert code == 0, stdout
     metrics = json.loads(stdout)
     assert set(metrics) == METRICS
-    assert metrics["check"] == {"ok": True, "compared": 5, "mismatches": []}
+    assert metrics["check"] == {"ok": True, "compared": 5, "mismatches": [], "ties": []}
     assert (metrics["scheduler"], metrics["ranks"], metrics["requests"]) == ("dp", 2, 5)
     assert set(metrics["time"]) == {"attention", "dispatch", "experts", "combine", "wait"}
     assert 0 < metrics["lar"] < 1 and 0 < metrics["rem"] <= 1
@@ -86,7 +86,7 @@ def test_tensor_parallel_run_gives_the_answers_of_the_model(demo: Path) -> None:
     code, stdout = run(*RUN, *prompts, "--scheduler", "tp", "--check", "--json")
     assert code == 0, stdout
     metrics = json.loads(stdout)
-    assert metrics["check"] == {"ok": True, "compared": 5, "mismatches": []}
+    assert metrics["check"] == {"ok": True, "compared": 5, "mismatches": [], "ties": []}
     assert metrics["token_imbalance"] <= 1.05 and metrics["requests"] == 5
 
 
