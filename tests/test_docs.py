@@ -150,7 +150,7 @@ def test_every_page_is_reached_from_the_index():
 
 
 def test_the_site_lists_every_page():
-    site = yaml.safe_load((DOCS / "mkdocs.yml").read_text(encoding="utf-8"))
+    site = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text(encoding="utf-8"))
     pages = [page for entry in site["nav"] for page in entry.values()]
     assert sorted(pages) == sorted(page.name for page in DOCS.glob("*.md"))
 
