@@ -76,12 +76,13 @@ def row_sections(
     hidden_size: int, top_k: int, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[int, int, int]:
     """Bytes of a packed row before the weights, before the slots, and in all."""
-    weights_at = _aligned(hidden_size * hidden_dtype.itemsize)
-    slots_at = _aligned(weights_at + top_k * weight_dtype.itemsize)
-    return weights_at, slots_at, _aligned(slots_at + top_k * 2)
+    weights_at = aligned(hidden_size * hidden_dtype.itemsize)
+    slots_at = aligned(weights_at + top_k * weight_dtype.itemsize)
+    return weights_at, slots_at, aligned(slots_at + top_k * 2)
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """The next multiple of ALIGNMENT."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 

@@ -5,7 +5,8 @@ Attention over shared heads leaves a partial sum of every token on every rank. T
 slice only. The order is a stable argsort by home, and its inverse restores the tokens. The experts that a slice's router chose ride on the
 all-gather (2 bytes each), for they predict the homes of later layers.
 
-Both collectives exchange slices directly: the same bytes as the fused ones, and slices may differ by what does not divide.
+Both collectives send the bytes of the fused ones, and slices may differ by what does not divide. With gloo on CPUs, whose reduce-scatter is
+an all-reduce that throws most away, large slices go around a ring, small ones directly.
 
 Shape letters: T tokens of the batch (the same on every rank), R ranks, D hidden size, K top-k, N tokens of this rank's slice.
 """
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from runtime.exchange import exchange_in_rounds, start_rows, wait_for
+from runtime.exchange import in_pairs, ring_gather, ring_sum, start_parts, wait_for
+from runtime.permute import aligned
 
 LARGE_SLICE_BYTES = 1 << 16
 
@@ -27,10 +29,10 @@ class Slices(NamedTuple):
     order_T: np.ndarray  # int64
     counts_R: list[int]
 
-    def own(self, rank: int) -> np.ndarray:
-        """Tokens of a rank, in slice order."""
+    def place(self, rank: int) -> slice:
+        """Where a rank's tokens are in `order_T`."""
         begin = sum(self.counts_R[:rank])
-        return self.order_T[begin : begin + self.counts_R[rank]]
+        return slice(begin, begin + self.counts_R[rank])
 
 
 def slices_by_home(home_T: np.ndarray, num_ranks: int) -> Slices:
@@ -43,38 +45,52 @@ def contiguous_homes(num_tokens: int, num_ranks: int) -> np.ndarray:
     return np.arange(num_tokens) // max(1, -(-num_tokens // num_ranks))
 
 
-def exchange_slices(
-    rows_MD: torch.Tensor, slices: Slices, sent_R: list[int], received_R: list[int], group: dist.ProcessGroup
-) -> torch.Tensor:
-    """Rows to and from every rank: in rounds where they are large, all at once where latency counts. All ranks decide alike."""
-    largest = max(slices.counts_R) * rows_MD.shape[1] * rows_MD.element_size()
-    if largest >= LARGE_SLICE_BYTES:
-        return exchange_in_rounds(rows_MD, sent_R, received_R, group)
-    received_ND, work = start_rows(rows_MD, sent_R, received_R, group)
+def scatter_sums(shuffled_TD: torch.Tensor, counts_R: list[int], rank: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sums over all ranks of this rank's slice, [N, D] in its order. `shuffled_TD`: this rank's partial sums, slice after slice."""
+    num_ranks, own = len(counts_R), counts_R[rank]
+    part_R = shuffled_TD.split(counts_R)
+    if around_the_ring(shuffled_TD, counts_R, group):
+        return ring_sum(part_R, group)
+    received, work = start_parts(part_R, [own] * num_ranks, group)
     wait_for(work)
-    return received_ND
+    return received.view(num_ranks, own, shuffled_TD.shape[1]).sum(0, dtype=torch.float32).to(shuffled_TD.dtype)
 
 
-def scatter_sums(partial_TD: torch.Tensor, slices: Slices, rank: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Sums over all ranks of this rank's slice, [N, D] in the order of the slice."""
-    num_ranks, own = len(slices.counts_R), slices.counts_R[rank]
-    order_T = torch.from_numpy(slices.order_T).to(partial_TD.device)
-    received = exchange_slices(partial_TD[order_T], slices, slices.counts_R, [own] * num_ranks, group)
-    return received.view(num_ranks, own, partial_TD.shape[1]).sum(0, dtype=torch.float32).to(partial_TD.dtype)
+def around_the_ring(rows: torch.Tensor, counts_R: list[int], group: dist.ProcessGroup) -> bool:
+    """Whether slices are so large that streams side by side cost more than the R - 1 steps of a ring. All ranks decide alike."""
+    return max(counts_R) * rows.shape[1] * rows.element_size() >= LARGE_SLICE_BYTES and in_pairs(rows, group)
 
 
-def gather_slices(
-    slice_ND: torch.Tensor, chosen_NK: torch.Tensor, slices: Slices, group: dist.ProcessGroup
+def pack_slice(slice_ND: torch.Tensor, chosen_NK: torch.Tensor) -> torch.Tensor:
+    """Hidden rows and chosen experts (int16) of a slice as bytes, uint8 [N, B]: one gather carries both."""
+    num_slice, top_k = chosen_NK.shape
+    _, row_bytes = slice_sections(slice_ND.shape[1], top_k, slice_ND.dtype)
+    packed_NB = torch.empty((num_slice, row_bytes), dtype=torch.uint8, device=slice_ND.device)
+    hidden_ND, packed_NK = unpack_slices(packed_NB, slice_ND.shape[1], top_k, slice_ND.dtype)
+    hidden_ND.copy_(slice_ND)
+    packed_NK.copy_(chosen_NK)
+    return packed_NB
+
+
+def slice_sections(hidden_size: int, top_k: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of a packed row before the chosen experts, and in all."""
+    chosen_at = aligned(hidden_size * dtype.itemsize)
+    return chosen_at, aligned(chosen_at + 2 * top_k)
+
+
+def gather_slices(packed_NB: torch.Tensor, counts_R: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """The packed rows of all ranks, slice after slice, [T, B]."""
+    if around_the_ring(packed_NB, counts_R, group):
+        return ring_gather(packed_NB, counts_R, group)
+    gathered_TB, work = start_parts([packed_NB] * len(counts_R), counts_R, group)
+    wait_for(work)
+    return gathered_TB
+
+
+def unpack_slices(
+    packed_TB: torch.Tensor, hidden_size: int, top_k: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden rows [T, D] and chosen experts [T, K] (int16) of all tokens in their own order."""
-    num_ranks, own = len(slices.counts_R), len(slice_ND)
-    hidden_bytes = slice_ND.contiguous().view(torch.uint8)
-    packed_NB = torch.cat([hidden_bytes, chosen_NK.to(torch.int16).contiguous().view(torch.uint8)], 1)
-    sent = exchange_slices(packed_NB.repeat(num_ranks, 1), slices, [own] * num_ranks, slices.counts_R, group)
-    width = hidden_bytes.shape[1]
-    order_T = torch.from_numpy(slices.order_T).to(slice_ND.device)
-    hidden_TD = slice_ND.new_empty((len(order_T), slice_ND.shape[1]))
-    hidden_TD[order_T] = sent[:, :width].contiguous().view(slice_ND.dtype)
-    chosen_TK = torch.empty((len(order_T), chosen_NK.shape[1]), dtype=torch.int16, device=slice_ND.device)
-    chosen_TK[order_T] = sent[:, width:].contiguous().view(torch.int16)
-    return hidden_TD, chosen_TK
+    """Views of packed rows: hidden [T, D] and chosen experts int16 [T, K], in the order of `packed_TB`."""
+    chosen_at, _ = slice_sections(hidden_size, top_k, dtype)
+    hidden_TD = packed_TB[:, : hidden_size * dtype.itemsize].view(dtype)
+    return hidden_TD, packed_TB[:, chosen_at : chosen_at + 2 * top_k].view(torch.int16)

@@ -1,7 +1,9 @@
 """Where the time of a rank goes, by phase: clock marks on a CPU, CUDA events on a GPU (read once, after the run).
 
 Phases: attention (all that is not the expert layer), wait (until every rank has announced its rows), dispatch (packing, and the part
-of the transfer that local experts do not hide), experts, combine (results back, and adding them).
+of the transfer that local experts do not hide), experts, combine (results back, and adding them). Attention-TP has three more: homes
+(prediction of every token's rank), shuffle (sorting, permuting, packing and the way back), slices (the reduce-scatter and the all-gather,
+waiting for other ranks included).
 """
 
 import time
@@ -35,15 +37,15 @@ class Stopwatch:
             return
         now = time.perf_counter()
         if phase is not None:
-            self._seconds[phase] += now - self._last
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase so far."""
+        """Seconds of each phase so far: the five that every run has, and those that were marked."""
         if self._events:
             torch.cuda.synchronize()
             for (_, before), (phase, after) in zip(self._events, self._events[1:], strict=False):
                 if phase is not None:
-                    self._seconds[phase] += before.elapsed_time(after) / 1000
+                    self._seconds[phase] = self._seconds.get(phase, 0.0) + before.elapsed_time(after) / 1000
             self._events = self._events[-1:]
         return dict(self._seconds)

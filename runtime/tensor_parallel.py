@@ -21,7 +21,7 @@ from runtime.attention_heads import keep_heads
 from runtime.experts import ExpertLayer, RunExperts, join_empty
 from runtime.failures import naming
 from runtime.placed_model import PlacedModel
-from runtime.shuffle import gather_slices, scatter_sums
+from runtime.shuffle import gather_slices, pack_slice, scatter_sums, slices_by_home, unpack_slices
 from runtime.token_homes import TokenHomes
 
 PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
@@ -33,7 +33,7 @@ class ShuffledModel:
 
     def __init__(self, placed: PlacedModel, homes: TokenHomes) -> None:
         self.placed, self.homes = placed, homes
-        self.valid_T: torch.Tensor | None = None
+        self.valid_T: torch.Tensor | None = None  # int64 rows of the batch that are tokens; None: all are
 
     def begin(
         self, ids_BQ: torch.Tensor, valid_T: torch.Tensor | None, requests: list[int], *, is_prompt: bool
@@ -42,7 +42,7 @@ class ShuffledModel:
         ids_T = ids_BQ.reshape(-1).cpu().numpy()
         rows_T = np.repeat(np.asarray(requests), ids_BQ.shape[1])
         kept_T = np.arange(len(ids_T)) if valid_T is None else valid_T.cpu().numpy()
-        self.valid_T = torch.from_numpy(kept_T).to(ids_BQ.device)
+        self.valid_T = valid_T
         self.homes.begin(ids_T[kept_T], rows_T[kept_T], is_prompt=is_prompt)
         self.placed.state.valid_T = None  # slices hold tokens only
 
@@ -58,15 +58,21 @@ class ShuffledModel:
         group, watch = self.placed.group, self.placed.state.stopwatch
         partial = layer.self_attn(hidden_states=layer.input_layernorm(hidden_BSD), **named)
         partial_TD = (partial[0] if isinstance(partial, tuple) else partial).reshape(-1, hidden_BSD.shape[-1])
-        slices = self.homes.slices(None if expert is None else expert[0])
-        mine = torch.from_numpy(slices.own(group.rank)).to(hidden_BSD.device)
         watch.mark("attention")
+        home_T = self.homes.home_T(None if expert is None else expert[0])
+        watch.mark("homes")
+        slices = slices_by_home(home_T, group.size)
+        counts_R = slices.counts_R
+        row_T = torch.from_numpy(slices.order_T).to(hidden_BSD.device)  # rows of the batch, slice after slice
+        row_T = row_T if self.valid_T is None else self.valid_T[row_T]
+        flat_TD, shuffled_TD = hidden_BSD.reshape(partial_TD.shape), partial_TD[row_T]
+        hidden_ND = flat_TD[row_T[slices.place(group.rank)]]
+        watch.mark("shuffle")
         with naming(group.rank, f"the shuffled reduce-scatter at {name}"):
-            sums_ND = scatter_sums(partial_TD[self.valid_T], slices, group.rank, group.handle)
-        watch.mark("wait")
-        hidden_ND = hidden_BSD.reshape(partial_TD.shape)[self.valid_T][mine] + sums_ND
-        chosen_NK = torch.zeros((len(mine), 0), dtype=torch.int16, device=hidden_ND.device)
-        if len(mine):
+            hidden_ND += scatter_sums(shuffled_TD, counts_R, group.rank, group.handle)
+        watch.mark("slices")
+        chosen_NK = torch.zeros((len(hidden_ND), 0), dtype=torch.int16, device=hidden_ND.device)
+        if len(hidden_ND):
             output = layer.mlp(layer.post_attention_layernorm(hidden_ND)[None])
             hidden_ND = hidden_ND + (output[0] if isinstance(output, tuple) else output).reshape(hidden_ND.shape)
         elif expert is not None:
@@ -74,13 +80,20 @@ class ShuffledModel:
         if expert is not None:
             chosen_NK = self.placed.state.chosen_TK
         watch.mark("attention")
+        packed_NB = pack_slice(hidden_ND, chosen_NK)
+        watch.mark("shuffle")
         with naming(group.rank, f"the shuffled all-gather at {name}"):
-            hidden_TD, chosen_TK = gather_slices(hidden_ND, chosen_NK, slices, group.handle)
-        watch.mark("wait")
+            packed_TB = gather_slices(packed_NB, counts_R, group.handle)
+        watch.mark("slices")
+        gathered_TD, chosen_TK = unpack_slices(packed_TB, hidden_ND.shape[1], chosen_NK.shape[1], hidden_ND.dtype)
+        whole_TD = torch.zeros_like(flat_TD) if self.valid_T is not None else torch.empty_like(flat_TD)
+        whole_TD[row_T] = gathered_TD
+        watch.mark("shuffle")
         if expert is not None:
-            self.homes.record(expert[0], chosen_TK.cpu().numpy())
-        whole_TD = torch.zeros_like(partial_TD)
-        whole_TD[self.valid_T] = hidden_TD
+            restored_TK = np.empty(chosen_TK.shape, np.int16)
+            restored_TK[slices.order_T] = chosen_TK.cpu().numpy()
+            self.homes.record(expert[0], restored_TK)
+        watch.mark("homes")
         return whole_TD.reshape(hidden_BSD.shape)
 
 

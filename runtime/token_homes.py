@@ -7,37 +7,47 @@ Shape letters: T tokens of the batch, L MoE layers, K top-k, E experts, R ranks,
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from profiles.errors import InputError
-from runtime.shuffle import Slices, contiguous_homes, slices_by_home
+from runtime.shuffle import contiguous_homes
 from solvers.assign import assign_equal_slices
 from solvers.context import context_scores_TR
 from solvers.placement import Placement
 from solvers.plan import Plan
+from solvers.position import position_ids_TC
 from solvers.schedule import Schedule
 from solvers.sequence_table import needed_rank_T, paper_scores_TR
 from solvers.token_table import Lookup
 
+UNKNOWN = -(1 << 40)  # position of a token whose request began elsewhere
 PREDICT = ("context", "table", "paper", "none")
+
+
+class LastToken(NamedTuple):
+    """What is kept of a running request between batches."""
+
+    token_id: int
+    experts_LK: np.ndarray
+    position: int
+    num_prompt_tokens: int
 
 
 @dataclass(eq=False)
 class TokenHomes:
-    """Predicts homes for one batch at a time: `begin`, then per layer `slices` and `record`, then `finish`."""
+    """Predicts homes for one batch at a time: `begin`, then per layer `home_T` and `record`, then `finish`."""
 
     predict: str
     schedule: Schedule | None  # None only for "none": equal consecutive slices
     placement: Placement
     top_k: int
     logical_LP: np.ndarray | None = None  # int [L, E]: the model's expert for each id of a relabelled checkpoint
-    memory: dict[int, tuple[int, np.ndarray]] = field(
-        default_factory=dict
-    )  # request -> last token id, its experts [L, K]
+    memory: dict[int, LastToken] = field(default_factory=dict)  # by request
 
     def begin(self, token_ids_T: np.ndarray, request_T: np.ndarray, *, is_prompt: bool) -> None:
-        """Start a batch: the ids of its tokens and the request of each; a request's tokens are consecutive."""
+        """Start a batch: the ids of its tokens and the request of each; a request's tokens are consecutive, a prompt is whole."""
         num_layers, empty = self.placement.num_layers, self.placement.num_experts
         self._ids_T, self._request_T = token_ids_T, request_T
         self._is_prompt_T = np.full(len(token_ids_T), is_prompt)
@@ -47,19 +57,27 @@ class TokenHomes:
         self._first_T = np.ones(len(token_ids_T), bool)
         self._first_T[1:] = request_T[1:] != request_T[:-1]
         previous_ids_T[~self._first_T] = token_ids_T[np.flatnonzero(~self._first_T) - 1]
-        for token in np.flatnonzero(self._first_T).tolist():
+        first = np.flatnonzero(self._first_T)
+        count = np.diff(np.append(first, len(token_ids_T)))
+        start, num_prompt_tokens = np.zeros(len(first), np.int64), count if is_prompt else np.zeros_like(count)
+        for i, token in enumerate(first.tolist()):
             if known := self.memory.get(int(request_T[token])):
-                previous_ids_T[token], self._previous_TLK[token] = known
+                previous_ids_T[token], self._previous_TLK[token] = known.token_id, known.experts_LK
+                start[i], num_prompt_tokens[i] = known.position + 1, known.num_prompt_tokens
+            elif not is_prompt:
+                start[i] = UNKNOWN
+        self._position_T = np.arange(len(token_ids_T)) + np.repeat(start - first, count)
+        self._num_prompt_tokens_T = np.repeat(num_prompt_tokens, count)
+        self._position_ids_TC = position_ids_TC(self._position_T, self._num_prompt_tokens_T)
         self._lookup: Lookup | None = None
         if self.schedule is not None:
             self._lookup = self.schedule.token.lookup(token_ids_T, previous_ids_T)
 
-    def slices(self, layer: int | None) -> Slices:
-        """Tokens of every rank at MoE layer `layer`; None: a layer without experts."""
-        num_ranks = self.placement.num_ranks
+    def home_T(self, layer: int | None) -> np.ndarray:
+        """Rank of every token at MoE layer `layer`, int64 [T], in equal slices; None: a layer without experts."""
         if layer is None or self.predict == "none":
-            return slices_by_home(contiguous_homes(len(self._ids_T), num_ranks), num_ranks)
-        return slices_by_home(assign_equal_slices(self._scores_TR(layer)), num_ranks)
+            return contiguous_homes(len(self._ids_T), self.placement.num_ranks)
+        return assign_equal_slices(self._scores_TR(layer))
 
     def _scores_TR(self, layer: int) -> np.ndarray:
         schedule, lookup = self.schedule, self._lookup
@@ -69,7 +87,13 @@ class TokenHomes:
         if self.predict == "context":
             shares_TR = schedule.token.shares_TR(layer, lookup)
             return context_scores_TR(
-                schedule.context, layer, shares_TR, self._chosen_TLK, self._previous_TLK, self._is_prompt_T
+                schedule.context,
+                layer,
+                shares_TR,
+                self._chosen_TLK,
+                self._previous_TLK,
+                self._is_prompt_T,
+                self._position_ids_TC,
             )
         # The paper's table knows ids only, not what they follow.
         shares_TR = schedule.token.own.shares_TR(layer, lookup.row_T, schedule.token.rare_LR[layer])
@@ -94,7 +118,12 @@ class TokenHomes:
         """Remember the last token of every request of the batch."""
         last_T = np.append(self._first_T[1:], True)
         for token in np.flatnonzero(last_T).tolist():
-            self.memory[int(self._request_T[token])] = (int(self._ids_T[token]), self._chosen_TLK[token].copy())
+            self.memory[int(self._request_T[token])] = LastToken(
+                int(self._ids_T[token]),
+                self._chosen_TLK[token].copy(),
+                int(self._position_T[token]),
+                int(self._num_prompt_tokens_T[token]),
+            )
 
     def forget(self, requests: list[int]) -> None:
         """Finished requests."""

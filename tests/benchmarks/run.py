@@ -10,11 +10,17 @@ cases run in one group of processes one after the other, greedy, prompts cut to 
     dedup            our dispatch, contiguous experts, requests in turn
     plan             our dispatch, placed experts, requests by the plan's scorer
     plan+4           the same with 4 replica slots per rank
-    tp transformers  heads over ranks, Transformers' AllReduceEP, an all-reduce after each attention (Transformers' own tensor parallelism
-                     has this communication, but cannot share out 3 key-value heads over 4 ranks, so our cut of the heads is used)
-    tp slices        Attention-TP with equal consecutive slices, placed experts
-    tp               Attention-TP with the plan's context predictor
+    tp transformers  Transformers alone: from_pretrained with DistributedConfig(tp_size=4, ep_size=4), on a checkpoint of the same function
+                     whose heads divide over 4 ranks (3 key-value heads and one whose weights are 0)
+    tp all-reduce    the same communication per layer around our cut of the heads: AllReduceEP, an all-reduce after each attention;
+                     embedding and head of the vocabulary stay whole, so that it sends less than Transformers does
+    tp contiguous    Attention-TP without a plan: contiguous experts, equal consecutive slices
+    tp slices        equal consecutive slices, placed experts
+    tp               Attention-TP with the plan: placed experts, its context predictor
     tp+4             the same with 4 replica slots per rank
+
+Of every case: throughput, the time of its parts, bytes that a rank put on its link (`link_bytes`, with headers), and of Attention-TP the
+share of the step that sorting, permuting and the way back take (`shuffle_share`).
 
 GPT_OSS_TRACE: a trace to replay (hidden 2880, bfloat16), half of it placed on, the other half replayed.
 """
@@ -25,65 +31,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shaped_network import close_network, open_network, sent_bytes, shape_network
+from transformers_ranks import NoShuffle, load_tensor_parallel, pad_heads, with_transformers
 
 RANKS = 4
-BRIDGE = "semmoe-br"
 SEMMOE = [sys.executable, "-m", "semmoe_cli"]
-
-
-def sh(*words: str, check: bool = True) -> None:
-    subprocess.run(words, check=check, capture_output=not check)
-
-
-def open_network() -> None:
-    """A bridge and one namespace per rank; rank r has the address 10.77.0.(r + 1)."""
-    close_network()
-    sh("ip", "link", "add", BRIDGE, "type", "bridge")
-    sh("ip", "link", "set", BRIDGE, "up")
-    for rank in range(RANKS):
-        space, outer = f"semmoe{rank}", f"semmoe-v{rank}"
-        sh("ip", "netns", "add", space)
-        sh("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", space)
-        sh("ip", "link", "set", outer, "master", BRIDGE, "up")
-        for words in (
-            ["addr", "add", f"10.77.0.{rank + 1}/24", "dev", "eth0"],
-            ["link", "set", "eth0", "up"],
-            ["link", "set", "lo", "up"],
-        ):
-            sh("ip", "-n", space, *words)
-
-
-def shape_network(rate: str) -> None:
-    """Limit what every rank sends (inside its namespace) and receives (at the bridge)."""
-    for rank in range(RANKS):
-        for prefix, device in ((["ip", "netns", "exec", f"semmoe{rank}"], "eth0"), ([], f"semmoe-v{rank}")):
-            sh(
-                *prefix,
-                "tc",
-                "qdisc",
-                "replace",
-                "dev",
-                device,
-                "root",
-                "tbf",
-                "rate",
-                rate,
-                "burst",
-                "128kb",
-                "latency",
-                "300ms",
-            )
-
-
-def close_network() -> None:
-    for rank in range(RANKS):
-        sh("ip", "netns", "del", f"semmoe{rank}", check=False)
-    sh("ip", "link", "del", BRIDGE, check=False)
 
 
 def run_ranks(work: Path, task: dict[str, Any]) -> Any:
@@ -113,27 +69,9 @@ def rank_main(work: Path) -> None:
         (work / "found.json").write_text(json.dumps(found))
 
 
-@dataclass(eq=False)
-class Baseline:
-    """Transformers' AllToAllEP around the same model: what runtime.engine.serve needs of a PlacedModel."""
-
-    model: Any
-    calls: list[Any]
-    state: Any
-    group: Any
-    hidden_size: int
-    top_k: int
-
-    def join_empty(self) -> None:
-        import torch
-
-        for call in self.calls:
-            ids_TK = torch.empty((0, self.top_k), dtype=torch.int64)
-            call(torch.empty((0, self.hidden_size), dtype=self.model.dtype), ids_TK, ids_TK.to(self.model.dtype))
-
-
 def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Metrics of every case on rank 0."""
+    import torch
     import torch.distributed as dist
 
     from profiles.loading import find_model
@@ -156,11 +94,13 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
             placed_checkpoint = find_placed(Path(source.path), plan)
             serving = serving_LRE(plan.placement.hosts_LER, plan.load_LE, plan.topology)
             placed: Any = load_placed(source, placed_checkpoint, plan, serving, group, dtype="float32")
-            shuffled = None
+            shuffled: Any = None
             if case["implementation"] == "all_to_all":
                 placed = with_transformers(placed, plan, "all_to_all")
             elif case["implementation"] == "all_reduce":
                 placed, shuffled = with_transformers(placed, plan, "all_reduce"), NoShuffle()
+            elif case["implementation"] == "transformers":
+                placed, shuffled = load_tensor_parallel(Path(task["padded"]), group, plan, "float32"), NoShuffle()
             elif case["scheduler"] == "tp":
                 homes = make_homes(case["predict"], plan, relabelled=False)
                 shuffled = install_tensor_parallel(placed, homes, plan.model.model_layers, "the model")
@@ -179,13 +119,20 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
             placed.state.counters = type(placed.state.counters).zeros(plan.placement.num_layers, group.size)
             before = placed.state.stopwatch.seconds()
             dist.barrier(group.handle)
+            sent = sent_bytes()
             times = serve(placed, mine, limits, deliver=keep_in(completions), shuffled=shuffled)
+            sent = torch.tensor(sent_bytes() - sent)
+            dist.all_reduce(sent, group=group.handle)
             options = RunOptions("", "", "", case["scheduler"], "", "gloo", "float32", "cpu", 0, 0, None, 0.0)
             metrics = collect_metrics(options, plan, placed, times, len(prompts))
             if metrics is not None:
                 metrics["time"] = {
-                    phase: seconds - before[phase] for phase, seconds in placed.state.stopwatch.seconds().items()
+                    phase: seconds - before.get(phase, 0.0)
+                    for phase, seconds in placed.state.stopwatch.seconds().items()
                 }
+                if "shuffle" in metrics["time"]:
+                    metrics["shuffle_share"] = metrics["time"]["shuffle"] / sum(metrics["time"].values())
+                metrics["link_bytes"] = int(sent) // RANKS
                 metrics["seconds"] = sum(times.seconds.values())
                 tokens = sum(len(p.token_ids) for p in prompts) + sum(len(ids) - 1 for ids in completions.values())
                 metrics["tokens_per_s"] = tokens / metrics["seconds"]
@@ -196,61 +143,6 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 def keep_in(completions: dict[int, list[int]]) -> Any:
     return lambda done: completions.update((d.index, d.token_ids) for d in done)
-
-
-class NoShuffle:
-    """Where all ranks serve the same requests without slices: what serve() asks of a ShuffledModel."""
-
-    def __init__(self) -> None:
-        self.homes = self
-
-    def begin(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def forget(self, requests: list[int]) -> None:
-        pass
-
-
-def with_transformers(placed: Any, plan: Any, implementation: str) -> Baseline:
-    """The experts modules of a placed model under Transformers' own implementation. The placement must be contiguous."""
-    import torch.distributed as dist
-    from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
-
-    from runtime.attention_heads import keep_heads
-    from runtime.placed_model import placed_layers
-
-    watch, calls, group = placed.state.stopwatch, [], placed.group
-    shares_batch = implementation == "all_reduce"
-    for layer, run_experts in zip(placed_layers(placed.model, plan, "baseline"), placed.run_experts, strict=True):
-        layer.module.forward = run_experts
-        layer.module._is_expert_parallel = True
-        style, alone = EpDispatchExpertsParallel(), group.mesh if shares_batch else group.alone
-        style.install_forward(layer.module, group.mesh, tp_mesh=alone, ep_implementation=implementation)
-
-        def timed(*arguments: Any, forward: Any = layer.module.forward) -> Any:
-            watch.mark("attention")
-            output = forward(*arguments)
-            watch.mark("dispatch")  # the whole layer: exchange, experts and waiting
-            return output
-
-        layer.module.forward = timed
-        calls.append(timed)
-    for layer in placed.model.model.layers if shares_batch else []:
-        keep_heads(layer.self_attn, group.rank, group.size, "a layer")
-
-        def summed(module: Any, arguments: Any, output: Any) -> Any:
-            watch.mark("attention")
-            output = output.contiguous()
-            dist.all_reduce(output, group=group.handle)
-            watch.mark("wait")
-            return output
-
-        layer.self_attn.o_proj.register_forward_hook(summed)
-    first = placed.layers[0]
-    return Baseline(placed.model, calls, placed.state, placed.group, first.hidden_size, first.top_k)
 
 
 def replay(task: dict[str, Any]) -> Any:
@@ -352,12 +244,12 @@ def main() -> None:
             place(work / "t", work / f"{objective}{replicas}", objective, replicas)
         contiguous_plan(work / "dp0", work / "contiguous")
         try:
-            open_network()
+            open_network(RANKS)
             result |= throughput(options, work)
             if options.trace:
                 result["replay"] = replayed(options, work)
         finally:
-            close_network()
+            close_network(RANKS)
     print(json.dumps(result))
 
 
@@ -375,7 +267,9 @@ def throughput(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "dedup": ("contiguous", "semmoe", "none", ""),
         "plan": ("dp0", "semmoe", "dp", ""),
         "plan+4": ("dp4", "semmoe", "dp", ""),
-        "tp transformers": ("contiguous", "all_reduce", "tp", ""),
+        "tp transformers": ("contiguous", "transformers", "tp", ""),
+        "tp all-reduce": ("contiguous", "all_reduce", "tp", ""),
+        "tp contiguous": ("contiguous", "semmoe", "tp", "none"),
         "tp slices": ("tp0", "semmoe", "tp", "none"),
         "tp": ("tp0", "semmoe", "tp", "context"),
         "tp+4": ("tp4", "semmoe", "tp", "context"),
@@ -385,8 +279,10 @@ def throughput(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         for name, (plan, kind, scheduler, predict) in kinds.items()
         if options.only is None or name in options.only
     ]
-    shape_network(options.rate)
+    shape_network(RANKS, options.rate)
     task = {"kind": "serve", "model": options.model, "cases": cases, "prompts": [long_enough[i] for i in order]}
+    task["padded"] = str(work / "padded")
+    pad_heads(Path(options.model), work / "padded", RANKS)
     found = run_ranks(work, task | {"max_new_tokens": options.max_new_tokens, "batch_tokens": 2048})
     same = [case["tokens"] == found[0]["tokens"] for case in found]
     rows = [{k: v for k, v in case.items() if k not in ("tokens", "layers", "plan")} for case in found]
@@ -396,8 +292,13 @@ def throughput(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "replicas_over_transformers": ("plan+4", "transformers"),
         "plan_over_dedup": ("plan", "dedup"),
         "tp_over_transformers": ("tp", "tp transformers"),
-        "tp_replicas_over_transformers": ("tp+4", "tp transformers"),
+        "tp_over_all_reduce": ("tp", "tp all-reduce"),
+        "tp_over_contiguous": ("tp", "tp contiguous"),
         "tp_over_slices": ("tp", "tp slices"),
+        "tp_replicas_over_transformers": ("tp+4", "tp transformers"),
+        "tp_replicas_over_all_reduce": ("tp+4", "tp all-reduce"),
+        "tp_replicas_over_contiguous": ("tp+4", "tp contiguous"),
+        "tp_replicas_over_slices": ("tp+4", "tp slices"),
     }
     found_ratios = {key: speed[a] / speed[b] for key, (a, b) in ratios.items() if a in speed and b in speed}
     return {"cases": rows, "same_tokens_in_all_cases": all(same), **found_ratios}
@@ -408,7 +309,7 @@ def replayed(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         split_trace(options.trace, work)
     for replicas in (0, 2):
         place(work / "replay-fit", work / f"r{replicas}", "tp", replicas)
-    shape_network(options.replay_rate)
+    shape_network(RANKS, options.replay_rate)
     task = {"kind": "replay", "trace": str(work / "replay-held"), "plans": [str(work / "r0"), str(work / "r2")]}
     found = run_ranks(work, task | {"batch_tokens": 512, "max_tokens": 2048})
     rows = {
