@@ -1,18 +1,20 @@
 """RoutingProfile: what a solver needs of a trace, counted once. Load, co-activation, token x expert, request x expert.
 
 Counts are integers and additive over batches, parts and traces, so a trace larger than memory is counted part by part. What cannot be
-kept whole (which token chose which experts) is kept for a bounded random sample of the requests.
+kept whole (which token chose which experts) is kept for a bounded random sample of the requests, layer by layer in a file that worker
+processes map (`profiles.mapped`).
 
 Shape letters: T tokens, L MoE layers, E experts, K top-k, U token ids seen, B requests.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from profiles.errors import InputError
+from profiles.mapped import mapped_empty
 from profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
 
 if TYPE_CHECKING:
@@ -115,7 +117,16 @@ def profile_traces(
     keep = keep or [np.ones(trace.num_requests, bool) for trace in traces]
     tokens_B = [trace.requests().column("num_tokens").to_numpy() for trace in traces]
     in_sample = _sample_requests(tokens_B, keep, sample_ids // (info.num_layers * info.top_k), seed)
+    num_sampled = sum(int(t[s].sum()) for t, s in zip(tokens_B, in_sample, strict=True))
+    id_dtype = np.result_type(*(trace.info.id_dtype for trace in traces))
+    # Layers first: solvers look at the sample one layer at a time.
+    ids_LTK = mapped_empty((info.num_layers, num_sampled, info.top_k), id_dtype)
     kept: list[TraceBatch] = []
+
+    def keep_sample(batch: TraceBatch) -> None:
+        first = sum(b.num_tokens for b in kept)
+        ids_LTK[:, first : first + batch.num_tokens] = batch.expert_ids_TLK.transpose(1, 0, 2)
+        kept.append(replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:0]))
 
     def all_batches() -> Iterator[TraceBatch]:
         for trace, keep_B, sample_B in zip(traces, keep, in_sample, strict=True):
@@ -125,13 +136,14 @@ def profile_traces(
                 sampled = sample_B[chosen[row : row + batch.num_requests]]
                 row += batch.num_requests
                 if sampled.any():
-                    kept.append(select_requests(batch, sampled))
+                    keep_sample(select_requests(batch, sampled))
                 yield batch
 
     num_tokens, load_LE, co_activation_LEE = count_batches(all_batches(), info)
     if num_tokens == 0:
         raise InputError(f"{', '.join(t.path for t in traces)}: no token to learn from")
-    return RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, concat_batches(kept, info))
+    sample = replace(concat_batches(kept, info), expert_ids_TLK=np.asarray(ids_LTK).transpose(1, 0, 2))
+    return RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, sample)
 
 
 def _sample_requests(

@@ -12,13 +12,8 @@ Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, N nodes, B r
 G routing groups, U token ids.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator
 from math import comb
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +34,7 @@ from solvers.hierarchy import (
 from solvers.partition import EFFORTS, Effort, Problem, best_polished, load_limits, partition, polish
 from solvers.placement import Topology
 from solvers.remote import token_kinds
+from solvers.workers import layer_map
 
 OBJECTIVES = ("tp", "dp", "both")
 # Weight of local activations, at first and later: a strong pull makes layers agree on which requests go where.
@@ -375,42 +371,3 @@ def k_means(points_BF: np.ndarray, clusters: int, rng: np.random.Generator) -> n
         for c in np.unique(cluster_B):
             centre_CF[c] = points_BF[cluster_B == c].mean(axis=0)
     return cluster_B
-
-
-@contextmanager
-def layer_map(processes: int, num_experts: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
-    """A `map` over layers, in order, in worker processes with one BLAS thread each.
-
-    Small layers run in this process when one is asked for: their arithmetic is too small for BLAS threads to matter.
-    """
-    if processes <= 1 and num_experts <= 64:
-        yield map
-        return
-    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    os.environ.update(dict.fromkeys(before, "1"))
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-    try:
-        list(pool.map(abs, range(processes)))  # workers start here, while the setting holds
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        yield partial(_map_bounded, pool, 2 * processes)
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def _map_bounded(
-    pool: ProcessPoolExecutor, in_flight: int, solve: Callable[[LayerTask], np.ndarray], tasks: Iterable[LayerTask]
-) -> Iterator[np.ndarray]:
-    """Results in order with a bounded number of tasks submitted: a task holds its layer's rows."""
-    pending: list[Future[np.ndarray]] = []
-    for task in tasks:
-        pending.append(pool.submit(solve, task))
-        if len(pending) > in_flight:
-            yield pending.pop(0).result()
-    for future in pending:
-        yield future.result()

@@ -40,7 +40,7 @@ class Effort(NamedTuple):
 
 EFFORTS = {
     "fast": Effort(1, 1, 60, 1, 40, 16_384, 0),
-    "default": Effort(2, 2, 100, 3, 120, 32_768, 1),
+    "default": Effort(2, 2, 60, 3, 120, 32_768, 1),
     "max": Effort(6, 6, 250, 6, 300, 131_072, 3),
 }
 

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 
 from profiles.errors import InputError
+from profiles.mapped import MappedView, open_view, view_of
 from profiles.trace import TraceBatch
 from solvers.context import ContextPredictor, default_depth, fit_context, training_rows
 from solvers.placement import Placement
+from solvers.position import NUM_POSITION_IDS
 from solvers.request_scorer import RequestScorer, fit_request_scorer
 from solvers.sequence_table import SequenceTable, build_sequence_table
 from solvers.token_table import TokenTable, build_token_table
+from solvers.workers import layer_map
 
 PREFIX = "schedule."
 SMALL_TASK = 20_000_000  # expert ids that one more process is worth starting for
@@ -56,6 +59,10 @@ class Schedule:
         """The schedule stored in a plan's tables; None where there is none. Raises InputError where it is not whole."""
         if not any(name.startswith(PREFIX) for name in tables):
             return None
+        position, own = PREFIX + "context.position_LQR", PREFIX + "context.own_LDER"
+        if position not in tables and own in tables:  # a plan written before positions were read
+            num_layers, _, _, num_ranks = tables[own].shape
+            tables = {**tables, position: np.zeros((num_layers, NUM_POSITION_IDS + 1, num_ranks), np.float16)}
         return _record(cls, PREFIX, tables)
 
 
@@ -85,7 +92,8 @@ def _record(kind: Any, prefix: str, tables: dict[str, np.ndarray]) -> Any:
 class LayersTask(NamedTuple):
     """Consecutive layers of a sample to fit, and the layers before them that give their context."""
 
-    sample: TraceBatch  # its expert ids hold only the layers of this task
+    sample: TraceBatch  # its expert ids hold only the layers of this task, or nothing where `ids_view` does
+    ids_view: MappedView | None  # where the expert ids lie for a worker process
     hosts_LER: np.ndarray
     skip: int
     depth: int
@@ -113,12 +121,13 @@ def fit_schedule(
     for first, last in zip(bounds[:-1], bounds[1:], strict=True):
         skip = min(depth, first)
         part = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, first - skip : last])
-        tasks.append(LayersTask(part, hosts_LER[first:last], int(skip), depth, seed, embedding_VD))
+        view = view_of(part.expert_ids_TLK) if processes > 1 else None
+        if view is not None:
+            part = replace(part, expert_ids_TLK=part.expert_ids_TLK[:0])
+        tasks.append(LayersTask(part, view, hosts_LER[first:last], int(skip), depth, seed, embedding_VD))
     if processes == 1:
         parts = [fit_layers(task) for task in tasks]
     else:
-        from solvers.coschedule import layer_map
-
         with layer_map(processes, placement.num_experts) as run:
             parts = list(run(fit_layers, tasks))
     rows = training_rows(sample, seed)
@@ -132,9 +141,10 @@ def fit_schedule(
 
 def fit_layers(task: LayersTask) -> tuple[TokenTable, ContextPredictor]:
     """Token table and context predictor of a task's layers."""
-    fitted = replace(task.sample, expert_ids_TLK=task.sample.expert_ids_TLK[:, task.skip :])
+    sample = task.sample if task.ids_view is None else replace(task.sample, expert_ids_TLK=open_view(task.ids_view))
+    fitted = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, task.skip :])
     token = build_token_table(fitted, task.hosts_LER, embedding_VD=task.embedding_VD)
-    context = fit_context(task.sample, token, task.hosts_LER, seed=task.seed, depth=task.depth, skip=task.skip)
+    context = fit_context(sample, token, task.hosts_LER, seed=task.seed, depth=task.depth, skip=task.skip)
     return token, context
 
 

@@ -31,6 +31,7 @@ TRAFFIC_CAP = 1.05
 RARE_TOKENS = 64  # successor rows are counted from ids with at most this many occurrences: others need no prior
 PRICED_IDS = 4_096  # ids that prices are computed from, and as many for all others
 BLOCK_IDS = 16_384  # ids counted at a time: bounds the memory of [ids, E] counts
+BLOCK_ROWS = 32_768  # rows whose keys stay in the cache of one core
 
 
 class Lookup(NamedTuple):
@@ -199,14 +200,29 @@ class _Groups(NamedTuple):
         """Weighted sum over each group's rows of the share of their activations on each rank, float64 [U, R]."""
         (num_experts, num_ranks), top_k = hosts_ER.shape, ids_TK.shape[1]
         sums_UR = np.empty((len(self.ids_U), num_ranks))
-        hosts = hosts_ER.astype(np.float64) / top_k
+        if (hosts_ER.sum(axis=1) == 1).all():
+            # Every expert on one rank: ranks are counted at once, a column more for empty slots.
+            column_of_E, width = np.append(hosts_ER.argmax(axis=1), num_ranks).astype(np.int16), num_ranks + 1
+            hosts = np.eye(num_ranks) / top_k
+        else:
+            column_of_E, width = np.arange(num_experts + 1, dtype=np.int32), num_experts + 1
+            hosts = hosts_ER.astype(np.float64) / top_k
         for first in range(0, len(self.ids_U), BLOCK_IDS):
             last = min(first + BLOCK_IDS, len(self.ids_U))
-            rows = slice(*np.searchsorted(self.group_T, [first, last]))
-            keys_TK = (self.group_T[rows, None] - first) * (num_experts + 1) + ids_TK[self.rows_T[rows]]
-            weights = None if self.weight_T is None else np.repeat(self.weight_T[rows], top_k)
-            counts = np.bincount(keys_TK.reshape(-1), weights, (last - first) * (num_experts + 1))
-            sums_UR[first:last] = counts.reshape(last - first, num_experts + 1)[:, :num_experts] @ hosts
+            begin, end = np.searchsorted(self.group_T, [first, last]).tolist()
+            counts = np.zeros((last - first) * width)
+            for start in range(begin, end, BLOCK_ROWS):
+                # The counts of a run of rows, which are in order of their groups, reach over few groups.
+                rows = slice(start, min(start + BLOCK_ROWS, end))
+                group_T = self.group_T[rows]
+                keys_TK = (
+                    column_of_E.take(ids_TK.take(self.rows_T[rows], axis=0)) + ((group_T - group_T[0]) * width)[:, None]
+                )
+                weights = None if self.weight_T is None else np.repeat(self.weight_T[rows], top_k)
+                found = np.bincount(keys_TK.reshape(-1), weights)
+                at = int(group_T[0] - first) * width
+                counts[at : at + len(found)] += found
+            sums_UR[first:last] = counts.reshape(last - first, width)[:, : len(hosts)] @ hosts
         return sums_UR
 
 

@@ -5,8 +5,9 @@
 
 Timed: counting, placement (`--objective`), token tables (layers shared by the processes), and with `--schedules` all that
 `semmoe place` fits beside them (context predictor, request scorer). `--layers-timed` takes only the first few layers (CPU
-seconds per layer are then what scales). `--compare` adds METIS (best of 10 seeds, both schemes) and packing by load at the
-same cap, on the second half of the requests.
+seconds per layer are then what scales). `--compare` adds the other methods at the same cap, scored on the second half of the
+requests with homes at random: METIS is the best of 10 seeds of both schemes, with `--nodes` also over nodes first and then
+over the ranks inside each; packing by load is then EPLB's hierarchical one.
 """
 
 import argparse
@@ -26,14 +27,14 @@ from routing_world import Tokens, draw_tokens, route_layer  # noqa: E402
 
 from profiles.counts import RoutingProfile, count_batches  # noqa: E402
 from profiles.trace import TraceBatch, TraceInfo  # noqa: E402
-from solvers.coschedule import layer_map, place_semmoe  # noqa: E402
+from solvers.coschedule import place_semmoe  # noqa: E402
 from solvers.equalize import rank_load_R  # noqa: E402
-from solvers.load import place_load  # noqa: E402
-from solvers.metis import place_metis  # noqa: E402
 from solvers.placement import Placement, Topology  # noqa: E402
 from solvers.remote import remote_cost  # noqa: E402
 from solvers.schedule import fit_schedule  # noqa: E402
+from solvers.solve import METHODS, Demands  # noqa: E402
 from solvers.token_table import TokenTable, build_token_table  # noqa: E402
+from solvers.workers import layer_map  # noqa: E402
 
 REQUEST_TOKENS = 256
 
@@ -57,13 +58,19 @@ def batch_of(tokens: Tokens, ids_TLK: np.ndarray) -> TraceBatch:
 
 
 def scores(
-    rank_of_LE: np.ndarray, profile: RoutingProfile, held_out_TLK: np.ndarray, num_ranks: int
+    rank_of_LE: np.ndarray, profile: RoutingProfile, held_out_TLK: np.ndarray, topology: Topology
 ) -> dict[str, float]:
-    cost_XR = np.ones((len(held_out_TLK), num_ranks))
-    touched = [remote_cost(r, held_out_TLK[:, i], cost_XR) / len(held_out_TLK) for i, r in enumerate(rank_of_LE)]
+    num_ranks = topology.num_ranks
+
+    def touched(part_of_LE: np.ndarray, num_parts: int) -> float:
+        cost_XR = np.ones((len(held_out_TLK), num_parts))
+        costs = [remote_cost(part_of_E, held_out_TLK[:, i], cost_XR) for i, part_of_E in enumerate(part_of_LE)]
+        return round(float(np.mean(costs)) / len(held_out_TLK) * (1 - 1 / num_parts), 4)
+
     loads = [rank_load_R(r, load_E, num_ranks) for r, load_E in zip(rank_of_LE, profile.load_LE, strict=True)]
     return {
-        "rem": round(float(np.mean(touched)) * (1 - 1 / num_ranks), 4),
+        "rem": touched(rank_of_LE, num_ranks),
+        "node": touched(topology.node_of_R[rank_of_LE], topology.num_nodes),
         "load": round(max(float(load_R.max() / load_R.mean()) for load_R in loads), 4),
     }
 
@@ -76,6 +83,8 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--dispatch", default="per-rank")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--vocab", type=int, default=129_280)
     parser.add_argument("--effort", default="default")
@@ -96,7 +105,7 @@ def main() -> None:
     train = Tokens(*(x[:cut] for x in tokens))
     batch = batch_of(train, ids_TLK[:cut])
     info = TraceInfo("made-up", layers, a.experts, a.top_k, tuple(range(layers)), n_group=a.groups, topk_group=a.groups)
-    topology = Topology(a.ranks)
+    topology = Topology(a.ranks, a.nodes)
     start, cpu = time.perf_counter(), cpu_seconds()
     num_tokens, load_LE, co_activation_LEE = count_batches([batch], info)
     profile = RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, batch)
@@ -107,6 +116,7 @@ def main() -> None:
         topology,
         load_cap=1.05,
         seed=a.seed,
+        dispatch=a.dispatch,
         effort=a.effort,
         objective=a.objective,
         processes=a.processes,
@@ -134,10 +144,13 @@ def main() -> None:
     }
     if a.compare:
         held_out_TLK = ids_TLK[cut:]
-        metis_LE = place_metis(co_activation_LEE, load_LE, a.ranks, load_cap=1.05, seed=a.seed)
-        result["semmoe"] = scores(rank_of_LE, profile, held_out_TLK, a.ranks)
-        result["metis"] = scores(metis_LE, profile, held_out_TLK, a.ranks)
-        result["load"] = scores(place_load(load_LE, a.ranks), profile, held_out_TLK, a.ranks)
+        result["semmoe"] = scores(rank_of_LE, profile, held_out_TLK, topology)
+        demands = Demands(seed=a.seed)
+        for name in ("metis", "spectral", "paper", "load", "contiguous"):
+            result[name] = scores(METHODS[name](profile, topology, demands, None), profile, held_out_TLK, topology)
+        if a.nodes > 1:
+            nodes_first = METHODS["metis"](profile, topology, replace(demands, dispatch="per-node"), None)
+            result["metis-nodes"] = scores(nodes_first, profile, held_out_TLK, topology)
     print(json.dumps(result))
 
 

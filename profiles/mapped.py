@@ -1,0 +1,74 @@
+"""Large arrays in a temporary file that this process and its workers map: one copy in memory, however many look at it.
+
+A worker process that is sent an array gets a copy of it; one that is sent a `MappedView` maps the same pages of the file, and a
+view's own strides go along. Where the system allows it (/proc) the file has no name, so nothing is left even by a kill.
+"""
+
+import os
+import shutil
+import tempfile
+import weakref
+from typing import NamedTuple
+
+import numpy as np
+
+from profiles.errors import InputError
+
+SMALL_BYTES = 32_000_000  # arrays up to this size stay in memory
+
+
+class MappedView(NamedTuple):
+    """Where an array lies in a file: what `open_view` needs."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int  # bytes of the file before the first element
+
+
+def mapped_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array to fill, zeros at first: mapped from a temporary file that goes when the array does, or in memory where it is small.
+
+    Raises InputError where the temporary directory has no room for it.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if size <= SMALL_BYTES:
+        return np.zeros(shape, dtype)
+    directory = tempfile.gettempdir()
+    if shutil.disk_usage(directory).free < size:
+        raise InputError(f"{directory} has no room for {size // 2**20} MiB of routing: set TMPDIR to a larger place")
+    descriptor, name = tempfile.mkstemp(prefix="semmoe-", dir=directory)
+    os.truncate(descriptor, size)
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    if os.path.exists(path):
+        os.unlink(name)
+    else:
+        path = name
+    array = np.memmap(path, dtype, mode="r+", shape=shape)
+    weakref.finalize(array, _remove, descriptor, None if path != name else name)
+    return array
+
+
+def _remove(descriptor: int, name: str | None) -> None:
+    os.close(descriptor)
+    if name is not None:
+        os.unlink(name)
+
+
+def view_of(array: np.ndarray) -> MappedView | None:
+    """Where the array lies in a mapped file; None where it is in memory."""
+    base = array
+    while base is not None and not (isinstance(base, np.memmap) and not isinstance(base.base, np.ndarray)):
+        base = base.base if isinstance(base, np.ndarray) else None
+    if base is None:
+        return None
+    offset = array.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+    return MappedView(str(base.filename), array.dtype.str, array.shape, array.strides, int(base.offset + offset))
+
+
+def open_view(view: MappedView) -> np.ndarray:
+    """The same elements, read-only."""
+    # A transposed or sliced view may end before the file does, but never reaches beyond it.
+    flat = np.memmap(view.path, np.uint8, mode="r")
+    return np.ndarray(view.shape, np.dtype(view.dtype), flat, view.offset, view.strides)

@@ -1,0 +1,80 @@
+"""Worker processes for layers: a map in order, with bounded work in flight, that ends at once when the work is interrupted."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+LayerMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
+
+@contextmanager
+def layer_map(processes: int, num_experts: int) -> Iterator[LayerMap]:
+    """A `map` over layers, in order, in worker processes with one BLAS thread each.
+
+    Small layers run in this process when one is asked for: their arithmetic is too small for BLAS threads to matter. Where the block is
+    left by an exception (Ctrl-C), workers are ended in the middle of their work.
+    """
+    if processes <= 1 and num_experts <= 64:
+        yield map
+        return
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        with _one_thread_each():
+            list(pool.map(abs, range(processes)))  # workers start here
+        yield partial(_map_bounded, pool, processes + 1)
+    except BaseException:
+        workers = list((getattr(pool, "_processes", None) or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+        raise
+    pool.shutdown()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes that start in the block compute on one thread."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the main process's to handle; where that ends without a word, so does its worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _map_bounded(
+    pool: ProcessPoolExecutor, in_flight: int, solve: Callable[[Any], Any], tasks: Iterable[Any]
+) -> Iterator[Any]:
+    """Results in order with a bounded number of tasks submitted: a task holds its layer's rows."""
+    pending: list[Future[Any]] = []
+    for task in tasks:
+        pending.append(pool.submit(solve, task))
+        if len(pending) > in_flight:
+            yield pending.pop(0).result()
+    while pending:
+        yield pending.pop(0).result()
