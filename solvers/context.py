@@ -1,27 +1,29 @@
 """Context predictor for Attention-TP: from what is known before layer l's router runs, a score per rank for every token.
 
 The experts a token chose at earlier layers say more about layer l than its id does. Features, all known when the tokens are scattered:
-the share row of the token's id (token table), the experts the token itself chose at the `depth` layers before, and the experts that the
-token before it in the request chose. Of a prompt token's predecessor, which runs in the same pass, only layers before l are known (its
-choice at l - 1 is used); a generated token's predecessor has left the model (its choice at l is used). Scores are linear in the one-hot
-features: one gather-sum.
+the share row of the token's id (token table), its position in the request (solvers/position.py), the experts the token itself chose at
+the `depth` layers before, and the experts that the token before it in the request chose. Of a prompt token's predecessor, which runs in
+the same pass, only layers before l are known (its choice at l - 1 is used); a generated token's predecessor has left the model (its
+choice at l is used). Scores are linear in the one-hot features: one gather-sum.
 
 Fit: ridge regression to the share of a token's activations on each rank. One-hot features make the normal equations counts of expert
 pairs across layers, which neighbouring layers share. The share row leaves out the token's own request, or the counts would leak; a
 perceptron on the same features was no better on held-out requests (docs/experiments.md).
 
-Cost online, per token and layer: (depth + 1) * K * R additions and as many float16 weights read (depth 6, K 8, R 8: 448 additions, 0.9 kB),
-plus 2 * R * R flops for the share row. Weights: (depth + 2) * E * R * 2 bytes per layer (33 kB at E 256, R 8, depth 6).
+Cost online, per token and layer: ((depth + 1) * K + 3) * R additions and as many float16 weights read (depth 6, K 8, R 8: 472 additions,
+0.9 kB), plus 2 * R * R flops for the share row. Weights: ((depth + 2) * E + 96) * R * 2 bytes per layer (34 kB at E 256, R 8, depth 6).
 
-Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, D depth (earlier layers), P phases (prompt, generated), F features.
+Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, D depth (earlier layers), P phases (prompt, generated), F features,
+Q ids of positions, C columns of them.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from profiles.trace import TraceBatch
+from solvers.position import NUM_POSITION_IDS, batch_position_ids_TC
 from solvers.token_table import PRIOR_TOKENS, RARE_TOKENS, ShareRows, TokenTable, previous_token_ids_T
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ MAX_FEATURES = 1536  # depth * experts: bounds the F * F normal equations
 MAX_DEPTH = 24
 MAX_TOKENS = 65_536  # rows to fit on
 RIDGE = 120.0  # in tokens; held-out locality is flat from 20 to 200, and a little more helps on domains never seen
+POSITION_RIDGE = 20.0  # few weights on many tokens each
 BLOCK = 8_192
 
 
@@ -42,6 +45,7 @@ class ContextPredictor:
     share_LRR: np.ndarray  # float32 [L, R, R]: share row (first R) to score
     own_LDER: np.ndarray  # float16 [L, D, E + 1, R]: D = 0 is the layer just before
     previous_LPER: np.ndarray  # float16 [L, 2, E + 1, R]: prompt tokens (layer l - 1), generated tokens (layer l)
+    position_LQR: np.ndarray  # float16 [L, Q + 1, R]: row Q, an id that says nothing, is zero
 
     @property
     def depth(self) -> int:
@@ -55,13 +59,16 @@ def context_scores_TR(
     chosen_TLK: np.ndarray,
     previous_TLK: np.ndarray,
     is_prompt_T: np.ndarray,
+    position_ids_TC: np.ndarray,
 ) -> np.ndarray:
     """Score of each rank as a home at `layer`, float32 [T, R]: the predicted share of activations.
 
     `chosen_TLK`: experts of each token, read at layers before `layer` only. `previous_TLK`: those of the token before it in its request
     (E where unknown), read before `layer`, and at `layer` for generated tokens only. `shares_TR`: rows of the token table.
+    `position_ids_TC`: ids of solvers/position.py.
     """
     scores_TR = predictor.bias_LR[layer] + shares_TR @ predictor.share_LRR[layer]
+    scores_TR += predictor.position_LQR[layer][position_ids_TC].sum(axis=1, dtype=np.float32)
     for back in range(min(predictor.depth, layer)):
         scores_TR += predictor.own_LDER[layer, back][chosen_TLK[:, layer - 1 - back]].sum(axis=1, dtype=np.float32)
     prompt_ER, generated_ER = predictor.previous_LPER[layer]
@@ -116,7 +123,8 @@ def fit_context(
     previous_TLK = previous_experts_TLK(batch, num_experts)[rows]
     is_prompt_T = batch.is_prompt_T[rows]
     without_own = _LeaveOwnRequestOut.of(batch, table, rows)
-    pairs = _PairCounts(num_experts)
+    position = _Column("position", batch_position_ids_TC(batch)[rows], NUM_POSITION_IDS, POSITION_RIDGE)
+    pairs = _PairCounts()
     padded_LER = np.pad(hosts_LER, ((0, 0), (0, 1), (0, 0))).astype(np.float64) / chosen_TLK.shape[2]
 
     predictor = ContextPredictor(
@@ -124,105 +132,120 @@ def fit_context(
         share_LRR=np.zeros((num_layers, num_ranks, num_ranks), np.float32),
         own_LDER=np.zeros((num_layers, depth, num_experts + 1, num_ranks), np.float16),
         previous_LPER=np.zeros((num_layers, 2, num_experts + 1, num_ranks), np.float16),
+        position_LQR=np.zeros((num_layers, NUM_POSITION_IDS + 1, num_ranks), np.float16),
     )
     for number, layer in enumerate(range(skip, skip + num_layers)):
-        # 1. Feature blocks of this layer: expert ids per row, by the place of their weights.
-        blocks: dict[tuple, tuple] = {
-            ("own", back): (layer - 1 - back, chosen_TLK[:, layer - 1 - back]) for back in range(min(depth, layer))
-        }
+        # 1. Columns of this layer, by the place of their weights.
+        columns: dict[tuple, _Column] = {("position",): position}
+        for back in range(min(depth, layer)):
+            columns["own", back] = _Column(layer - 1 - back, chosen_TLK[:, layer - 1 - back], num_experts, RIDGE)
         for phase, at, used_T in ((0, layer - 1, is_prompt_T), (1, layer, ~is_prompt_T)):
             if at >= 0 and used_T.any():
                 ids_TK = np.where(used_T[:, None], previous_TLK[:, at], num_experts)
-                blocks["previous", phase] = (f"previous {phase} {layer}", ids_TK)
+                columns["previous", phase] = _Column(f"previous {phase} {layer}", ids_TK, num_experts, RIDGE)
         # 2. Dense features and target.
         served_TR = _one_hot(chosen_TLK[:, layer], num_experts) @ padded_LER[number]
         shares_TR = without_own.shares_TR(number, served_TR, table)
         dense_TF = np.hstack([np.ones((len(rows), 1)), shares_TR])
         # 3. Normal equations from pair counts, solved, and the weights put in their places.
-        weights_FR = _solve_layer(blocks, (layer, chosen_TLK[:, layer]), dense_TF, served_TR, padded_LER[number], pairs)
+        target = _Column(layer, chosen_TLK[:, layer], num_experts, RIDGE)
+        weights_FR = _solve_layer(list(columns.values()), target, dense_TF, served_TR, padded_LER[number], pairs)
         predictor.bias_LR[number] = weights_FR[0]
         predictor.share_LRR[number] = weights_FR[1 : 1 + num_ranks]
-        for block, place in enumerate(blocks):
-            first = 1 + num_ranks + block * num_experts
-            target_LXER = predictor.own_LDER if place[0] == "own" else predictor.previous_LPER
-            target_LXER[number, place[1], :num_experts] = weights_FR[first : first + num_experts]
+        first = 1 + num_ranks
+        for (kind, *place), column in columns.items():
+            weights_LXR = {
+                "own": predictor.own_LDER,
+                "previous": predictor.previous_LPER,
+                "position": predictor.position_LQR,
+            }[kind]
+            weights_LXR[(number, *place)][: column.size] = weights_FR[first : first + column.size]
+            first += column.size
         pairs.forget(before=layer + 1 - depth)
     return predictor
 
 
+class _Column(NamedTuple):
+    """One-hot features of every row: ids below `size`, or `size` for none. Integer names are layers of the token's own choices."""
+
+    name: int | str
+    ids_TK: np.ndarray
+    size: int
+    ridge: float
+
+
 def _solve_layer(
-    blocks: dict,
-    target: tuple,
+    columns: list[_Column],
+    target: _Column,
     dense_TF: np.ndarray,
     served_TR: np.ndarray,
     padded_ER: np.ndarray,
     pairs: "_PairCounts",
 ) -> np.ndarray:
-    """Ridge weights, float64 [F, R]: dense features first, then E per block."""
+    """Ridge weights, float64 [F, R]: dense features first, then those of each column."""
     from scipy.linalg import solve
 
-    num_experts, num_dense, num_blocks = len(padded_ER) - 1, dense_TF.shape[1], len(blocks)
-    num_features = num_dense + num_blocks * num_experts
-    gram_FF = np.zeros((num_features, num_features))
-    right_FR = np.zeros((num_features, served_TR.shape[1]))
+    num_dense = dense_TF.shape[1]
+    ends = np.cumsum([num_dense] + [column.size for column in columns]).tolist()
+    places = [slice(first, last) for first, last in zip(ends[:-1], ends[1:], strict=True)]
+    gram_FF = np.zeros((ends[-1], ends[-1]))
+    right_FR = np.zeros((ends[-1], served_TR.shape[1]))
+    # Dense features are few and small next to the counts: a light ridge only keeps the equations regular.
+    ridge_F = np.ones(ends[-1])
     gram_FF[:num_dense, :num_dense] = dense_TF.T @ dense_TF
     right_FR[:num_dense] = dense_TF.T @ served_TR
-    features = list(blocks.values())
-    places = [slice(num_dense + i * num_experts, num_dense + (i + 1) * num_experts) for i in range(num_blocks)]
-    for i, block in enumerate(features):
-        gram_FF[places[i], :num_dense] = (_one_hot(block[1], num_experts).T @ dense_TF)[:num_experts]
+    for i, column in enumerate(columns):
+        size = column.size
+        ridge_F[places[i]] = column.ridge
+        gram_FF[places[i], :num_dense] = (_one_hot(column.ids_TK, size).T @ dense_TF)[:size]
         gram_FF[:num_dense, places[i]] = gram_FF[places[i], :num_dense].T
-        right_FR[places[i]] = pairs.counts_EE(block, target)[:num_experts] @ padded_ER
-        for j, other in enumerate(features[: i + 1]):
-            counts_EE = pairs.counts_EE(block, other)[:num_experts, :num_experts]
-            gram_FF[places[i], places[j]] = counts_EE
-            gram_FF[places[j], places[i]] = counts_EE.T
-    # Dense features are few and small next to the counts: a light ridge only keeps the equations regular.
-    gram_FF[np.diag_indices(num_features)] += np.r_[np.ones(num_dense), np.full(num_features - num_dense, RIDGE)]
+        right_FR[places[i]] = pairs.counts_XX(column, target)[:size] @ padded_ER
+        for j, other in enumerate(columns[: i + 1]):
+            counts_XX = pairs.counts_XX(column, other)[:size, : other.size]
+            gram_FF[places[i], places[j]] = counts_XX
+            gram_FF[places[j], places[i]] = counts_XX.T
+    gram_FF[np.diag_indices(ends[-1])] += ridge_F
     return solve(gram_FF, right_FR, assume_a="pos", overwrite_a=True, check_finite=False)
 
 
-def _one_hot(ids_TK: np.ndarray, num_experts: int) -> "csr_array":
-    """Sparse 0/1 matrix float64 [T, E + 1] of the chosen ids."""
+def _one_hot(ids_TK: np.ndarray, size: int) -> "csr_array":
+    """Sparse 0/1 matrix float64 [T, size + 1] of the ids."""
     from scipy.sparse import csr_array
 
     num_tokens, top_k = ids_TK.shape
     starts = np.arange(0, num_tokens * top_k + 1, top_k)
-    return csr_array(
-        (np.ones(num_tokens * top_k), ids_TK.reshape(-1).astype(np.int32), starts), (num_tokens, num_experts + 1)
-    )
+    return csr_array((np.ones(num_tokens * top_k), ids_TK.reshape(-1).astype(np.int32), starts), (num_tokens, size + 1))
 
 
 class _PairCounts:
-    """Counts of expert pairs between two feature columns, kept while later layers need them again.
+    """Counts of pairs of ids in two columns, kept while later layers need them again: neighbouring layers share most."""
 
-    A column is (name, ids_TK); integer names are layers of the token's own choices, which neighbouring layers share.
-    """
-
-    def __init__(self, num_experts: int) -> None:
-        self.width = num_experts + 1
+    def __init__(self) -> None:
         self._kept: dict[tuple, np.ndarray] = {}
 
-    def counts_EE(self, first: tuple, second: tuple) -> np.ndarray:
-        """float64 [E + 1, E + 1]: tokens that chose one expert in the first column and the other in the second."""
-        key = (first[0], second[0])
+    def counts_XX(self, first: _Column, second: _Column) -> np.ndarray:
+        """float64 [first.size + 1, second.size + 1]: tokens with one id in the first column and the other in the second."""
+        key = (first.name, second.name)
         if key in self._kept:
             return self._kept[key]
         if key[::-1] in self._kept:
             return self._kept[key[::-1]].T
-        counts = np.zeros(self.width * self.width, np.int64)
-        for start in range(0, len(first[1]), BLOCK):
-            left_TK = first[1][start : start + BLOCK].astype(np.int64) * self.width
-            right_TK = second[1][start : start + BLOCK].astype(np.int64)
+        shape = (first.size + 1, second.size + 1)
+        counts = np.zeros(shape[0] * shape[1], np.int64)
+        for start in range(0, len(first.ids_TK), BLOCK):
+            left_TK = first.ids_TK[start : start + BLOCK].astype(np.int64) * shape[1]
+            right_TK = second.ids_TK[start : start + BLOCK].astype(np.int64)
             counts += np.bincount((left_TK[:, :, None] + right_TK[:, None, :]).reshape(-1), minlength=len(counts))
-        counts_EE = counts.reshape(self.width, self.width).astype(np.float64)
-        if isinstance(key[0], int) and isinstance(key[1], int):
-            self._kept[key] = counts_EE
-        return counts_EE
+        counts_XX = counts.reshape(shape).astype(np.float64)
+        if all(isinstance(name, int) or name == "position" for name in key):
+            self._kept[key] = counts_XX
+        return counts_XX
 
     def forget(self, *, before: int) -> None:
         """Drop the counts of layers that no later layer reads."""
-        self._kept = {key: counts for key, counts in self._kept.items() if min(key) >= before}
+        self._kept = {
+            key: counts for key, counts in self._kept.items() if all(n == "position" or n >= before for n in key)
+        }
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from profiles.trace import TraceBatch
 from solvers.assign import assign_equal_slices, assign_masked_round_robin, assign_requests
 from solvers.context import context_scores_TR, previous_experts_TLK
 from solvers.placement import Placement
+from solvers.position import batch_position_ids_TC
 from solvers.request_scorer import request_shares_BR
 from solvers.schedule import Schedule
 from solvers.sequence_table import needed_rank_T, paper_scores_TR, served_TR
@@ -136,11 +137,18 @@ def _paper(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.
 def _context(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
     lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
     previous_TLK = previous_experts_TLK(batch, placement.num_experts)
+    position_ids_TC = batch_position_ids_TC(batch)
 
     def scores(layer: int) -> np.ndarray:
         shares_TR = schedule.token.shares_TR(layer, lookup)
         return context_scores_TR(
-            schedule.context, layer, shares_TR, batch.expert_ids_TLK, previous_TLK, batch.is_prompt_T
+            schedule.context,
+            layer,
+            shares_TR,
+            batch.expert_ids_TLK,
+            previous_TLK,
+            batch.is_prompt_T,
+            position_ids_TC,
         )
 
     return scores

@@ -13,6 +13,7 @@ from solvers import schedule as schedule_module
 from solvers.context import context_scores_TR, default_depth, previous_experts_TLK
 from solvers.placement import Placement
 from solvers.plan import only_tables
+from solvers.position import NUM_POSITION_IDS, batch_position_ids_TC, position_ids_TC
 from solvers.request_scorer import fit_request_scorer, request_shares_BR
 from solvers.schedule import PREFIX, Schedule, fit_schedule
 from solvers.sequence_table import build_sequence_table, needed_rank_T, paper_scores_TR
@@ -82,22 +83,25 @@ def test_context_reads_only_what_is_known_before_the_layer(planted, schedule):
     rows = slice(0, 200)
     chosen_TLK = held_out.expert_ids_TLK[rows]
     previous_TLK = previous_experts_TLK(held_out, placement.num_experts)[rows]
-    is_prompt_T = held_out.is_prompt_T[rows]
+    is_prompt_T, position_TC = held_out.is_prompt_T[rows], batch_position_ids_TC(held_out)[rows]
     assert is_prompt_T.any() and not is_prompt_T.all()
     shares_TR = np.zeros((200, RANKS), np.float32)
     layer = 2
-    scores_TR = context_scores_TR(schedule.context, layer, shares_TR, chosen_TLK, previous_TLK, is_prompt_T)
+    scores_TR = context_scores_TR(
+        schedule.context, layer, shares_TR, chosen_TLK, previous_TLK, is_prompt_T, position_TC
+    )
     future_TLK = chosen_TLK.copy()
     future_TLK[:, layer:] = 0
     before_TLK = previous_TLK.copy()
     before_TLK[is_prompt_T, layer:] = 0  # runs in the same pass
     before_TLK[~is_prompt_T, layer + 1 :] = 0
-    same_TR = context_scores_TR(schedule.context, layer, shares_TR, future_TLK, before_TLK, is_prompt_T)
+    same_TR = context_scores_TR(schedule.context, layer, shares_TR, future_TLK, before_TLK, is_prompt_T, position_TC)
     np.testing.assert_array_equal(scores_TR, same_TR)
     past_TLK = chosen_TLK.copy()
     past_TLK[:, layer - 1] = 0
     assert not np.allclose(
-        scores_TR, context_scores_TR(schedule.context, layer, shares_TR, past_TLK, previous_TLK, is_prompt_T)
+        scores_TR,
+        context_scores_TR(schedule.context, layer, shares_TR, past_TLK, previous_TLK, is_prompt_T, position_TC),
     )
 
 
@@ -180,6 +184,9 @@ def test_a_schedule_survives_the_plan_file(planted, schedule):
         homes = [simulate(name, held_out, placement, s, **SIZES).homes_TL for s in (schedule, again)]
         np.testing.assert_array_equal(*homes)
     assert Schedule.from_tables({"expert_load": np.zeros(1)}) is None
+    # A plan written before positions were read.
+    del tables["schedule.context.position_LQR"]
+    assert not Schedule.from_tables(tables).context.position_LQR.any()
     del tables["schedule.context.bias_LR"]
     with pytest.raises(InputError, match=r"lacks the table schedule\.context\.bias_LR"):
         Schedule.from_tables(tables)
@@ -208,6 +215,47 @@ def test_a_trace_without_token_ids_is_scheduled_by_context(planted):
     assert available_schedules(schedule) == ["random", "dp-roundrobin", "dp-oracle", "tp-context", "tp-oracle"]
     homes_TL = simulate("tp-context", hidden[1], placement, schedule, **SIZES).homes_TL
     assert local_share(hidden[1], placement, homes_TL[:, :]) > 0.55
+
+
+def test_position_ids_name_the_ends_of_a_prompt_and_its_length():
+    nothing = NUM_POSITION_IDS
+    found = position_ids_TC(np.array([0, 1, 19, 20, 63, 64, -1]), np.array([20, 20, 20, 20, 0, 2000, 0]))
+    assert found[:, 0].tolist() == [0, 1, 19, 20, 63, nothing, nothing]
+    assert found[:, 1].tolist() == [nothing, nothing, 64, nothing, nothing, nothing, nothing]
+    assert position_ids_TC(np.arange(4), np.full(4, 20))[:, 1].tolist() == [nothing] * 4
+    assert position_ids_TC(np.arange(16, 20), np.full(4, 20))[:, 1].tolist() == [67, 66, 65, 64]
+    assert found[:, 2].tolist() == [84, 84, 84, 84, nothing, 91, nothing]
+
+
+def test_the_first_layer_of_a_trace_without_token_ids_learns_templates():
+    # Every request opens with the same four tokens; the rest are drawn anew.
+    rng = np.random.default_rng(0)
+    lengths_B = rng.integers(8, 13, 60)
+    requests = []
+    for length in lengths_B:
+        experts = rng.integers(0, 4, (length, 1, 1))
+        experts[:4, 0, 0] = [3, 1, 2, 0]
+        requests.append(experts)
+    starts_B1 = np.concatenate([[0], np.cumsum(lengths_B)])
+    total = int(starts_B1[-1])
+    batch = replace(
+        one_request(np.full(total, -1, np.int32), np.concatenate(requests).astype(np.uint8)),
+        request_ids=[f"r{b}" for b in range(60)],
+        domains=[""] * 60,
+        starts_B1=starts_B1,
+        is_prompt_T=np.ones(total, bool),
+        num_prompt_tokens_B=lengths_B,
+        first_position_B=np.zeros(60, np.int64),
+        sequence_starts_B1=np.zeros(61, np.int64),
+        sequences=np.zeros(0, np.int32),
+    )
+    train, held_out = (select_requests(batch, np.arange(60) % 2 == part) for part in (0, 1))
+    placement = Placement.from_ranks(np.arange(4)[None], 4)
+    homes_TL = simulate("tp-context", held_out, placement, fit_schedule(train, placement, seed=0), **SIZES).homes_TL
+    template_T = (np.arange(held_out.num_tokens) - held_out.starts_B1[held_out.request_of_T]) < 4
+    local_T = homes_TL[:, 0] == held_out.expert_ids_TLK[:, 0, 0]
+    assert local_T[template_T].mean() > 0.95
+    assert local_T[~template_T].mean() < 0.4
 
 
 def test_a_placement_of_another_model_is_refused(planted):
