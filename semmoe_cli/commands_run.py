@@ -16,7 +16,7 @@ from semmoe_cli.options import Json, Seed
 from semmoe_cli.report import note, print_facts, print_json
 
 if TYPE_CHECKING:
-    from runtime.replay import ReplayOptions
+    from runtime.replay_cases import ReplayOptions
     from runtime.run import RunOptions, RunResult
 
 
@@ -96,7 +96,7 @@ def run(
     Examples: semmoe run demo --plan p --prompts demo -o out.jsonl; semmoe run --replay t --plan p --hidden-size 2880
     """
     from runtime.launch import launch, under_torchrun
-    from runtime.replay import ReplayOptions
+    from runtime.replay_cases import ReplayOptions
     from runtime.run import RunOptions, assign_prompts, load_plan, run_rank
 
     if replay is not None:
@@ -171,7 +171,8 @@ def default_scheduler(plan: str) -> str:
 def run_replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> None:
     """Start or join the ranks, replay, print the rows."""
     from runtime.launch import launch, under_torchrun
-    from runtime.replay import prepare, replay_rank
+    from runtime.replay import replay_rank
+    from runtime.replay_cases import prepare
     from solvers.plan import Plan
 
     if under_torchrun():

@@ -105,7 +105,7 @@ def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
             ("plan", "tp-context"),
         )
     ]
-    from runtime.replay import ReplayOptions, prepare
+    from runtime.replay_cases import ReplayOptions, prepare
     from solvers.placement import Topology
 
     options = ReplayOptions(

@@ -146,7 +146,8 @@ def keep_in(completions: dict[int, list[int]]) -> Any:
 
 
 def replay(task: dict[str, Any]) -> Any:
-    from runtime.replay import ReplayOptions, replay_rank
+    from runtime.replay import replay_rank
+    from runtime.replay_cases import ReplayOptions
 
     rows = []
     for plan in task["plans"]:
