@@ -8,7 +8,7 @@ Shape letters: L MoE layers, E experts, R ranks.
 
 import numpy as np
 
-from solvers.equalize import best_within_cap
+from solvers.equalize import best_within_cap, repair_load
 
 LARGEST_WEIGHT = 1_000_000  # METIS adds weights in 32 bits
 
@@ -54,7 +54,8 @@ def _in_nodes(
             affinity_EE[np.ix_(experts, experts)], load_E[experts], per_node, load_cap / max(share, 1e-9), seed, seeds
         )
         rank_of_E[experts] = node * per_node + inside_E
-    return rank_of_E
+    # Where a node's own ranks cannot be levelled, swaps between nodes may.
+    return repair_load(rank_of_E, affinity_EE, load_E, num_ranks, load_cap)
 
 
 def _best_of(

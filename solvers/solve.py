@@ -11,7 +11,7 @@ import numpy as np
 from profiles.counts import RoutingProfile
 from profiles.errors import InputError
 from solvers.contiguous import place_contiguous
-from solvers.coschedule import place_semmoe
+from solvers.coschedule import cluster_loads, place_semmoe
 from solvers.equalize import is_within_cap, rank_load_R
 from solvers.exact import place_exact
 from solvers.load import place_load, place_load_replicated
@@ -150,6 +150,10 @@ def solve_placement(
         return Placement(experts_LRS, info.num_experts), []
     rank_of_LE = METHODS[method](profile, topology, demands, progress)
     notes = load_notes(rank_of_LE, profile.load_LE, topology.num_ranks, demands.load_cap)
+    if demands.robust > 1:
+        load_LCE = cluster_loads(profile, demands.robust, demands.seed)[:, 1:]
+        whose = f"within {load_LCE.shape[1]} clusters of requests, load"
+        notes += load_notes(rank_of_LE, load_LCE, topology.num_ranks, demands.load_cap, whose=whose)
     if not demands.replicas:
         return Placement.from_ranks(rank_of_LE, topology.num_ranks), notes
     experts_LRS = add_replicas(
@@ -158,18 +162,29 @@ def solve_placement(
     return Placement(experts_LRS, info.num_experts), notes
 
 
-def load_notes(rank_of_LE: np.ndarray, load_LE: np.ndarray, num_ranks: int, load_cap: float) -> list[str]:
-    """One line where layers exceed the load cap on the fitted requests; nothing otherwise."""
+def load_notes(
+    rank_of_LE: np.ndarray, load_LE: np.ndarray, num_ranks: int, load_cap: float, *, whose: str = "load"
+) -> list[str]:
+    """One line where layers exceed the load cap on the fitted requests; nothing otherwise.
+
+    `load_LE`: or one vector per cluster of requests, [L, J, E], of which the worst counts.
+    """
+    load_LJE = load_LE.reshape(len(load_LE), -1, load_LE.shape[-1])
     over = [
         layer
-        for layer in range(len(load_LE))
-        if not is_within_cap(rank_of_LE[layer], load_LE[layer], num_ranks, load_cap)
+        for layer, load_JE in enumerate(load_LJE)
+        if not all(is_within_cap(rank_of_LE[layer], load_E, num_ranks, load_cap) for load_E in load_JE)
     ]
     if not over:
         return []
-    worst = max(rank_load_R(rank_of_LE[i], load_LE[i], num_ranks).max() * num_ranks / load_LE[i].sum() for i in over)
+    worst = max(
+        rank_load_R(rank_of_LE[layer], load_E, num_ranks).max() * num_ranks / load_E.sum()
+        for layer in over
+        for load_E in load_LJE[layer]
+        if load_E.any()
+    )
     return [
-        f"load cap {load_cap} is exceeded in {len(over)} of {len(load_LE)} layers, worst {worst:.3f} (layers {_ranges(over)})"
+        f"{whose} cap {load_cap} is exceeded in {len(over)} of {len(load_LJE)} layers, worst {worst:.3f} (layers {_ranges(over)})"
     ]
 
 

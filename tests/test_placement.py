@@ -154,6 +154,19 @@ def test_an_infeasible_cap_is_said():
     assert load_notes(np.array([[0, 0, 1, 1]]), np.array([[1, 1, 1, 1]]), 2, 1.05) == []
 
 
+def test_clusters_over_the_cap_are_said():
+    # Balanced over all requests; the second cluster uses the experts of rank 1 twice as much.
+    load_LCE = np.array([[[1, 1, 1, 1], [1, 1, 2, 2]], [[1, 1, 1, 1], [2, 1, 2, 1]]])
+    rank_of_LE = np.array([[0, 0, 1, 1], [0, 0, 1, 1]])
+    said = ["within 2 clusters of requests, load cap 1.1 is exceeded in 1 of 2 layers, worst 1.333 (layers 0)"]
+    assert load_notes(rank_of_LE, load_LCE, 2, 1.1, whose="within 2 clusters of requests, load") == said
+    ids_TK = np.array([[0, 1]] * 30 + [[2, 3]] * 30)
+    _, notes = solve(profile_of(ids_TK, 4), 2, method="metis", load_cap=1.05, robust=2)
+    assert notes == [
+        "within 2 clusters of requests, load cap 1.05 is exceeded in 1 of 1 layers, worst 2.000 (layers 0)"
+    ]
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_replica_slots_hold_other_experts_of_every_method(method):
     profile = profile_of(random_rows(np.random.default_rng(0), 8, 80, skew=2), 8, layers=2)
