@@ -20,7 +20,7 @@ from profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-BLOCK_TOKENS = 65_536  # rows whose pair keys stay in the cache of one core
+BLOCK_TOKENS = 32_768  # rows whose pair keys stay in the cache of one core
 SAMPLE_IDS = 500_000_000  # expert ids that a profile keeps: half a gigabyte at one byte each
 
 
@@ -32,15 +32,14 @@ def load_E(expert_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
 def co_activation_EE(expert_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
     """Tokens that chose both experts, symmetric int64 [E, E]; the diagonal is the load. Empty slots are not counted.
 
-    One bincount per pair of the K columns: about K * K / 2 passes over the tokens and no sparse matrix.
+    One bincount per column with all later ones: K * K / 2 keys per token and no sparse matrix.
     """
     width = num_experts + 1
     counts = np.zeros(width * width, np.int64)
     for start in range(0, len(expert_ids_TK), BLOCK_TOKENS):
         ids_KT = np.ascontiguousarray(expert_ids_TK[start : start + BLOCK_TOKENS].T).astype(np.intp)
-        for i, first_T in enumerate(ids_KT * width):
-            for second_T in ids_KT[i + 1 :]:
-                counts += np.bincount(first_T + second_T, minlength=width * width)
+        for i, first_T in enumerate(ids_KT[:-1] * width):
+            counts += np.bincount((first_T + ids_KT[i + 1 :]).reshape(-1), minlength=width * width)
     pairs_EE = counts.reshape(width, width)[:num_experts, :num_experts]
     both_EE = pairs_EE + pairs_EE.T
     np.fill_diagonal(both_EE, load_E(expert_ids_TK, num_experts))
@@ -95,11 +94,23 @@ def count_batches(batches: Iterable[TraceBatch], info: TraceInfo) -> tuple[int, 
     """Tokens, load int64 [L, E] and co-activation int64 [L, E, E] over batches; additive over any split of them."""
     num_tokens, size = 0, info.num_experts
     co_activation_LEE = np.zeros((info.num_layers, size, size), np.int64)
-    for batch in batches:
-        num_tokens += batch.num_tokens
+    for ids_TLK in _blocks(batches):
+        num_tokens += len(ids_TLK)
         for layer in range(info.num_layers):
-            co_activation_LEE[layer] += co_activation_EE(batch.expert_ids_TLK[:, layer], size)
+            co_activation_LEE[layer] += co_activation_EE(ids_TLK[:, layer], size)
     return num_tokens, np.diagonal(co_activation_LEE, axis1=1, axis2=2).copy(), co_activation_LEE
+
+
+def _blocks(batches: Iterable[TraceBatch]) -> Iterator[np.ndarray]:
+    """Expert ids of small batches together, [T, L, K] with about BLOCK_TOKENS rows or more: a pass costs E * E beside its rows."""
+    waiting: list[np.ndarray] = []
+    for batch in batches:
+        waiting.append(batch.expert_ids_TLK)
+        if sum(len(ids_TLK) for ids_TLK in waiting) >= BLOCK_TOKENS:
+            yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def profile_traces(

@@ -3,11 +3,13 @@
     python tests/benchmarks/place.py --layers 58 --experts 256 --top-k 8 --ranks 8 --tokens 1000000 --processes 2
     python tests/benchmarks/place.py --layers 2 --experts 128 --ranks 32 --tokens 200000 --compare
 
-Timed: counting, placement (`--objective`), token tables (layers shared by the processes), and with `--schedules` all that
-`semmoe place` fits beside them (context predictor, request scorer). `--layers-timed` takes only the first few layers (CPU
-seconds per layer are then what scales). `--compare` adds the other methods at the same cap, scored on the second half of the
-requests with homes at random: METIS is the best of 10 seeds of both schemes, with `--nodes` also over nodes first and then
-over the ranks inside each; packing by load is then EPLB's hierarchical one.
+Timed: counting, placement (`--objective`), token tables (layers shared by the processes), and with `--schedules` all
+that `semmoe place` fits beside them (context predictor, request scorer). `--layers-timed` takes only the first few
+layers (CPU seconds per layer are then what scales). Routing is drawn into the mapped file that a profile keeps its
+sample in. Memory is the peak over this process and its workers together (process_memory.py), from the first count to
+the last table. `--compare` adds the other methods at the same cap, scored on the second half of the requests with
+homes at random: METIS is the best of 10 seeds of both schemes, with `--nodes` also over nodes first and then over the
+ranks inside each; packing by load is then EPLB's hierarchical one.
 """
 
 import argparse
@@ -23,9 +25,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
 import numpy as np  # noqa: E402
+from process_memory import watched  # noqa: E402
 from routing_world import Tokens, draw_tokens, route_layer  # noqa: E402
 
 from profiles.counts import RoutingProfile, count_batches  # noqa: E402
+from profiles.mapped import MappedView, mapped_empty, open_view, view_of  # noqa: E402
 from profiles.trace import TraceBatch, TraceInfo  # noqa: E402
 from solvers.coschedule import place_semmoe  # noqa: E402
 from solvers.equalize import rank_load_R  # noqa: E402
@@ -88,7 +92,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--vocab", type=int, default=129_280)
     parser.add_argument("--effort", default="default")
-    parser.add_argument("--objective", default="tp")
+    parser.add_argument("--objective", default="both")
     parser.add_argument("--schedules", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -96,39 +100,42 @@ def main() -> None:
     a = parser.parse_args()
     layers = a.layers_timed or a.layers
     tokens = draw_tokens(a.tokens * (2 if a.compare else 1), a.vocab, tokens_per_request=REQUEST_TOKENS, seed=a.seed)
-    ids_TLK = np.empty((len(tokens.token_ids_T), layers, a.top_k), np.uint8 if a.experts <= 256 else np.uint16)
+    id_dtype = np.dtype(np.uint8 if a.experts <= 256 else np.uint16)
+    ids_LTK = mapped_empty((layers, len(tokens.token_ids_T), a.top_k), id_dtype)
     for layer in range(layers):
-        ids_TLK[:, layer] = route_layer(
-            tokens, a.vocab, a.experts, a.top_k, num_groups=a.groups, layer=layer, seed=a.seed
-        )
+        ids_LTK[layer] = route_layer(tokens, a.vocab, a.experts, a.top_k, num_groups=a.groups, layer=layer, seed=a.seed)
+    ids_TLK = np.asarray(ids_LTK).transpose(1, 0, 2)
     cut = a.tokens // REQUEST_TOKENS * REQUEST_TOKENS if a.compare else a.tokens
     train = Tokens(*(x[:cut] for x in tokens))
     batch = batch_of(train, ids_TLK[:cut])
     info = TraceInfo("made-up", layers, a.experts, a.top_k, tuple(range(layers)), n_group=a.groups, topk_group=a.groups)
     topology = Topology(a.ranks, a.nodes)
-    start, cpu = time.perf_counter(), cpu_seconds()
-    num_tokens, load_LE, co_activation_LEE = count_batches([batch], info)
-    profile = RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, batch)
-    counted, counted_cpu = time.perf_counter() - start, cpu_seconds() - cpu
-    start, cpu = time.perf_counter(), cpu_seconds()
-    rank_of_LE = place_semmoe(
-        profile,
-        topology,
-        load_cap=1.05,
-        seed=a.seed,
-        dispatch=a.dispatch,
-        effort=a.effort,
-        objective=a.objective,
-        processes=a.processes,
-    )
-    placed, placed_cpu = time.perf_counter() - start, cpu_seconds() - cpu
-    placement = Placement.from_ranks(rank_of_LE, a.ranks)
-    start = time.perf_counter()
-    tables = token_tables(batch, placement, a.processes)
-    tabled = time.perf_counter() - start
-    start = time.perf_counter()
-    if a.schedules:
-        fit_schedule(batch, placement, seed=a.seed, processes=a.processes)
+    with watched() as memory:
+        start, cpu = time.perf_counter(), cpu_seconds()
+        num_tokens, load_LE, co_activation_LEE = count_batches([batch], info)
+        profile = RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, batch)
+        counted, counted_cpu = time.perf_counter() - start, cpu_seconds() - cpu
+        start, cpu = time.perf_counter(), cpu_seconds()
+        rank_of_LE = place_semmoe(
+            profile,
+            topology,
+            load_cap=1.05,
+            seed=a.seed,
+            effort=a.effort,
+            objective=a.objective,
+            processes=a.processes,
+        )
+        placed, placed_cpu = time.perf_counter() - start, cpu_seconds() - cpu
+        placement = Placement.from_ranks(rank_of_LE, a.ranks)
+        start, cpu = time.perf_counter(), cpu_seconds()
+        tables = token_tables(batch, placement, a.processes)
+        tabled, tabled_cpu = time.perf_counter() - start, cpu_seconds() - cpu
+        num_tables = sum(len(table.rare_LR) for table in tables)
+        del tables
+        start = time.perf_counter()
+        if a.schedules:
+            fit_schedule(batch, placement, seed=a.seed, processes=a.processes)
+        scheduled = time.perf_counter() - start
     result = {
         "arguments": vars(a),
         "count_seconds": round(counted, 2),
@@ -136,8 +143,10 @@ def main() -> None:
         "place_seconds": round(placed, 2),
         "place_cpu_seconds_per_layer": round(placed_cpu / layers, 3),
         "token_table_seconds": round(tabled, 2),
-        "token_table_layers": len(tables),
-        "all_schedules_seconds": round(time.perf_counter() - start, 2) if a.schedules else None,
+        "token_table_cpu_seconds_per_layer": round(tabled_cpu / layers, 3),
+        "token_table_layers": num_tables,
+        "all_schedules_seconds": round(scheduled, 2) if a.schedules else None,
+        "peak_mib_all_processes": memory.mib,
         "peak_mib_this_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "peak_mib_largest_worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         "load_average": [round(x, 1) for x in os.getloadavg()],
@@ -157,14 +166,16 @@ def main() -> None:
 def token_tables(batch: TraceBatch, placement: Placement, processes: int) -> list[TokenTable]:
     """Token tables of consecutive shares of the layers, one share per process."""
     shares = [s for s in np.array_split(np.arange(placement.num_layers), processes) if len(s)]
-    parts = [replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:, share]) for share in shares]
+    view = view_of(batch.expert_ids_TLK)
+    jobs = [(batch if view is None else replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:0]), view) for _ in shares]
     with layer_map(processes, placement.num_experts) as run:
-        jobs = [(part, placement.hosts_LER[share]) for part, share in zip(parts, shares, strict=True)]
-        return list(run(token_table, jobs))
+        return list(run(token_table, [(*j, s, placement.hosts_LER[s]) for j, s in zip(jobs, shares, strict=True)]))
 
 
-def token_table(job: tuple[TraceBatch, np.ndarray]) -> TokenTable:
-    return build_token_table(*job)
+def token_table(job: tuple[TraceBatch, MappedView | None, np.ndarray, np.ndarray]) -> TokenTable:
+    batch, view, share, hosts_LER = job
+    ids_TLK = batch.expert_ids_TLK if view is None else open_view(view)
+    return build_token_table(replace(batch, expert_ids_TLK=ids_TLK[:, share[0] : share[-1] + 1]), hosts_LER)
 
 
 def cpu_seconds() -> float:

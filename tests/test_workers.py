@@ -1,0 +1,148 @@
+"""Arrays that processes share, and worker processes that end with their work: what large traces need."""
+
+import glob
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import profiles.mapped as mapped_module
+import solvers.schedule as schedule_module
+from profiles.counts import profile_traces
+from profiles.errors import InputError
+from profiles.mapped import mapped_empty, open_view, view_of
+from profiles.synthetic import write_synthetic
+from profiles.trace import RoutingTrace
+from profiles.trace_writer import TraceWriter
+from solvers.coschedule import place_semmoe
+from solvers.placement import Placement, Topology
+from solvers.schedule import fit_schedule
+from solvers.workers import layer_map
+
+ROOT = Path(__file__).resolve().parents[1]
+# Two workers that sleep for a minute; the main process says when they run.
+SLEEPERS = f"""
+import sys, time
+sys.path[:0] = [{str(ROOT)!r}]
+from solvers.workers import layer_map
+
+if __name__ == "__main__":
+    with layer_map(2, 256) as run:
+        print("running", flush=True)
+        list(run(time.sleep, [60, 60, 60, 60]))
+"""
+
+
+@pytest.fixture
+def everything_mapped(monkeypatch):
+    """Arrays of any size go to a file."""
+    monkeypatch.setattr(mapped_module, "SMALL_BYTES", 0)
+
+
+def _sum_of(view) -> float:
+    return float(open_view(view).sum())
+
+
+def test_a_view_of_a_mapped_array_is_the_same_in_another_process(everything_mapped):
+    array = np.asarray(mapped_empty((4, 50, 3), np.dtype(np.uint16)))
+    array[:] = np.random.default_rng(0).integers(0, 500, array.shape)
+    view = view_of(array.transpose(1, 0, 2)[7:, 1:3])
+    assert view is not None
+    np.testing.assert_array_equal(open_view(view), array.transpose(1, 0, 2)[7:, 1:3])
+    np.testing.assert_array_equal(open_view(view_of(open_view(view)[2:])), open_view(view)[2:])
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_sum_of, (view,)) == array[1:3, 7:].sum()
+    with pytest.raises(ValueError, match="read-only"):
+        open_view(view)[0] = 1
+    assert view_of(np.zeros(3)) is None
+
+
+def test_nothing_is_left_of_a_mapped_array(everything_mapped):
+    before = set(glob.glob(f"{tempfile.gettempdir()}/semmoe-*"))
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc") else 0
+    array = mapped_empty((1000,), np.dtype(np.int64))
+    part = np.asarray(array)[10:]
+    del array
+    part += 1
+    assert part.sum() == 990
+    del part
+    assert set(glob.glob(f"{tempfile.gettempdir()}/semmoe-*")) == before
+    if os.path.exists("/proc"):
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_no_room_for_a_mapped_array_is_told(everything_mapped):
+    with pytest.raises(InputError, match="set TMPDIR"):
+        mapped_empty((2**50,), np.dtype(np.int64))
+
+
+def test_a_mapped_sample_gives_the_same_plan_in_any_number_of_processes(tmp_path, monkeypatch):
+    write_synthetic(tmp_path / "t", num_requests=40)
+    trace = RoutingTrace.open(tmp_path / "t")
+    plain = profile_traces([trace], sample_ids=30 * 64 * 16)
+    monkeypatch.setattr(mapped_module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
+    profile = profile_traces([trace], sample_ids=30 * 64 * 16)
+    assert view_of(profile.sample.expert_ids_TLK) is not None and view_of(plain.sample.expert_ids_TLK) is None
+    np.testing.assert_array_equal(profile.sample.expert_ids_TLK, plain.sample.expert_ids_TLK)
+    options = {"load_cap": 1.05, "seed": 0, "objective": "both", "effort": "fast"}
+    rank_of_LE = place_semmoe(plain, Topology(4), processes=1, **options)
+    np.testing.assert_array_equal(place_semmoe(profile, Topology(4), processes=3, **options), rank_of_LE)
+    placement = Placement.from_ranks(rank_of_LE, 4)
+    whole = fit_schedule(plain.sample, placement, seed=0).to_tables()
+    for name, array in fit_schedule(profile.sample, placement, seed=0, processes=3).to_tables().items():
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+
+def test_several_traces_are_counted_as_one(tmp_path):
+    write_synthetic(tmp_path / "both", num_requests=40)
+    both = RoutingTrace.open(tmp_path / "both")
+    batch = both.load()
+    for name, requests in (("a", range(20)), ("b", range(20, 40))):
+        with TraceWriter(tmp_path / name, both.info) as writer:
+            for b in requests:
+                rows = slice(batch.starts_B1[b], batch.starts_B1[b + 1])
+                writer.add(batch.request_ids[b], batch.expert_ids_TLK[rows], token_ids=batch.sequence(b))
+    parts = profile_traces([RoutingTrace.open(tmp_path / name) for name in "ab"])
+    whole = profile_traces([both])
+    np.testing.assert_array_equal(parts.co_activation_LEE, whole.co_activation_LEE)
+    np.testing.assert_array_equal(parts.sample.expert_ids_TLK, whole.sample.expert_ids_TLK)
+
+
+def test_results_come_in_order_and_a_failure_ends_the_map():
+    with layer_map(2, 256) as run:
+        assert list(run(abs, range(-7, 0))) == list(range(7, 0, -1))
+    with pytest.raises(TypeError), layer_map(2, 256) as run:
+        list(run(abs, [1, "two", 3]))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="looks at processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_main_process_in_the_middle_of_their_work(tmp_path, how):
+    script = tmp_path / "sleepers.py"
+    script.write_text(SLEEPERS)
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "running\n"
+    workers = _children(process.pid)
+    assert len(workers) >= 2
+    begun = time.monotonic()
+    process.send_signal(how)
+    _, complaints = process.communicate(timeout=50)
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        assert time.monotonic() - begun < 30
+        time.sleep(0.05)
+    assert time.monotonic() - begun < 30  # their sleep is longer
+    assert process.returncode == -how or how == signal.SIGINT
+    assert complaints.count("Traceback") <= (how == signal.SIGINT)
+
+
+def _children(parent: int) -> list[int]:
+    tasks = Path(f"/proc/{parent}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
