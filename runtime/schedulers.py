@@ -33,7 +33,7 @@ def assign_by_scorer(prompts: Sequence[np.ndarray], plan: Plan, *, max_new_token
             "--scheduler dp: this plan scores no requests (its trace had no token ids, or it was made without a schedule); "
             "use --scheduler none, or make the plan from a trace with token ids"
         )
-    scores_BR = np.array([schedule.request.scores_R(prompt) for prompt in prompts]).reshape(len(prompts), -1)
+    scores_BR = schedule.request.scores_BR(prompts)
     tokens_B = np.array([len(prompt) + max_new_tokens for prompt in prompts], np.int64)
     rank_of_B = np.zeros(len(prompts), np.int64)
     load_R = np.zeros(plan.topology.num_ranks)

@@ -163,7 +163,7 @@ def _dp_round_robin(batch: TraceBatch, placement: Placement, schedule: Schedule,
 
 
 def _dp_scorer(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
-    scores_BR = np.stack([schedule.request.scores_R(batch.prompt(b)) for b in range(batch.num_requests)])
+    scores_BR = schedule.request.scores_BR([batch.prompt(b) for b in range(batch.num_requests)])
     return lambda requests: assign_requests(scores_BR[requests], tokens_B[requests], token_cap=TOKEN_CAP)
 
 

@@ -8,7 +8,7 @@ import pytest
 from profiles.counts import select_requests
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
-from profiles.trace import RoutingTrace, TraceBatch
+from profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
 from solvers import schedule as schedule_module
 from solvers.context import context_scores_TR, default_depth, previous_experts_TLK
 from solvers.placement import Placement
@@ -324,3 +324,30 @@ def one_request(token_ids: np.ndarray, expert_ids_TLK: np.ndarray) -> TraceBatch
         sequence_starts_B1=ends,
         sequences=token_ids,
     )
+
+
+def test_prompts_are_scored_by_what_they_say_and_not_by_how_often():
+    # Ids 0-9 and 10-19 go with two topics; id 20 is in every prompt.
+    rng = np.random.default_rng(0)
+    requests = []
+    for b in range(40):
+        topic = b % 2
+        prompt = np.append(20, 10 * topic + rng.integers(0, 10, 6))
+        sequence = np.concatenate([prompt, 10 * topic + rng.integers(0, 10, 12)])
+        request = one_request(sequence.astype(np.int32), np.full((len(sequence), 1, 1), topic, np.uint8))
+        requests.append(replace(request, num_prompt_tokens_B=np.full(1, 7)))
+    batch = concat_batches(requests, TraceInfo("two topics", 1, 2, 1, (0,)))
+    hosts_LER = np.eye(2, dtype=bool)[None]
+    scorer = fit_request_scorer(batch, hosts_LER, seed=0)
+    prompts = [
+        np.array([20, 9, 2]),
+        np.array([20, 19, 15]),
+        np.array([20, 3, 99]),
+        np.array([98]),
+        np.array([], np.int32),
+    ]
+    scores_BR = scorer.scores_BR(prompts)
+    assert scores_BR.argmax(axis=1)[:3].tolist() == [0, 1, 0]
+    assert not scores_BR[3:].any()  # nothing known, nothing said
+    np.testing.assert_allclose(scorer.scores_R(prompts[1]), scores_BR[1], atol=1e-12)
+    np.testing.assert_allclose(scorer.scores_R(np.tile(prompts[2], 2)), scores_BR[2], atol=1e-12)
