@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from profiles.errors import InputError
@@ -18,7 +19,7 @@ def read_document(
     try:
         facts = json.loads(read())
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} is not a {kind}: it holds no {name}") from None
+        raise InputError(f"{folder} is not a {kind}: it holds no {name}{_instead(folder)}") from None
     except ValueError as error:  # of the encoding too
         raise InputError(f"{where} is not JSON: {error}") from None
     except OSError as error:
@@ -28,3 +29,16 @@ def read_document(
     if facts.get("version") != version:
         raise InputError(f"{where} has version {facts.get('version')}, this semmoe reads version {version}")
     return facts
+
+
+def _instead(folder: str) -> str:
+    """What is there instead, and what to do with it."""
+    if "://" in folder:
+        return ""
+    if not Path(folder).exists():
+        return "; nothing of that name is there"
+    if (Path(folder) / "plan.json").is_file():
+        return "; it is a plan"
+    if (Path(folder) / "trace.json").is_file():
+        return "; it is a trace, semmoe place makes a plan of it"
+    return ""

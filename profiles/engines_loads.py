@@ -26,6 +26,8 @@ def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: Counte
     """One load for each iteration of each statistics directory, summed over its ranks."""
     for path in files:
         folder = path if path.is_dir() else path.parent
+        if not (folder / "meta_info.json").is_file():
+            raise InputError(f"{path} is not a directory of expert statistics: {folder} holds no meta_info.json")
         meta = _meta(folder / "meta_info.json")
         ranks = _rank_files(folder)
         load: dict[int, dict[int, np.ndarray]] = {}

@@ -36,9 +36,12 @@ def load_pt(path: Path) -> Any:
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds here, from pickle, zipfile and its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} cannot be loaded as a .pt file of plain tensors: {reason[:200]}") from None
+    except (
+        Exception
+    ):  # torch raises a dozen kinds here, from pickle, zipfile and its own, with advice that would run its code
+        raise InputError(
+            f"{path} cannot be loaded as a .pt file of plain tensors: damaged, or another kind of file"
+        ) from None
 
 
 def array_of(where: str, name: str, value: Any, ndim: int) -> np.ndarray:

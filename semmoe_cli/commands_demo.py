@@ -4,11 +4,13 @@ Each step is the command that a user would type, printed before it runs, so that
 """
 
 import io
+import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +19,8 @@ from semmoe_cli.commands_report import report
 from semmoe_cli.commands_reshard import reshard
 from semmoe_cli.commands_run import run
 from semmoe_cli.commands_trace import Dtype, trace
-from semmoe_cli.options import Seed
+from semmoe_cli.options import Json, Seed
+from semmoe_cli.report import new_table, print_fitting, print_json, print_report, wide_console
 
 
 def demo(
@@ -26,6 +29,7 @@ def demo(
         Path, typer.Option("-o", "--output", metavar="DIR", help="Directory for everything that is made.")
     ] = Path("semmoe-demo"),
     seed: Seed = 0,
+    json_: Json = False,
 ) -> None:
     """Trace, place, report, reshard and run a small trained model that comes with semmoe; nothing is downloaded.
 
@@ -38,40 +42,91 @@ def demo(
     Topology(ranks).check_experts(32)
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file: choose a directory with -o")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the directory {output}: {error.strerror or error}") from None
     start = time.monotonic()
     traced, plan, page = output / "trace", output / "plan", output / "report.html"
     placed, answers = output / "checkpoint", output / "answers.jsonl"
-    _say(f"semmoe trace demo --data demo --resume -o {traced}")
-    trace(["demo"], output=traced, data="demo", seed=seed, resume=True)
-    _say(f"semmoe place {traced} --ranks {ranks} --seed {seed} -o {plan}")
-    place([str(traced)], ranks=ranks, output=plan, seed=seed)
-    _say(f"semmoe report {plan} {traced} -o {page}")
-    with redirect_stdout(io.StringIO()):  # the table that place printed just now
-        report([str(plan), str(traced)], output=page, seed=seed, tokenizer=demo_model_path())
-    _say(f"semmoe reshard demo {plan} --force -o {placed}")
-    reshard(Path("demo"), output=placed, plan=plan, force=True)
-    _say(f"semmoe run {placed} --plan {plan} --prompts demo --dtype float32 --max-new-tokens 4 --check -o {answers}")
-    run(
-        plan,
-        checkpoint=str(placed),
-        prompts="demo",
-        dtype=Dtype.float32,
-        max_new_tokens=4,
-        check=True,
-        output=answers,
-        seed=seed,
+    result: dict[str, Any] = {}
+    result["trace"] = _step(
+        f"semmoe trace demo --data demo --resume -o {traced}",
+        lambda: trace(["demo"], output=traced, data="demo", seed=seed, resume=True, json_=True),
     )
-    print(f"\nDone in {time.monotonic() - start:.0f} s. Files:", file=sys.stderr)
+    result["place"] = _step(
+        f"semmoe place {traced} --ranks {ranks} --seed {seed} -o {plan}",
+        lambda: place([str(traced)], ranks=ranks, output=plan, seed=seed, json_=True),
+    )
+    if not json_:
+        print_report(result["place"], as_json=False)
+    _step(  # its numbers are those that place printed just now
+        f"semmoe report {plan} {traced} -o {page}",
+        lambda: report([str(plan), str(traced)], output=page, seed=seed, tokenizer=demo_model_path(), json_=True),
+    )
+    result["reshard"] = _step(
+        f"semmoe reshard demo {plan} --force -o {placed}",
+        lambda: reshard(Path("demo"), output=placed, plan=plan, force=True, json_=True),
+    )
+    result["run"] = _step(
+        f"semmoe run {placed} --plan {plan} --prompts demo --dtype float32 --max-new-tokens 4 --check -o {answers}",
+        lambda: run(
+            plan,
+            checkpoint=str(placed),
+            prompts="demo",
+            dtype=Dtype.float32,
+            max_new_tokens=4,
+            check=True,
+            output=answers,
+            seed=seed,
+            json_=True,
+        ),
+    )
+    seconds = time.monotonic() - start
+    if json_:
+        files = {path.stem: str(path) for path in (traced, plan, page, placed, answers)}
+        print_json({"ranks": ranks, "seconds": seconds, "files": files, **result})
+        return
+    _print_summary(result, ranks)
+    print(f"\nDone in {seconds:.0f} s. Files:", file=sys.stderr)
     for path, meaning in (
         (traced, "routing of the demo model on its prompts (Parquet)"),
         (plan, "placement and schedules with their held-out scores"),
         (page, "the same as a page with pictures: open it in a browser"),
         (placed, "the demo model with its experts placed: an ordinary Hugging Face checkpoint"),
-        (answers, f"its answers on {ranks} local ranks, equal to those of plain Transformers"),
+        (answers, f"its answers on {ranks} local ranks"),
     ):
         print(f"  {path}  {meaning}", file=sys.stderr)
 
 
-def _say(command: str) -> None:
+def _step(command: str, work: Callable[[], None]) -> dict[str, Any]:
+    """Say the command, run it, and give back the JSON object that it prints."""
     print(f"\n$ {command}", file=sys.stderr)
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        work()
+    return json.loads(printed.getvalue())
+
+
+def _print_summary(result: dict[str, Any], ranks: int) -> None:
+    """What every step found, in a table."""
+    rows = {(row["placement"], row["schedule"]): row for row in result["place"]["rows"]}
+    before, after = rows["contiguous", "random"]["rem"], rows["plan", "random"]["rem"]
+    fair = [row for row in result["place"]["rows"] if row["placement"] == "plan" and "oracle" not in row["schedule"]]
+    best = min(fair, key=lambda row: row["rem"])
+    traced, checkpoint, ran = result["trace"], result["reshard"], result["run"]
+    same = "equal to" if ran["check"]["ok"] else "NOT equal to"
+    table = new_table()
+    for heading in ("step", "result"):
+        table.add_column(heading, overflow="fold")
+    for name, found in (
+        ("trace", f"{traced['requests']:,} requests, {traced['tokens']:,} tokens; {traced['experts']} experts"),
+        ("engines' default", f"{before:.3f} remote ranks per token on held-out requests"),
+        ("place", f"{after:.3f}, {1 - after / before:.0%} fewer"),
+        (f"with {best['schedule']}", f"{best['rem']:.3f}, {1 - best['rem'] / before:.0%} fewer"),
+        ("reshard", f"{checkpoint['num_layers']} layers relabelled, {checkpoint['verified']} compared"),
+        ("run", f"{ran['check']['compared']:,} answers on {ranks} ranks {same} those of plain Transformers"),
+    ):
+        table.add_row(name, found)
+    console = wide_console()
+    print_fitting(console, [table], title="\nSummary", caption="remote ranks per token: REM, a mean over layers")

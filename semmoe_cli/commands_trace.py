@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from profiles.errors import InputError
-from semmoe_cli.options import Seed, command_line
-from semmoe_cli.report import note
+from semmoe_cli.options import Json, Seed, command_line
+from semmoe_cli.report import note, print_json
 
 if TYPE_CHECKING:
     from profiles.tracing import Ranks
@@ -120,6 +120,7 @@ def trace(
         Repetition, typer.Option(help="With --from: what to do with requests that fell into a loop.")
     ] = Repetition.drop,
     domain: Annotated[str | None, typer.Option(help="With --from: the domain of every request.")] = None,
+    json_: Json = False,
 ) -> None:
     """Record which experts a model chooses for every token, or import what a serving engine recorded.
 
@@ -127,7 +128,9 @@ def trace(
     """
     if from_ is not None:
         _refuse_mixed("--from", _given(data=data, dataset=dataset, generate=generate, hash_layers=hash_layers))
-        _import(from_, sources, output, model, dense_layers, repetition, domain, max_tokens, resume)
+        result = _import(from_, sources, output, model, dense_layers, repetition, domain, max_tokens, resume)
+        if json_:
+            print_json(result)
         return
     _refuse_mixed(
         "a model",
@@ -138,7 +141,9 @@ def trace(
     _quiet_libraries()
     if hash_layers:
         _refuse_mixed("--hash-layers", _given(data=data, dataset=dataset, generate=generate))
-        _write_hash_layers(sources[0], output, revision)
+        result = _write_hash_layers(sources[0], output, revision)
+        if json_:
+            print_json(result)
         return
     if (data is None) == (dataset is None):
         raise typer.BadParameter("texts are needed: exactly one of --data SOURCE and --dataset NAME")
@@ -184,7 +189,11 @@ def trace(
             tell=tell,
         )
     if ranks.rank == 0:
-        _tell_result(progress, output, f"{info.num_layers} layers x {info.num_experts} experts, top-{info.top_k}")
+        result = _tell_result(
+            progress, output, f"{info.num_layers} layers x {info.num_experts} experts, top-{info.top_k}"
+        )
+        if json_:
+            print_json({**result, "layers": info.num_layers, "experts": info.num_experts, "top_k": info.top_k})
     if progress.interrupted:
         raise typer.Exit(130)
 
@@ -228,7 +237,8 @@ def _join_ranks() -> "Ranks":
     )
 
 
-def _tell_result(progress: Any, output: Path, shape: str) -> None:
+def _tell_result(progress: Any, output: Path, shape: str) -> dict[str, Any]:
+    """Say what was written, and return it."""
     from profiles.trace import RoutingTrace
 
     trace = RoutingTrace.open(output)
@@ -240,9 +250,11 @@ def _tell_result(progress: Any, output: Path, shape: str) -> None:
         f"{done} {output}: {trace.num_requests} requests, {trace.num_tokens} tokens, {shape}"
         + (f" ({', '.join(parts)})" if parts else "")
     )
+    counts = {name: getattr(progress, name) for name in ("skipped", "empty", "cut", "interrupted")}
+    return {"trace": str(output), "requests": trace.num_requests, "tokens": trace.num_tokens, **counts}
 
 
-def _write_hash_layers(name: str, output: Path, revision: str | None) -> None:
+def _write_hash_layers(name: str, output: Path, revision: str | None) -> dict[str, Any]:
     from profiles.checkpoint import read_hash_layers, write_hash_layers
     from profiles.config import moe_facts
     from profiles.loading import find_model
@@ -255,6 +267,7 @@ def _write_hash_layers(name: str, output: Path, revision: str | None) -> None:
     write_hash_layers(output, tables, list(facts["model_layers"]), facts["num_experts"], name)
     vocabulary, top_k = next(iter(tables.values())).shape
     note(f"wrote {output}: {len(tables)} hash layers, {vocabulary} tokens x top-{top_k}")
+    return {"file": str(output), "layers": len(tables), "vocabulary": vocabulary, "top_k": top_k}
 
 
 def _import(
@@ -267,7 +280,7 @@ def _import(
     domain: str | None,
     max_tokens: int | None,
     resume: bool,
-) -> None:
+) -> dict[str, Any]:
     from profiles.engines import import_trace
 
     summary = import_trace(
@@ -287,3 +300,11 @@ def _import(
     for reason, count in summary.dropped.items():
         note(f"left out {count} {reason}")
     note(f"wrote {output}: {summary.requests} requests, {summary.tokens} tokens, {summary.layers} layers")
+    return {
+        "trace": str(output),
+        "requests": summary.requests,
+        "tokens": summary.tokens,
+        "layers": summary.layers,
+        "dropped": dict(summary.dropped),
+        "notes": list(summary.notes),
+    }

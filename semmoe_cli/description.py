@@ -22,6 +22,8 @@ def describe_path(path: str, *, seed: int) -> dict[str, Any]:
 
     if (Path(path) / "plan.json").is_file():
         return _describe_plan(Plan.load(path))
+    if "://" not in path and not Path(path).exists():
+        raise InputError(f"{path} does not exist: expected a trace or a plan")
     if "://" not in path and not (Path(path) / "trace.json").is_file():
         raise InputError(f"{path} is neither a trace nor a plan: it holds no trace.json and no plan.json")
     return _describe_trace(RoutingTrace.open(path), seed)

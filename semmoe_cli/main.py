@@ -60,3 +60,17 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except Exception as error:
+        if not _worker_died(error):
+            raise
+        print(
+            "semmoe: a worker process died, most often for lack of memory: semmoe place takes --processes 1",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _worker_died(error: Exception) -> bool:
+    from concurrent.futures import BrokenExecutor
+
+    return isinstance(error, BrokenExecutor)

@@ -11,6 +11,7 @@ from pathlib import Path
 from semmoe_cli.figures import DARK, LIGHT, Draw, css_variables, png, svg
 
 ENDINGS = (".html", ".md", ".png")
+MOST_COLUMNS = 7  # a wider table sets its intervals below their values
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of numbers after `names` columns of names, or of `words` only. `marked`: cells (row, column) in bold."""
+    """A table of numbers, with names in the columns `names_at`, or of `words` only. `marked`: cells (row, column) in bold with a dot."""
 
     headings: list[str]
     rows: list[list[str]]
     marked: frozenset[tuple[int, int]] = frozenset()
     words: bool = False
-    names: int = 1
+    names_at: frozenset[int] = frozenset((0,))
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,15 @@ th { text-align: right; font-weight: 600; color: var(--muted); font-size: .8rem;
 td { text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 td small { color: var(--muted); font-size: .78rem; }
 th, td { padding: .34rem .7rem .34rem 0; } td:last-child, th:last-child { padding-right: 0; }
-th:first-child, td:first-child, .names2 th:nth-child(2), .names2 td:nth-child(2), .words th, .words td { text-align: left; }
+th.name, td.name, .words th, .words td { text-align: left; }
+td:not(.name) + .name, th:not(.name) + .name { padding-left: 1.6rem; }
+.stacked td small { display: block; line-height: 1.2; } .stacked td { vertical-align: top; }
 .words td { white-space: normal; vertical-align: top; } .words td:first-child { white-space: nowrap; }
 td.best { font-weight: 650; } td.best::before { content: "\\2022\\00a0"; color: var(--plan); }
 pre { background: var(--soft); border: 1px solid var(--grid); border-radius: 6px; padding: .7rem .9rem; overflow-x: auto;
   font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid); color: var(--muted); font-size: .85rem; }
+@media (max-width: 56rem) { td small { display: block; line-height: 1.2; } td { vertical-align: top; } }
 @media print { :root { %(light)s --soft: #f4f6f8; } body { font-size: 11pt; } main { max-width: none; padding: 0; }
   figure, table, pre { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
@@ -165,17 +169,17 @@ def _block(block: Block, key: str) -> str:
     match block:
         case Text(text, hint):
             return f'<p class="hint">{_text(text)}</p>' if hint else f"<p>{_text(text)}</p>"
-        case Grid(headings, rows, marked, words, names):
-            head = "".join(f"<th>{_text(h)}</th>" for h in headings)
+        case Grid(headings, rows, marked, words, names_at):
+            head = "".join(f"<th{_class(j in names_at, False)}>{_text(h)}</th>" for j, h in enumerate(headings))
             cells = [
-                "".join(f"<td{_best((i, j) in marked)}>{_number(cell)}</td>" for j, cell in enumerate(row))
+                "".join(
+                    f"<td{_class(j in names_at, (i, j) in marked)}>{_number(cell)}</td>" for j, cell in enumerate(row)
+                )
                 for i, row in enumerate(rows)
             ]
             lines = "\n".join(f"<tr>{c}</tr>" for c in cells)
-            kind = ' class="words"' if words else f' class="names{names}"'
-            return (
-                f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
-            )
+            kind = "words" if words else "stacked" if len(headings) > MOST_COLUMNS else "plain"
+            return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
         case Picture(draw, height, label, caption):
             below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
             return f"<figure>{svg(draw, height, key=key, label=label)}{below}</figure>"
@@ -202,8 +206,9 @@ def _number(cell: str) -> str:
     return f"{_text(value)} <small>[{_text(interval)}</small>" if bracket else _text(cell)
 
 
-def _best(marked: bool) -> str:
-    return ' class="best"' if marked else ""
+def _class(name: bool, best: bool) -> str:
+    kinds = [word for word, true in (("name", name), ("best", best)) if true]
+    return f' class="{" ".join(kinds)}"' if kinds else ""
 
 
 def _markdown(page: Page) -> bytes:
@@ -223,8 +228,8 @@ def _markdown_block(block: Block) -> list[str]:
     match block:
         case Text(text):
             return [text]
-        case Grid(headings, rows, marked, words, names):
-            rule = ["---" if words or j < names else "---:" for j in range(len(headings))]
+        case Grid(headings, rows, marked, words, names_at):
+            rule = ["---" if words or j in names_at else "---:" for j in range(len(headings))]
             cells = [[f"**{c}**" if (i, j) in marked else c for j, c in enumerate(row)] for i, row in enumerate(rows)]
             return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in [headings, rule, *cells]]
         case Picture(_, _, label, caption):

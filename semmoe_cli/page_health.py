@@ -6,6 +6,7 @@ Heavy modules are imported inside.
 from typing import Any
 
 from semmoe_cli import figures_health
+from semmoe_cli.deployment import named_model
 from semmoe_cli.figures_health import short_count
 from semmoe_cli.page import Grid, Page, Picture, Section, Text
 
@@ -17,14 +18,17 @@ def health_page(health: dict[str, Any]) -> Page:
     """The page of a health object (docs/formats.md). Sections whose numbers are not there are left out."""
     level, sentence = health_verdict(health)
     makers = (_findings, _learning, _structure, _load, _unseen, _domains, _time)
-    model = health["model"] or "a model"
+    model = named_model(health["model"])
     return Page(
-        title=f"Routing trace of {model}",
+        title=f"Routing trace of {model}" if model else "Routing trace",
         verdict=sentence,
         level=level,
         badge=BADGES[level],
         facts=[
-            ("Model", f"{model}: {health['layers']} MoE layers, {health['experts']} experts, top-{health['top_k']}"),
+            (
+                "Model",
+                f"{model or 'not named'}: {health['layers']} MoE layers, {health['experts']} experts, top-{health['top_k']}",
+            ),
             ("Trace", f"{health['requests']:,} requests, {health['tokens']:,} tokens"),
             ("Phase", f"{health['prompt_share']:.0%} prompt, {1 - health['prompt_share']:.0%} generated"),
             ("Curves", f"{len(health['curve_layers'])} layers, {health['ranks']} ranks, METIS"),

@@ -6,7 +6,7 @@ Heavy modules are imported inside.
 from typing import TYPE_CHECKING, Any
 
 from semmoe_cli import figures_plan
-from semmoe_cli.deployment import deployment
+from semmoe_cli.deployment import deployment, named_model
 from semmoe_cli.headline import plan_verdict
 from semmoe_cli.page import Block, Grid, Page, Picture, Section, Text
 from semmoe_cli.report import COLUMNS, times_cells
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BADGES = {"good": "worth it", "watch": "look closer", "bad": "not worth it"}
 LISTED_TOKENS = 10  # at either end
+FITTED = "On the requests that the placement was fitted on: an illustration, not evidence."
 
 
 def plan_page(about: "PlanReport") -> Page:
@@ -39,20 +40,20 @@ def plan_page(about: "PlanReport") -> Page:
     )
     sections = [section for make in makers if (section := make(about)) is not None]
     sections.append(Section("How to deploy it", list(deployment(plan, about.plan_path))))
-    model = report["model"] or plan.model.model or "model"
+    model = named_model(report["model"] or plan.model.model)
     facts = [
         (
             "Model",
-            f"{model}: {plan.model.num_layers} MoE layers, {plan.model.num_experts} experts, top-{plan.model.top_k}",
+            f"{model or 'not named'}: {plan.model.num_layers} MoE layers, {plan.model.num_experts} experts, top-{plan.model.top_k}",
         ),
         ("Expert-parallel group", _group(report["ranks"], report["nodes"])),
-        ("Scored on", f"{report['requests']:,} held-out requests, {report['tokens']:,} tokens"),
+        ("Scored on", _scored_on(report, plan)),
         ("Learned from", _learned(plan)),
         ("Method", f"{plan.method}, seed {plan.seed}, load cap {plan.load_cap:g}"),
         ("Dispatch", report["dispatch"]),
     ]
     return Page(
-        title=f"Expert placement for {model} on {report['ranks']} ranks",
+        title=f"Expert placement{f' for {model}' if model else ''} on {report['ranks']} ranks",
         verdict=sentence,
         level=level,
         badge=BADGES[level],
@@ -69,6 +70,16 @@ def _details(about: "PlanReport") -> "Details":
 
 def _group(ranks: int, nodes: int) -> str:
     return f"{ranks} ranks" + (f" on {nodes} nodes" if nodes > 1 else " on one node")
+
+
+def _scored_on(report: dict[str, Any], plan: "Plan") -> str:
+    """How many requests, and which: the plan's own held-out ones, or all that another trace holds."""
+    said, split = f"{report['requests']:,} held-out requests, {report['tokens']:,} tokens", plan.split
+    if split.get("held_out_requests") != report["requests"]:
+        return said
+    if split.get("holdout_domains"):
+        return f"{said}: all of {', '.join(split['holdout_domains'])}"
+    return f"{said}: {split['holdout']:.0%} of the trace, drawn with seed {split.get('seed', plan.seed)}"
 
 
 def _learned(plan: "Plan") -> str:
@@ -93,6 +104,11 @@ def _footer(about: "PlanReport") -> str:
     return f"{lines} Intervals are 95% bootstrap intervals over requests. {made}.".strip()
 
 
+def _not_evidence(about: "PlanReport") -> list[Block]:
+    """What pictures must say where they cannot show the held-out requests."""
+    return [] if _details(about).scored.held_out else [Text(FITTED, hint=True)]
+
+
 def score_grid(report: dict[str, Any]) -> Grid:
     """The rows of a report with intervals; the best of each column, oracles left out, is marked."""
     rows = report["rows"]
@@ -115,7 +131,12 @@ def score_grid(report: dict[str, Any]) -> Grid:
             marked |= {
                 (i, j + 2) for i, r in enumerate(rows) if round(r[metric], 3) == best and "oracle" not in r["schedule"]
             }
-    return Grid(["placement", "tokens live", *(COLUMNS[m][0] for m in metrics)], cells, frozenset(marked), names=2)
+    return Grid(
+        ["placement", "tokens live", *(COLUMNS[m][0] for m in metrics)],
+        cells,
+        frozenset(marked),
+        names_at=frozenset((0, 1)),
+    )
 
 
 def _scores(about: "PlanReport") -> Section:
@@ -131,10 +152,12 @@ def _scores(about: "PlanReport") -> Section:
         "Dots: mean over layers. Bars: 95% interval over requests. "
         "Dotted line: what experts without any structure would give at a random home.",
     )
+    node = "NODE: other nodes that it must reach. " if about.report["nodes"] > 1 else ""
     words = Text(
-        "LAR: share of activations whose expert is on the token's own rank. REM: other ranks that a token must reach. LINK: rows "
-        "through the busiest rank, per token that lives there. Load and tokens: busiest rank over mean. Each is a mean over layers; "
-        "a dot marks the best of a column.",
+        "LAR: share of activations whose expert is on the token's own rank. REM: other ranks that a token must reach. "
+        f"{node}LINK: rows through the busiest rank, per token that lives there. Load and tokens: busiest rank over mean. "
+        "Each is a mean over layers, in brackets its 95% interval; a dot marks the best of a column. Oracles schedule "
+        "knowing the routing that is still to come.",
         hint=True,
     )
     blocks: list[Block] = [score_grid(report), words, picture]
@@ -187,7 +210,7 @@ def _co_activation(about: "PlanReport") -> Section:
         "against what their loads alone would give. Boxes are ranks.",
     )
     title = f"Experts that work together now share a rank: {after:.0%} of their pairs, {before:.0%} before"
-    return Section(title, [picture])
+    return Section(title, [*_not_evidence(about), picture])
 
 
 def _traffic(about: "PlanReport") -> Section | None:
@@ -213,7 +236,7 @@ def _traffic(about: "PlanReport") -> Section | None:
         "Rows from every rank to every other rank, before and after",
         f"Rows (pairs of {unit}) per thousand tokens and layer. Before: every token lives at a random rank; after: {live}.",
     )
-    return Section(f"{abs(change):.0%} {verb} rows between ranks", [picture])
+    return Section(f"{abs(change):.0%} {verb} rows between ranks", [*_not_evidence(about), picture])
 
 
 def _loads(about: "PlanReport") -> Section:
@@ -225,7 +248,7 @@ def _loads(about: "PlanReport") -> Section:
     picture = Picture(
         figures_plan.rank_loads(_details(about)), 2.7, "Load of every rank and layer over the mean, before and after"
     )
-    return Section(title, [picture])
+    return Section(title, [*_not_evidence(about), picture])
 
 
 def _domains(about: "PlanReport") -> Section | None:
@@ -236,7 +259,7 @@ def _domains(about: "PlanReport") -> Section | None:
         return None
     better = sum(row["after"][metric] < row["before"][metric] for row in domains)
     label = COLUMNS[metric][0]
-    title = f"{'All' if better == len(domains) else better} of {len(domains)} domains gain"
+    title = f"{better} of {len(domains)} domains gain"
     title = f"All {len(domains)} domains gain" if better == len(domains) else title
     picture = Picture(
         figures_plan.domain_dumbbells(domains, metric, label=label),
@@ -244,7 +267,7 @@ def _domains(about: "PlanReport") -> Section | None:
         f"{label} of every domain, before and after",
         "Blue bar: 95% interval over the requests of the domain; few requests, wide bar.",
     )
-    return Section(title, [picture])
+    return Section(title, [*_not_evidence(about), picture])
 
 
 def _what_if(about: "PlanReport") -> Section | None:
@@ -299,7 +322,11 @@ def _tokens(about: "PlanReport") -> Section | None:
             "Share of a token's activations on the rank that its id alone predicts, learned on the training requests and scored on the "
             f"others; {1 / about.report['ranks']:.0%} is chance."
         ),
-        Grid(["most predictable", "share", "seen", "least predictable", "share", "seen"], rows),
+        Grid(
+            ["most predictable", "share", "seen", "least predictable", "share", "seen"],
+            rows,
+            names_at=frozenset((0, 3)),
+        ),
     ]
     return Section(
         f"Some tokens tell where they go: {most[0]['share']:.0%} at best, {least[0]['share']:.0%} at worst", blocks
@@ -315,14 +342,15 @@ def _costs(about: "PlanReport") -> Section | None:
     for row in costs["rows"]:
         before, after = row["bytes"]["contiguous"], row["bytes"][names[-1]]
         saved = f"{1 - after / before:.0%}" if before else "-"
-        rows.append([row["dispatch"], *(f"{row['bytes'][name] / 1e3:,.0f}" for name in names), saved])
+        whose = ", this plan's" if row["dispatch"] == about.report["dispatch"] else ""
+        rows.append([row["dispatch"] + whose, *(f"{row['bytes'][name] / 1e3:,.0f}" for name in names), saved])
     own = next(i for i, row in enumerate(costs["rows"]) if row["dispatch"] == about.report["dispatch"])
     blocks: list[Block] = [
         Text(
-            f"kB that one token sends and gets back over all {len(about.report['layers'])} MoE layers. Bold: this plan's dispatch. "
+            f"kB that one token sends and gets back over all {len(about.report['layers'])} MoE layers. "
             + costs["assumption"]
         ),
-        Grid(["dispatch", *names, "saved"], rows, frozenset((own, j) for j in range(1, len(names) + 1))),
+        Grid(["dispatch", *names, "saved"], rows),
     ]
     first, last = (costs["rows"][own]["bytes"][name] / 1e3 for name in (names[0], names[-1]))
     return Section(
@@ -334,7 +362,7 @@ def _times(about: "PlanReport") -> Section | None:
     times = about.times
     if times is None:
         return None
-    cells = times_cells(times)
+    cells = sorted(times_cells(times), key=lambda cell: cell[0] == "plan")
     rows = [row for row in times["rows"] if "oracle" not in row["schedule"]]
     after = min(row["ms_per_layer"] for row in rows if row["placement"] == "plan")
     before = next(row["ms_per_layer"] for row in rows if row["placement"] == "contiguous")
@@ -342,7 +370,9 @@ def _times(about: "PlanReport") -> Section | None:
         f"Dispatch and combine of a batch of {times['batch_tokens']:,} tokens over all ranks, set by the busiest link: {times['network']}. "
         f"{times['assumption']} Experts, packing and what overlaps are left out."
     )
-    grid = Grid(["placement", "schedule", "ms per layer", "ms, all layers", "of contiguous"], cells)
+    grid = Grid(
+        ["placement", "schedule", "ms per layer", "ms, all layers", "of contiguous"], cells, names_at=frozenset((0, 1))
+    )
     return Section(f"On your network a layer's exchanges take {after:.3g} ms instead of {before:.3g} ms", [text, grid])
 
 

@@ -5,6 +5,7 @@ Tables fit the terminal: intervals go first, then the columns that matter less. 
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -140,11 +141,21 @@ def times_cells(times: dict[str, Any]) -> list[list[str]]:
     """Placement, schedule, milliseconds per layer and of all layers, and their share of contiguous experts with random homes."""
     keys = [(row["placement"], row["schedule"]) for row in times["rows"]]
     before = times["rows"][keys.index(("contiguous", "random"))]["ms_per_layer"]
+    totals = [sum(row["ms_layers"]) for row in times["rows"]]
+    digits, total_digits = _decimals([row["ms_per_layer"] for row in times["rows"]]), _decimals(totals)
     cells = []
-    for (placement, schedule), row in zip(keys, times["rows"], strict=True):
+    for (placement, schedule), row, total in zip(keys, times["rows"], totals, strict=True):
         share = f"{row['ms_per_layer'] / before:.2f}" if before else "-"
-        cells.append([placement, schedule, f"{row['ms_per_layer']:.4g}", f"{sum(row['ms_layers']):.4g}", share])
+        cells.append([placement, schedule, f"{row['ms_per_layer']:,.{digits}f}", f"{total:,.{total_digits}f}", share])
     return cells
+
+
+def _decimals(values: Sequence[float]) -> int:
+    """Decimals that show three figures of the least of the values, so that a column's points are aligned."""
+    from math import floor, log10
+
+    least = min((value for value in values if value > 0), default=1.0)
+    return min(max(2 - floor(log10(least)), 0), 9)
 
 
 def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:

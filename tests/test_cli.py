@@ -1,15 +1,20 @@
 """The command line: help, examples, choices, exit codes, and the main job end to end."""
 
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
-from semmoe_cli.main import app
+from semmoe_cli.main import app, main
 from semmoe_cli.options import Dispatch, Effort, Method, Objective
 from semmoe_cli.reference import render_reference
 from solvers.coschedule import OBJECTIVES
@@ -44,7 +49,11 @@ def test_help_needs_no_heavy_module():
 
 def test_version_and_completion():
     assert semmoe("--version").stdout.startswith("semmoe 0.")
-    assert "semmoe" in semmoe("--show-completion", "bash").stdout + semmoe("--show-completion").stdout
+    # A test may have no shell among its parents.
+    words = [sys.executable, "-m", "semmoe_cli", "--show-completion", "bash"]
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = subprocess.run(words, capture_output=True, text=True, env=environment).stdout
+    assert "complete -o" in shown and "semmoe" in shown
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -111,6 +120,62 @@ def test_mistakes_are_one_line_and_exit_code_1(trace, tmp_path, arguments, messa
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("semmoe: ") and message in result.stderr
     assert not (tmp_path / "p").exists()
+
+
+def test_one_thing_in_place_of_another_is_named(trace, tmp_path):
+    assert semmoe("place", trace, "--ranks", 4, "--method", "load", "-o", tmp_path / "p").returncode == 0
+    for words, message in (
+        (["report", tmp_path / "p"], "it is a plan"),
+        (["report", trace, trace], "semmoe place makes a plan of it"),
+        (["report", tmp_path / "absent"], "nothing of that name is there"),
+        (["show", tmp_path / "absent"], "does not exist: expected a trace or a plan"),
+        (["demo", "-o", tmp_path / "p" / "plan.json" / "x"], "cannot make the directory"),
+        (["place", trace, "--ranks", 4, "--load-cap", "nan", "-o", tmp_path / "q"], "--load-cap is nan"),
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert isinstance(result.exception, InputError) and message in str(result.exception), words
+        assert "\n" not in str(result.exception)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_json(command):
+    assert "--json " in CliRunner().invoke(app, [command, "--help"]).output
+
+
+def test_no_color_is_obeyed_on_a_terminal(trace, tmp_path):
+    assert semmoe("place", trace, "--ranks", 4, "--method", "load", "-o", tmp_path / "p").returncode == 0
+    seen = {}
+    for value in ("", "1"):
+        ours, theirs = pty.openpty()
+        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "NO_COLOR": value}
+        words = [sys.executable, "-m", "semmoe_cli", "report", str(tmp_path / "p"), str(trace)]
+        child = subprocess.Popen(words, stdout=theirs, stderr=subprocess.DEVNULL, env=environment)
+        os.close(theirs)
+        printed = b""
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # how a terminal on Linux ends
+                break
+            if not part:
+                break
+            printed += part
+        os.close(ours)
+        assert child.wait() == 0
+        seen[value] = printed
+    colour = re.compile(rb"\x1b\[[0-9;]*3[0-7]")
+    assert colour.search(seen[""]) and not colour.search(seen["1"])
+    assert b"LAR" in seen["1"]
+
+
+def test_a_worker_that_died_is_one_line(monkeypatch, capsys):
+    def die() -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("semmoe_cli.main.app", die)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1 and "--processes 1" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_exit_code_2(trace):

@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
+from semmoe_cli.deployment import deployment
 from semmoe_cli.figures import DARK, LIGHT, svg
 from semmoe_cli.figures_plan import saved_share
 from semmoe_cli.headline import plan_verdict
 from semmoe_cli.main import app
 from semmoe_cli.page import Grid, Page, Picture, Section, Text, check_page_target, write_page
-from semmoe_cli.report import print_report
+from semmoe_cli.page_plan import FITTED
+from semmoe_cli.report import print_report, times_cells
 from solvers.details import scored_requests
 from solvers.plan import Plan
 from solvers.predictable import token_predictability
@@ -193,6 +195,67 @@ def test_a_browser_draws_it(html, tmp_path, theme):
     assert (np.abs(pixels - paper).max(-1) > 40).mean() > 0.02
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_a_browser_prints_it(html, tmp_path):
+    words = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    words += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += ["--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'r.pdf'}", html.as_uri()]
+    subprocess.run(words, capture_output=True, timeout=120, check=True)
+    printed = (tmp_path / "r.pdf").read_bytes()
+    pages = len(re.findall(rb"/Type\s*/Page\b", printed))
+    assert printed.startswith(b"%PDF") and 3 <= pages <= 20
+
+
+def test_tables_of_many_columns_set_intervals_below_values(made, tmp_path):
+    path = tmp_path / "two-nodes.html"
+    run("place", made / "t", "--ranks", 4, "--nodes", 2, "--method", "metis", "--no-refit", "-o", tmp_path / "n")
+    run("report", tmp_path / "n", made / "t", "-o", path)
+    text = path.read_text(encoding="utf-8")
+    assert '<table class="stacked">' in text and "NODE: other nodes" in text
+    assert ".stacked td small { display: block" in text
+
+
+def test_names_and_numbers_are_aligned_by_kind(tmp_path):
+    grid = Grid(["most", "share", "least", "share"], [["a", "1", "b", "2"]], names_at=frozenset((0, 2)))
+    for ending in ("html", "md"):
+        write_page(Page("t", "v", "good", "b", [], [Section("s", [grid])], "f"), tmp_path / f"x.{ending}")
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert '<td class="name">a</td><td>1</td><td class="name">b</td><td>2</td>' in text
+    assert "| --- | ---: | --- | ---: |" in (tmp_path / "x.md").read_text(encoding="utf-8")
+
+
+def test_deployment_gives_whole_commands(made):
+    plan = Plan.load(made / "p")
+    unnamed = replace(plan, model=replace(plan.model, model="unknown", num_model_layers=0))
+    for placed, source in ((plan, "synthetic"), (unnamed, "CHECKPOINT")):
+        lines = {c.name.split(" ")[0]: " ".join(c.lines).replace(" \\\n ", "") for c in deployment(placed, "my plan")}
+        assert f"python -m sglang.launch_server --model-path {source} --tp-size 4" in lines["SGLang"]
+        assert f"trtllm-serve {source} --tp_size 4" in lines["TensorRT-LLM"]
+        assert f"vllm serve {source} --data-parallel-size 4" in lines["vLLM"]
+        assert f"semmoe reshard {source} 'my plan' -o {source}-placed" in lines["Any"]
+        assert ("--model CHECKPOINT" in lines["SGLang"]) == (source == "CHECKPOINT")
+        for found in deployment(placed, "my plan"):
+            assert max(len(part) for line in found.lines for part in line.splitlines()) < 140
+
+
+def test_pictures_that_are_no_evidence_say_so(made):
+    plan = json.loads((made / "q" / "plan.json").read_text(encoding="utf-8"))
+    shutil.copytree(made / "q", made / "strange")
+    for row in plan["scores"]["rows"]:
+        row["rem"] += 1
+    (made / "strange" / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    for name, said in (("strange", True), ("q", False)):
+        run("report", made / name, made / "t", "-o", made / f"{name}.md")
+        assert (FITTED in (made / f"{name}.md").read_text(encoding="utf-8")) == said
+
+
 @pytest.mark.parametrize(
     ("file", "message"), [("r.pdf", "ends in .html, .md, .png"), ("no/r.html", "does not exist"), ("", "ends in")]
 )
@@ -338,6 +401,18 @@ def test_markup_in_names_is_shown_not_obeyed(tmp_path):
     write_page(page, tmp_path / "x.html")
     text = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_digits_of_times_are_aligned():
+    rows = [
+        {"placement": p, "schedule": "random", "ms_per_layer": ms, "ms_layers": [ms] * 3}
+        for p, ms in (("plan", 0.0436), ("contiguous", 0.074), ("load", 12.0))
+    ]
+    assert [row[2:] for row in times_cells({"rows": rows})] == [
+        ["0.0436", "0.131", "0.59"],
+        ["0.0740", "0.222", "1.00"],
+        ["12.0000", "36.000", "162.16"],
+    ]
 
 
 def test_pictures_do_not_depend_on_the_time():
