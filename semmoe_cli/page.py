@@ -11,7 +11,7 @@ from pathlib import Path
 from semmoe_cli.figures import DARK, LIGHT, Draw, css_variables, png, svg
 
 ENDINGS = (".html", ".md", ".png")
-MOST_COLUMNS = 7  # a wider table sets its intervals below their values
+MOST_INTERVALS = 4  # columns; a wider table sets its intervals below their values
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def _block(block: Block, key: str) -> str:
                 for i, row in enumerate(rows)
             ]
             lines = "\n".join(f"<tr>{c}</tr>" for c in cells)
-            kind = "words" if words else "stacked" if len(headings) > MOST_COLUMNS else "plain"
+            wide = sum(any(" [" in row[j] for row in rows) for j in range(len(headings))) > MOST_INTERVALS
+            kind = "words" if words else "stacked" if wide else "plain"
             return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
         case Picture(draw, height, label, caption):
             below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""

@@ -213,13 +213,19 @@ def test_a_browser_prints_it(html, tmp_path):
     assert printed.startswith(b"%PDF") and 3 <= pages <= 20
 
 
-def test_tables_of_many_columns_set_intervals_below_values(made, tmp_path):
-    path = tmp_path / "two-nodes.html"
-    run("place", made / "t", "--ranks", 4, "--nodes", 2, "--method", "metis", "--no-refit", "-o", tmp_path / "n")
-    run("report", tmp_path / "n", made / "t", "-o", path)
-    text = path.read_text(encoding="utf-8")
-    assert '<table class="stacked">' in text and "NODE: other nodes" in text
+@pytest.mark.parametrize(("columns", "kind"), [(4, "plain"), (5, "stacked")])
+def test_tables_of_many_intervals_set_them_below_values(tmp_path, columns, kind):
+    grid = Grid(["", *"abcde"[:columns]], [["row", *["1.0 [0.9, 1.1]"] * columns]])
+    write_page(Page("t", "v", "good", "b", [], [Section("s", [grid])], "f"), tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert f'<table class="{kind}">' in text and "1.0 <small>[0.9, 1.1]</small>" in text
     assert ".stacked td small { display: block" in text
+
+
+def test_nodes_are_explained_where_there_are_some(made, tmp_path):
+    run("place", made / "t", "--ranks", 4, "--nodes", 2, "--method", "metis", "--no-refit", "-o", tmp_path / "n")
+    run("report", tmp_path / "n", made / "t", "-o", tmp_path / "n.md")
+    assert "NODE: other nodes" in (tmp_path / "n.md").read_text(encoding="utf-8")
 
 
 def test_names_and_numbers_are_aligned_by_kind(tmp_path):
