@@ -2,12 +2,15 @@
 
 import enum
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from semmoe_cli.options import Json, command_line
+from semmoe_cli.progress import clock
 
 
 class Layout(enum.StrEnum):
@@ -68,7 +71,7 @@ def reshard(
 
     if checkpoint == Path("demo") and not checkpoint.exists():
         checkpoint = demo_model_path()
-    progress = progress_line if sys.stderr.isatty() else None
+    progress = progress_lines() if sys.stderr.isatty() else None
     if plan is None:
         result = undo_reshard(checkpoint, output, verify=verify.value, force=force, progress=progress)
     else:
@@ -98,7 +101,14 @@ def reshard(
     )
 
 
-def progress_line(what: str, done: int, total: int) -> None:
-    """One line on a terminal that is written over."""
-    end = "\n" if done >= total else ""
-    print(f"\r{what} {done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end, file=sys.stderr, flush=True)
+def progress_lines() -> Callable[[str, int, int], None]:
+    """A function that shows how many of how many bytes are done, and the time left: one line on a terminal, written over."""
+    started: dict[str, float] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        seconds = time.monotonic() - started.setdefault(what, time.monotonic())
+        left = f", {clock(seconds * (total - done) / done)} left" if 0 < done < total else ""
+        line = f"{what} {done / 1e9:.2f} of {total / 1e9:.2f} GB{left}"
+        print(f"\r{line:<60}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+
+    return show

@@ -58,7 +58,7 @@ def _show_lines(progress: "TraceProgress", limits: "Limits", generated: int, ran
             continue
         seconds = time.monotonic() - progress.started
         total = expected_tokens(progress, limits, generated, ranks)
-        left = f", {_clock((total - progress.tokens) * seconds / progress.tokens)} left" if total else ""
+        left = f", {clock((total - progress.tokens) * seconds / progress.tokens)} left" if total else ""
         if progress.tokens > before:
             rate = progress.tokens / seconds
             line = f"semmoe: {progress.requests} requests, {progress.tokens} tokens, {rate:.0f} tokens/s{left}"
@@ -89,10 +89,11 @@ def _show_bar(progress: "TraceProgress", limits: "Limits", generated: int, ranks
                 completed=progress.tokens,
                 total=total,
                 rate=f"{rate:,.0f} tokens/s",
-                left=f"{_clock((total - progress.tokens) / rate)} left" if total else "",
+                left=f"{clock((total - progress.tokens) / rate)} left" if total else "",
             )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds as 0:01:05."""
     seconds = int(max(seconds, 0))
     return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"

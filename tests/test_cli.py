@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
+from semmoe_cli.commands_reshard import progress_lines
 from semmoe_cli.main import app, main
 from semmoe_cli.options import Dispatch, Effort, Method, Objective
 from semmoe_cli.reference import render_reference
@@ -135,6 +136,17 @@ def test_one_thing_in_place_of_another_is_named(trace, tmp_path):
         result = CliRunner().invoke(app, [str(word) for word in words])
         assert isinstance(result.exception, InputError) and message in str(result.exception), words
         assert "\n" not in str(result.exception)
+
+
+def test_a_reshard_says_how_much_time_is_left(capsys, monkeypatch):
+    now = iter([100.0, 100.0, 104.0, 104.0, 110.0, 110.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    show = progress_lines()
+    for done in (0, 1, 4):
+        show("writing", done * 10**9, 4 * 10**9)
+    lines = capsys.readouterr().err.split("\r")
+    assert "left" not in lines[1] and lines[2].startswith("writing 1.00 of 4.00 GB, 0:00:12 left")
+    assert lines[3].startswith("writing 4.00 of 4.00 GB  ") and lines[3].endswith("\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
