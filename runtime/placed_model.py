@@ -29,6 +29,7 @@ from runtime.experts import (
     layer_tables,
     register,
 )
+from runtime.family_experts import choose_explicitly, leave_out_empty_slots, local_experts
 from runtime.group import Group
 from runtime.rank_weights import PlacedCheckpoint, rank_tensors
 from runtime.stopwatch import Stopwatch
@@ -60,8 +61,13 @@ def load_placed(
     if chosen is AutoModelForCausalLM:
         with refusals(f"{source.name}: model type {source.config.model_type!r} is not supported"):
             chosen = chosen._model_mapping[type(source.config)]
+    if not chosen.can_generate():
+        raise InputError(
+            f"{source.name}: model type {source.config.model_type!r} does not generate text token by token"
+        )
 
     def shrink(model: nn.Module) -> None:
+        choose_explicitly(model)
         for layer in placed_layers(model, plan, source.name):
             hold_slots(layer, placement.num_experts, placement.slots_per_rank, source.name)
 
@@ -101,13 +107,21 @@ def built_with(chosen: type, finish: Callable[[nn.Module], None]) -> Any:
 
 def placed_layers(model: nn.Module, plan: Plan, name: str) -> list[MoeLayer]:
     """The expert modules that the plan places. Raises InputError for a family that cannot be split by experts."""
-    layers = {layer.model_layer: layer for layer in find_moe_layers(model)}
+    layers: dict[int, MoeLayer] = {}
+    for layer in find_moe_layers(model):
+        other = layers.get(layer.model_layer)
+        if other is not None and not other.after and not layer.after:
+            raise InputError(
+                f"{name}: layer {layer.model_layer} has two expert modules ({other.name}, {layer.name}), a plan places one"
+            )
+        if other is None or other.after:  # Llama 4's router and its experts are both found
+            layers[layer.model_layer] = layer
     chosen = []
     for number in plan.model.model_layers:
         layer = layers.get(number)
         if layer is None:
             raise InputError(f"{name} has no MoE layer {number}, the plan places experts there")
-        if layer.after or layer.empty_slots:
+        if layer.after:
             raise InputError(
                 f"{name}: model type {model.config.model_type!r} cannot be split over ranks: its experts are not called "  # pyright: ignore
                 f"with the chosen expert ids alone"
@@ -118,20 +132,31 @@ def placed_layers(model: nn.Module, plan: Plan, name: str) -> list[MoeLayer]:
 
 def hold_slots(layer: MoeLayer, num_experts: int, slots: int, name: str) -> None:
     """Make room for `slots` experts instead of all: every parameter with an expert axis shrinks."""
-    module, found = layer.module, False
-    for key, parameter in list(module.named_parameters(recurse=False)):
-        if parameter.shape[0] == num_experts:
-            smaller = parameter.new_empty((slots, *parameter.shape[1:]))
-            setattr(module, key, nn.Parameter(smaller, requires_grad=False))
-            found = True
+    module: Any = layer.module
+    found = False
+    for owner in module.modules():
+        # DBRX keeps all experts' rows in matrices one module further down.
+        in_rows = owner is not module and getattr(owner, "moe_num_experts", None) == num_experts
+        for key, parameter in list(owner.named_parameters(recurse=False)):
+            sizes = {num_experts: slots, num_experts + (getattr(module, "zero_expert_num", 0) or 0): slots}
+            if in_rows:
+                sizes = {parameter.shape[0]: parameter.shape[0] // num_experts * slots}
+            if (owner is module or in_rows) and parameter.shape[0] in sizes:
+                smaller = parameter.new_empty((sizes[parameter.shape[0]], *parameter.shape[1:]))
+                setattr(owner, key, nn.Parameter(smaller, requires_grad=False))
+                found = True
     if not found:
         raise InputError(f"{name}: {layer.name} holds no tensor with {num_experts} experts on its first axis")
-    module.num_experts = slots  # pyright: ignore
+    for count in ("num_experts", "num_routed_experts", "total_experts"):
+        if count == "num_experts" or hasattr(module, count):
+            setattr(module, count, slots)
 
 
 def row_width(experts: nn.Module) -> int:
     """Values of a row that the experts take, from the shape of their last projection: [S, D, I], or [S, I, D] where transposed."""
-    weight: Any = experts.down_proj
+    weight: Any = getattr(experts, "down_proj", None)
+    if weight is None:
+        return int(experts.hidden_size)  # pyright: ignore
     shape = weight.shape
     return int(shape[2] if getattr(experts, "is_transposed", False) else shape[1])
 
@@ -146,7 +171,7 @@ def install(
     tables = layer_tables(placed.placement, serving_LRE, group.rank, names, group.device)
     installed = []
     for layer, table in zip(modules, tables, strict=True):
-        run_experts = layer.module.forward
+        run_experts = layer.module.forward = local_experts(layer.module)
         layer.module.semmoe_layer = ExpertLayer(  # pyright: ignore
             table,
             group.rank,
@@ -161,4 +186,6 @@ def install(
         EpDispatchExpertsParallel().install_forward(
             layer.module, group.mesh, tp_mesh=group.alone, ep_implementation=NAME
         )
+        if layer.empty_slots:
+            leave_out_empty_slots(layer.module, placed.placement.num_experts)
     return installed

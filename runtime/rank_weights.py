@@ -105,16 +105,19 @@ def lazy_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
 
 def _tensors_of_whole(checkpoint: Checkpoint, num_experts: int, slots: dict[int, list[int]]) -> dict[str, Any]:
     """All tensors that are not experts, and the experts of `slots` cut out of the others."""
-    keys = classify_checkpoint(checkpoint, routed_model(read_config(checkpoint.path), num_experts), set(slots))
+    config = read_config(checkpoint.path)
+    keys = classify_checkpoint(checkpoint, routed_model(config, num_experts), set(slots))
     tensors: dict[str, Any] = {}
     for name, lazy in lazy_tensors(checkpoint):
         key = keys[name]
         if not is_expert(key):
-            tensors[name] = lazy
+            # LongCat's identity experts have weights that nothing reads.
+            if not (config.get("zero_expert_num") and PER_EXPERT.match(split_key(name)[2])):
+                tensors[name] = lazy
         elif key.role is Role.ROWS:
-            if key.rows != num_experts:
-                raise InputError(f"{name}: all experts are rows of one matrix here, which semmoe run cannot split")
-            tensors[name] = ExpertRows(lazy, slots[key.layer])
+            per_expert = key.rows // num_experts  # 1, or the rows of an expert where all are rows of one matrix (DBRX)
+            rows = [per_expert * expert + row for expert in slots[key.layer] for row in range(per_expert)]
+            tensors[name] = ExpertRows(lazy, rows)
         elif key.expert in slots[key.layer]:
             tensors[key.renamed(name, slots[key.layer].index(key.expert))] = lazy
     return tensors

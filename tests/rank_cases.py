@@ -38,7 +38,14 @@ def open_case(folder: Path, size: int, replicas: int, group: Any) -> Any:
 
 
 def run_cases(
-    root: str, families: list[str], generating: list[str], size: int, replicas: int, lengths: list[int]
+    root: str,
+    families: list[str],
+    generating: list[str],
+    shuffled: list[str],
+    refused: list[str],
+    size: int,
+    replicas: int,
+    lengths: list[int],
 ) -> dict[str, Any]:
     """All cases of a number of ranks in one group: starting processes takes longer than running them."""
     import torch
@@ -50,8 +57,20 @@ def run_cases(
             "exchange": compare_exchange(group),
             "logits": {family: compare_logits(Path(root) / family, size, replicas, group) for family in families},
             "tokens": {family: generate(Path(root) / family, size, lengths, group) for family in generating},
-            "tp": {family: generate_shuffled(Path(root) / family, size, lengths, group) for family in families},
+            "tp": {family: generate_shuffled(Path(root) / family, size, lengths, group) for family in shuffled},
+            "refused": {family: refusal(Path(root) / family, size, group) for family in refused},
         }
+
+
+def refusal(folder: Path, size: int, group: Any) -> str:
+    """Why the family does not run, "" where it does."""
+    from profiles.errors import InputError
+
+    try:
+        open_case(folder, size, 0, group)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def compare_exchange(group: Any) -> dict[str, float]:
