@@ -17,6 +17,7 @@ from runtime.shuffle import contiguous_homes, slices_by_home
 from runtime.token_homes import TokenHomes, make_homes
 from solvers.contiguous import place_contiguous
 from solvers.placement import Placement
+from solvers.position import NUM_POSITION_IDS
 from solvers.schedule import fit_schedule
 from solvers.simulate import TP_SCHEDULES
 
@@ -24,6 +25,7 @@ from solvers.simulate import TP_SCHEDULES
 def test_slices_are_sorted_by_home_and_keep_the_order_inside() -> None:
     slices = slices_by_home(np.array([1, 0, 1, 3, 0]), 4)
     assert slices.order_T.tolist() == [1, 4, 0, 2, 3]
+    assert slices.inverse_T.tolist() == [2, 0, 3, 4, 1]
     assert slices.counts_R == [2, 2, 0, 1]
     assert [slices.order_T[slices.place(rank)].tolist() for rank in range(4)] == [[1, 4], [0, 2], [], [3]]
 
@@ -83,6 +85,17 @@ def test_online_scores_are_those_of_the_simulation(tmp_path: Path, predict: str)
             homes.finish()
     homes.forget(list(range(batch.num_requests)))
     assert homes.memory == {}
+
+
+def test_a_running_token_without_its_prompt_has_no_position(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "t", num_layers=3, num_experts=8, top_k=2, num_requests=12, tokens_per_request=10)
+    batch = profile_traces([RoutingTrace.open(tmp_path / "t")], seed=0).sample
+    placement = Placement.from_ranks(place_contiguous(3, 8, 2), 2)
+    homes = TokenHomes("context", fit_schedule(batch, placement, seed=0), placement, 2)
+    for _ in range(2):  # still none after its first batch
+        homes.begin(np.array([4, 5]), np.array([0, 1]), is_prompt=False)
+        assert (homes._position_ids_TC == NUM_POSITION_IDS).all()
+        homes.finish()
 
 
 def test_predictions_need_tables(tmp_path: Path) -> None:
