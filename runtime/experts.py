@@ -185,7 +185,7 @@ def _exchange(
     output_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
     if local:
         token_P, slot_P, weight_P = local_pairs(to, weight_TK, rank=rank, num_pairs=local)
-        output_TD.index_add_(0, token_P, run_pairs(hidden_TD[token_P], slot_P, weight_P))
+        output_TD.index_add_(0, token_P, run_pairs(hidden_TD.index_select(0, token_P), slot_P, weight_P))
     watch.mark("experts")
     with naming(rank, f"dispatch at {tables.name}"):
         wait_for(travelling)
@@ -197,7 +197,7 @@ def _exchange(
     result_ND = torch.zeros(received_ND.shape, dtype=torch.float32, device=hidden_TD.device)
     if remote:
         row_P, slot_P, weight_P = received_pairs(slot_NK, weight_NK, slots_per_rank=slots, num_pairs=remote)
-        result_ND.index_add_(0, row_P, run_pairs(received_ND[row_P], slot_P, weight_P))
+        result_ND.index_add_(0, row_P, run_pairs(received_ND.index_select(0, row_P), slot_P, weight_P))
     watch.mark("experts")
     with naming(rank, f"combine at {tables.name}"):
         back_MD, travelling = start_rows(result_ND.to(layer.dtype), received_rows, sent_rows, layer.group)

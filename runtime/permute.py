@@ -91,7 +91,7 @@ def pack_rows(hidden_TD: torch.Tensor, rows: Rows) -> torch.Tensor:
     top_k, hidden_size = rows.slot_MK.shape[1], hidden_TD.shape[1]
     weights_at, slots_at, row_bytes = row_sections(hidden_size, top_k, hidden_TD.dtype, rows.weight_MK.dtype)
     packed = torch.zeros((len(rows.token_M), row_bytes), dtype=torch.uint8, device=hidden_TD.device)
-    _section(packed, 0, hidden_TD.dtype, hidden_size).copy_(hidden_TD[rows.token_M])
+    _section(packed, 0, hidden_TD.dtype, hidden_size).copy_(hidden_TD.index_select(0, rows.token_M))
     _section(packed, weights_at, rows.weight_MK.dtype, top_k).copy_(rows.weight_MK)
     _section(packed, slots_at, torch.int16, top_k).copy_(rows.slot_MK)
     return packed

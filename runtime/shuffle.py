@@ -34,10 +34,20 @@ class Slices(NamedTuple):
         begin = sum(self.counts_R[:rank])
         return slice(begin, begin + self.counts_R[rank])
 
+    @property
+    def inverse_T(self) -> np.ndarray:
+        """Where in `order_T` each token is, int64 [T]."""
+        inverse_T = np.empty_like(self.order_T)
+        inverse_T[self.order_T] = np.arange(len(self.order_T))
+        return inverse_T
+
 
 def slices_by_home(home_T: np.ndarray, num_ranks: int) -> Slices:
     """Tokens sorted by home, ties in their own order."""
-    return Slices(np.argsort(home_T, kind="stable"), np.bincount(home_T, minlength=num_ranks).tolist())
+    # Numbers of 16 bits are sorted by radix, in linear time.
+    return Slices(
+        np.argsort(home_T.astype(np.uint16), kind="stable"), np.bincount(home_T, minlength=num_ranks).tolist()
+    )
 
 
 def contiguous_homes(num_tokens: int, num_ranks: int) -> np.ndarray:

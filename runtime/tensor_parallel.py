@@ -62,11 +62,12 @@ class ShuffledModel:
         home_T = self.homes.home_T(None if expert is None else expert[0])
         watch.mark("homes")
         slices = slices_by_home(home_T, group.size)
-        counts_R = slices.counts_R
-        row_T = torch.from_numpy(slices.order_T).to(hidden_BSD.device)  # rows of the batch, slice after slice
+        counts_R, device = slices.counts_R, hidden_BSD.device
+        row_T = torch.from_numpy(slices.order_T).to(device)  # rows of the batch, slice after slice
         row_T = row_T if self.valid_T is None else self.valid_T[row_T]
-        flat_TD, shuffled_TD = hidden_BSD.reshape(partial_TD.shape), partial_TD[row_T]
-        hidden_ND = flat_TD[row_T[slices.place(group.rank)]]
+        # index_select copies whole rows: on a CPU five times faster than indexing with a tensor.
+        flat_TD, shuffled_TD = hidden_BSD.reshape(partial_TD.shape), partial_TD.index_select(0, row_T)
+        hidden_ND = flat_TD.index_select(0, row_T[slices.place(group.rank)])
         watch.mark("shuffle")
         with naming(group.rank, f"the shuffled reduce-scatter at {name}"):
             hidden_ND += scatter_sums(shuffled_TD, counts_R, group.rank, group.handle)
@@ -86,13 +87,13 @@ class ShuffledModel:
             packed_TB = gather_slices(packed_NB, counts_R, group.handle)
         watch.mark("slices")
         gathered_TD, chosen_TK = unpack_slices(packed_TB, hidden_ND.shape[1], chosen_NK.shape[1], hidden_ND.dtype)
-        whole_TD = torch.zeros_like(flat_TD) if self.valid_T is not None else torch.empty_like(flat_TD)
-        whole_TD[row_T] = gathered_TD
+        inverse_T = slices.inverse_T
+        whole_TD = gathered_TD.index_select(0, torch.from_numpy(inverse_T).to(device))
+        if self.valid_T is not None:
+            whole_TD = torch.zeros_like(flat_TD).index_copy_(0, self.valid_T, whole_TD)
         watch.mark("shuffle")
         if expert is not None:
-            restored_TK = np.empty(chosen_TK.shape, np.int16)
-            restored_TK[slices.order_T] = chosen_TK.cpu().numpy()
-            self.homes.record(expert[0], restored_TK)
+            self.homes.record(expert[0], chosen_TK.cpu().numpy()[inverse_T])
         watch.mark("homes")
         return whole_TD.reshape(hidden_BSD.shape)
 
