@@ -90,8 +90,9 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
     except InputError as error:
         raise SharedRefusal(str(error)) from None
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # kernels, events and streams of libraries follow the current device
     if backend == "nccl":
-        torch.cuda.set_device(chosen)
         options["device_id"] = chosen
     try:
         dist.init_process_group(backend, rank=rank, world_size=size, **options)
