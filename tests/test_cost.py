@@ -167,6 +167,8 @@ def test_links_that_differ_are_timed_from_rows_between_ranks(made: Path, tmp_pat
 def test_times_are_shown_and_latency_needs_a_bandwidth(made: Path) -> None:
     words = ["report", str(made / "per-rank"), str(made / "t"), "--hidden-size", "64"]
     shown = CliRunner().invoke(app, [*words, "--topology-bandwidth", "400:50", "--latency", "5:20"])
-    assert re.search(r"400 GB/s inside a node, 50 GB/s between nodes, latency 5 us and 20 us", shown.stdout), shown.stdout
+    assert re.search(r"400 GB/s inside a node, 50 GB/s between nodes, latency 5 us and 20 us", shown.stdout), (
+        shown.stdout
+    )
     assert re.search(r"contiguous +random +\S+ +\S+ +1\.00", shown.stdout), shown.stdout
     assert CliRunner().invoke(app, [*words, "--latency", "5"]).exit_code == 2
