@@ -11,6 +11,7 @@ import time
 import torch
 
 PHASES = ("attention", "dispatch", "experts", "combine", "wait")
+MOST_EVENTS = 20_000  # then they are read, with one synchronisation: events are not free
 
 
 class Stopwatch:
@@ -34,6 +35,8 @@ class Stopwatch:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._events.append((phase, event))
+            if len(self._events) >= MOST_EVENTS:
+                self.seconds()
             return
         now = time.perf_counter()
         if phase is not None:

@@ -126,7 +126,9 @@ def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
         assert row["rows_per_token"] == pytest.approx(expected["rem"].mean(), abs=1e-9)
         assert row["load_imbalance"] == pytest.approx(expected["load_imbalance"].mean(), abs=1e-9)
         assert row["bytes_per_token"] == pytest.approx(row["rows_per_token"] * (64 + 16 + 8 + 64), abs=1e-6)
-        assert row["ms_per_layer"] > 0 and row["predicted_ms_per_layer"] > 0
+    # The same order on any machine; how close they come on a shaped network: docs/experiments.md.
+    ratios = [row["predicted_ms_per_layer"] / row["ms_per_layer"] for row in result["rows"]]
+    assert 0.1 < np.median(ratios) < 10, ratios
 
 
 def test_resharded_checkpoints(tmp_path: Path) -> None:
