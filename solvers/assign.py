@@ -19,12 +19,17 @@ SWEEPS = 24
 
 
 def balanced_prices(
-    scores_TR: np.ndarray, weight_T: np.ndarray | None = None, *, sweeps: int = SWEEPS, cooling: float = 0.05
+    scores_TR: np.ndarray,
+    weight_T: np.ndarray | None = None,
+    *,
+    sweeps: int = SWEEPS,
+    start: float = 1.0,
+    cooling: float = 0.05,
 ) -> tuple[np.ndarray, float]:
     """Price per rank at which every rank is wanted equally, float64 [R], and the temperature at which that holds.
 
     The share of token t that goes to rank r is softmax((scores - prices) / temperature). `weight_T`: how much each row counts.
-    The temperature falls geometrically from the spread of the scores to `cooling` times it.
+    The temperature falls geometrically from `start` to `cooling` times the spread of the scores (best over mean, on average).
     """
     num_tokens, num_ranks = scores_TR.shape
     prices_R = np.zeros(num_ranks)
@@ -33,11 +38,11 @@ def balanced_prices(
         return prices_R, 1.0
     weight_T = np.ones(num_tokens) if weight_T is None else weight_T
     share = weight_T.sum() / num_ranks
-    temperature = spread
+    temperature = start * spread
     # Ranks first: sums and maxima over the few ranks then run along the tokens, several times faster in numpy.
     scores_RT = np.ascontiguousarray(scores_TR.T)
     for sweep in range(sweeps):
-        temperature = spread * cooling ** (sweep / max(sweeps - 1, 1))
+        temperature = spread * start * (cooling / start) ** (sweep / max(sweeps - 1, 1))
         shares_RT = scores_RT - prices_R[:, None].astype(scores_RT.dtype)
         shares_RT -= shares_RT.max(axis=0)
         shares_RT /= temperature
@@ -48,9 +53,9 @@ def balanced_prices(
 
 
 def softmax(scores_TR: np.ndarray, temperature: float) -> np.ndarray:
-    """Rows of non-negative shares that sum to 1, float [T, R]."""
-    shares_TR = np.exp((scores_TR - scores_TR.max(axis=1, keepdims=True)) / temperature)
-    return shares_TR / shares_TR.sum(axis=1, keepdims=True)
+    """Rows (along the last axis) of non-negative shares that sum to 1, float [..., T, R]."""
+    shares_TR = np.exp((scores_TR - scores_TR.max(axis=-1, keepdims=True)) / temperature)
+    return shares_TR / shares_TR.sum(axis=-1, keepdims=True)
 
 
 def assign_equal_slices(scores_TR: np.ndarray, *, sweeps: int = SWEEPS) -> np.ndarray:
@@ -114,8 +119,10 @@ def assign_requests(
     prices_R, _ = balanced_prices(scores_BR, size_B, sweeps=100)
     rank_of_B = (scores_BR - prices_R).argmax(axis=1)
     load_R = load_R + np.bincount(rank_of_B, size_B, num_ranks)
-    # A token over the cap costs more than any token can gain, so the cap comes first and the score second.
-    penalty = 4.0 * (float(np.ptp(scores_BR)) + 1e-9)
+    # A token over the cap costs more than a token can gain. Where whole requests must move for a few tokens that is not enough: the price
+    # then rises, until one token over the cap costs more than any step can gain. Cheap steps come first, so little score is lost.
+    spread = float(np.ptp(scores_BR)) + 1e-9
+    penalty, last_penalty = 4.0 * spread, 4.0 * spread * max(float(size_B.max()), 1.0)
     each = np.arange(num_requests)
     for _ in range(20 * num_requests):
         own_B = gain_BR[each, rank_of_B]
@@ -130,7 +137,10 @@ def assign_requests(
         swap_BB = exchanged_BB + exchanged_BB.T - penalty * (excess_BB + excess_BB.T)
         swap_BB[rank_of_B[:, None] == rank_of_B[None, :]] = -np.inf
         if max(move_BR.max(), swap_BB.max()) <= 1e-6 * (1 + abs(own_B).max()):
-            break
+            if penalty >= last_penalty or not over_R.any():
+                break
+            penalty *= 8
+            continue
         if move_BR.max() >= swap_BB.max():
             b, rank = np.unravel_index(move_BR.argmax(), move_BR.shape)
             load_R[rank_of_B[b]] -= size_B[b]

@@ -21,6 +21,7 @@ import numpy as np
 from profiles.counts import RoutingProfile, request_expert_BE
 from profiles.errors import InputError
 from solvers.align import align_labels
+from solvers.anneal import anneal_requests
 from solvers.balanced_table import balanced_homes, balanced_shares
 from solvers.hierarchy import (
     best_in_nodes,
@@ -38,7 +39,9 @@ from solvers.workers import layer_map
 
 OBJECTIVES = ("tp", "dp", "both")
 # Weight of local activations, at first and later: a strong pull makes layers agree on which requests go where.
-LOCAL_PULL = {"dp": (4.0, 1.0), "both": (0.0, 0.0)}
+LOCAL_PULL = {"dp": (4.0, 2.0), "both": (0.0, 0.0)}
+# Random starts of the request map.
+STARTS = {"dp": {"fast": 2, "default": 8, "max": 32}, "both": {"fast": 4, "default": 16, "max": 16}}
 PRIOR = 4.0  # tokens of the average id that smooth the row of a token id
 HOMELESS_SHARE = 0.5  # part of the traffic taken to come from ranks that no schedule chose
 
@@ -128,26 +131,34 @@ def place_semmoe(
         )
 
     layers = range(info.num_layers)
+    request_T = profile.sample.request_of_T
+    weight_B = np.diff(profile.sample.starts_B1).astype(np.float64)
+    # Where only locality counts, requests come first; where ranks touched count, experts that are chosen together do.
+    annealed = objective == "dp" and dispatch == "per-expert" and not whole_groups
     with layer_map(processes, info.num_experts) as run:
-        tasks = (task(layer, None, None) for layer in layers)
-        rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, progress)
+        if not annealed:
+            tasks = (task(layer, None, None) for layer in layers)
+            rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, progress)
         if objective == "tp" or whole_groups:
             return rank_of_LE  # whole groups leave no labels to choose
-        request_T = profile.sample.request_of_T
         usage_LBE = np.stack([request_usage_BE(profile, layer, request_T) for layer in layers])
-        weight_B = np.diff(profile.sample.starts_B1).astype(np.float64)
-        starts = 4 if effort == "fast" else 16
         # Tokens are sent near by each layer's grouping of ranks into nodes: for their sake it stays.
         keep_nodes = topology.num_nodes > 1 and (per_node or objective == "both")
-        rank_of_LE, home_B = align_labels(
-            rank_of_LE,
-            usage_LBE,
-            weight_B,
-            topology.num_ranks,
-            num_nodes=topology.num_nodes if keep_nodes else 1,
-            seed=seed,
-            starts=starts,
-        )
+        if annealed:
+            limit_LJ = np.stack([load_limits(load_JE, topology.num_ranks, load_cap) for load_JE in load_LJE])
+            rank_of_LE, home_B = anneal_requests(
+                usage_LBE, weight_B, load_LJE, limit_LJ, topology.num_ranks, seed=seed, starts=STARTS["dp"][effort]
+            )
+        else:
+            rank_of_LE, home_B = align_labels(
+                rank_of_LE,
+                usage_LBE,
+                weight_B,
+                topology.num_ranks,
+                num_nodes=topology.num_nodes if keep_nodes else 1,
+                seed=seed,
+                starts=STARTS["both"][effort],
+            )
         if (cost_RR is not None or topology.num_nodes > 1) and not keep_nodes:
             far_RR = topology.node_of_R[:, None] != topology.node_of_R if cost_RR is None else cost_RR
             pairs_RR = home_pairs_RR(profile.sample.expert_ids_TLK[rows_T], rank_of_LE, home_B[request_T][rows_T])
@@ -158,7 +169,9 @@ def place_semmoe(
             home_T = home_B[request_T][rows_T]
             starts_LE = rank_of_LE
             tasks = (task(layer, starts_LE[layer], home_T)._replace(lar_weight=weight) for layer in layers)
-            rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, None)
+            rank_of_LE = _collect(
+                run(solve_layer, tasks), info.num_layers, progress if annealed and turn == 0 else None
+            )
             share_BR = request_shares_BR(rank_of_LE, usage_LBE, topology.num_ranks)
             home_B = balanced_homes(share_BR, weight_B)
     return rank_of_LE
@@ -280,7 +293,8 @@ def scheduled_problem(problem: Problem, task: LayerTask, kind_T: np.ndarray, sha
         cost_XR, pairs_EE = 0.1 * (problem.cost_XR - free_XR), 0.1 * problem.affinity_EE
         worth_ER = local_ER if task.cost_RR is None else -local_ER @ task.cost_RR
         return problem._replace(cost_XR=cost_XR, home_ER=worth_ER, affinity_EE=pairs_EE)
-    kept = HOMELESS_SHARE if task.home_T is None else 0.0
+    # Node first is for every kind of traffic: homes of requests decide over half of the cost only.
+    kept = HOMELESS_SHARE if task.home_T is None or task.per_node else 0.0
     cost_XR = problem.cost_XR - (1 - kept) * free_XR
     if task.cost_RR is not None:
         # A rank costs what it is away from the home: on average over all ranks where no schedule chose one.

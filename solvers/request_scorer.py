@@ -16,16 +16,14 @@ Shape letters: B requests, Q documents, V ids, D topics, R ranks, L MoE layers, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from profiles.counts import request_expert_BE
 from profiles.trace import TraceBatch
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
-
+Sparse = Any  # scipy.sparse.csr_array, most of whose methods its type stubs lack
 RIDGE = 0.6
 TOPICS = 48
 POWER = 0.7  # of an id's frequency in a document
@@ -115,7 +113,7 @@ def fit_request_scorer(batch: TraceBatch, hosts_LER: np.ndarray, *, seed: int, r
     )
 
 
-def topics_of_ids(occurs_BV: "csr_array") -> np.ndarray:
+def topics_of_ids(occurs_BV: Sparse) -> np.ndarray:
     """Leading right singular vectors of the documents, times each id's inverse document frequency, float64 [V, D].
 
     A document is the inverse frequencies of its ids at unit length.
@@ -137,7 +135,7 @@ def topics_of_ids(occurs_BV: "csr_array") -> np.ndarray:
     return (weighted_BV.T @ (vectors_BD * scale_D)) * idf_V[:, None]
 
 
-def count_ids(documents: Sequence[np.ndarray], ids_V: np.ndarray) -> "csr_array":
+def count_ids(documents: Sequence[np.ndarray], ids_V: np.ndarray) -> Sparse:
     """How often each document has each id of `ids_V` (ascending), sparse float64 [Q, V]; other ids are left out."""
     from scipy.sparse import csr_array
 
@@ -153,12 +151,12 @@ def count_ids(documents: Sequence[np.ndarray], ids_V: np.ndarray) -> "csr_array"
     return csr_array((np.concatenate(values), np.concatenate(columns), starts), shape=(len(documents), len(ids_V)))
 
 
-def occurs(counts_QV: "csr_array") -> "csr_array":
+def occurs(counts_QV: Sparse) -> Sparse:
     """1 for each id that a document has."""
     return counts_QV.sign()
 
 
-def powers(counts_QV: "csr_array") -> "csr_array":
+def powers(counts_QV: Sparse) -> Sparse:
     """Power of each id's share of the document's known ids."""
     lengths_Q = np.repeat(counts_QV.sum(axis=1), np.diff(counts_QV.indptr))
     found = counts_QV.copy()

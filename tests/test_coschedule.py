@@ -12,6 +12,7 @@ from profiles.errors import InputError
 from profiles.synthetic import plant_structure, synthetic_requests
 from profiles.trace import TraceBatch, TraceInfo
 from solvers.align import align_labels, best_labels
+from solvers.anneal import anneal_requests
 from solvers.balanced_table import balanced_homes, balanced_shares
 from solvers.coschedule import cluster_loads, place_semmoe, sample_rows
 from solvers.exact import place_exact
@@ -169,6 +170,23 @@ def test_align_finds_shared_labels() -> None:
     aligned_LE, home_B = align_labels(relabelled_LE, usage_LBE, np.full(20, 64), 4, seed=0, starts=4)
     assert len({(a, t) for a, t in zip(aligned_LE.ravel().tolist(), true_LE.ravel().tolist(), strict=True)}) == 4
     assert len(set(zip(home_B.tolist(), topic_B.tolist(), strict=True))) == 4
+
+
+def test_annealing_finds_planted_requests_under_caps_and_equal_counts() -> None:
+    rng = np.random.default_rng(0)
+    topic_B = rng.permutation(np.repeat(np.arange(4), 6))
+    true_LE = np.stack([rng.permutation(np.repeat(np.arange(4), 3)) for _ in range(5)])
+    usage_LBE = rng.poisson(2 + 6 * (true_LE[:, None, :] == topic_B[None, :, None])).astype(np.float32)
+    load_LJE = usage_LBE.sum(axis=1, dtype=np.float64)[:, None]
+    limit_LJ = 1.05 * load_LJE.sum(axis=2) / 4
+    weight_B = usage_LBE.sum(axis=(0, 2)) / 15
+    options = {"seed": 0, "starts": 4}
+    rank_of_LE, home_B = anneal_requests(usage_LBE, weight_B, load_LJE, limit_LJ, 4, **options)
+    assert is_exact(rank_of_LE, 4)
+    assert len(set(zip(home_B.tolist(), topic_B.tolist(), strict=True))) == 4
+    assert len(set(zip(rank_of_LE.ravel().tolist(), true_LE.ravel().tolist(), strict=True))) == 4
+    again_LE, again_B = anneal_requests(usage_LBE, weight_B, load_LJE, limit_LJ, 4, **options)
+    assert np.array_equal(rank_of_LE, again_LE) and np.array_equal(home_B, again_B)
 
 
 def test_balanced_shares_split_what_is_too_heavy() -> None:
