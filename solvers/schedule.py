@@ -42,7 +42,7 @@ class Schedule:
 
     @property
     def has_token_ids(self) -> bool:
-        """Whether the profile knew token ids; without them only the context of earlier layers predicts."""
+        """Whether the profile knew token ids; without them only earlier layers and positions predict."""
         return len(self.token.own.ids_U) > 0
 
     @property
