@@ -198,7 +198,9 @@ def co_activation_svg(demo: Path) -> str:
     from solvers.planning import Setting
 
     plan = Plan.load(demo / "plan")
-    options = PlanReportOptions([], 0, 2.0, 0.0, None, pictures=True)
+    options = PlanReportOptions(
+        what_if=[], hidden_size=0, dispatch_bytes=2.0, bandwidth="", latency="", tokenizer=None, pictures=True
+    )
     about = make_plan_report(plan, RoutingTrace.open(str(demo / "trace")), options, Setting(), plan_path="plan")
     assert about.details is not None, "pictures were asked for"
     draw = co_activation(about.details, plan.topology.num_ranks)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
+from profiles.synthetic import write_synthetic
 from semmoe_cli.main import app
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +167,16 @@ def test_diagrams_are_what_the_script_draws():
         assert len(texts[0]) > 10 and texts[0] == texts[1], f"run: python docs/figures.py ({name})"
     assert figures["token_scores"](figures["CONTIGUOUS"], 1) == (0.0, 3, 1)
     assert figures["token_scores"](figures["PLACED"], 0) == (0.75, 1, 0)
+
+
+def test_the_figure_of_co_activation_is_drawn_from_a_trace_and_a_plan(tmp_path):
+    write_synthetic(tmp_path / "trace", num_requests=60)
+    words = ["place", str(tmp_path / "trace"), "--ranks", "4", "--method", "metis", "-o", str(tmp_path / "plan")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    svg = runpy.run_path(str(DOCS / "figures.py"))["co_activation_svg"](tmp_path)
+    committed = (DOCS / "images" / "co-activation.svg").read_text(encoding="utf-8")
+    for text in ("before: checkpoint order", "after: grouped by rank", "rank 3", "times as often as by chance"):
+        assert text in svg and text in committed
 
 
 def test_figures_have_a_ground_of_their_own():
