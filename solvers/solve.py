@@ -18,7 +18,7 @@ from solvers.load import place_load, place_load_replicated
 from solvers.metis import place_metis
 from solvers.paper import place_paper
 from solvers.placement import Placement, Topology
-from solvers.replicas import add_replicas
+from solvers.replicas import add_replicas, served_load_R, serving_LRE
 from solvers.spectral import place_spectral
 
 Progress = Callable[[int, int], None]  # layers done, layers in all
@@ -147,7 +147,8 @@ def solve_placement(
             num_nodes=topology.num_nodes,
             num_ranks=topology.num_ranks,
         )
-        return Placement(experts_LRS, info.num_experts), []
+        placement = Placement(experts_LRS, info.num_experts)
+        return placement, served_notes(placement, profile.load_LE, topology, demands.load_cap)
     rank_of_LE = METHODS[method](profile, topology, demands, progress)
     notes = load_notes(rank_of_LE, profile.load_LE, topology.num_ranks, demands.load_cap)
     if demands.robust > 1:
@@ -157,9 +158,27 @@ def solve_placement(
     if not demands.replicas:
         return Placement.from_ranks(rank_of_LE, topology.num_ranks), notes
     experts_LRS = add_replicas(
-        rank_of_LE, profile.sample.expert_ids_TLK, profile.load_LE, topology, replicas=demands.replicas
+        rank_of_LE,
+        profile.sample.expert_ids_TLK,
+        profile.load_LE,
+        topology,
+        replicas=demands.replicas,
+        load_cap=demands.load_cap,
     )
-    return Placement(experts_LRS, info.num_experts), notes
+    placement = Placement(experts_LRS, info.num_experts)
+    return placement, served_notes(placement, profile.load_LE, topology, demands.load_cap)
+
+
+def served_notes(placement: Placement, load_LE: np.ndarray, topology: Topology, load_cap: float) -> list[str]:
+    """One line where ranks with replicas serve more than the load cap on the fitted requests; nothing otherwise."""
+    serving = serving_LRE(placement.hosts_LER, load_LE, topology)
+    served_LR = np.stack([served_load_R(s, load_E) for s, load_E in zip(serving, load_LE, strict=True)])
+    worst_L = served_LR.max(axis=1) / np.maximum(served_LR.mean(axis=1), 1e-300)
+    over = np.flatnonzero(worst_L > load_cap * (1 + 1e-9)).tolist()
+    if not over:
+        return []
+    layers = f"{len(over)} of {len(load_LE)} layers, worst {worst_L.max():.3f} (layers {_ranges(over)})"
+    return [f"as served with replicas, load cap {load_cap} is exceeded in {layers}"]
 
 
 def load_notes(
