@@ -121,6 +121,7 @@ def main() -> None:
             topology,
             load_cap=1.05,
             seed=a.seed,
+            dispatch=a.dispatch,
             effort=a.effort,
             objective=a.objective,
             processes=a.processes,
