@@ -80,7 +80,10 @@ def measure_network(options: ReplayOptions, top_k: int, group: Group, dtype: tor
     with torch.inference_mode():
         for size in sizes:
             others = (rank + 1 + np.arange(size) % max(num_ranks - 1, 1)) % num_ranks
-            ids_TK = torch.from_numpy(np.repeat(others[:, None], top_k, axis=1)).to(group.device)
+            # One choice per row, the rest empty slots: every expert more that a row meets costs its rank another row of arithmetic.
+            ids_TK = np.full((size, top_k), num_ranks)
+            ids_TK[:, 0] = others
+            ids_TK = torch.from_numpy(ids_TK).to(group.device)
             hidden_TD = torch.zeros(size, options.hidden_size, dtype=dtype, device=group.device)
             weight_TK = torch.ones(ids_TK.shape, device=group.device)
             best = float("inf")
