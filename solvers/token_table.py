@@ -200,6 +200,7 @@ class _Groups(NamedTuple):
         """Weighted sum over each group's rows of the share of their activations on each rank, float64 [U, R]."""
         (num_experts, num_ranks), top_k = hosts_ER.shape, ids_TK.shape[1]
         sums_UR = np.empty((len(self.ids_U), num_ranks))
+        ids_TK = np.ascontiguousarray(ids_TK)
         if (hosts_ER.sum(axis=1) == 1).all():
             # Every expert on one rank: ranks are counted at once, a column more for empty slots.
             column_of_E, width = np.append(hosts_ER.argmax(axis=1), num_ranks).astype(np.int16), num_ranks + 1
