@@ -12,6 +12,7 @@ import numpy as np
 from profiles.counts import sample_requests
 from profiles.errors import InputError
 from profiles.trace import RoutingTrace, TraceBatch
+from solvers.assign import WINDOW
 from solvers.contiguous import place_contiguous
 from solvers.load import place_load
 from solvers.placement import Placement
@@ -21,7 +22,6 @@ from solvers.schedule import Schedule
 from solvers.simulate import available_schedules, simulate
 
 SCHEDULES_OF = {"none": [], "dp": ["dp-scorer"], "tp": ["tp-context"]}
-WINDOW = 256  # requests that dp weighs against each other
 
 
 @dataclass(frozen=True)

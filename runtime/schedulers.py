@@ -11,13 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from profiles.errors import InputError
-from solvers.assign import assign_requests
+from solvers.assign import WINDOW, assign_requests
 from solvers.plan import Plan
 from solvers.schedule import Schedule
 
 SCHEDULERS = ("none", "dp", "tp")
-WINDOW = 256  # requests that are weighed against each other
-TOKEN_CAP = 1.05  # tokens of a rank over the mean in a window
 
 
 def assign_round_robin(num_requests: int, num_ranks: int) -> np.ndarray:
@@ -39,7 +37,7 @@ def assign_by_scorer(prompts: Sequence[np.ndarray], plan: Plan, *, max_new_token
     load_R = np.zeros(plan.topology.num_ranks)
     for begin in range(0, len(prompts), WINDOW):
         window = slice(begin, begin + WINDOW)
-        rank_of_B[window] = assign_requests(scores_BR[window], tokens_B[window], token_cap=TOKEN_CAP, load_R=load_R)
+        rank_of_B[window] = assign_requests(scores_BR[window], tokens_B[window], load_R=load_R)
         load_R += np.bincount(rank_of_B[window], tokens_B[window], len(load_R))
     return rank_of_B
 

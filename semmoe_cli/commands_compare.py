@@ -20,7 +20,7 @@ def compare(
     expert_size: Annotated[int, typer.Option(metavar="F", help="intermediate size of an expert,", min=0)] = 0,
     dtype_bytes: Annotated[float, typer.Option(help="and bytes of a weight (0.5 = 4 bits).", min=0)] = 2.0,
     batch_tokens: BatchTokens = 512,
-    window: Window = 64,
+    window: Window = 256,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:

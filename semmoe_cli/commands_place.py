@@ -67,7 +67,7 @@ def place(
         bool, typer.Option("--certify", help="Bound what any placement could reach, and store the gap.")
     ] = False,
     batch_tokens: BatchTokens = 512,
-    window: Window = 64,
+    window: Window = 256,
     import_: Annotated[
         tuple[Kind, Path] | None,
         typer.Option(

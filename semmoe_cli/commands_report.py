@@ -57,7 +57,7 @@ def report(
         int, typer.Option(help="Trace alone: ranks of its curves; 0: 8, or what the experts divide over.", min=0)
     ] = 0,
     batch_tokens: BatchTokens = 512,
-    window: Window = 64,
+    window: Window = 256,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:

@@ -16,6 +16,8 @@ Shape letters: T tokens, R ranks, B requests.
 import numpy as np
 
 SWEEPS = 24
+WINDOW = 256  # requests that are weighed against each other
+TOKEN_CAP = 1.05  # tokens of a rank over the mean in a window
 
 
 def balanced_prices(
@@ -102,7 +104,7 @@ def fill_slices(scores_TR: np.ndarray, free_R: np.ndarray) -> np.ndarray:
 
 
 def assign_requests(
-    scores_BR: np.ndarray, tokens_B: np.ndarray, *, token_cap: float = 1.05, load_R: np.ndarray | None = None
+    scores_BR: np.ndarray, tokens_B: np.ndarray, *, token_cap: float = TOKEN_CAP, load_R: np.ndarray | None = None
 ) -> np.ndarray:
     """Rank of each request of a window, int64 [B], with at most token_cap x the mean number of tokens per rank where that is possible.
 

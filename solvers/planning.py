@@ -17,6 +17,7 @@ from profiles.counts import RoutingProfile, profile_traces, sample_requests, tok
 from profiles.errors import InputError
 from profiles.split import holdout_requests, request_keys
 from profiles.trace import RoutingTrace
+from solvers.assign import TOKEN_CAP, WINDOW
 from solvers.certificate import certify as certify_layer
 from solvers.certificate import local_activation_bound, remote_rank_bound
 from solvers.contiguous import place_contiguous
@@ -50,7 +51,7 @@ class Setting:
     """How schedules are simulated: tokens of a batch, requests of a window, and the seed of their order."""
 
     batch_tokens: int = 512
-    window: int = 64
+    window: int = WINDOW
     seed: int = 0
 
 
@@ -200,7 +201,8 @@ def certificate_of(profile: RoutingProfile, placement: Placement, demands: Deman
         }
         if len(ids_U):
             counts_UE = token_expert_UE(index_T, profile.sample.expert_ids_TLK[:, layer], len(ids_U), info.num_experts)
-            entry["lar_bound"] = local_activation_bound(counts_UE, num_ranks, load_cap=demands.load_cap, token_cap=1.05)
+            caps = {"load_cap": demands.load_cap, "token_cap": TOKEN_CAP}
+            entry["lar_bound"] = local_activation_bound(counts_UE, num_ranks, **caps)
         layers.append(entry)
     return {"gap": float(np.mean([entry["gap"] for entry in layers])), "layers": layers}
 

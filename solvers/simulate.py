@@ -25,8 +25,6 @@ from solvers.schedule import Schedule
 from solvers.sequence_table import needed_rank_T, paper_scores_TR, served_TR
 from solvers.token_table import previous_token_ids_T
 
-TOKEN_CAP = 1.05  # tokens of a rank over the mean in a window of requests
-
 
 class Simulation(NamedTuple):
     homes_TL: np.ndarray  # int16 [T, L]
@@ -164,7 +162,7 @@ def _dp_round_robin(batch: TraceBatch, placement: Placement, schedule: Schedule,
 
 def _dp_scorer(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
     scores_BR = schedule.request.scores_BR([batch.prompt(b) for b in range(batch.num_requests)])
-    return lambda requests: assign_requests(scores_BR[requests], tokens_B[requests], token_cap=TOKEN_CAP)
+    return lambda requests: assign_requests(scores_BR[requests], tokens_B[requests])
 
 
 def _dp_paper(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
@@ -180,7 +178,7 @@ def _dp_paper(batch: TraceBatch, placement: Placement, schedule: Schedule, token
 
 def _dp_oracle(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
     scores_BR = request_shares_BR(batch, placement.hosts_LER)
-    return lambda requests: assign_requests(scores_BR[requests], tokens_B[requests], token_cap=TOKEN_CAP)
+    return lambda requests: assign_requests(scores_BR[requests], tokens_B[requests])
 
 
 DP_SCHEDULES: dict[str, Callable[..., Callable]] = {

@@ -1,5 +1,6 @@
 """The command line: help, examples, choices, exit codes, and the main job end to end."""
 
+import inspect
 import json
 import os
 import pty
@@ -14,10 +15,14 @@ from typer.testing import CliRunner
 
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
+from semmoe_cli.commands_compare import compare
+from semmoe_cli.commands_place import place
+from semmoe_cli.commands_report import report
 from semmoe_cli.commands_reshard import progress_lines
 from semmoe_cli.main import app, main
 from semmoe_cli.options import Dispatch, Effort, Method, Objective
 from semmoe_cli.reference import render_reference
+from solvers.assign import WINDOW
 from solvers.coschedule import OBJECTIVES
 from solvers.evaluate import DISPATCH_KINDS, METRICS
 from solvers.partition import EFFORTS
@@ -198,3 +203,8 @@ def test_wrong_usage_is_exit_code_2(trace):
 def test_a_closed_pipe_is_quiet(trace):
     code = f"{sys.executable} -m semmoe_cli show {trace} | true"
     assert "Traceback" not in subprocess.run(["bash", "-c", code], capture_output=True, text=True).stderr
+
+
+@pytest.mark.parametrize("command", [place, report, compare])
+def test_windows_are_those_of_the_runtime(command):
+    assert inspect.signature(command).parameters["window"].default == WINDOW
