@@ -149,24 +149,21 @@ def replay(task: dict[str, Any]) -> Any:
     from runtime.replay import replay_rank
     from runtime.replay_cases import ReplayOptions
 
-    rows = []
-    for plan in task["plans"]:
-        options = ReplayOptions(
-            task["trace"],
-            plan,
-            2880,
-            0,
-            task["batch_tokens"],
-            task["max_tokens"],
-            None,
-            "gloo",
-            "cpu",
-            "bfloat16",
-            600.0,
-            0,
-        )
-        rows.append(replay_rank(options, None, lambda line: print(line, file=sys.stderr)))
-    return rows if rows[0] is not None else None
+    options = ReplayOptions(
+        task["trace"],
+        task["plan"],
+        2880,
+        0,
+        task["batch_tokens"],
+        task["max_tokens"],
+        "tp",
+        "gloo",
+        "cpu",
+        "bfloat16",
+        600.0,
+        0,
+    )
+    return replay_rank(options, None, lambda line: print(line, file=sys.stderr))
 
 
 def make(out: Path, *words: str) -> None:
@@ -311,8 +308,9 @@ def replayed(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     for replicas in (0, 2):
         place(work / "replay-fit", work / f"r{replicas}", "tp", replicas)
     shape_network(RANKS, options.replay_rate)
-    task = {"kind": "replay", "trace": str(work / "replay-held"), "plans": [str(work / "r0"), str(work / "r2")]}
-    found = run_ranks(work, task | {"batch_tokens": 512, "max_tokens": 2048})
+    task = {"kind": "replay", "trace": str(work / "replay-held"), "batch_tokens": 512, "max_tokens": 8192}
+    # A group of processes for each plan: ranks that are done would join the next group through the store of the last one.
+    found = [run_ranks(work, task | {"plan": str(work / f"r{replicas}")}) for replicas in (0, 2)]
     rows = {
         (plan, row["placement"], row["schedule"]): row
         for plan, part in zip((0, 2), found, strict=True)
