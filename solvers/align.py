@@ -10,14 +10,15 @@ Shape letters: B requests, L MoE layers, E experts, R ranks.
 import numpy as np
 
 from solvers.balanced_table import balanced_homes
+from solvers.request_usage import part_counts_BR
 
 MAX_ROUNDS = 20
 
 
 def part_usage_BLR(rank_of_LE: np.ndarray, request_expert_LBE: np.ndarray, num_ranks: int) -> np.ndarray:
     """Activations of request b on part r of layer l, float64 [B, L, R]."""
-    member_LER = np.eye(num_ranks)[rank_of_LE]
-    return np.einsum("lbe,ler->blr", request_expert_LBE, member_LER, optimize=True)
+    parts = zip(request_expert_LBE, rank_of_LE, strict=True)
+    return np.stack([part_counts_BR(usage_BE, rank_of_E, num_ranks) for usage_BE, rank_of_E in parts], axis=1)
 
 
 def align_labels(

@@ -12,6 +12,7 @@ import numpy as np
 
 from solvers.assign import balanced_prices, softmax
 from solvers.balanced_table import balanced_homes
+from solvers.request_usage import usage_shares_BR
 
 COOLING = (1.5, 1.2, 1.0, 0.8, 0.6, 0.4, 0.3)  # temperatures of requests, in spreads of their scores
 EXPERT_TEMPERATURE = 0.1  # in standard deviations of an expert's worth over the ranks
@@ -57,9 +58,8 @@ def anneal_requests(
         if best is None or value > best[0]:
             best = value, experts.rounded()
     assert best is not None
-    member_LER = np.eye(num_ranks)[best[1]]
-    score_BR = np.einsum("lbe,ler->br", usage_LBE, member_LER, optimize=True) / np.maximum(weight_B, 1)[:, None]
-    return best[1], balanced_homes(score_BR, weight_B.astype(np.float64))
+    share_BR = usage_shares_BR(best[1], usage_LBE, num_ranks)
+    return best[1], balanced_homes(share_BR, weight_B.astype(np.float64))
 
 
 class _Experts:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from profiles.counts import RoutingProfile, request_expert_BE
+from profiles.counts import RoutingProfile
 from profiles.errors import InputError
 from solvers.align import align_labels
 from solvers.anneal import anneal_requests
@@ -35,6 +35,7 @@ from solvers.hierarchy import (
 from solvers.partition import EFFORTS, Effort, Problem, best_polished, load_limits, partition, polish
 from solvers.placement import Topology
 from solvers.remote import token_kinds
+from solvers.request_usage import chosen_requests, cluster_loads, request_rows, request_usage_LBE, usage_shares_BR
 from solvers.workers import layer_map
 
 OBJECTIVES = ("tp", "dp", "both")
@@ -109,7 +110,9 @@ def place_semmoe(
     if whole_groups:
         check_whole_groups(info.n_group, topology.num_ranks)
 
-    def task(layer: int, start_E: np.ndarray | None, home_T: np.ndarray | None) -> LayerTask:
+    def task(
+        layer: int, start_E: np.ndarray | None, rows_T: np.ndarray = rows_T, home_T: np.ndarray | None = None
+    ) -> LayerTask:
         return LayerTask(
             affinity_EE=profile.co_activation_LEE[layer],
             load_JE=load_LJE[layer],
@@ -131,17 +134,21 @@ def place_semmoe(
         )
 
     layers = range(info.num_layers)
-    request_T = profile.sample.request_of_T
-    weight_B = np.diff(profile.sample.starts_B1).astype(np.float64)
+    # Requests that get homes, and their rows that the exact objective then looks at.
+    requests_B = chosen_requests(profile, seed)
+    homed_T, request_T = request_rows(profile.sample, requests_B)
+    chosen = sample_rows(len(homed_T), comb(info.num_experts, info.top_k), how.token_rows, seed)
+    homed_T, request_T = homed_T[chosen], request_T[chosen]
+    weight_B = np.diff(profile.sample.starts_B1)[requests_B].astype(np.float64)
     # Where only locality counts, requests come first; where ranks touched count, experts that are chosen together do.
     annealed = objective == "dp" and dispatch == "per-expert" and not whole_groups
     with layer_map(processes, info.num_experts) as run:
         if not annealed:
-            tasks = (task(layer, None, None) for layer in layers)
+            tasks = (task(layer, None) for layer in layers)
             rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, progress)
         if objective == "tp" or whole_groups:
             return rank_of_LE  # whole groups leave no labels to choose
-        usage_LBE = np.stack([request_usage_BE(profile, layer, request_T) for layer in layers])
+        usage_LBE = request_usage_LBE(profile.sample, requests_B, info.num_experts)
         # Tokens are sent near by each layer's grouping of ranks into nodes: for their sake it stays.
         keep_nodes = topology.num_nodes > 1 and (per_node or objective == "both")
         if annealed:
@@ -161,18 +168,18 @@ def place_semmoe(
             )
         if (cost_RR is not None or topology.num_nodes > 1) and not keep_nodes:
             far_RR = topology.node_of_R[:, None] != topology.node_of_R if cost_RR is None else cost_RR
-            pairs_RR = home_pairs_RR(profile.sample.expert_ids_TLK[rows_T], rank_of_LE, home_B[request_T][rows_T])
+            pairs_RR = home_pairs_RR(profile.sample.expert_ids_TLK[homed_T], rank_of_LE, home_B[request_T])
             label_R = label_ranks(pairs_RR, far_RR.astype(np.float64), seed=seed)
             rank_of_LE, home_B = label_R[rank_of_LE], label_R[home_B]
         for turn in range(max(1, 2 * how.rounds)):
             weight = max(lar_weight, LOCAL_PULL[objective][min(turn, 1) if how.rounds else 1])
-            home_T = home_B[request_T][rows_T]
+            home_T = home_B[request_T]
             starts_LE = rank_of_LE
-            tasks = (task(layer, starts_LE[layer], home_T)._replace(lar_weight=weight) for layer in layers)
+            tasks = (task(layer, starts_LE[layer], homed_T, home_T)._replace(lar_weight=weight) for layer in layers)
             rank_of_LE = _collect(
                 run(solve_layer, tasks), info.num_layers, progress if annealed and turn == 0 else None
             )
-            share_BR = request_shares_BR(rank_of_LE, usage_LBE, topology.num_ranks)
+            share_BR = usage_shares_BR(rank_of_LE, usage_LBE, topology.num_ranks)
             home_B = balanced_homes(share_BR, weight_B)
     return rank_of_LE
 
@@ -311,20 +318,6 @@ def rank_counts_TR(expert_ids_TK: np.ndarray, rank_of_E: np.ndarray, num_ranks: 
     return counts.reshape(len(rank_TK), num_ranks + 1)[:, :num_ranks]
 
 
-def request_usage_BE(profile: RoutingProfile, layer: int, request_T: np.ndarray) -> np.ndarray:
-    """Activations of each sampled request at one layer, float32 [B, E]."""
-    sample = profile.sample
-    ids_TK = sample.expert_ids_TLK[:, layer]
-    return request_expert_BE(request_T, ids_TK, sample.num_requests, profile.info.num_experts).astype(np.float32)
-
-
-def request_shares_BR(rank_of_LE: np.ndarray, usage_LBE: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Share of each request's activations on each rank over all layers, float64 [B, R]."""
-    member_LER = np.eye(num_ranks)[rank_of_LE]
-    count_BR = np.einsum("lbe,ler->br", usage_LBE, member_LER, optimize=True)
-    return count_BR / np.maximum(count_BR.sum(axis=1, keepdims=True), 1)
-
-
 def sample_rows(num_tokens: int, num_sets: int, max_rows: int, seed: int) -> np.ndarray:
     """Rows that the exact objective looks at, ascending int64: all, or a random choice.
 
@@ -347,41 +340,3 @@ def check_whole_groups(num_groups: int, num_ranks: int) -> None:
     """Raise InputError where a permutation of the router cannot express any placement but the contiguous one."""
     if num_groups % num_ranks and num_ranks % num_groups:
         raise InputError(f"{num_groups} routing groups over {num_ranks} ranks: neither number divides the other")
-
-
-def cluster_loads(profile: RoutingProfile, clusters: int, seed: int) -> np.ndarray:
-    """Load vectors that must keep the cap, float64 [L, J, E]: all requests, then each cluster of requests by their
-    experts.
-    """
-    load_LJE = profile.load_LE.astype(np.float64)[:, None]
-    if clusters < 2:
-        return load_LJE
-    request_T, num_layers = profile.sample.request_of_T, profile.info.num_layers
-    num_requests = profile.sample.num_requests
-    if clusters > num_requests:
-        raise InputError(f"--robust {clusters}: the profile has only {num_requests} requests to cluster")
-    usage_LBE = np.stack([request_usage_BE(profile, layer, request_T) for layer in range(num_layers)])
-    share_LBE = usage_LBE / np.maximum(usage_LBE.sum(axis=2, keepdims=True), 1)
-    points_BF = np.sqrt(share_LBE).transpose(1, 0, 2).reshape(num_requests, -1).astype(np.float64)
-    cluster_B = k_means(points_BF, clusters, np.random.default_rng([seed, 11]))
-    loads = [usage_LBE[:, cluster_B == c].sum(axis=1) for c in range(clusters) if (cluster_B == c).any()]
-    return np.concatenate([load_LJE, np.stack(loads, axis=1)], axis=1)
-
-
-def k_means(points_BF: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """Cluster of each point, int64 [B]; farthest-point start, at most 30 rounds. A cluster may be empty."""
-    chosen = [int(rng.integers(len(points_BF)))]
-    nearest_B = np.full(len(points_BF), np.inf)
-    for _ in range(1, clusters):
-        nearest_B = np.minimum(nearest_B, ((points_BF - points_BF[chosen[-1]]) ** 2).sum(axis=1))
-        chosen.append(int(np.argmax(nearest_B)))
-    centre_CF = points_BF[chosen]
-    cluster_B = np.full(len(points_BF), -1)
-    for _ in range(30):
-        nearer_B = np.argmin((centre_CF**2).sum(axis=1) - 2 * points_BF @ centre_CF.T, axis=1)
-        if np.array_equal(nearer_B, cluster_B):
-            break
-        cluster_B = nearer_B
-        for c in np.unique(cluster_B):
-            centre_CF[c] = points_BF[cluster_B == c].mean(axis=0)
-    return cluster_B

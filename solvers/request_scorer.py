@@ -28,6 +28,7 @@ RIDGE = 0.6
 TOPICS = 48
 POWER = 0.7  # of an id's frequency in a document
 MAX_REQUESTS = 2_048  # documents of the dual problem: twice as many
+BLOCK_REQUESTS = 1_024  # whose experts are counted at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +64,15 @@ class RequestScorer:
 def request_shares_BR(batch: TraceBatch, hosts_LER: np.ndarray) -> np.ndarray:
     """Share of each request's activations that rank r could serve, averaged over layers, float64 [B, R]; zeros for no rows."""
     num_layers, num_experts, num_ranks = hosts_LER.shape
-    request_of_T = batch.request_of_T
     served_BR = np.zeros((batch.num_requests, num_ranks))
-    for layer in range(num_layers):
-        counts_BE = request_expert_BE(request_of_T, batch.expert_ids_TLK[:, layer], batch.num_requests, num_experts)
-        served_BR += counts_BE @ hosts_LER[layer] / num_layers
+    for first in range(0, batch.num_requests, BLOCK_REQUESTS):
+        # Counts of every expert are kept for a block of requests only.
+        starts_B1 = batch.starts_B1[first : first + BLOCK_REQUESTS + 1]
+        num_requests, rows = len(starts_B1) - 1, slice(starts_B1[0], starts_B1[-1])
+        request_of_T = np.repeat(np.arange(num_requests), np.diff(starts_B1))
+        for layer in range(num_layers):
+            counts_BE = request_expert_BE(request_of_T, batch.expert_ids_TLK[rows, layer], num_requests, num_experts)
+            served_BR[first : first + num_requests] += counts_BE @ hosts_LER[layer] / num_layers
     activations_B = np.diff(batch.starts_B1) * batch.expert_ids_TLK.shape[2]
     return served_BR / np.maximum(activations_B, 1)[:, None]
 

@@ -11,7 +11,7 @@ import numpy as np
 from profiles.counts import RoutingProfile
 from profiles.errors import InputError
 from solvers.contiguous import place_contiguous
-from solvers.coschedule import cluster_loads, place_semmoe
+from solvers.coschedule import place_semmoe
 from solvers.equalize import is_within_cap, rank_load_R
 from solvers.exact import place_exact
 from solvers.load import place_load, place_load_replicated
@@ -19,6 +19,7 @@ from solvers.metis import place_metis
 from solvers.paper import place_paper
 from solvers.placement import Placement, Topology
 from solvers.replicas import add_replicas, served_load_R, serving_LRE
+from solvers.request_usage import cluster_loads
 from solvers.spectral import place_spectral
 
 Progress = Callable[[int, int], None]  # layers done, layers in all

@@ -14,13 +14,14 @@ from profiles.trace import TraceBatch, TraceInfo
 from solvers.align import align_labels, best_labels
 from solvers.anneal import anneal_requests
 from solvers.balanced_table import balanced_homes, balanced_shares
-from solvers.coschedule import cluster_loads, place_semmoe, sample_rows
+from solvers.coschedule import place_semmoe, sample_rows
 from solvers.exact import place_exact
 from solvers.metis import place_metis
 from solvers.paper import place_paper
 from solvers.partition import EFFORTS, Problem, load_limits, partition
 from solvers.placement import Topology
 from solvers.remote import remote_cost
+from solvers.request_usage import cluster_loads
 from solvers.swap import overload
 
 GROUPS = 4

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import profiles.mapped as mapped_module
+import solvers.coschedule as coschedule_module
 import solvers.schedule as schedule_module
 from profiles.counts import profile_traces
 from profiles.errors import InputError
@@ -23,6 +24,7 @@ from profiles.trace import RoutingTrace
 from profiles.trace_writer import TraceWriter
 from solvers.coschedule import place_semmoe
 from solvers.placement import Placement, Topology
+from solvers.request_usage import chosen_requests, cluster_loads, request_usage_LBE, usage_shares_BR
 from solvers.schedule import fit_schedule
 from solvers.workers import layer_map
 
@@ -146,3 +148,39 @@ def test_workers_end_with_the_main_process_in_the_middle_of_their_work(tmp_path,
 def _children(parent: int) -> list[int]:
     tasks = Path(f"/proc/{parent}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def test_request_homes_and_clusters_look_at_a_bounded_choice_of_requests(tmp_path, monkeypatch):
+    write_synthetic(tmp_path / "t", num_requests=60)
+    profile = profile_traces([RoutingTrace.open(tmp_path / "t")])
+    counts = profile.info.num_layers * profile.info.num_experts
+    chosen_B = chosen_requests(profile, 0, 20 * counts)
+    assert len(chosen_B) == 20 and (np.diff(chosen_B) > 0).all() and chosen_B[-1] > 25
+    usage_LBE = request_usage_LBE(profile.sample, chosen_B, profile.info.num_experts)
+    assert usage_LBE.dtype == np.float32 and usage_LBE.shape[1] == 20
+    for number, b in enumerate(chosen_B.tolist()):
+        rows = slice(profile.sample.starts_B1[b], profile.sample.starts_B1[b + 1])
+        for layer in (0, profile.info.num_layers - 1):
+            expected_E = np.bincount(
+                profile.sample.expert_ids_TLK[rows, layer].ravel(), minlength=profile.info.num_experts
+            )
+            np.testing.assert_array_equal(usage_LBE[layer, number], expected_E)
+    # Clusters found on some requests still hold every request, and where all are looked at nothing changes.
+    some_LJE, all_LJE = (cluster_loads(profile, 3, 0, max_counts=most * counts) for most in (20, 60))
+    for load_LJE in (some_LJE, all_LJE):
+        np.testing.assert_array_equal(load_LJE[:, 1:].sum(axis=1), profile.load_LE)
+    options = {"load_cap": 1.1, "seed": 0, "objective": "dp", "effort": "fast"}
+    whole_LE = place_semmoe(profile, Topology(4), **options)
+    monkeypatch.setattr(
+        coschedule_module, "chosen_requests", lambda profile, seed: chosen_requests(profile, seed, 20 * counts)
+    )
+    bounded_LE = place_semmoe(profile, Topology(4), **options)
+    kept = [local_share(r_LE, profile) for r_LE in (whole_LE, bounded_LE)]
+    assert kept[1] > 0.9 * kept[0] > 1.5 / 4
+
+
+def local_share(rank_of_LE: np.ndarray, profile) -> float:
+    """Share of activations on the request's best rank: what an Attention-DP oracle without caps reaches."""
+    requests_B = np.arange(profile.sample.num_requests)
+    usage_LBE = request_usage_LBE(profile.sample, requests_B, profile.info.num_experts)
+    return float(usage_shares_BR(rank_of_LE, usage_LBE, 4).max(axis=1).mean())
