@@ -7,7 +7,7 @@ processes map (`profiles.mapped`).
 Shape letters: T tokens, L MoE layers, E experts, K top-k, U token ids seen, B requests.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 32_768  # rows whose pair keys stay in the cache of one core
 SAMPLE_IDS = 500_000_000  # expert ids that a profile keeps: half a gigabyte at one byte each
+
+Progress = Callable[[int, int], None]  # tokens done, tokens in all
 
 
 def load_E(expert_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
@@ -90,27 +92,40 @@ class RoutingProfile:
         return ids_U, index_T
 
 
+class _Counts:
+    """Tokens and co-activation added up batch by batch; additive over any split of them."""
+
+    def __init__(self, info: TraceInfo) -> None:
+        self.num_tokens = 0
+        self.co_activation_LEE = np.zeros((info.num_layers, info.num_experts, info.num_experts), np.int64)
+        self._waiting: list[np.ndarray] = []  # small batches wait for company: a pass costs E * E beside its rows
+
+    def add(self, expert_ids_TLK: np.ndarray) -> None:
+        self.num_tokens += len(expert_ids_TLK)
+        self._waiting.append(expert_ids_TLK)
+        if sum(len(ids_TLK) for ids_TLK in self._waiting) >= BLOCK_TOKENS:
+            self._count()
+
+    def _count(self) -> None:
+        if self._waiting:
+            ids_TLK = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+            for layer, both_EE in enumerate(self.co_activation_LEE):
+                both_EE += co_activation_EE(ids_TLK[:, layer], len(both_EE))
+            self._waiting = []
+
+    def done(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """Tokens, load int64 [L, E] and co-activation int64 [L, E, E]."""
+        self._count()
+        load_LE = np.diagonal(self.co_activation_LEE, axis1=1, axis2=2).copy()
+        return self.num_tokens, load_LE, self.co_activation_LEE
+
+
 def count_batches(batches: Iterable[TraceBatch], info: TraceInfo) -> tuple[int, np.ndarray, np.ndarray]:
     """Tokens, load int64 [L, E] and co-activation int64 [L, E, E] over batches; additive over any split of them."""
-    num_tokens, size = 0, info.num_experts
-    co_activation_LEE = np.zeros((info.num_layers, size, size), np.int64)
-    for ids_TLK in _blocks(batches):
-        num_tokens += len(ids_TLK)
-        for layer in range(info.num_layers):
-            co_activation_LEE[layer] += co_activation_EE(ids_TLK[:, layer], size)
-    return num_tokens, np.diagonal(co_activation_LEE, axis1=1, axis2=2).copy(), co_activation_LEE
-
-
-def _blocks(batches: Iterable[TraceBatch]) -> Iterator[np.ndarray]:
-    """Expert ids of small batches together, [T, L, K] with about BLOCK_TOKENS rows or more: a pass costs E * E beside its rows."""
-    waiting: list[np.ndarray] = []
+    counts = _Counts(info)
     for batch in batches:
-        waiting.append(batch.expert_ids_TLK)
-        if sum(len(ids_TLK) for ids_TLK in waiting) >= BLOCK_TOKENS:
-            yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
-            waiting = []
-    if waiting:
-        yield np.concatenate(waiting)
+        counts.add(batch.expert_ids_TLK)
+    return counts.done()
 
 
 def profile_traces(
@@ -120,41 +135,101 @@ def profile_traces(
 
     Raises InputError where a trace is of another model or holds no request to count.
     """
+    keep = keep or [np.ones(trace.num_requests, bool) for trace in traces]
+    (profile,), _ = _profile_parts(traces, [keep], seed=seed, sample_ids=sample_ids)
+    if profile.num_tokens == 0:
+        raise InputError(f"{', '.join(t.path for t in traces)}: no token to learn from")
+    return profile
+
+
+def profile_split(
+    traces: list[RoutingTrace],
+    held_out: list[np.ndarray],
+    *,
+    seed: int = 0,
+    sample_ids: int = SAMPLE_IDS,
+    progress: Progress | None = None,
+) -> tuple[RoutingProfile, RoutingProfile, RoutingProfile]:
+    """Profiles of the requests that are not held out (bool [B] per trace), of those that are, and of all; from one reading.
+
+    Counts are additive, and the sample of all requests is the other two one after the other in one file: nothing is kept twice.
+    Raises InputError as `profile_traces` does.
+    """
+    (fitted, rest), ids_LTK = _profile_parts(
+        traces, [[~h for h in held_out], held_out], seed=seed, sample_ids=sample_ids, progress=progress
+    )
+    if fitted.num_tokens == 0:
+        raise InputError(f"{', '.join(t.path for t in traces)}: no token to learn from")
+    info = fitted.info
+    bare = [replace(p.sample, expert_ids_TLK=p.sample.expert_ids_TLK[:0]) for p in (fitted, rest)]
+    whole = RoutingProfile(
+        info,
+        fitted.num_tokens + rest.num_tokens,
+        fitted.load_LE + rest.load_LE,
+        fitted.co_activation_LEE + rest.co_activation_LEE,
+        replace(concat_batches(bare, info), expert_ids_TLK=ids_LTK.transpose(1, 0, 2)),
+    )
+    return fitted, rest, whole
+
+
+def _profile_parts(
+    traces: list[RoutingTrace],
+    parts: list[list[np.ndarray]],
+    *,
+    seed: int,
+    sample_ids: int,
+    progress: Progress | None = None,
+) -> tuple[list[RoutingProfile], np.ndarray]:
+    """Profiles of disjoint sets of requests (bool [B] per trace each), and the expert ids of their samples, [L, T, K]."""
     info = traces[0].info
     for trace in traces:
         trace.require_tokens("a profile")
         if wrong := info.mismatch(trace.info):
             raise InputError(f"{trace.path} is the trace of another model than {traces[0].path}: {wrong}")
-    keep = keep or [np.ones(trace.num_requests, bool) for trace in traces]
     tokens_B = [trace.requests().column("num_tokens").to_numpy() for trace in traces]
-    in_sample = _sample_requests(tokens_B, keep, sample_ids // (info.num_layers * info.top_k), seed)
-    num_sampled = sum(int(t[s].sum()) for t, s in zip(tokens_B, in_sample, strict=True))
-    id_dtype = np.result_type(*(trace.info.id_dtype for trace in traces))
+    wanted = [sum(int(t[k].sum()) for t, k in zip(tokens_B, keep, strict=True)) for keep in parts]
+    max_tokens = sample_ids // (info.num_layers * info.top_k)
+    # Every set gets its share of the budget, so that together they are a sample of all.
+    budgets = [max_tokens * tokens // max(sum(wanted), 1) for tokens in wanted]
+    budgets = [max(b, 1) if sum(wanted) > max_tokens else tokens for b, tokens in zip(budgets, wanted, strict=True)]
+    samples = [_sample_requests(tokens_B, keep, most, seed) for keep, most in zip(parts, budgets, strict=True)]
+    sizes = [sum(int(t[s].sum()) for t, s in zip(tokens_B, sample, strict=True)) for sample in samples]
     # Layers first: solvers look at the sample one layer at a time.
-    ids_LTK = mapped_empty((info.num_layers, num_sampled, info.top_k), id_dtype)
-    kept: list[TraceBatch] = []
-
-    def keep_sample(batch: TraceBatch) -> None:
-        first = sum(b.num_tokens for b in kept)
-        ids_LTK[:, first : first + batch.num_tokens] = batch.expert_ids_TLK.transpose(1, 0, 2)
-        kept.append(replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:0]))
-
-    def all_batches() -> Iterator[TraceBatch]:
-        for trace, keep_B, sample_B in zip(traces, keep, in_sample, strict=True):
-            row = 0
-            chosen = np.flatnonzero(keep_B)
-            for batch in trace.batches(keep_B):
-                sampled = sample_B[chosen[row : row + batch.num_requests]]
-                row += batch.num_requests
-                if sampled.any():
-                    keep_sample(select_requests(batch, sampled))
-                yield batch
-
-    num_tokens, load_LE, co_activation_LEE = count_batches(all_batches(), info)
-    if num_tokens == 0:
-        raise InputError(f"{', '.join(t.path for t in traces)}: no token to learn from")
-    sample = replace(concat_batches(kept, info), expert_ids_TLK=np.asarray(ids_LTK).transpose(1, 0, 2))
-    return RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, sample)
+    id_dtype = np.result_type(*(trace.info.id_dtype for trace in traces))
+    ids_LTK = mapped_empty((info.num_layers, sum(sizes), info.top_k), id_dtype)
+    ends = np.cumsum(sizes).tolist()
+    filled = [end - size for end, size in zip(ends, sizes, strict=True)]
+    kept: list[list[TraceBatch]] = [[] for _ in parts]
+    counts, done = [_Counts(info) for _ in parts], 0
+    for number, trace in enumerate(traces):
+        keep_B = np.any([keep[number] for keep in parts], axis=0)
+        first, chosen = 0, np.flatnonzero(keep_B)
+        for batch in trace.batches(keep_B):
+            which_B = chosen[first : first + batch.num_requests]
+            first += batch.num_requests
+            for p, keep in enumerate(parts):
+                mine_B = keep[number][which_B]
+                if not mine_B.any():
+                    continue
+                mine = select_requests(batch, mine_B)
+                counts[p].add(mine.expert_ids_TLK)
+                sampled_B = samples[p][number][which_B[mine_B]]
+                if sampled_B.any():
+                    taken = select_requests(mine, sampled_B)
+                    rows = slice(filled[p], filled[p] + taken.num_tokens)
+                    ids_LTK[:, rows] = taken.expert_ids_TLK.transpose(1, 0, 2)
+                    filled[p] = rows.stop
+                    kept[p].append(replace(taken, expert_ids_TLK=taken.expert_ids_TLK[:0]))
+            done += batch.num_tokens
+            if progress is not None:
+                progress(done, sum(wanted))
+    ids_LTK = np.asarray(ids_LTK)
+    profiles = []
+    for p, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        ids_TLK = ids_LTK[:, end - size : end].transpose(1, 0, 2)
+        sample = replace(concat_batches(kept[p], info), expert_ids_TLK=ids_TLK)
+        profiles.append(RoutingProfile(info, *counts[p].done(), sample))
+    return profiles, ids_LTK
 
 
 def _sample_requests(
