@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from profiles.demo.paths import demo_model_path
 from profiles.errors import InputError
 
 NUM_EXPERTS = ("n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts")
@@ -63,11 +64,11 @@ LAYERS_UNDER_NUM_LAYERS = ("longcat_flash",)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model: a file, a directory that holds one (a checkpoint), or the id of a model of the hub.
+    """config.json of a model: a file, a directory that holds one (a checkpoint), the id of a model of the hub, or "demo".
 
     Only a hub id imports transformers. Raises InputError where there is none or it is not a JSON object.
     """
-    file = Path(path)
+    file = demo_model_path() if str(path) == "demo" else Path(path)
     if file.is_dir():
         file = file / "config.json"
         if not file.exists():

@@ -205,12 +205,12 @@ def encoded_requests(
             if not len(ids) or (request.messages is None and not request.text.strip()):
                 progress.empty += 1
                 continue
-            if longest and len(ids) > longest:
+            too_long = longest is not None and len(ids) > longest
+            if too_long:
                 if limits.max_length is None:
                     raise InputError(
                         f"request {request.request_id} has {len(ids)} tokens, the model reads {longest}: cut texts with --max-length N"
                     )
-                progress.cut += 1
                 ids = ids[:longest]
             if limits.max_tokens is not None and tokens + len(ids) > limits.max_tokens:
                 if tokens:
@@ -219,6 +219,7 @@ def encoded_requests(
             if limits.max_requests is not None and count >= limits.max_requests:
                 return
             count, tokens = count + 1, tokens + len(ids)
+            progress.cut += too_long
             progress.read_requests, progress.read_tokens = count, tokens
             yield TokenRequest(request.request_id, request.domain, ids)
 

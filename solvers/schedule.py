@@ -82,7 +82,10 @@ def _record(kind: Any, prefix: str, tables: dict[str, np.ndarray]) -> Any:
     for name, hint in get_type_hints(kind).items():
         if hint is np.ndarray:
             if prefix + name not in tables:
-                raise InputError(f"the plan's schedule is not whole: it lacks the table {prefix}{name}")
+                raise InputError(
+                    f"the plan's schedule lacks the table {prefix}{name}: another version of semmoe wrote it, or its file was "
+                    f"changed; make the plan again with semmoe place"
+                )
             values[name] = tables[prefix + name]
         else:
             values[name] = _record(hint, f"{prefix}{name}.", tables)

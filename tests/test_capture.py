@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import VOCAB_SIZE, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -24,7 +25,6 @@ from profiles.requests import encode_requests, read_requests
 from profiles.sources import open_dataset, open_source
 from profiles.trace import RoutingTrace
 from semmoe_cli.commands_trace import Dtype, Kind, Repetition
-from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +125,8 @@ def test_embedding_reference_leads_to_the_matrix(model_folder, prompts, tmp_path
 
 
 def test_limits_choose_the_first_requests(model_folder, prompts, tmp_path):
-    run(model_folder, "--data", prompts, "--max-requests", 5, "--max-length", 4, "-o", tmp_path / "a")
+    done = run(model_folder, "--data", prompts, "--max-requests", 5, "--max-length", 4, "-o", tmp_path / "a")
+    assert "3 cut to --max-length" in done.stderr  # 3 and 4 tokens fit; what was only read ahead does not count
     batch = RoutingTrace.open(tmp_path / "a").load()
     assert sorted(batch.request_ids) == [f"p{i}" for i in range(5)]
     assert np.diff(batch.starts_B1).max() == 4

@@ -198,3 +198,7 @@ def test_read_config_of_a_hub_id_that_is_not_cached(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="neither a file here nor a model of the hub"):
         read_config("nobody-at-all/no-such-model")
+
+
+def test_demo_is_the_embedded_model():
+    assert moe_facts(read_config("demo"))["num_experts"] == 32

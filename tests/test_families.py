@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_models import FAMILIES, tiny_input_ids, tiny_model
 
 from profiles.capture import TokenRequest, record_generation, record_prefill, start_recording
 from profiles.config import moe_facts
 from profiles.errors import InputError
 from profiles.models import find_moe_layers, trace_info
-from tests.tiny_models import FAMILIES, tiny_input_ids, tiny_model
 
 transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
