@@ -273,3 +273,9 @@ def sample_requests(traces: list[RoutingTrace], keep: list[np.ndarray], *, max_t
     chosen = _sample_requests(tokens_B, keep, max_tokens, seed)
     batches = [b for trace, chosen_B in zip(traces, chosen, strict=True) for b in trace.batches(chosen_B)]
     return concat_batches(batches, traces[0].info)
+
+
+def bounded_requests(batch: TraceBatch, *, max_tokens: int, seed: int) -> TraceBatch:
+    """The batch, or a random choice of its requests of about `max_tokens` tokens."""
+    (chosen,) = _sample_requests([np.diff(batch.starts_B1)], [np.ones(batch.num_requests, bool)], max_tokens, seed)
+    return select_requests(batch, chosen)

@@ -50,6 +50,15 @@ def mapped_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return array
 
 
+def mapped_copy(array: np.ndarray) -> np.ndarray:
+    """The array itself where it is mapped or small; otherwise a copy that workers can map."""
+    if view_of(array) is not None or array.nbytes <= SMALL_BYTES:
+        return array
+    copy = mapped_empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
 def _remove(descriptor: int, name: str | None) -> None:
     os.close(descriptor)
     if name is not None:

@@ -85,7 +85,7 @@ def place(
     """
     from profiles.trace import RoutingTrace
     from semmoe_cli.report import note, print_report
-    from semmoe_cli.steps import steps
+    from semmoe_cli.steps import stages
     from solvers.placement import Topology
     from solvers.plan import check_plan_target
     from solvers.planning import Setting, make_plan
@@ -105,7 +105,7 @@ def place(
             opened, links, kind=kind.value, file=file, dispatch=dispatch.value, setting=setting, made_by=made_by
         )
     else:
-        with steps("placing layers") as step:
+        with stages() as show:
             plan = make_plan(
                 opened,
                 links,
@@ -128,7 +128,7 @@ def place(
                 certify=certify,
                 setting=setting,
                 made_by=command_line(output, topology or output, *traces),
-                progress=step,
+                progress=show,
             )
     plan.save(output)
     for line in plan.notes:

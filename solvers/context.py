@@ -17,6 +17,7 @@ Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, D depth (ear
 Q ids of positions, C columns of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,14 +81,24 @@ def context_scores_TR(
     return scores_TR
 
 
-def previous_experts_TLK(batch: TraceBatch, num_experts: int) -> np.ndarray:
-    """Experts of the token before each row in its request, [T, L, K]; num_experts where the trace does not hold it."""
+def previous_experts_TLK(batch: TraceBatch, num_experts: int, rows: np.ndarray | None = None) -> np.ndarray:
+    """Experts of the token before each row in its request, [T, L, K]; num_experts where the trace does not hold it.
+
+    `rows`: only of these, in their order.
+    """
     experts = batch.expert_ids_TLK
     dtype = experts.dtype if num_experts <= np.iinfo(experts.dtype).max else np.uint16
-    previous = np.full(experts.shape, num_experts, dtype)
-    previous[1:] = experts[:-1]
-    previous[batch.starts_B1[:-1][np.diff(batch.starts_B1) > 0]] = num_experts
+    is_first_T = np.zeros(batch.num_tokens, bool)
+    is_first_T[batch.starts_B1[:-1][np.diff(batch.starts_B1) > 0]] = True
+    rows = np.arange(batch.num_tokens) if rows is None else rows
+    previous = layers_first_rows(experts, np.maximum(rows - 1, 0)).astype(dtype, copy=False)
+    previous[is_first_T[rows]] = num_experts
     return previous
+
+
+def layers_first_rows(expert_ids_TLK: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Copy of the rows, [T, L, K], laid out layer by layer: that is how it is read."""
+    return np.take(expert_ids_TLK.transpose(1, 0, 2), rows, axis=1).transpose(1, 0, 2)
 
 
 def default_depth(num_layers: int, num_experts: int) -> int:
@@ -111,16 +122,18 @@ def fit_context(
     depth: int | None = None,
     max_tokens: int = MAX_TOKENS,
     skip: int = 0,
+    step: Callable[[], None] = lambda: None,
 ) -> ContextPredictor:
     """Predictor fitted on (a sample of) the batch that `table` was counted on. `hosts_LER` bool: ranks that host an expert.
 
     `skip`: leading layers of the batch that only give context; `table`, `hosts_LER` and the predictor begin after them.
+    `step` is called at every layer that is done.
     """
     num_layers, num_experts, num_ranks = hosts_LER.shape
     depth = default_depth(num_layers, num_experts) if depth is None else depth
     rows = training_rows(batch, seed, max_tokens)
-    chosen_TLK = batch.expert_ids_TLK[rows]
-    previous_TLK = previous_experts_TLK(batch, num_experts)[rows]
+    chosen_TLK = layers_first_rows(batch.expert_ids_TLK, rows)
+    previous_TLK = previous_experts_TLK(batch, num_experts, rows)
     is_prompt_T = batch.is_prompt_T[rows]
     without_own = _LeaveOwnRequestOut.of(batch, table, rows)
     position = _Column("position", batch_position_ids_TC(batch)[rows], NUM_POSITION_IDS, POSITION_RIDGE)
@@ -142,7 +155,8 @@ def fit_context(
         for phase, at, used_T in ((0, layer - 1, is_prompt_T), (1, layer, ~is_prompt_T)):
             if at >= 0 and used_T.any():
                 ids_TK = np.where(used_T[:, None], previous_TLK[:, at], num_experts)
-                columns["previous", phase] = _Column(f"previous {phase} {layer}", ids_TK, num_experts, RIDGE)
+                name = f"previous {phase} {layer}"
+                columns["previous", phase] = _Column(name, ids_TK, num_experts, RIDGE, np.flatnonzero(used_T))
         # 2. Dense features and target.
         served_TR = _one_hot(chosen_TLK[:, layer], num_experts) @ padded_LER[number]
         shares_TR = without_own.shares_TR(number, served_TR, table)
@@ -162,16 +176,21 @@ def fit_context(
             weights_LXR[(number, *place)][: column.size] = weights_FR[first : first + column.size]
             first += column.size
         pairs.forget(before=layer + 1 - depth)
+        step()
     return predictor
 
 
 class _Column(NamedTuple):
-    """One-hot features of every row: ids below `size`, or `size` for none. Integer names are layers of the token's own choices."""
+    """One-hot features of every row: ids below `size`, or `size` for none. Integer names are layers of the token's own choices.
+
+    `rows`: those that have any id; all where None. Two columns with rows have the same rows or none in common.
+    """
 
     name: int | str
     ids_TK: np.ndarray
     size: int
     ridge: float
+    rows: np.ndarray | None = None
 
 
 def _solve_layer(
@@ -224,7 +243,10 @@ class _PairCounts:
         self._kept: dict[tuple, np.ndarray] = {}
 
     def counts_XX(self, first: _Column, second: _Column) -> np.ndarray:
-        """float64 [first.size + 1, second.size + 1]: tokens with one id in the first column and the other in the second."""
+        """float64 [first.size + 1, second.size + 1]: tokens with one id in the first column and the other in the second.
+
+        Tokens without an id in a column may be missing from the counts of "none".
+        """
         key = (first.name, second.name)
         if key in self._kept:
             return self._kept[key]
@@ -232,9 +254,15 @@ class _PairCounts:
             return self._kept[key[::-1]].T
         shape = (first.size + 1, second.size + 1)
         counts = np.zeros(shape[0] * shape[1], np.int64)
-        for start in range(0, len(first.ids_TK), BLOCK):
-            left_TK = first.ids_TK[start : start + BLOCK].astype(np.int64) * shape[1]
-            right_TK = second.ids_TK[start : start + BLOCK].astype(np.int64)
+        first_TK, second_TK = first.ids_TK, second.ids_TK
+        if first.rows is not None and second.rows is not None and first.rows is not second.rows:
+            return counts.reshape(shape).astype(np.float64)
+        rows = second.rows if first.rows is None else first.rows
+        if rows is not None:
+            first_TK, second_TK = first_TK[rows], second_TK[rows]
+        for start in range(0, len(first_TK), BLOCK):
+            left_TK = first_TK[start : start + BLOCK].astype(np.int64) * shape[1]
+            right_TK = second_TK[start : start + BLOCK].astype(np.int64)
             counts += np.bincount((left_TK[:, :, None] + right_TK[:, None, :]).reshape(-1), minlength=len(counts))
         counts_XX = counts.reshape(shape).astype(np.float64)
         if all(isinstance(name, int) or name == "position" for name in key):

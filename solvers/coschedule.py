@@ -13,6 +13,7 @@ G routing groups, U token ids.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from math import comb
 from typing import NamedTuple
 
@@ -85,13 +86,14 @@ def place_semmoe(
     expressible: str | None = None,
     processes: int = 1,
     progress: Progress | None = None,
+    start_LE: np.ndarray | None = None,
 ) -> np.ndarray:
     """Rank of each expert, int64 [L, E]; independent of `processes`.
 
     `lar_weight`: remote ranks that one more local activation per token is worth (per-rank and per-node dispatch).
     `objective`: the schedule that will be used, one of OBJECTIVES. `robust`: clusters of requests that each keep the
     load cap (0: all requests together only). `expressible` "permutation": routing groups map onto whole blocks of
-    ranks.
+    ranks. `start_LE`: a placement found on fewer tokens, to be searched on from where that is worth it.
     """
     if objective not in OBJECTIVES:
         raise InputError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
@@ -142,10 +144,15 @@ def place_semmoe(
     weight_B = np.diff(profile.sample.starts_B1)[requests_B].astype(np.float64)
     # Where only locality counts, requests come first; where ranks touched count, experts that are chosen together do.
     annealed = objective == "dp" and dispatch == "per-expert" and not whole_groups
+    turns = 0 if objective == "tp" or whole_groups else max(1, 2 * how.rounds)
+    count_layer = _counter(progress, info.num_layers * (turns + (not annealed)))
     with layer_map(processes, info.num_experts) as run:
         if not annealed:
-            tasks = (task(layer, None) for layer in layers)
-            rank_of_LE = _collect(run(solve_layer, tasks), info.num_layers, progress)
+            if start_LE is None or how.rounds == 0 or whole_groups:  # a search from the start is cheap, or has no start
+                tasks = (task(layer, None) for layer in layers)
+            else:
+                tasks = (task(layer, start_E) for layer, start_E in zip(layers, start_LE, strict=True))
+            rank_of_LE = _collect(run(solve_layer, tasks), count_layer)
         if objective == "tp" or whole_groups:
             return rank_of_LE  # whole groups leave no labels to choose
         usage_LBE = request_usage_LBE(profile.sample, requests_B, info.num_experts)
@@ -171,14 +178,12 @@ def place_semmoe(
             pairs_RR = home_pairs_RR(profile.sample.expert_ids_TLK[homed_T], rank_of_LE, home_B[request_T])
             label_R = label_ranks(pairs_RR, far_RR.astype(np.float64), seed=seed)
             rank_of_LE, home_B = label_R[rank_of_LE], label_R[home_B]
-        for turn in range(max(1, 2 * how.rounds)):
+        for turn in range(turns):
             weight = max(lar_weight, LOCAL_PULL[objective][min(turn, 1) if how.rounds else 1])
             home_T = home_B[request_T]
             starts_LE = rank_of_LE
             tasks = (task(layer, starts_LE[layer], homed_T, home_T)._replace(lar_weight=weight) for layer in layers)
-            rank_of_LE = _collect(
-                run(solve_layer, tasks), info.num_layers, progress if annealed and turn == 0 else None
-            )
+            rank_of_LE = _collect(run(solve_layer, tasks), count_layer)
             share_BR = usage_shares_BR(rank_of_LE, usage_LBE, topology.num_ranks)
             home_B = balanced_homes(share_BR, weight_B)
     return rank_of_LE
@@ -192,12 +197,17 @@ def home_pairs_RR(expert_ids_TLK: np.ndarray, rank_of_LE: np.ndarray, home_T: np
     return sum((home_TR.T @ touched_TR for touched_TR in layers), np.zeros((num_ranks, num_ranks)))
 
 
-def _collect(results: Iterator[np.ndarray], num_layers: int, progress: Progress | None) -> np.ndarray:
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    """A function to call at every layer that is done, over all passes over the layers."""
+    done = count(1)
+    return (lambda: None) if progress is None else (lambda: progress(next(done), total))
+
+
+def _collect(results: Iterator[np.ndarray], count_layer: Callable[[], None]) -> np.ndarray:
     placed = []
     for rank_of_E in results:
         placed.append(rank_of_E)
-        if progress is not None:
-            progress(len(placed), num_layers)
+        count_layer()
     return np.stack(placed)
 
 

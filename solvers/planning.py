@@ -6,17 +6,19 @@ requests: more data only helps it, and plan.json says so.
 Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from profiles.checkpoint import input_embedding
-from profiles.counts import RoutingProfile, profile_traces, sample_requests, token_expert_UE
+from profiles.counts import RoutingProfile, bounded_requests, profile_split, sample_requests, token_expert_UE
 from profiles.errors import InputError
 from profiles.split import holdout_requests, request_keys
-from profiles.trace import RoutingTrace
+from profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from solvers.assign import TOKEN_CAP, WINDOW
 from solvers.certificate import certify as certify_layer
 from solvers.certificate import local_activation_bound, remote_rank_bound
@@ -29,20 +31,20 @@ from solvers.evaluate import (
     report_layers,
     report_rows,
     score,
-    traffic_sums,
     uniform_scores,
 )
 from solvers.load import place_load
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
-from solvers.replicas import serving_LRE
 from solvers.schedule import Schedule, fit_schedule
-from solvers.simulate import available_schedules, simulate
+from solvers.simulate import available_schedules
 from solvers.solve import Demands, Progress, solve_placement
+from solvers.traffic_rows import Order, summed_rows
 from solvers.verdict import saving, verdict
 
 REPORT_FORMAT = "semmoe-report"
 REPORT_VERSION = 1
+Stages = Callable[[str, int, int], None]  # name of a stage, steps done in it, its steps in all
 SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
 
 
@@ -67,7 +69,7 @@ def make_plan(
     certify: bool,
     setting: Setting,
     made_by: str,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> Plan:
     """The plan for the traces' model, with scores on held-out requests beside the baselines (see `score_placements`).
 
@@ -81,32 +83,34 @@ def make_plan(
     embedding_VD = input_embedding(traces[0].info.embedding)
     held_out = split_requests(traces, holdout=holdout, holdout_domains=holdout_domains, seed=demands.seed)
     fitted = [~h for h in held_out]
-    profile = profile_traces(traces, fitted, seed=demands.seed)
-    placement, notes = solve_placement(profile, topology, demands, method=method, progress=progress)
-    schedule = fit_schedule(
-        profile.sample, placement, seed=demands.seed, embedding_VD=embedding_VD, processes=demands.processes
-    )
-    scores = score_placements(
+    show = progress or (lambda stage, done, total: None)
+    profile, rest, whole = profile_split(traces, held_out, seed=demands.seed, progress=partial(show, "reading tokens"))
+    options = {"topology": topology, "demands": demands, "method": method, "embedding_VD": embedding_VD}
+    placement, notes, schedule = _fitted(profile, **options, show=show)
+    info = profile.info
+    max_tokens = SCORED_IDS // (info.num_layers * info.top_k)
+    scores = score_batch(
         {"plan": placement, **baselines(profile.load_LE, topology)},
-        traces,
-        held_out,
+        bounded_requests(rest.sample, max_tokens=max_tokens, seed=setting.seed),
+        info,
         topology,
         load_LE=profile.load_LE,
         dispatch=demands.dispatch,
         schedule=schedule,
         setting=setting,
+        processes=demands.processes,
+        progress=partial(show, "scoring on held-out requests: rows"),
     )
     if certify:
-        scores["certificate"] = certificate_of(profile, placement, demands)
+        scores["certificate"] = certificate_of(
+            profile, placement, demands, progress=partial(show, "bounding what any placement could reach: layers")
+        )
     if refit:
         fitted = [np.ones_like(h) for h in held_out]
-        profile = profile_traces(traces, seed=demands.seed)
-        placement, notes = solve_placement(profile, topology, demands, method=method, progress=progress)
-        schedule = fit_schedule(
-            profile.sample, placement, seed=demands.seed, embedding_VD=embedding_VD, processes=demands.processes
-        )
+        profile = whole
+        placement, notes, schedule = _fitted(profile, **options, show=show, start=placement)
     num_held_out = int(sum(h.sum() for h in held_out))
-    options = {k: v for k, v in asdict(demands).items() if k not in ("load_cap", "seed", "dispatch", "processes")}
+    asked = {k: v for k, v in asdict(demands).items() if k not in ("load_cap", "seed", "dispatch", "processes")}
     return Plan(
         placement=placement,
         topology=topology,
@@ -117,7 +121,7 @@ def make_plan(
         load_LE=profile.load_LE,
         fitted_keys=np.concatenate([request_keys(t.requests())[f] for t, f in zip(traces, fitted, strict=True)]),
         load_cap=demands.load_cap,
-        options=options,
+        options=asked,
         trace={
             "fingerprints": [t.fingerprint for t in traces],
             "requests": sum(t.num_requests for t in traces),
@@ -136,6 +140,32 @@ def make_plan(
         made_by=made_by,
         tables=schedule.to_tables(),
     )
+
+
+def _fitted(
+    profile: RoutingProfile,
+    *,
+    topology: Topology,
+    demands: Demands,
+    method: str,
+    embedding_VD: np.ndarray | None,
+    show: Stages,
+    start: Placement | None = None,
+) -> tuple[Placement, list[str], Schedule]:
+    """Placement of the profile, notes on what it could not keep, and its schedule; searched on from `start` where there is one."""
+    again = " again" if start is not None else ""
+    placement, notes = solve_placement(
+        profile, topology, demands, method=method, progress=partial(show, f"placing layers{again}"), start=start
+    )
+    schedule = fit_schedule(
+        profile.sample,
+        placement,
+        seed=demands.seed,
+        embedding_VD=embedding_VD,
+        processes=demands.processes,
+        progress=partial(show, f"fitting schedules{again}: layers"),
+    )
+    return placement, notes, schedule
 
 
 def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[dict[str, Any], list[str]]:
@@ -171,7 +201,9 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[di
     return scores, notes
 
 
-def certificate_of(profile: RoutingProfile, placement: Placement, demands: Demands) -> dict[str, Any]:
+def certificate_of(
+    profile: RoutingProfile, placement: Placement, demands: Demands, progress: Progress | None = None
+) -> dict[str, Any]:
     """How far the placement is, at most, from the best under the same constraints, on the profile it was fitted on.
 
     Per layer the co-activation within ranks, its upper bound and the gap; and bounds on REM with random homes and on LAR with a token
@@ -204,6 +236,8 @@ def certificate_of(profile: RoutingProfile, placement: Placement, demands: Deman
             caps = {"load_cap": demands.load_cap, "token_cap": TOKEN_CAP}
             entry["lar_bound"] = local_activation_bound(counts_UE, num_ranks, **caps)
         layers.append(entry)
+        if progress is not None:
+            progress(len(layers), info.num_layers)
     return {"gap": float(np.mean([entry["gap"] for entry in layers])), "layers": layers}
 
 
@@ -235,34 +269,51 @@ def score_placements(
     traces, a random sample of the requests is scored. `load_LE`: activations of the fitted requests, for the choice of replicas.
     """
     info = traces[0].info
-    batch = sample_requests(traces, keep, max_tokens=SCORED_IDS // (info.num_layers * info.top_k), seed=setting.seed)
+    max_tokens = SCORED_IDS // (info.num_layers * info.top_k)
+    batch = sample_requests(traces, keep, max_tokens=max_tokens, seed=setting.seed)
     if batch.num_tokens == 0:
         raise InputError(f"{traces[0].path} holds no request to score on")
+    return score_batch(
+        placements, batch, info, topology, load_LE=load_LE, dispatch=dispatch, schedule=schedule, setting=setting
+    )
 
-    def summed(placement: Placement, homes_TL: np.ndarray | None = None) -> TrafficSums:
-        serving = serving_LRE(placement.hosts_LER, load_LE, topology)
-        homes = None if homes_TL is None else (lambda _: homes_TL)
-        return traffic_sums(
-            [batch], info, serving, topology, dispatch=dispatch, num_requests=batch.num_requests, homes=homes
-        )
 
-    sums = {(name, "random"): summed(placement) for name, placement in placements.items()}
-    token_imbalance = {}
-    for name in available_schedules(schedule) if schedule else []:
-        if schedule is None or name == "random":  # random homes are summed above, exactly
-            continue
-        simulated = simulate(
-            name,
-            batch,
-            placements["plan"],
-            schedule,
-            batch_tokens=setting.batch_tokens,
-            window=setting.window,
-            seed=setting.seed,
-        )
-        sums["plan", name] = summed(placements["plan"], simulated.homes_TL)
-        # Balance is kept within each batch or window, so that is where it is measured.
-        token_imbalance["plan", name] = simulated.token_imbalance
+def score_batch(
+    placements: dict[str, Placement],
+    batch: TraceBatch,
+    info: TraceInfo,
+    topology: Topology,
+    *,
+    load_LE: np.ndarray,
+    dispatch: str,
+    schedule: Schedule | None,
+    setting: Setting,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`score_placements` on the requests of one batch; independent of `processes`. Raises InputError for a batch of none."""
+    if batch.num_tokens == 0:
+        raise InputError("no request is left to score on")
+    # Random homes are summed exactly; they are no schedule to simulate.
+    rows = [(name, "random") for name in placements]
+    rows += [("plan", name) for name in (available_schedules(schedule) if schedule else []) if name != "random"]
+    sums, token_imbalance = {}, {}
+    for row, found, imbalance in summed_rows(
+        rows,
+        placements,
+        batch,
+        info,
+        topology,
+        load_LE=load_LE,
+        dispatch=dispatch,
+        schedule=schedule,
+        order=Order(setting.batch_tokens, setting.window, setting.seed),
+        processes=processes,
+        progress=progress,
+    ):
+        sums[row] = found
+        if imbalance is not None:
+            token_imbalance[row] = imbalance
     scores = {key: score(s, topology, dispatch=dispatch, seed=setting.seed) for key, s in sums.items()}
     for key, value in token_imbalance.items():
         scores[key].means["token_imbalance"] = value

@@ -22,6 +22,7 @@ import numpy as np
 
 from profiles.counts import request_expert_BE
 from profiles.trace import TraceBatch
+from solvers.request_usage import request_rows
 
 Sparse = Any  # scipy.sparse.csr_array, most of whose methods its type stubs lack
 RIDGE = 0.6
@@ -61,19 +62,23 @@ class RequestScorer:
         return self.scores_BR([prompt])[0]
 
 
-def request_shares_BR(batch: TraceBatch, hosts_LER: np.ndarray) -> np.ndarray:
-    """Share of each request's activations that rank r could serve, averaged over layers, float64 [B, R]; zeros for no rows."""
+def request_shares_BR(batch: TraceBatch, hosts_LER: np.ndarray, requests_B: np.ndarray | None = None) -> np.ndarray:
+    """Share of each request's activations that rank r could serve, averaged over layers, float64 [B, R]; zeros for no rows.
+
+    `requests_B`: only of these (ascending numbers).
+    """
     num_layers, num_experts, num_ranks = hosts_LER.shape
-    served_BR = np.zeros((batch.num_requests, num_ranks))
-    for first in range(0, batch.num_requests, BLOCK_REQUESTS):
+    requests_B = np.arange(batch.num_requests) if requests_B is None else requests_B
+    served_BR = np.zeros((len(requests_B), num_ranks))
+    for first in range(0, len(requests_B), BLOCK_REQUESTS):
         # Counts of every expert are kept for a block of requests only.
-        starts_B1 = batch.starts_B1[first : first + BLOCK_REQUESTS + 1]
-        num_requests, rows = len(starts_B1) - 1, slice(starts_B1[0], starts_B1[-1])
-        request_of_T = np.repeat(np.arange(num_requests), np.diff(starts_B1))
+        block = slice(first, first + BLOCK_REQUESTS)
+        rows_T, request_T = request_rows(batch, requests_B[block])
         for layer in range(num_layers):
-            counts_BE = request_expert_BE(request_of_T, batch.expert_ids_TLK[rows, layer], num_requests, num_experts)
-            served_BR[first : first + num_requests] += counts_BE @ hosts_LER[layer] / num_layers
-    activations_B = np.diff(batch.starts_B1) * batch.expert_ids_TLK.shape[2]
+            ids_TK = batch.expert_ids_TLK[:, layer][rows_T]
+            counts_BE = request_expert_BE(request_T, ids_TK, len(requests_B[block]), num_experts)
+            served_BR[block] += counts_BE @ hosts_LER[layer] / num_layers
+    activations_B = np.diff(batch.starts_B1)[requests_B] * batch.expert_ids_TLK.shape[2]
     return served_BR / np.maximum(activations_B, 1)[:, None]
 
 
@@ -82,6 +87,8 @@ def fit_request_scorer(batch: TraceBatch, hosts_LER: np.ndarray, *, seed: int, r
 
     Every request gives two documents with the same target: its prompt, and its whole sequence.
     """
+    from scipy.linalg import solve
+
     known = [
         b for b in range(batch.num_requests) if batch.starts_B1[b + 1] > batch.starts_B1[b] and batch.prompt(b).size
     ]
@@ -92,7 +99,7 @@ def fit_request_scorer(batch: TraceBatch, hosts_LER: np.ndarray, *, seed: int, r
         nothing = [np.zeros(shape, np.float32) for shape in ((0, 1), (1, num_ranks), (0,), (0, num_ranks))]
         return RequestScorer(np.zeros(0, np.int32), *nothing)
     tokens_B = np.diff(batch.starts_B1)[known].astype(np.float64)
-    shares_BR = request_shares_BR(batch, hosts_LER)[known]
+    shares_BR = request_shares_BR(batch, hosts_LER, np.array(known))
     target_BR = shares_BR - np.average(shares_BR, axis=0, weights=tokens_B)
     prompts, sequences = [batch.prompt(b) for b in known], [batch.sequence(b) for b in known]
     ids_V = np.unique(np.concatenate(sequences))
@@ -108,7 +115,8 @@ def fit_request_scorer(batch: TraceBatch, hosts_LER: np.ndarray, *, seed: int, r
     # 3. A request's share is an average over its tokens: long requests are known better.
     noise_Q = np.tile(tokens_B.mean() / tokens_B, 2)
     gram_QQ = unit(topics_QD) @ unit(topics_QD).T + manner_QQ / np.outer(norms_Q, norms_Q)
-    dual_QR = np.linalg.solve(gram_QQ + ridge * np.diag(noise_Q), np.tile(target_BR, (2, 1)))
+    gram_QQ[np.diag_indices(len(gram_QQ))] += ridge * noise_Q
+    dual_QR = solve(gram_QQ, np.tile(target_BR, (2, 1)), assume_a="pos", overwrite_a=True, check_finite=False)
     return RequestScorer(
         ids_V=ids_V.astype(np.int32),
         topic_VD=topic_VD.astype(np.float32),

@@ -6,8 +6,9 @@ profile, placement and seed give the same bytes.
 Shape letters: L MoE layers, E experts, R ranks, U ids with a row, C candidates, D depth, V ids of prompts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
@@ -21,7 +22,7 @@ from solvers.position import NUM_POSITION_IDS
 from solvers.request_scorer import RequestScorer, fit_request_scorer
 from solvers.sequence_table import SequenceTable, build_sequence_table
 from solvers.token_table import TokenTable, build_token_table
-from solvers.workers import layer_map
+from solvers.workers import layer_map, step_file, tell_step
 
 PREFIX = "schedule."
 SMALL_TASK = 20_000_000  # expert ids that one more process is worth starting for
@@ -102,10 +103,26 @@ class LayersTask(NamedTuple):
     depth: int
     seed: int
     embedding_VD: np.ndarray | None
+    steps_path: str | None = None  # of `step_file`
+
+
+class ScorerTask(NamedTuple):
+    """The requests to fit the request scorer on."""
+
+    sample: TraceBatch
+    ids_view: MappedView | None
+    hosts_LER: np.ndarray
+    seed: int
 
 
 def fit_schedule(
-    sample: TraceBatch, placement: Placement, *, seed: int, embedding_VD: np.ndarray | None = None, processes: int = 1
+    sample: TraceBatch,
+    placement: Placement,
+    *,
+    seed: int,
+    embedding_VD: np.ndarray | None = None,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Schedule:
     """Schedule for the placement, from the sample of a profile; independent of `processes`.
 
@@ -120,34 +137,50 @@ def fit_schedule(
     depth = default_depth(num_layers, placement.num_experts)
     processes = max(1, min(processes, num_layers, sample.expert_ids_TLK.size // SMALL_TASK))
     bounds = np.linspace(0, num_layers, processes + 1).astype(int)
-    tasks = []
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-        skip = min(depth, first)
-        part = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, first - skip : last])
-        view = view_of(part.expert_ids_TLK) if processes > 1 else None
-        if view is not None:
-            part = replace(part, expert_ids_TLK=part.expert_ids_TLK[:0])
-        tasks.append(LayersTask(part, view, hosts_LER[first:last], int(skip), depth, seed, embedding_VD))
-    if processes == 1:
-        parts = [fit_layers(task) for task in tasks]
-    else:
-        with layer_map(processes, placement.num_experts) as run:
-            parts = list(run(fit_layers, tasks))
+    with step_file(progress, 2 * num_layers) as steps_path:
+        tasks: list[LayersTask | ScorerTask] = []
+        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+            skip = int(min(depth, first))
+            part, view = _sendable(sample, slice(first - skip, last), processes)
+            tasks.append(LayersTask(part, view, hosts_LER[first:last], skip, depth, seed, embedding_VD, steps_path))
+        tasks.append(ScorerTask(*_sendable(sample, slice(None), processes), hosts_LER, seed))
+        if processes == 1:
+            found = [fit_part(task) for task in tasks]
+        else:
+            with layer_map(processes, placement.num_experts) as run:
+                found = list(run(fit_part, tasks))
+    parts, request = found[:-1], found[-1]
     rows = training_rows(sample, seed)
     return Schedule(
         token=_joined([token for token, _ in parts]),
         context=_joined([context for _, context in parts]),
-        request=fit_request_scorer(sample, hosts_LER, seed=seed),
+        request=request,
         sequence=build_sequence_table(sample.expert_ids_TLK[rows], hosts_LER),
     )
+
+
+def _sendable(sample: TraceBatch, layers: slice, processes: int) -> tuple[TraceBatch, MappedView | None]:
+    """The sample with some layers only, and where its expert ids lie instead where other processes can map them."""
+    part = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, layers])
+    view = view_of(part.expert_ids_TLK) if processes > 1 else None
+    return part if view is None else replace(part, expert_ids_TLK=part.expert_ids_TLK[:0]), view
+
+
+def fit_part(task: LayersTask | ScorerTask) -> Any:
+    """What a task asks for: tables of its layers, or the request scorer."""
+    if isinstance(task, LayersTask):
+        return fit_layers(task)
+    sample = task.sample if task.ids_view is None else replace(task.sample, expert_ids_TLK=open_view(task.ids_view))
+    return fit_request_scorer(sample, task.hosts_LER, seed=task.seed)
 
 
 def fit_layers(task: LayersTask) -> tuple[TokenTable, ContextPredictor]:
     """Token table and context predictor of a task's layers."""
     sample = task.sample if task.ids_view is None else replace(task.sample, expert_ids_TLK=open_view(task.ids_view))
     fitted = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, task.skip :])
-    token = build_token_table(fitted, task.hosts_LER, embedding_VD=task.embedding_VD)
-    context = fit_context(sample, token, task.hosts_LER, seed=task.seed, depth=task.depth, skip=task.skip)
+    step = partial(tell_step, task.steps_path)
+    token = build_token_table(fitted, task.hosts_LER, embedding_VD=task.embedding_VD, step=step)
+    context = fit_context(sample, token, task.hosts_LER, seed=task.seed, depth=task.depth, skip=task.skip, step=step)
     return token, context
 
 

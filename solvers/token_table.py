@@ -17,6 +17,7 @@ With more than MAX_CANDIDATES ranks only the best of each row are stored; the ot
 Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, U ids, C candidate ranks, D embedding size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,10 +131,12 @@ def build_token_table(
     *,
     embedding_VD: np.ndarray | None = None,
     max_candidates: int = MAX_CANDIDATES,
+    step: Callable[[], None] = lambda: None,
 ) -> TokenTable:
     """Table counted on the rows of the batch whose token id is known. `hosts_LER` bool: whether a rank hosts an expert.
 
-    `embedding_VD`: the model's input embedding; all V ids then get a row.
+    `embedding_VD`: the model's input embedding; all V ids then get a row. `step` is called at every
+    layer that is done.
     """
     num_layers, _, num_ranks = hosts_LER.shape
     token_ids_T, previous_T = batch.token_ids_T, previous_token_ids_T(batch)
@@ -171,6 +174,7 @@ def build_token_table(
         _store(successors, layer, smoothed(after.share_sums_UR(ids_TK, hosts_ER), after.weight_U, rare_R))
         if len(tokens_U):
             prices_LR[layer], temperature_L[layer] = _traffic_prices(shares_UR, weight_U)
+        step()
     return TokenTable(own, successors, rare_LR, prices_LR, temperature_L)
 
 

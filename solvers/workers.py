@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+LOOK_SECONDS = 0.2  # between two looks at how far workers are
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 LayerMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
@@ -37,6 +39,40 @@ def layer_map(processes: int, num_experts: int) -> Iterator[LayerMap]:
             worker.terminate()
         raise
     pool.shutdown()
+
+
+@contextmanager
+def step_file(progress: Callable[[int, int], None] | None, total: int) -> Iterator[str | None]:
+    """A file that worker processes tell their steps to (`tell_step`), and that is read for `progress` while the block runs.
+
+    None where nobody asks, or where the system has no /proc to name a file that leaves nothing behind.
+    """
+    if progress is None or not os.path.exists("/proc/self/fd"):
+        yield None
+        return
+    with tempfile.TemporaryFile(prefix="semmoe-") as file:
+        ended = threading.Event()
+
+        def watch() -> None:
+            progress(0, total)
+            while not ended.wait(LOOK_SECONDS):
+                progress(min(os.fstat(file.fileno()).st_size, total), total)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        finally:
+            ended.set()
+            thread.join()
+    progress(total, total)
+
+
+def tell_step(path: str | None) -> None:
+    """One step is done: a byte more in the file of `step_file`."""
+    if path is not None:
+        with open(path, "ab", buffering=0) as file:
+            file.write(b".")
 
 
 @contextmanager
