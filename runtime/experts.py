@@ -77,6 +77,7 @@ class RankState:
     stopwatch: Stopwatch
     counters: Counters
     valid_T: torch.Tensor | None = field(default=None)  # int64 indices of rows that are not padding; None: all are
+    empty_T: torch.Tensor | None = field(default=None)  # bool: rows that no expert serves
     chosen_TK: torch.Tensor = field(default_factory=lambda: torch.zeros((0, 0)))  # choices of the layer that ran last
 
 
@@ -132,6 +133,8 @@ def dispatch_layer(
     state = layer.state
     state.stopwatch.mark("attention")
     rows_TD, weight_TK = hidden_TD.to(layer.dtype), weight_TK.float()
+    if state.empty_T is not None:
+        expert_ids_TK = expert_ids_TK.masked_fill(state.empty_T[:, None], len(layer.tables.rank_of_E) - 1)
     if state.valid_T is None:
         return _exchange(layer, run_experts, rows_TD, expert_ids_TK, weight_TK).to(hidden_TD.dtype)
     valid_T = state.valid_T
@@ -165,13 +168,16 @@ def _exchange(
     def run_pairs(rows_PD: torch.Tensor, slot_P: torch.Tensor, weight_P: torch.Tensor) -> torch.Tensor:
         return run_experts(rows_PD, slot_P[:, None], weight_P[:, None]).float()
 
-    # 1. Who serves what. The one read-back to the host: rows and pairs to and from every rank.
+    # 1. Who serves what. The one read-back to the host: rows and pairs to and from every rank, and how many rows are tokens.
     to = find_destinations(expert_ids_TK, tables.rank_of_E, tables.slot_of_E, layer.num_ranks)
-    sent_R2 = torch.stack([to.rows_R, to.pairs_R], 1)
+    tokens_R = torch.full_like(to.rows_R, len(hidden_TD))
+    if layer.state.empty_T is not None:
+        tokens_R -= layer.state.empty_T.sum()
+    sent_R3 = torch.stack([to.rows_R, to.pairs_R, tokens_R], 1)
     watch.mark("dispatch")
     with naming(rank, f"the exchange of split sizes at {tables.name}"):
-        received_R2 = exchange_sizes(sent_R2, layer.group)
-        (sent_rows, sent_pairs), (received_rows, served_pairs) = torch.stack([sent_R2, received_R2]).mT.tolist()
+        sizes_R6 = torch.cat([sent_R3, exchange_sizes(sent_R3, layer.group)], 1)
+        sent_rows, sent_pairs, tokens, received_rows, served_pairs, _ = sizes_R6.T.tolist()
     watch.mark("wait")
     sent_rows[rank] = received_rows[rank] = 0
     local, remote = sent_pairs[rank], sum(served_pairs) - served_pairs[rank]
@@ -206,7 +212,7 @@ def _exchange(
     output_TD.index_add_(0, rows.token_M, back_MD.float())
     watch.mark("combine")
     counters, number = layer.state.counters, tables.layer
-    counters.tokens_L[number] += len(hidden_TD)
+    counters.tokens_L[number] += tokens[rank]
     counters.activations_L[number] += sum(sent_pairs)
     counters.local_L[number] += local
     counters.served_L[number] += local + remote

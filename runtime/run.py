@@ -33,7 +33,7 @@ from runtime.rank_weights import find_placed
 from runtime.reshard_ranks import SHARED
 from runtime.schedulers import assign
 from runtime.tensor_parallel import install_tensor_parallel
-from runtime.token_homes import make_homes
+from runtime.token_homes import find_schedule, make_homes
 from solvers.plan import Plan
 from solvers.replicas import serving_LRE
 
@@ -92,7 +92,7 @@ def assign_prompts(options: RunOptions, plan: Plan, tell: Callable[[str], None])
     prompts = read_prompts(options, tell)
     ids = [prompt.token_ids for prompt in prompts]
     if options.scheduler == "tp":  # every rank serves every request; refuse before ranks start
-        make_homes(options.predict, plan, relabelled=False)
+        find_schedule(options.predict, plan)
         return Assigned(prompts, np.zeros(len(prompts), np.int64))
     return Assigned(prompts, assign(options.scheduler, ids, plan, max_new_tokens=options.max_new_tokens))
 
@@ -155,7 +155,8 @@ def run_rank(options: RunOptions, assigned: Assigned | None, tell: Callable[[str
         placed = load_placed(source, placed_checkpoint, plan, serving, group, dtype=options.dtype)
         shuffled, mine = None, [prompt for prompt, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
         if options.scheduler == "tp":
-            homes = make_homes(options.predict, plan, relabelled=placed_checkpoint.layout == "permuted")
+            relabelled = placed_checkpoint.layout == "permuted"
+            homes = make_homes(options.predict, plan, relabelled=relabelled, device=group.device)
             shuffled, mine = install_tensor_parallel(placed, homes, plan.model.model_layers, source.name), prompts
             placed.state.counters = Counters.zeros(plan.placement.num_layers, group.size)
         limits = Limits(options.max_new_tokens, options.batch_tokens, stop_token_ids(source))

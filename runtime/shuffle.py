@@ -2,18 +2,15 @@
 
 Attention over shared heads leaves a partial sum of every token on every rank. The reduce-scatter hands rank d the tokens whose home is d
 (arXiv 2503.04398, section on intra-request scheduling); between it and the all-gather, residual, norm, router and experts work on that
-slice only. The order is a stable argsort by home, and its inverse restores the tokens. The experts that a slice's router chose ride on the
-all-gather (2 bytes each), for they predict the homes of later layers.
+slice only. The order of the slices (runtime/equal_slices.py) and its inverse restore the tokens. The experts that a slice's router chose
+ride on the all-gather (2 bytes each), for they predict the homes of later layers.
 
-Both collectives send the bytes of the fused ones, and slices may differ by what does not divide. With gloo on CPUs, whose reduce-scatter is
-an all-reduce that throws most away, large slices go around a ring, small ones directly.
+Both collectives send the bytes of the fused ones. With gloo on CPUs, whose reduce-scatter is an all-reduce that throws most away, large
+slices go around a ring, small ones directly.
 
 Shape letters: T tokens of the batch (the same on every rank), R ranks, D hidden size, K top-k, N tokens of this rank's slice.
 """
 
-from typing import NamedTuple
-
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,38 +18,6 @@ from runtime.exchange import in_pairs, ring_gather, ring_sum, start_parts, wait_
 from runtime.permute import aligned
 
 LARGE_SLICE_BYTES = 1 << 16
-
-
-class Slices(NamedTuple):
-    """Tokens by home: `order_T` lists them rank by rank, counts_R how many each rank has."""
-
-    order_T: np.ndarray  # int64
-    counts_R: list[int]
-
-    def place(self, rank: int) -> slice:
-        """Where a rank's tokens are in `order_T`."""
-        begin = sum(self.counts_R[:rank])
-        return slice(begin, begin + self.counts_R[rank])
-
-    @property
-    def inverse_T(self) -> np.ndarray:
-        """Where in `order_T` each token is, int64 [T]."""
-        inverse_T = np.empty_like(self.order_T)
-        inverse_T[self.order_T] = np.arange(len(self.order_T))
-        return inverse_T
-
-
-def slices_by_home(home_T: np.ndarray, num_ranks: int) -> Slices:
-    """Tokens sorted by home, ties in their own order."""
-    # Numbers of 16 bits are sorted by radix, in linear time.
-    return Slices(
-        np.argsort(home_T.astype(np.uint16), kind="stable"), np.bincount(home_T, minlength=num_ranks).tolist()
-    )
-
-
-def contiguous_homes(num_tokens: int, num_ranks: int) -> np.ndarray:
-    """Equal consecutive slices, int64 [T]: what a plain reduce-scatter does."""
-    return np.arange(num_tokens) // max(1, -(-num_tokens // num_ranks))
 
 
 def scatter_sums(shuffled_TD: torch.Tensor, counts_R: list[int], rank: int, group: dist.ProcessGroup) -> torch.Tensor:

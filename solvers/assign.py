@@ -1,10 +1,12 @@
 """Assignment under capacity: tokens to equal slices of the ranks, requests to ranks within a window. Arithmetic only, no state.
 
-Tokens (Attention-TP). A shuffled reduce-scatter hands every rank an equal slice, so the best rank cannot be given to everyone. Prices
-per rank make the demand meet the slices: a few sweeps of entropic transport (Sinkhorn on the rank side, cooled), each one softmax over
-[T, R] and a column sum, the same on a GPU. Then every token goes to its best rank net of price; where a slice is full, the tokens that
-lose least go on to their next-best rank. Cost: about 4 * sweeps * T * R flops, and T * R * 4 bytes read per sweep; at 512 tokens, 8 ranks
-and 24 sweeps that is 0.4 Mflop in 16 KB. This loses 0.1 to 0.4 % of the locality of the exact assignment (docs/experiments.md).
+Tokens (Attention-TP). A shuffled reduce-scatter hands every rank an equal slice of ceil(T / R) places, so the best rank cannot be given
+to everyone. Prices per rank make the demand meet the places: a few sweeps of entropic transport (Sinkhorn on the rank side, cooled), each
+one softmax over [T, R] and a column sum. Places that stay empty are taken by a row that does not care where it goes: fewer tokens than
+ranks then all have their best rank. Every token goes to its best rank net of price; where a slice is full, the tokens that lose least go
+on to their next-best rank. runtime/equal_slices.py is the same on a GPU, which is why the rounds of overflow have a fixed number. Cost:
+about 4 * sweeps * T * R flops, and T * R * 4 bytes read per sweep; at 512 tokens, 8 ranks and 24 sweeps that is 0.4 Mflop in 16 KB. This
+loses 0.1 to 0.4 % of the locality of the exact assignment (docs/experiments.md).
 
 Requests (Attention-DP). A request stays on one rank and brings a known number of tokens. Prices again give the start, then moves and swaps
 of requests raise the score while the capacity in tokens holds. The paper's masked round-robin (arXiv 2503.04398, inter-request
@@ -16,6 +18,8 @@ Shape letters: T tokens, R ranks, B requests.
 import numpy as np
 
 SWEEPS = 24
+COOLING = 0.05  # last temperature of the sweeps over the spread of the scores
+ROUNDS = 3  # of overflow, before what is left fills what is free: more change the locality by less than 1e-4
 WINDOW = 256  # requests that are weighed against each other
 TOKEN_CAP = 1.05  # tokens of a rank over the mean in a window
 
@@ -26,7 +30,7 @@ def balanced_prices(
     *,
     sweeps: int = SWEEPS,
     start: float = 1.0,
-    cooling: float = 0.05,
+    cooling: float = COOLING,
 ) -> tuple[np.ndarray, float]:
     """Price per rank at which every rank is wanted equally, float64 [R], and the temperature at which that holds.
 
@@ -68,24 +72,35 @@ def assign_equal_slices(scores_TR: np.ndarray, *, sweeps: int = SWEEPS) -> np.nd
     num_tokens, num_ranks = scores_TR.shape
     if num_tokens == 0:
         return np.zeros(0, np.int64)
-    net_TR = np.asarray(scores_TR, np.float32)
-    prices_R, _ = balanced_prices(net_TR, sweeps=sweeps)
-    net_TR = net_TR - prices_R.astype(np.float32)
-    capacity = -(-num_tokens // num_ranks)
-    return fill_slices(net_TR, np.full(num_ranks, capacity))
+    scores_TR = np.asarray(scores_TR, np.float32)
+    places = -(-num_tokens // num_ranks)
+    net_TR = scores_TR - slice_prices(scores_TR, places, sweeps=sweeps).astype(np.float32)
+    return fill_slices(net_TR, np.full(num_ranks, places))
+
+
+def slice_prices(scores_TR: np.ndarray, places: int, *, sweeps: int = SWEEPS) -> np.ndarray:
+    """Price per rank at which every rank is wanted by at most `places` tokens, float64 [R]."""
+    num_tokens, num_ranks = scores_TR.shape
+    num_empty = num_ranks * places - num_tokens
+    if num_empty == 0:
+        return balanced_prices(scores_TR, sweeps=sweeps)[0]
+    rows_TR = np.vstack([scores_TR, np.zeros((1, num_ranks), scores_TR.dtype)])
+    return balanced_prices(rows_TR, np.append(np.ones(num_tokens), num_empty), sweeps=sweeps)[0]
 
 
 def fill_slices(scores_TR: np.ndarray, free_R: np.ndarray) -> np.ndarray:
     """Rank of each token, int64 [T]: best rank first, overflow to the next-best one, at most free_R tokens per rank.
 
     In each round the tokens without a place ask for their best rank that has room; a rank keeps those that would lose most elsewhere.
-    A round fills at least one rank or places everyone, so there are at most R rounds.
+    After ROUNDS the few that are left take what is free, in order.
     """
     assert free_R.sum() >= len(scores_TR), "the slices must hold all tokens"
     free_R = free_R.astype(np.int64).copy()
     rank_of_T = np.full(len(scores_TR), -1, np.int64)
     waiting = np.arange(len(scores_TR))
-    while len(waiting):
+    for _ in range(ROUNDS):
+        if not len(waiting):
+            break
         open_TR = np.where(free_R > 0, scores_TR[waiting], -np.inf)
         best_T = open_TR.argmax(axis=1)
         each = np.arange(len(waiting))
@@ -100,6 +115,7 @@ def fill_slices(scores_TR: np.ndarray, free_R: np.ndarray) -> np.ndarray:
         rank_of_T[waiting[order[kept]]] = ranked[kept]
         free_R -= np.bincount(ranked[kept], minlength=len(free_R))
         waiting = np.sort(waiting[order[~kept]])
+    rank_of_T[waiting] = np.repeat(np.arange(len(free_R)), free_R)[: len(waiting)]
     return rank_of_T
 
 

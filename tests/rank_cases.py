@@ -155,7 +155,7 @@ def generate_shuffled(folder: Path, size: int, lengths: list[int], group: Any) -
     from runtime.token_homes import make_homes
 
     placed, plan = open_case(folder, size, 1, group), random_plan(folder, ranks=size, grouped=False, seed=size)
-    homes = make_homes("none", plan, relabelled=False)
+    homes = make_homes("none", plan, relabelled=False, device=group.device)
     shuffled = install_tensor_parallel(placed, homes, plan.model.model_layers, folder.name)
     random = np.random.default_rng(4)
     prompts = [Prompt(i, str(i), random.integers(5, 100, n).astype(np.int32)) for i, n in enumerate(lengths)]

@@ -79,6 +79,7 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
     from runtime.group import open_group
     from runtime.placed_model import load_placed
     from runtime.rank_weights import find_placed
+    from profiles.requests import RequestSource
     from runtime.run import RunOptions, collect_metrics
     from runtime.schedulers import assign
     from runtime.tensor_parallel import install_tensor_parallel
@@ -102,7 +103,7 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
             elif case["implementation"] == "transformers":
                 placed, shuffled = load_tensor_parallel(Path(task["padded"]), group, plan, "float32"), NoShuffle()
             elif case["scheduler"] == "tp":
-                homes = make_homes(case["predict"], plan, relabelled=False)
+                homes = make_homes(case["predict"], plan, relabelled=False, device=group.device)
                 shuffled = install_tensor_parallel(placed, homes, plan.model.model_layers, "the model")
             prompts = [Prompt(i, str(i), np.array(ids, np.int32)) for i, ids in enumerate(task["prompts"])]
             # With tp all ranks share one batch: as many tokens per rank as with dp.
@@ -123,7 +124,9 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
             times = serve(placed, mine, limits, deliver=keep_in(completions), shuffled=shuffled)
             sent = torch.tensor(sent_bytes() - sent)
             dist.all_reduce(sent, group=group.handle)
-            options = RunOptions("", "", "", case["scheduler"], "", "gloo", "float32", "cpu", 0, 0, None, 0.0)
+            options = RunOptions(
+                "", "", RequestSource(), case["scheduler"], "", "gloo", "float32", "cpu", 0, 0, None, 0.0
+            )
             metrics = collect_metrics(options, plan, placed, times, len(prompts))
             if metrics is not None:
                 metrics["time"] = {
