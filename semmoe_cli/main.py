@@ -54,6 +54,11 @@ def main() -> None:
     except InputError as error:
         print(f"semmoe: {error}", file=sys.stderr)
         sys.exit(1)
+    except SystemExit as end:
+        # Typer turns Ctrl-C into exit code 130 without a word; a command that has spoken for itself leaves no such cause.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            print("semmoe: interrupted", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("semmoe: interrupted", file=sys.stderr)
         sys.exit(130)

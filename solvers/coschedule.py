@@ -148,7 +148,7 @@ def place_semmoe(
     count_layer = _counter(progress, info.num_layers * (turns + (not annealed)))
     with layer_map(processes, info.num_experts) as run:
         if not annealed:
-            if start_LE is None or how.rounds == 0 or whole_groups:  # a search from the start is cheap, or has no start
+            if start_LE is None or how.rounds != 1 or whole_groups:  # "fast" costs little, "max" is worth a search anew
                 tasks = (task(layer, None) for layer in layers)
             else:
                 tasks = (task(layer, start_E) for layer, start_E in zip(layers, start_LE, strict=True))

@@ -30,7 +30,10 @@ def layer_map(processes: int, num_experts: int) -> Iterator[LayerMap]:
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
         with _one_thread_each():
-            list(pool.map(abs, range(processes)))  # workers start here
+            with _held_interrupts():
+                started = [pool.submit(abs, 0) for _ in range(processes)]  # workers start here
+            for future in started:
+                future.result()
         yield partial(_map_bounded, pool, processes + 1)
     except BaseException:
         workers = list((getattr(pool, "_processes", None) or {}).values())
@@ -88,6 +91,22 @@ def _one_thread_each() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _held_interrupts() -> Iterator[None]:
+    """Ctrl-C in the block waits for its end, and never comes to processes that start in it: they inherit the mask.
+
+    Without it a worker that is interrupted before it can ignore that would print a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

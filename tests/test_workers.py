@@ -184,3 +184,49 @@ def local_share(rank_of_LE: np.ndarray, profile) -> float:
     requests_B = np.arange(profile.sample.num_requests)
     usage_LBE = request_usage_LBE(profile.sample, requests_B, profile.info.num_experts)
     return float(usage_shares_BR(rank_of_LE, usage_LBE, 4).max(axis=1).mean())
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty") or not os.path.exists("/proc"), reason="needs a terminal and /proc")
+@pytest.mark.parametrize(
+    "stage",
+    ["reading tokens", "placing layers", "fitting schedules", "scoring on held-out requests", "placing layers again"],
+)
+def test_ctrl_c_in_any_stage_is_one_line_and_leaves_nothing(large_trace, tmp_path, stage):
+    command = [sys.executable, "-m", "semmoe_cli", "place", str(large_trace), "--ranks", "4", "--processes", "2"]
+    terminal, stderr = os.openpty()
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "p")],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        start_new_session=True,
+    )
+    os.close(stderr)
+    shown, workers, begun = b"", [], 0.0
+    while True:
+        try:
+            piece = os.read(terminal, 65536)
+        except OSError:  # the terminal has no writer left
+            break
+        shown += piece
+        if stage.encode() in shown and not begun:
+            workers, begun = _children(process.pid), time.monotonic()
+            os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the workers too
+    os.close(terminal)
+    assert begun, shown[-500:]
+    code = process.wait(timeout=30)
+    assert code == 130 and process.stdout is not None and process.stdout.read() == b""
+    process.stdout.close()
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        assert time.monotonic() - begun < 20
+        time.sleep(0.05)
+    assert shown.count(b"semmoe: ") == 1 and b"semmoe: interrupted" in shown and b"Traceback" not in shown
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def large_trace(tmp_path_factory) -> Path:
+    """A trace on which every stage lasts for a while."""
+    path = tmp_path_factory.mktemp("traces") / "t"
+    write_synthetic(path, num_layers=8, num_experts=64, num_requests=1000)
+    return path
