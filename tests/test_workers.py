@@ -200,6 +200,7 @@ def test_ctrl_c_in_any_stage_is_one_line_and_leaves_nothing(large_trace, tmp_pat
         stderr=stderr,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     os.close(stderr)
     shown, workers, begun = b"", [], 0.0
