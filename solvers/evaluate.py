@@ -27,6 +27,7 @@ DISPATCH_KINDS = {
     "gather": "all-gather or all-reduce: the same bytes whatever the placement",
 }
 METRICS = ("lar", "rem", "node", "link", "load_imbalance", "load_imbalance_median", "token_imbalance")
+EXCHANGED_ROWS = 16  # sorted by exchanges up to here: K * (K - 1) / 2 of them
 MAX_GROUPS = 512  # requests beyond this number are resampled in groups of several
 
 Homes = Callable[[TraceBatch], np.ndarray]  # homes of a batch's tokens, integers [T, L]
@@ -117,55 +118,73 @@ def _add_layer(
 ) -> None:
     """Add one layer of one batch. `home_T` None: random homes in closed form, for a placement without replicas."""
     num_ranks, num_groups = topology.num_ranks, len(sums.tokens_G)
-    # An empty slot (id E) is served by nobody: rank number R, which sorts last and is masked out.
+    # Choices first: everything below then runs along the tokens. An empty slot (id E) is served by nobody: rank number R, which sorts
+    # last and is masked out.
+    ids_KT = np.ascontiguousarray(ids_TK.T).astype(np.intp)
     padded_RE = np.pad(serving_RE, ((0, 0), (0, 1)), constant_values=num_ranks).astype(np.int16)
-    ranks_TK = np.sort(padded_RE[0][ids_TK] if home_T is None else padded_RE[home_T[:, None], ids_TK], axis=1)
-    nodes_TK = np.append(topology.node_of_R, topology.num_nodes).astype(np.int16)[ranks_TK]
-    routed_TK = ranks_TK < num_ranks
-    new_rank_TK, new_node_TK = _first_of_run(ranks_TK) & routed_TK, _first_of_run(nodes_TK) & routed_TK
-    groups_TK = np.broadcast_to(group_T[:, None], ids_TK.shape)
+    if home_T is not None and (padded_RE != padded_RE[0]).any():
+        ids_KT += home_T.astype(np.intp) * padded_RE.shape[1]
+    ranks_KT = _sorted_columns(padded_RE.reshape(-1).take(ids_KT))
+    nodes_KT = np.append(topology.node_of_R, topology.num_nodes).astype(np.int16).take(ranks_KT)
+    routed_KT = ranks_KT < num_ranks
+    new_rank_KT, new_node_KT = _first_of_run(ranks_KT) & routed_KT, _first_of_run(nodes_KT) & routed_KT
 
-    def per_group(mask_TK: np.ndarray) -> np.ndarray:
-        return np.bincount(group_T, weights=mask_TK.sum(1), minlength=num_groups) * weight
+    def per_group(mask_KT: np.ndarray) -> np.ndarray:
+        return np.bincount(group_T, weights=mask_KT.sum(axis=0, dtype=np.int16), minlength=num_groups) * weight
 
-    def per_target(mask_TK: np.ndarray, target_TK: np.ndarray, size: int) -> np.ndarray:
-        keys = groups_TK[mask_TK] * size + target_TK[mask_TK]
-        return np.bincount(keys, minlength=num_groups * size).reshape(num_groups, size) * weight
+    def per_target(mask_KT: np.ndarray, target_KT: np.ndarray, size: int) -> np.ndarray:
+        keys_KT = np.where(
+            mask_KT, target_KT + group_T * size, num_groups * size
+        )  # the last one is for what is masked out
+        counts = np.bincount(keys_KT.reshape(-1), minlength=num_groups * size + 1)[:-1]
+        return counts.reshape(num_groups, size) * weight
 
-    sums.activations_GL[:, layer] += per_group(routed_TK)
-    sums.load_GLR[:, layer] += per_target(routed_TK, ranks_TK, num_ranks)
+    sums.activations_GL[:, layer] += per_group(routed_KT)
+    sums.load_GLR[:, layer] += per_target(routed_KT, ranks_KT, num_ranks)
     per_node = dispatch == "per-node"
-    target_TK, num_targets = (nodes_TK, topology.num_nodes) if per_node else (ranks_TK, num_ranks)
-    row_TK = {"per-node": new_node_TK, "per-expert": routed_TK}.get(dispatch, new_rank_TK)
+    target_KT, num_targets = (nodes_KT, topology.num_nodes) if per_node else (ranks_KT, num_ranks)
+    row_KT = {"per-node": new_node_KT, "per-expert": routed_KT}.get(dispatch, new_rank_KT)
     if home_T is None:
-        sums.local_GL[:, layer] += per_group(routed_TK) / num_ranks
-        sums.remote_ranks_GL[:, layer] += per_group(new_rank_TK) * (1 - 1 / num_ranks)
-        sums.remote_nodes_GL[:, layer] += per_group(new_node_TK) * (1 - 1 / topology.num_nodes)
+        sums.local_GL[:, layer] += per_group(routed_KT) / num_ranks
+        sums.remote_ranks_GL[:, layer] += per_group(new_rank_KT) * (1 - 1 / num_ranks)
+        sums.remote_nodes_GL[:, layer] += per_group(new_node_KT) * (1 - 1 / topology.num_nodes)
         sums.home_GLR[:, layer] += np.bincount(group_T, minlength=num_groups)[:, None] / num_ranks
-        rows_GP = per_target(row_TK, target_TK, num_targets)
+        rows_GP = per_target(row_KT, target_KT, num_targets)
         sums.ingress_GLP[:, layer] += rows_GP * (1 - 1 / num_targets)
         sums.egress_GLP[:, layer] += (rows_GP.sum(1, keepdims=True) - rows_GP) / num_targets
         return
     home_T = home_T.astype(np.int64)
     home_node_T = topology.node_of_R[home_T]
-    sums.local_GL[:, layer] += per_group(routed_TK & (ranks_TK == home_T[:, None]))
-    sums.remote_ranks_GL[:, layer] += per_group(new_rank_TK & (ranks_TK != home_T[:, None]))
-    sums.remote_nodes_GL[:, layer] += per_group(new_node_TK & (nodes_TK != home_node_T[:, None]))
+    sums.local_GL[:, layer] += per_group(routed_KT & (ranks_KT == home_T))
+    sums.remote_ranks_GL[:, layer] += per_group(new_rank_KT & (ranks_KT != home_T))
+    sums.remote_nodes_GL[:, layer] += per_group(new_node_KT & (nodes_KT != home_node_T))
     keys_T = group_T * num_ranks + home_T
     sums.home_GLR[:, layer] += np.bincount(keys_T, minlength=num_groups * num_ranks).reshape(num_groups, -1) * weight
     home_target_T = home_node_T if per_node else home_T
-    row_TK = row_TK & (target_TK != home_target_T[:, None])
-    sums.ingress_GLP[:, layer] += per_target(row_TK, target_TK, num_targets)
+    row_KT = row_KT & (target_KT != home_target_T)
+    sums.ingress_GLP[:, layer] += per_target(row_KT, target_KT, num_targets)
     sent_T = np.bincount(
-        group_T * num_targets + home_target_T, weights=row_TK.sum(1), minlength=num_groups * num_targets
+        group_T * num_targets + home_target_T, weights=row_KT.sum(axis=0), minlength=num_groups * num_targets
     )
     sums.egress_GLP[:, layer] += sent_T.reshape(num_groups, -1) * weight
 
 
-def _first_of_run(sorted_TK: np.ndarray) -> np.ndarray:
-    """True where a value differs from the one before it in its row, bool [T, K]."""
-    first = np.ones(sorted_TK.shape, bool)
-    first[:, 1:] = sorted_TK[:, 1:] != sorted_TK[:, :-1]
+def _sorted_columns(values_KT: np.ndarray) -> np.ndarray:
+    """Every column in ascending order. Of a few rows, by exchanges of neighbouring rows, which run along the columns."""
+    top_k = len(values_KT)
+    if top_k > EXCHANGED_ROWS:
+        return np.sort(values_KT, axis=0)
+    rows = list(values_KT)
+    for turn in range(top_k):
+        for i in range(turn % 2, top_k - 1, 2):
+            rows[i], rows[i + 1] = np.minimum(rows[i], rows[i + 1]), np.maximum(rows[i], rows[i + 1])
+    return np.stack(rows) if rows else values_KT
+
+
+def _first_of_run(sorted_KT: np.ndarray) -> np.ndarray:
+    """True where a value differs from the one before it in its column, bool [K, T]."""
+    first = np.ones(sorted_KT.shape, bool)
+    first[1:] = sorted_KT[1:] != sorted_KT[:-1]
     return first
 
 
