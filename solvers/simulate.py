@@ -6,7 +6,7 @@ batches of at most `batch_tokens`, and every rank gets an equal slice of each. A
 at most `window`, which are balanced in tokens; the number of tokens a request brings is taken as known (an offline batch with a fixed
 budget), its content is not.
 
-Shape letters: T tokens, B requests, L MoE layers, K top-k, E experts, R ranks.
+Shape letters: T tokens, B requests, Q tokens of prompts, L MoE layers, K top-k, E experts, R ranks.
 """
 
 from collections.abc import Callable
@@ -167,12 +167,14 @@ def _dp_scorer(batch: TraceBatch, placement: Placement, schedule: Schedule, toke
 
 def _dp_paper(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
     token = schedule.token
+    prompts = [batch.prompt(b) for b in range(batch.num_requests)]
+    request_Q = np.repeat(np.arange(batch.num_requests), [len(prompt) for prompt in prompts])
+    row_Q = token.own.index(np.concatenate(prompts)) if prompts else np.zeros(0, np.int64)
+    request_Q, row_Q = request_Q[row_Q >= 0], row_Q[row_Q >= 0]
     scores_BR = np.zeros((batch.num_requests, placement.num_ranks))
-    for b in range(batch.num_requests):
-        rows = token.own.index(batch.prompt(b))
-        rows = rows[rows >= 0]
-        for layer in range(placement.num_layers):
-            scores_BR[b] += token.own.shares_TR(layer, rows, token.rare_LR[layer]).sum(axis=0)
+    for layer in range(placement.num_layers):
+        shares_QR = token.own.shares_TR(layer, row_Q, token.rare_LR[layer])
+        scores_BR += np.stack([np.bincount(request_Q, share_Q, len(scores_BR)) for share_Q in shares_QR.T], axis=1)
     return lambda requests: assign_masked_round_robin(scores_BR[requests])
 
 
