@@ -12,6 +12,7 @@ from typing import Any
 
 from profiles.demo.paths import demo_model_path
 from profiles.errors import InputError
+from profiles.hub import hub_in_reach, is_hub_id
 
 NUM_EXPERTS = ("n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts")
 TOP_K = (
@@ -87,15 +88,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _hub_config(name: str) -> Path:
-    parts = name.split("/")
-    if len(parts) > 2 or name.endswith(".json") or not all(p and p[0] not in ".~" for p in parts):
+    if not is_hub_id(name):
         raise InputError(f"{name} does not exist: expected a config.json, a checkpoint directory or a hub id")
     from transformers.utils.hub import cached_file
 
+    reachable = hub_in_reach()
     try:
-        found = cached_file(name, "config.json")
+        found = cached_file(name, "config.json", local_files_only=not reachable)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (
+            str(error).splitlines()[0] if reachable else "the hub cannot be reached, and its cache does not hold it"
+        )
         raise InputError(f"{name} is neither a file here nor a model of the hub: {reason}") from None
     if found is None:
         raise InputError(f"{name} has no config.json on the hub")

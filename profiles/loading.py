@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from profiles.checkpoint import embedding_reference
 from profiles.errors import InputError
+from profiles.hub import hub_in_reach, is_hub_id
 from profiles.models import explain_unsupported, find_moe_layers
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -39,12 +41,19 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
         path = str(demo_model_path())
     elif os.path.isdir(name) and not (Path(name) / "config.json").is_file():
         raise InputError(f"{name} is not a model: it holds no config.json")
+    elif not os.path.isdir(name) and not is_hub_id(name):
+        raise InputError(f"{name} does not exist: expected a checkpoint directory, a hub id or demo")
+    offline = not os.path.isdir(path) and not hub_in_reach()
+    if offline and not isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        raise InputError(f"{name} is no directory here, and the hub cannot be reached to look for it")
     with refusals(f"{name} cannot be read as a model"):
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=offline
+        )
         if os.path.isdir(path):
             folder, commit = Path(path).resolve(), None
         else:
-            folder = Path(str(cached_file(path, "config.json", revision=revision))).parent
+            folder = Path(str(cached_file(path, "config.json", revision=revision, local_files_only=offline))).parent
             commit = getattr(config, "_commit_hash", None) or revision
     return ModelSource(name, str(folder) if commit is None else path, commit, folder, config, trust_remote_code)
 

@@ -5,12 +5,13 @@ A source is a stream of records (profiles/sources.py); what of a record is the p
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from profiles.errors import InputError
-from profiles.sources import Record
+from profiles.sources import ReadProgress, Record, open_dataset, open_source
 
 TEXT_FIELDS = ("text", "prompt", "question", "instruction", "content", "input")
 MESSAGES_FIELDS = ("messages", "conversations", "conversation")
@@ -49,6 +50,50 @@ class Fields:
     def __str__(self) -> str:
         prompt = {"text": "text", "messages": "chat messages", "choices": "question and choices"}[self.kind]
         return f"{prompt} from field {self.prompt!r}" + (f", domain from {self.domain!r}" if self.domain else "")
+
+
+@dataclass(frozen=True)
+class RequestSource:
+    """Where requests are read from: exactly one of `data` (files, "-" or "demo") and `dataset` (of the hub), and which fields."""
+
+    data: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    text_field: str | None = None
+    messages_field: str | None = None
+    domain_field: str | None = None
+    max_requests: int | None = None
+
+    def __str__(self) -> str:
+        return self.data if self.data is not None else f"data set {self.dataset}"
+
+
+def open_requests(
+    source: RequestSource, progress: ReadProgress | None = None, *, tell: Callable[[str], None] = lambda line: None
+) -> Iterator[TextRequest]:
+    """The requests of `source` in order, at most `max_requests`. Raises InputError as open_source, open_dataset and read_requests do."""
+    records = (
+        open_source(source.data, progress)
+        if source.data is not None
+        else open_dataset(source.dataset or "", subset=source.subset, split=source.split)
+    )
+    requests = read_requests(
+        records,
+        text_field=source.text_field,
+        messages_field=source.messages_field,
+        domain_field=source.domain_field,
+        tell=tell,
+    )
+    return islice(requests, source.max_requests)
+
+
+def read_all(source: RequestSource, *, tell: Callable[[str], None] = lambda line: None) -> list[TextRequest]:
+    """All requests of `source`. Raises InputError where there is none."""
+    requests = list(open_requests(source, tell=tell))
+    if not requests:
+        raise InputError(f"{source} holds no prompt: expected lines of text, or records with a field that holds text")
+    return requests
 
 
 def read_requests(

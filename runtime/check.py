@@ -38,6 +38,7 @@ def check_completions(
     max_new_tokens: int,
     stop_ids: frozenset[int],
     tell: Callable[[str], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """{"ok", "compared", "mismatches", "ties"}, differences as {"id", "position", "expected", "got", "logit_gap"}, at most 10 of each.
 
@@ -46,7 +47,8 @@ def check_completions(
     transformers_logging.disable_progress_bar()
     model = load_model(source, dtype=dtype, device=device)
     mismatches, ties = [], []
-    for prompt, line in zip(prompts, lines, strict=True):
+    for number, (prompt, line) in enumerate(zip(prompts, lines, strict=True)):
+        progress(number, len(prompts))
         found = compare_greedy(model, prompt, line["token_ids"], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
         ties += [{"id": prompt.request_id, **tie} for tie in found.ties]
         if wrong := found.mismatch:

@@ -23,6 +23,7 @@ from runtime.failures import naming
 from runtime.group import Group, open_group, share
 from runtime.metrics import stacked
 from runtime.permute import row_sections
+from runtime.progress import Show, shown_nowhere
 from runtime.replay_cases import Case, Prepared, ReplayOptions, largest_share, prepare
 from runtime.stopwatch import Stopwatch
 from solvers.cost import EXCHANGES, Network, fit_network, layer_seconds
@@ -33,17 +34,24 @@ DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfl
 
 
 def replay_rank(
-    options: ReplayOptions, prepared: Prepared | None, tell: Callable[[str], None]
+    options: ReplayOptions, prepared: Prepared | None, tell: Callable[[str], None], show: Show = shown_nowhere
 ) -> dict[str, Any] | None:
-    """Replay on this process's rank: the result on rank 0, None elsewhere. `prepared` None: rank 0 reads the trace."""
-    with open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group:
+    """Replay on this process's rank: the result on rank 0, None elsewhere. `prepared` None: rank 0 reads the trace.
+
+    `show("...")` gives a function that rank 0 calls with how many of how many placements and schedules are measured.
+    """
+    with (
+        open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group,
+        (show if group.rank == 0 else shown_nowhere)("replay") as progress,
+    ):
         if prepared is None:
             prepared = share(lambda: prepare(options, group.size, tell), group)
         expert_ids_TLK, num_experts, cases = prepared
         dtype = DTYPES[options.dtype]
         network = measure_network(options, expert_ids_TLK.shape[2], group, dtype)
         rows = []
-        for case in cases:
+        for number, case in enumerate(cases):
+            progress(number, len(cases))
             run_experts, seconds = random_experts(options, case.experts_LRS.shape[2], group, dtype)
             measured = replay_case(options, case, expert_ids_TLK, num_experts, run_experts, group, dtype)
             if group.rank == 0:

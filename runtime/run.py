@@ -21,14 +21,14 @@ from transformers.utils import logging as transformers_logging
 
 from profiles.errors import InputError
 from profiles.loading import DTYPES, ModelSource, find_model, load_tokenizer
-from profiles.requests import encode_requests, read_requests
-from profiles.sources import open_source
+from profiles.requests import RequestSource, TextRequest, encode_requests, read_all
 from runtime.engine import Completion, Limits, PhaseTimes, Prompt, serve
 from runtime.experts import Counters
 from runtime.failures import naming
 from runtime.group import open_group, share
 from runtime.metrics import rate, traffic_metrics
 from runtime.placed_model import PlacedModel, load_placed
+from runtime.progress import Show, shown_nowhere
 from runtime.rank_weights import find_placed
 from runtime.reshard_ranks import SHARED
 from runtime.schedulers import assign
@@ -44,7 +44,7 @@ class RunOptions:
 
     checkpoint: str
     plan: str
-    prompts: str
+    prompts: RequestSource
     scheduler: str
     predict: str
     backend: str
@@ -87,9 +87,9 @@ class Assigned(NamedTuple):
     rank_of_B: np.ndarray
 
 
-def assign_prompts(options: RunOptions, plan: Plan, tell: Callable[[str], None]) -> Assigned:
-    """Read and assign the prompts. Raises InputError where they, the model and the plan do not fit each other."""
-    prompts = read_prompts(options, tell)
+def assign_prompts(options: RunOptions, plan: Plan, requests: list[TextRequest]) -> Assigned:
+    """Encode and assign the requests. Raises InputError where they, the model and the plan do not fit each other."""
+    prompts = encode_prompts(options, requests)
     ids = [prompt.token_ids for prompt in prompts]
     if options.scheduler == "tp":  # every rank serves every request; refuse before ranks start
         find_schedule(options.predict, plan)
@@ -97,17 +97,14 @@ def assign_prompts(options: RunOptions, plan: Plan, tell: Callable[[str], None])
     return Assigned(prompts, assign(options.scheduler, ids, plan, max_new_tokens=options.max_new_tokens))
 
 
-def read_prompts(options: RunOptions, tell: Callable[[str], None]) -> list[Prompt]:
-    """The prompts as token ids. Raises InputError where there is none, or one is empty or too long for the model."""
+def encode_prompts(options: RunOptions, requests: list[TextRequest]) -> list[Prompt]:
+    """The requests as token ids. Raises InputError where one is empty or too long for the model."""
     source, _ = find_source(options.checkpoint)
-    requests = list(read_requests(open_source(options.prompts), tell=tell))
-    if not requests:
-        raise InputError(f"{options.prompts} holds no prompt")
     encoded = encode_requests(requests, load_tokenizer(source), answer=True)
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     for request, ids in zip(requests, encoded, strict=True):
         if len(ids) == 0:
-            raise InputError(f"request {request.request_id} is empty")
+            raise InputError(f"request {request.request_id} of {options.prompts} is empty: leave it out")
         if longest and len(ids) + options.max_new_tokens > longest:
             raise InputError(
                 f"request {request.request_id} has {len(ids)} tokens and may get {options.max_new_tokens} more, "
@@ -130,7 +127,7 @@ def prepare(options: RunOptions, num_ranks: int, tell: Callable[[str], None]) ->
     """All that can be refused before weights are read, and the prompts. Raises InputError."""
     plan = load_plan(options, num_ranks)
     find_placed(find_source(options.checkpoint)[1], plan)
-    return assign_prompts(options, plan, tell)
+    return assign_prompts(options, plan, read_all(options.prompts, tell=tell))
 
 
 def stop_token_ids(source: ModelSource) -> frozenset[int]:
@@ -141,8 +138,13 @@ def stop_token_ids(source: ModelSource) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
-def run_rank(options: RunOptions, assigned: Assigned | None, tell: Callable[[str], None]) -> RunResult | None:
-    """Run this process's rank; the result on rank 0, None elsewhere. `assigned` None: rank 0 reads the prompts."""
+def run_rank(
+    options: RunOptions, assigned: Assigned | None, tell: Callable[[str], None], show: Show = shown_nowhere
+) -> RunResult | None:
+    """Run this process's rank; the result on rank 0, None elsewhere. `assigned` None: rank 0 reads the prompts.
+
+    `show("...")` gives a function that rank 0 calls with how many of how many requests are finished.
+    """
     transformers_logging.disable_progress_bar()  # one bar per rank would be noise
     with open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group:
         if assigned is None:
@@ -161,8 +163,13 @@ def run_rank(options: RunOptions, assigned: Assigned | None, tell: Callable[[str
             placed.state.counters = Counters.zeros(plan.placement.num_layers, group.size)
         limits = Limits(options.max_new_tokens, options.batch_tokens, stop_token_ids(source))
         keeper = ResultKeeper(options.output, load_tokenizer(source) if group.rank == 0 else None)
-        with torch.inference_mode():
-            times = serve(placed, mine, limits, deliver=keeper.add, shuffled=shuffled)
+        with torch.inference_mode(), (show if group.rank == 0 else shown_nowhere)("requests") as progress:
+
+            def deliver(completions: list[Completion]) -> None:
+                keeper.add(completions)
+                progress(keeper.finished, len(prompts))
+
+            times = serve(placed, mine, limits, deliver=deliver, shuffled=shuffled)
         metrics = collect_metrics(options, plan, placed, times, len(prompts))
         if metrics is None:
             return None
@@ -219,6 +226,11 @@ class ResultKeeper:
                     file.write(json.dumps(self._lines[done.index], ensure_ascii=False) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {partial_path(self._output)}: {error.strerror}") from None
+
+    @property
+    def finished(self) -> int:
+        """Requests that are kept."""
+        return len(self._lines)
 
     def finish(self) -> list[dict[str, Any]]:
         """All lines in input order, written under the final name."""

@@ -31,6 +31,7 @@ def compare(
     from profiles.errors import InputError
     from profiles.trace import RoutingTrace
     from semmoe_cli.report import note, print_json
+    from semmoe_cli.steps import steps
     from solvers.compare import expert_bytes as bytes_of_expert
     from solvers.comparison import compare_plans
     from solvers.plan import Plan
@@ -45,12 +46,15 @@ def compare(
         raise InputError("--hidden-size and --expert-size go together: an expert holds three matrices of that size")
     if hidden_size and not expert_bytes:
         expert_bytes = bytes_of_expert(hidden_size, expert_size, dtype_bytes)
-    comparison, notes = compare_plans(
-        {path: Plan.load(path) for path in plan_paths},
-        RoutingTrace.open(trace),
-        bytes_per_expert=expert_bytes,
-        setting=Setting(batch_tokens, window, seed),
-    )
+    plans, traced = {path: Plan.load(path) for path in plan_paths}, RoutingTrace.open(trace)
+    with steps("compare") as progress:
+        comparison, notes = compare_plans(
+            plans,
+            traced,
+            bytes_per_expert=expert_bytes,
+            setting=Setting(batch_tokens, window, seed),
+            progress=progress,
+        )
     for line in notes:
         note(line)
     if json_:

@@ -12,12 +12,14 @@ import typer
 
 from profiles.errors import InputError
 from semmoe_cli.commands_trace import Dtype
-from semmoe_cli.options import Json, Seed
+from semmoe_cli.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField
 from semmoe_cli.report import note, print_facts, print_json
+from semmoe_cli.steps import steps
 
 if TYPE_CHECKING:
     from runtime.replay_cases import ReplayOptions
     from runtime.run import RunOptions, RunResult
+    from solvers.plan import Plan
 
 
 def run(
@@ -31,9 +33,16 @@ def run(
     prompts: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Prompts: a .jsonl, .json, .parquet, .txt or .csv file, a directory, - or demo."
+            metavar="FILE",
+            help="Prompts: a .jsonl, .json, .parquet, .txt or .csv file (.gz may follow), a directory of them, - for stdin, or demo.",
         ),
     ] = None,
+    dataset: Dataset = None,
+    subset: Subset = None,
+    split: Split = None,
+    text_field: TextField = None,
+    messages_field: MessagesField = None,
+    max_requests: Annotated[int | None, typer.Option(metavar="N", help="Run the first N prompts.", min=1)] = None,
     nproc: Annotated[
         int | None, typer.Option(metavar="R", help="Ranks to start here; the plan's number by default.", min=1)
     ] = None,
@@ -95,13 +104,15 @@ def run(
 
     Examples: semmoe run demo --plan p --prompts demo -o out.jsonl; semmoe run --replay t --plan p --hidden-size 2880
     """
+    from profiles.requests import RequestSource, read_all
     from runtime.launch import launch, under_torchrun
-    from runtime.replay_cases import ReplayOptions
-    from runtime.run import RunOptions, assign_prompts, load_plan, run_rank
 
+    texts = RequestSource(prompts, dataset, subset, split, text_field, messages_field, None, max_requests)
     if replay is not None:
-        if hidden_size is None or checkpoint is not None or prompts is not None:
-            raise typer.BadParameter("--replay needs --hidden-size, and takes neither CHECKPOINT nor --prompts")
+        if hidden_size is None or checkpoint is not None or texts != RequestSource():
+            raise typer.BadParameter("--replay needs --hidden-size, and takes neither CHECKPOINT nor prompts")
+        from runtime.replay_cases import ReplayOptions
+
         run_replay(
             ReplayOptions(
                 replay,
@@ -121,13 +132,21 @@ def run(
             as_json=json_,
         )
         return
-    if checkpoint is None or prompts is None:
-        raise typer.BadParameter("CHECKPOINT and --prompts are needed (or --replay TRACE)")
+    if checkpoint is None or (prompts is None) == (dataset is None):
+        raise typer.BadParameter("CHECKPOINT and one of --prompts and --dataset are needed (or --replay TRACE)")
+    if prompts is not None and (subset or split):
+        raise typer.BadParameter("--subset and --split go with --dataset")
+    # Before PyTorch is imported: a plan or prompts that are not there are told at once.
+    alone = not under_torchrun()
+    scheduler = scheduler or default_scheduler(read_plan(plan, alone=alone), str(plan))
+    requests = read_all(texts, tell=note) if alone else []
+    from runtime.run import RunOptions, assign_prompts, load_plan, run_rank
+
     options = RunOptions(
         checkpoint,
         str(plan),
-        prompts,
-        scheduler or default_scheduler(str(plan)),
+        texts,
+        scheduler,
         predict,
         backend,
         dtype.value,
@@ -137,17 +156,17 @@ def run(
         str(output) if output else None,
         timeout,
     )
-    if under_torchrun():
-        result = as_rank(lambda: run_rank(options, None, note), output)
+    if not alone:
+        result = as_rank(lambda: run_rank(options, None, note, steps), output)
         if result is None:
             return
     else:
         placed_plan = load_plan(options, nproc)
         ranks = placed_plan.topology.num_ranks
         check_start(options, ranks, check=check)
-        assigned = assign_prompts(options, placed_plan, note)
+        assigned = assign_prompts(options, placed_plan, requests)
         try:
-            result = launch(run_rank, (options, assigned, note), ranks)
+            result = launch(run_rank, (options, assigned, note, steps), ranks)
         except InputError as error:
             raise InputError(f"{error}{kept_results(output)}") from None
     metrics = result.metrics
@@ -156,15 +175,32 @@ def run(
     print_results(result.lines, metrics, output=output, as_json=json_)
 
 
-def default_scheduler(plan: str) -> str:
-    """dp where the plan scores requests; else none, and a note says so."""
+def read_plan(path: Path, *, alone: bool) -> "Plan":
+    """The plan. Ranks of torchrun all read it: what is wrong with it is told once on each machine."""
     from solvers.plan import Plan
+
+    if alone:
+        return Plan.load(path)
+    from runtime.failures import SharedRefusal
+
+    def load() -> Plan:
+        try:
+            return Plan.load(path)
+        except InputError as error:
+            raise SharedRefusal(str(error)) from None
+
+    return as_rank(load, None)
+
+
+def default_scheduler(plan: "Plan", path: str) -> str:
+    """dp where the plan scores requests; else none, and a note says so."""
     from solvers.schedule import Schedule
 
-    schedule = Schedule.from_tables(Plan.load(plan).tables)
+    schedule = Schedule.from_tables(plan.tables)
     if schedule is not None and schedule.has_requests:
         return "dp"
-    note(f"{plan} scores no requests: they go to the ranks in turn (--scheduler none)")
+    if os.environ.get("RANK", "0") == "0":
+        note(f"{path} scores no requests: they go to the ranks in turn (--scheduler none)")
     return "none"
 
 
@@ -176,13 +212,13 @@ def run_replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) ->
     from solvers.plan import Plan
 
     if under_torchrun():
-        result = as_rank(lambda: replay_rank(options, None, note), None)
+        result = as_rank(lambda: replay_rank(options, None, note, steps), None)
     else:
         ranks = Plan.load(options.plan).topology.num_ranks
         if nproc not in (None, ranks):
             raise InputError(f"{nproc} ranks run, the plan {options.plan} is for {ranks}")
         check_group(options.device, options.backend, ranks)
-        result = launch(replay_rank, (options, prepare(options, ranks, note), note), ranks)
+        result = launch(replay_rank, (options, prepare(options, ranks, note), note, steps), ranks)
     if result is not None:
         print_replay(result, as_json=as_json)
 
@@ -279,16 +315,18 @@ def run_check(options: "RunOptions", result: "RunResult") -> dict[str, Any]:
     from runtime.run import find_source
 
     source, _ = find_source(options.checkpoint)
-    return check_completions(
-        source,
-        result.prompts,
-        result.lines,
-        dtype=options.dtype,
-        device=choose_device(options.device, 0),
-        max_new_tokens=options.max_new_tokens,
-        stop_ids=result.stop_ids,
-        tell=note,
-    )
+    with steps("check") as progress:
+        return check_completions(
+            source,
+            result.prompts,
+            result.lines,
+            dtype=options.dtype,
+            device=choose_device(options.device, 0),
+            max_new_tokens=options.max_new_tokens,
+            stop_ids=result.stop_ids,
+            tell=note,
+            progress=progress,
+        )
 
 
 def print_results(lines: list[dict[str, Any]], metrics: dict[str, Any], *, output: Path | None, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from profiles.errors import InputError
-from semmoe_cli.options import Json, Seed, command_line
+from semmoe_cli.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField, command_line
 from semmoe_cli.report import note, print_json
 
 if TYPE_CHECKING:
@@ -58,18 +58,11 @@ def trace(
             help="Texts: a .jsonl, .json, .parquet, .txt or .csv file (.gz may follow), a directory of them, - for stdin, or demo.",
         ),
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Texts: a data set of the Hugging Face hub, streamed.")
-    ] = None,
-    subset: Annotated[str | None, typer.Option(help="Subset (configuration) of --dataset.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of --dataset.")] = None,
-    text_field: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="Field that holds the text; found by itself otherwise.")
-    ] = None,
-    messages_field: Annotated[
-        str | None,
-        typer.Option(metavar="FIELD", help="Field that holds chat messages, for the tokenizer's chat template."),
-    ] = None,
+    dataset: Dataset = None,
+    subset: Subset = None,
+    split: Split = None,
+    text_field: TextField = None,
+    messages_field: MessagesField = None,
     domain_field: Annotated[
         str | None, typer.Option(metavar="FIELD", help="Field that names a request's domain.")
     ] = None,
@@ -149,8 +142,7 @@ def trace(
         raise typer.BadParameter("texts are needed: exactly one of --data SOURCE and --dataset NAME")
     _refuse_mixed("--data", _given(subset=subset, split=split) if data is not None else [])
 
-    from profiles.requests import read_requests
-    from profiles.sources import open_dataset, open_source
+    from profiles.requests import RequestSource, open_requests
     from profiles.tracing import Generation, Limits, TraceProgress, trace_model
     from semmoe_cli.progress import shown
 
@@ -159,13 +151,8 @@ def trace(
         raise InputError("--data -: standard input cannot be shared by several ranks; name a file")
     progress = TraceProgress()
     tell = note if ranks.rank == 0 else lambda line: None
-    records = (
-        open_source(data, progress.read)
-        if data is not None
-        else open_dataset(dataset or "", subset=subset, split=split)
-    )
-    requests = read_requests(
-        records, text_field=text_field, messages_field=messages_field, domain_field=domain_field, tell=tell
+    requests = open_requests(
+        RequestSource(data, dataset, subset, split, text_field, messages_field, domain_field), progress.read, tell=tell
     )
     limits = Limits(max_requests, max_tokens, max_length)
     with shown(progress, limits, generate, ranks=ranks.size, silent=ranks.rank > 0):

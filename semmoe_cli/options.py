@@ -60,6 +60,22 @@ Window = Annotated[int, typer.Option(help="Requests of a simulated scheduling wi
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input and seed give the same bytes.", min=0)]
 
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", metavar="NAME", help="Texts: a data set of the Hugging Face hub, streamed.")
+]
+Subset = Annotated[str | None, typer.Option("--subset", help="Subset (configuration) of --dataset.")]
+Split = Annotated[str | None, typer.Option("--split", help="Split of --dataset.")]
+TextField = Annotated[
+    str | None,
+    typer.Option("--text-field", metavar="FIELD", help="Field that holds the text; found by itself otherwise."),
+]
+MessagesField = Annotated[
+    str | None,
+    typer.Option(
+        "--messages-field", metavar="FIELD", help="Field that holds chat messages, for the tokenizer's chat template."
+    ),
+]
+
 
 def command_line(*path_values: Path | str) -> str:
     """The command line as typed, without what cannot change the result: where files lie, how many processes work, how it is printed."""

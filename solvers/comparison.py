@@ -3,6 +3,7 @@
 Shape letters: L MoE layers, B requests.
 """
 
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -23,7 +24,12 @@ PAIRED = ("rem", "link", "load_imbalance")
 
 
 def compare_plans(
-    plans: dict[str, Plan], trace: RoutingTrace, *, bytes_per_expert: int, setting: Setting
+    plans: dict[str, Plan],
+    trace: RoutingTrace,
+    *,
+    bytes_per_expert: int,
+    setting: Setting,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The comparison object (docs/formats.md) and notes. `plans`: two or more, by name; the first is what the others are held against.
 
@@ -37,7 +43,8 @@ def compare_plans(
     requests = request_keys(trace.requests())
     unseen_B = ~np.isin(requests, np.concatenate([plan.fitted_keys for plan in plans.values()]))
     if unseen_B.any():
-        rows, sizes = _scored_rows(plans, trace, unseen_B, setting)
+        rows, sizes = _scored_rows(plans, trace, unseen_B, setting, progress)
+        progress(len(plans), len(plans) + 1)
         differences = _differences(plans, trace, unseen_B, setting.seed)
         left_out = int((~unseen_B).sum())
         notes = (
@@ -84,11 +91,16 @@ def _plan_facts(name: str, plan: Plan) -> dict[str, Any]:
 
 
 def _scored_rows(
-    plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, setting: Setting
+    plans: dict[str, Plan],
+    trace: RoutingTrace,
+    unseen_B: np.ndarray,
+    setting: Setting,
+    progress: Callable[[int, int], None],
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     dispatch = next(iter(plans.values())).dispatch
     rows, sizes = [], {}
-    for name, plan in plans.items():
+    for number, (name, plan) in enumerate(plans.items()):
+        progress(number, len(plans) + 1)
         report = score_placements(
             {"plan": plan.placement, **baselines(plan.load_LE, plan.topology)},
             [trace],

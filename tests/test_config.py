@@ -7,6 +7,7 @@ from tiny_models import FAMILIES, tiny_config
 
 from profiles.config import FAMILY_DEFAULTS, moe_facts, read_config
 from profiles.errors import InputError
+from profiles.loading import find_model
 
 QWEN3 = {
     "model_type": "qwen3_moe",
@@ -198,6 +199,23 @@ def test_read_config_of_a_hub_id_that_is_not_cached(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="neither a file here nor a model of the hub"):
         read_config("nobody-at-all/no-such-model")
+
+
+def test_without_a_network_a_hub_id_is_refused_at_once(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")  # a name that no network knows (RFC 2606)
+    with pytest.raises(InputError, match="the hub cannot be reached to look for it"):
+        find_model("nobody-at-all/no-such-model")
+    with pytest.raises(InputError, match="the hub cannot be reached, and its cache does not hold it"):
+        read_config("nobody-at-all/no-such-model")
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./model", "~/model", "a/b/c", "model/"])
+def test_a_path_that_is_not_there_is_no_hub_id(name):
+    with pytest.raises(InputError, match="does not exist: expected a checkpoint directory, a hub id or demo"):
+        find_model(name)
 
 
 def test_demo_is_the_embedded_model():

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +170,7 @@ def test_a_rank_that_hangs_is_named_with_the_layer() -> None:
         (["--device", "tpu"], "--device tpu: expected auto, cpu, cuda"),
         (["--max-new-tokens", "4000"], "request r0 has 1 tokens and may get 4000 more, the model reads at most 1024"),
         (["--prompts", "/nowhere.jsonl"], "/nowhere.jsonl is neither a file nor a directory"),
+        (["--text-field", "body"], "has no field 'body'; it has id, text"),
     ],
 )
 def test_refusals_in_one_line(demo: Path, arguments: list[str], message: str) -> None:
@@ -175,6 +178,47 @@ def test_refusals_in_one_line(demo: Path, arguments: list[str], message: str) ->
     assert code == 1
     assert "\n" not in text
     assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no prompt"),
+        ('{"body": "a"}\n', "it has body: name one with --text-field"),
+        ('{"text": ""}\n', "request prompts.jsonl:1 of .* is empty"),
+    ],
+)
+def test_prompts_that_hold_no_text(demo: Path, tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "prompts.jsonl").write_text(content)
+    code, text = run(*RUN, "--plan", str(demo / "p"), "--prompts", str(tmp_path / "prompts.jsonl"))
+    assert code == 1
+    assert "\n" not in text
+    assert re.search(message, text), text
+
+
+def test_missing_plans_and_prompts_are_told_before_torch_is_imported(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("")
+    code = (
+        "import sys; from semmoe_cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    for plan in (demo / "p", tmp_path / "nothing"):
+        words = ["run", "demo", "--plan", str(plan), "--prompts", str(tmp_path / "prompts.jsonl")]
+        ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        assert ended.stdout == "1 False\n", ended.stderr
+        assert ended.stderr.startswith("semmoe: ") and ended.stderr.count("\n") == 1
+
+
+def test_run_reads_what_trace_reads(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "some.jsonl").write_text('{"body": "a"}\n{"body": "Once upon a time"}\n{"body": "c"}\n')
+    words = ["--plan", str(demo / "p"), "--prompts", str(tmp_path / "texts"), "--text-field", "body"]
+    code, text = run(*RUN, *words, "--max-requests", "2", "--max-new-tokens", "2")
+    assert code == 0
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert [line["id"] for line in lines] == ["some.jsonl:1", "some.jsonl:2"]
+    assert [(len(line["token_ids"]), line["finish_reason"]) for line in lines] == [(2, "length")] * 2
 
 
 def test_dp_needs_a_plan_that_scores_requests(demo: Path) -> None:

@@ -75,11 +75,11 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
     import torch.distributed as dist
 
     from profiles.loading import find_model
+    from profiles.requests import RequestSource
     from runtime.engine import Limits, Prompt, serve
     from runtime.group import open_group
     from runtime.placed_model import load_placed
     from runtime.rank_weights import find_placed
-    from profiles.requests import RequestSource
     from runtime.run import RunOptions, collect_metrics
     from runtime.schedulers import assign
     from runtime.tensor_parallel import install_tensor_parallel
