@@ -11,7 +11,8 @@ pairs across layers, which neighbouring layers share. The share row leaves out t
 perceptron on the same features was no better on held-out requests (docs/experiments.md).
 
 Cost online, per token and layer: ((depth + 1) * K + 3) * R additions and as many float16 weights read (depth 6, K 8, R 8: 472 additions,
-0.9 kB), plus 2 * R * R flops for the share row. Weights: ((depth + 2) * E + 96) * R * 2 bytes per layer (34 kB at E 256, R 8, depth 6).
+0.9 kB), plus 2 * R * R flops for the share row. Weights: ((depth + 2) * E + 96) * R * 2 bytes per layer (34 kB at E 256, R 8, depth 6);
+in float32, twice that, where runtime/home_tables.py adds them up on the model's device.
 
 Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, D depth (earlier layers), P phases (prompt, generated), F features,
 Q ids of positions, C columns of them.

@@ -80,7 +80,8 @@ def test_a_layer_reads_the_split_sizes_only(tmp_path: Path, group: Group) -> Non
     serving = serving_LRE(plan.placement.hosts_LER, plan.load_LE, plan.topology)
     source = find_model(str(tmp_path / "m"))
     placed: Any = load_placed(source, find_placed(tmp_path / "m", plan), plan, serving, group, dtype="bfloat16")
-    batch = traced(tmp_path / "t", *plan.placement.experts_LRS.shape[:1], plan.placement.num_experts, plan.model.top_k)
+    placement = plan.placement
+    batch = traced(tmp_path / "t", placement.num_layers, placement.num_experts, plan.model.top_k)
     schedule = fit_schedule(batch, plan.placement, seed=0)
     homes = TokenHomes("context", schedule, plan.placement, plan.model.top_k, device=CPU)
     shuffled = ShuffledModel(placed, homes)
