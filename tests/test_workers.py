@@ -16,14 +16,17 @@ import pytest
 import profiles.mapped as mapped_module
 import solvers.coschedule as coschedule_module
 import solvers.schedule as schedule_module
-from profiles.counts import profile_traces
+import solvers.traffic_rows as traffic_rows_module
+from profiles.counts import profile_split, profile_traces
 from profiles.errors import InputError
 from profiles.mapped import mapped_empty, open_view, view_of
 from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
 from profiles.trace_writer import TraceWriter
+from solvers.contiguous import place_contiguous
 from solvers.coschedule import place_semmoe
 from solvers.placement import Placement, Topology
+from solvers.planning import Setting, baselines, score_batch, score_placements
 from solvers.request_usage import chosen_requests, cluster_loads, request_usage_LBE, usage_shares_BR
 from solvers.schedule import fit_schedule
 from solvers.workers import layer_map
@@ -101,6 +104,60 @@ def test_a_mapped_sample_gives_the_same_plan_in_any_number_of_processes(tmp_path
     whole = fit_schedule(plain.sample, placement, seed=0).to_tables()
     for name, array in fit_schedule(profile.sample, placement, seed=0, processes=3).to_tables().items():
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+
+def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, everything_mapped, monkeypatch):
+    write_synthetic(tmp_path / "t", num_requests=40)
+    traces = [RoutingTrace.open(tmp_path / "t")]
+    held_out_B = np.arange(40) % 3 == 0
+    fitted, rest, _ = profile_split(traces, [held_out_B])
+    placement = Placement.from_ranks(place_semmoe(fitted, Topology(4), load_cap=1.05, seed=0, effort="fast"), 4)
+    schedule = fit_schedule(fitted.sample, placement, seed=0)
+    options = {"load_LE": fitted.load_LE, "dispatch": "per-rank", "schedule": schedule, "setting": Setting()}
+    arguments = ({"plan": placement, **baselines(fitted.load_LE, Topology(4))}, rest.sample, fitted.info, Topology(4))
+    one = score_batch(*arguments, **options)
+    monkeypatch.setattr(traffic_rows_module, "SMALL_TASK", 1)
+    seen: list[tuple[int, int]] = []
+    two = score_batch(*arguments, **options, processes=2, progress=lambda *step: seen.append(step))
+    assert two == one and len(one["rows"]) == 11
+    assert seen == [(done, 11) for done in range(1, 12)]
+    assert one == score_placements(arguments[0], traces, [held_out_B], Topology(4), **options)
+
+
+def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, everything_mapped):
+    write_synthetic(tmp_path / "t", num_requests=40)
+    trace = RoutingTrace.open(tmp_path / "t")
+    held_out_B = np.arange(40) % 3 == 0
+    seen: list[tuple[int, int]] = []
+    *parts, whole = profile_split([trace], [held_out_B], progress=lambda *step: seen.append(step))
+    for profile, keep_B in zip(parts, (~held_out_B, held_out_B), strict=True):
+        alone = profile_traces([trace], [keep_B])
+        assert profile.num_tokens == alone.num_tokens
+        np.testing.assert_array_equal(profile.co_activation_LEE, alone.co_activation_LEE)
+        np.testing.assert_array_equal(profile.sample.expert_ids_TLK, alone.sample.expert_ids_TLK)
+        np.testing.assert_array_equal(profile.sample.token_ids_T, alone.sample.token_ids_T)
+        assert profile.sample.request_ids == alone.sample.request_ids
+    np.testing.assert_array_equal(whole.load_LE, profile_traces([trace]).load_LE)
+    joined = [profile.sample.expert_ids_TLK for profile in parts]
+    np.testing.assert_array_equal(whole.sample.expert_ids_TLK, np.concatenate(joined))
+    assert all(np.shares_memory(whole.sample.expert_ids_TLK, ids_TLK) for ids_TLK in joined)
+    assert whole.sample.request_ids == parts[0].sample.request_ids + parts[1].sample.request_ids
+    assert seen[-1] == (trace.num_tokens, trace.num_tokens)
+    # Of a trace beyond the budget both parts are sampled, in proportion.
+    fitted, rest, whole = profile_split([trace], [held_out_B], sample_ids=20 * 64 * 16)
+    assert whole.num_tokens == trace.num_tokens
+    assert [p.sample.num_requests for p in (fitted, rest, whole)] == [13, 7, 20]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="the file of steps is named in /proc")
+def test_workers_tell_their_steps(tmp_path, everything_mapped, monkeypatch):
+    monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
+    write_synthetic(tmp_path / "t", num_requests=20)
+    profile = profile_traces([RoutingTrace.open(tmp_path / "t")])
+    placement = Placement.from_ranks(place_contiguous(4, 32, 4), 4)
+    seen: list[tuple[int, int]] = []
+    fit_schedule(profile.sample, placement, seed=0, processes=2, progress=lambda *step: seen.append(step))
+    assert seen[0] == (0, 8) and seen[-1] == (8, 8) and seen == sorted(seen)
 
 
 def test_several_traces_are_counted_as_one(tmp_path):

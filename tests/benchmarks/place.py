@@ -28,9 +28,9 @@ import numpy as np  # noqa: E402
 from process_memory import watched  # noqa: E402
 from routing_world import Tokens, draw_tokens, route_layer  # noqa: E402
 
-from profiles.counts import RoutingProfile, count_batches  # noqa: E402
+from profiles.counts import RoutingProfile, count_batches, profile_traces  # noqa: E402
 from profiles.mapped import MappedView, mapped_empty, open_view, view_of  # noqa: E402
-from profiles.trace import TraceBatch, TraceInfo  # noqa: E402
+from profiles.trace import RoutingTrace, TraceBatch, TraceInfo  # noqa: E402
 from solvers.coschedule import place_semmoe  # noqa: E402
 from solvers.equalize import rank_load_R  # noqa: E402
 from solvers.placement import Placement, Topology  # noqa: E402
@@ -79,6 +79,21 @@ def scores(
     }
 
 
+def drawn(a: argparse.Namespace) -> tuple[TraceBatch, TraceInfo, int, np.ndarray]:
+    """Routing of a made-up model: requests to place for, and with `--compare` as many to score on."""
+    layers = a.layers_timed or a.layers
+    tokens = draw_tokens(a.tokens * (2 if a.compare else 1), a.vocab, tokens_per_request=REQUEST_TOKENS, seed=a.seed)
+    id_dtype = np.dtype(np.uint8 if a.experts <= 256 else np.uint16)
+    ids_LTK = mapped_empty((layers, len(tokens.token_ids_T), a.top_k), id_dtype)
+    for layer in range(layers):
+        ids_LTK[layer] = route_layer(tokens, a.vocab, a.experts, a.top_k, num_groups=a.groups, layer=layer, seed=a.seed)
+    ids_TLK = np.asarray(ids_LTK).transpose(1, 0, 2)
+    cut = a.tokens // REQUEST_TOKENS * REQUEST_TOKENS if a.compare else a.tokens
+    train = Tokens(*(x[:cut] for x in tokens))
+    info = TraceInfo("made-up", layers, a.experts, a.top_k, tuple(range(layers)), n_group=a.groups, topk_group=a.groups)
+    return batch_of(train, ids_TLK[:cut]), info, layers, ids_TLK[cut:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=58)
@@ -97,18 +112,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--trace", help="a trace of large_trace.py instead of routing drawn here; without --compare")
     a = parser.parse_args()
-    layers = a.layers_timed or a.layers
-    tokens = draw_tokens(a.tokens * (2 if a.compare else 1), a.vocab, tokens_per_request=REQUEST_TOKENS, seed=a.seed)
-    id_dtype = np.dtype(np.uint8 if a.experts <= 256 else np.uint16)
-    ids_LTK = mapped_empty((layers, len(tokens.token_ids_T), a.top_k), id_dtype)
-    for layer in range(layers):
-        ids_LTK[layer] = route_layer(tokens, a.vocab, a.experts, a.top_k, num_groups=a.groups, layer=layer, seed=a.seed)
-    ids_TLK = np.asarray(ids_LTK).transpose(1, 0, 2)
-    cut = a.tokens // REQUEST_TOKENS * REQUEST_TOKENS if a.compare else a.tokens
-    train = Tokens(*(x[:cut] for x in tokens))
-    batch = batch_of(train, ids_TLK[:cut])
-    info = TraceInfo("made-up", layers, a.experts, a.top_k, tuple(range(layers)), n_group=a.groups, topk_group=a.groups)
+    held_out_TLK = None
+    if a.trace:
+        profile = profile_traces([RoutingTrace.open(a.trace)])
+        batch, info = profile.sample, profile.info
+        layers = a.layers_timed or info.num_layers
+        batch = replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:, :layers])
+        info = replace(info, num_layers=layers, model_layers=info.model_layers[:layers])
+    else:
+        batch, info, layers, held_out_TLK = drawn(a)
     topology = Topology(a.ranks, a.nodes)
     with watched() as memory:
         start, cpu = time.perf_counter(), cpu_seconds()
@@ -152,8 +166,7 @@ def main() -> None:
         "peak_mib_largest_worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         "load_average": [round(x, 1) for x in os.getloadavg()],
     }
-    if a.compare:
-        held_out_TLK = ids_TLK[cut:]
+    if held_out_TLK is not None and a.compare:
         result["semmoe"] = scores(rank_of_LE, profile, held_out_TLK, topology)
         demands = Demands(seed=a.seed)
         for name in ("metis", "spectral", "paper", "load", "contiguous"):
