@@ -186,8 +186,8 @@ def prefill(placed: PlacedModel, prompts: list[Prompt], shuffled: ShuffledModel 
         mask_BS[row, longest - len(prompt.token_ids) :] = 1
     device = placed.group.device
     ids, mask = torch.from_numpy(ids_BS).to(device), torch.from_numpy(mask_BS).to(device)
-    valid_T = None if mask_BS.all() else torch.from_numpy(np.flatnonzero(mask_BS)).to(device)
-    begin_batch(placed, shuffled, ids, valid_T, prompts, is_prompt=True)
+    kept_T = None if mask_BS.all() else np.flatnonzero(mask_BS)
+    begin_batch(placed, shuffled, ids_BS, kept_T, prompts, is_prompt=True)
     tokens, cache = forward(placed, ids, mask, None)
     if shuffled is not None:
         shuffled.homes.finish()
@@ -197,12 +197,11 @@ def prefill(placed: PlacedModel, prompts: list[Prompt], shuffled: ShuffledModel 
 def decode(placed: PlacedModel, batch: Batch, shuffled: ShuffledModel | None = None) -> Batch:
     """Extend every running request by one token."""
     device = placed.group.device
-    ids = torch.tensor([generated[-1:] for generated in batch.generated], device=device)
+    ids_B1 = np.array([generated[-1:] for generated in batch.generated])
+    ids = torch.from_numpy(ids_B1).to(device)
     mask = torch.nn.functional.pad(batch.mask_BS, (0, 1), value=1)
-    valid_T = None
-    if any(batch.done_B):
-        valid_T = torch.tensor([row for row, done in enumerate(batch.done_B) if not done], device=device)
-    begin_batch(placed, shuffled, ids, valid_T, batch.prompts, is_prompt=False)
+    kept_T = np.flatnonzero(~np.array(batch.done_B)) if any(batch.done_B) else None
+    begin_batch(placed, shuffled, ids_B1, kept_T, batch.prompts, is_prompt=False)
     tokens, batch.cache = forward(placed, ids, mask, batch.cache)
     if shuffled is not None:
         shuffled.homes.finish()
@@ -216,16 +215,16 @@ def decode(placed: PlacedModel, batch: Batch, shuffled: ShuffledModel | None = N
 def begin_batch(
     placed: PlacedModel,
     shuffled: ShuffledModel | None,
-    ids_BQ: torch.Tensor,
-    valid_T: torch.Tensor | None,
+    ids_BQ: np.ndarray,
+    kept_T: np.ndarray | None,
     prompts: list[Prompt],
     *,
     is_prompt: bool,
 ) -> None:
     """Tell the layers which rows of the next forward pass are tokens, and whose."""
-    placed.state.valid_T = valid_T
+    placed.state.valid_T = None if kept_T is None else torch.from_numpy(kept_T).to(placed.group.device)
     if shuffled is not None:
-        shuffled.begin(ids_BQ, valid_T, [prompt.index for prompt in prompts], is_prompt=is_prompt)
+        shuffled.begin(ids_BQ, kept_T, [prompt.index for prompt in prompts], is_prompt=is_prompt)
 
 
 def forward(placed: PlacedModel, ids_BQ: torch.Tensor, mask_BS: torch.Tensor, cache: Any) -> tuple[list[int], Any]:

@@ -20,6 +20,7 @@ from profiles.models import find_moe_layers, layer_number
 from runtime.attention_heads import keep_heads
 from runtime.experts import ExpertLayer, RunExperts
 from runtime.failures import naming
+from runtime.home_tables import put
 from runtime.placed_model import PlacedModel
 from runtime.shuffle import gather_slices, pack_slice, scatter_sums, unpack_slices
 from runtime.token_homes import TokenHomes
@@ -35,15 +36,13 @@ class ShuffledModel:
         self.placed, self.homes = placed, homes
         self.valid_T: torch.Tensor | None = None  # int64 rows of the batch that are tokens; None: all are
 
-    def begin(
-        self, ids_BQ: torch.Tensor, valid_T: torch.Tensor | None, requests: list[int], *, is_prompt: bool
-    ) -> None:
-        """Before a forward pass: its ids, which rows are tokens, and the request of each row of the batch."""
-        ids_T = ids_BQ.reshape(-1).cpu().numpy()
-        rows_T = np.repeat(np.asarray(requests), ids_BQ.shape[1])
-        kept_T = np.arange(len(ids_T)) if valid_T is None else valid_T.cpu().numpy()
-        self.valid_T = valid_T
-        self.homes.begin(ids_T[kept_T], rows_T[kept_T], is_prompt=is_prompt)
+    def begin(self, ids_BQ: np.ndarray, kept_T: np.ndarray | None, requests: list[int], *, is_prompt: bool) -> None:
+        """Before a forward pass: its ids, which rows are tokens (None: all), and the request of each row of the batch."""
+        ids_T, request_T = ids_BQ.reshape(-1), np.repeat(np.asarray(requests), ids_BQ.shape[1])
+        self.valid_T = None if kept_T is None else put(kept_T, self.placed.group.device)
+        if kept_T is not None:
+            ids_T, request_T = ids_T[kept_T], request_T[kept_T]
+        self.homes.begin(ids_T, request_T, is_prompt=is_prompt)
         self.placed.state.valid_T = None  # slices hold tokens only
 
     def run_layer(
@@ -100,7 +99,8 @@ def install_tensor_parallel(
     """Change a placed model's decoder layers; all ranks call it. Raises InputError for a family whose layers have another shape."""
     shuffled = ShuffledModel(placed, homes)
     stack = decoder_layers(placed.model, name)
-    ids = torch.arange(PROBE_TOKENS, device=placed.group.device)[None] % 50 + 5
+    ids_BQ = np.arange(PROBE_TOKENS)[None] % 50 + 5
+    ids = put(ids_BQ, placed.group.device)
     with torch.inference_mode():
         expected = placed.model(input_ids=ids, use_cache=False).logits.float()
     experts = {
@@ -123,7 +123,7 @@ def install_tensor_parallel(
 
         layer.forward = forward
     with torch.inference_mode():
-        shuffled.begin(ids, None, [-1], is_prompt=True)
+        shuffled.begin(ids_BQ, None, [-1], is_prompt=True)
         found = placed.model(input_ids=ids, use_cache=False).logits.float()
     limit = 1e-3 if placed.model.dtype == torch.float32 else 0.1
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))

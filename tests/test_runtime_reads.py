@@ -88,7 +88,7 @@ def test_a_layer_reads_the_split_sizes_only(tmp_path: Path, group: Group) -> Non
     for layer in placed.model.model.layers:
         keep_heads(layer.self_attn, 0, 2, "a layer")
     # 2 rows of 3 positions, the first of which is padding in one of them: 5 tokens, 3 places on each rank.
-    shuffled.begin(torch.arange(6).reshape(2, 3), torch.tensor([1, 2, 3, 4, 5]), [0, 1], is_prompt=True)
+    shuffled.begin(np.arange(6).reshape(2, 3), np.arange(1, 6), [0, 1], is_prompt=True)
     hidden_BSD = torch.zeros((2, 3, placed.layers[0].hidden_size), dtype=torch.bfloat16)
     named = {
         "position_embeddings": placed.model.model.rotary_emb(hidden_BSD, torch.arange(3)[None].expand(2, -1)),
