@@ -1,5 +1,6 @@
 """`semmoe compare`: plans side by side on a trace, and what it takes to get from one to another."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,10 @@ def compare(
         list[str],
         typer.Argument(metavar="PLAN PLAN... TRACE", help="Plans of one model, and a trace of it to score them on."),
     ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Also write a page: .html (one file), .md or .png."),
+    ] = None,
     expert_bytes: Annotated[int, typer.Option(metavar="N", help="Bytes of one expert's weights.", min=0)] = 0,
     hidden_size: Annotated[int, typer.Option(metavar="D", help="Or its sizes: hidden size of the model,", min=0)] = 0,
     expert_size: Annotated[int, typer.Option(metavar="F", help="intermediate size of an expert,", min=0)] = 0,
@@ -26,7 +31,7 @@ def compare(
 ) -> None:
     """Score plans side by side on requests that none of them saw, and count the experts to move from one to another.
 
-    Example: semmoe compare p1 p2 t --expert-bytes 50000000
+    Example: semmoe compare p1 p2 t --expert-bytes 50000000 -o compare.html
     """
     from profiles.errors import InputError
     from profiles.trace import RoutingTrace
@@ -46,6 +51,10 @@ def compare(
         raise InputError("--hidden-size and --expert-size go together: an expert holds three matrices of that size")
     if hidden_size and not expert_bytes:
         expert_bytes = bytes_of_expert(hidden_size, expert_size, dtype_bytes)
+    if output is not None:
+        from semmoe_cli.page import check_page_target
+
+        check_page_target(output)
     plans, traced = {path: Plan.load(path) for path in plan_paths}, RoutingTrace.open(trace)
     with steps("compare") as progress:
         comparison, notes = compare_plans(
@@ -61,6 +70,12 @@ def compare(
         print_json({**comparison, "trace": trace})
     else:
         _print(comparison)
+    if output is not None:
+        from semmoe_cli.page import write_page
+        from semmoe_cli.page_compare import compare_page
+
+        write_page(compare_page(comparison, _shown_rows(comparison), notes), output)
+        note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
 
 
 def _print(comparison: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from semmoe_cli.options import Dataset, Json, MessagesField, Seed, Split, Subset
 from semmoe_cli.report import note, print_facts, print_json
 from semmoe_cli.steps import steps
 
+UNMEASURED_BYTES_PER_S = 1e13  # no link is so fast: larger batches took no longer than smaller ones
+
 if TYPE_CHECKING:
     from runtime.replay_cases import ReplayOptions
     from runtime.run import RunOptions, RunResult
@@ -231,9 +233,11 @@ def print_replay(result: dict[str, Any], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    rate = result["network"]["bytes_per_s"]
+    link = f"{rate / 1e6:,.0f} MB/s" if rate < UNMEASURED_BYTES_PER_S else "too fast to measure in such batches"
     title = (
         f"{result['ranks']} ranks on {result['device']} ({result['backend']}), {result['tokens']:,} tokens in batches of "
-        f"{result['batch_tokens']:,}; link {result['network']['bytes_per_s'] / 1e6:,.0f} MB/s, "
+        f"{result['batch_tokens']:,}; link {link}, "
         f"latency {result['network']['latency_s'] * 1e3:.2f} ms"
     )
     table = Table(title=title, title_justify="left")

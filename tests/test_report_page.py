@@ -439,6 +439,30 @@ def test_compare_end_to_end(made):
     assert "better" in table and "renamed" in table
 
 
+@pytest.mark.parametrize("ending", ["html", "md", "png"])
+def test_compare_writes_a_page(made, tmp_path, ending):
+    page = tmp_path / f"c.{ending}"
+    printed = run("compare", made / "l", made / "p", made / "t", "--expert-bytes", 10**9, "-o", page, "--json")
+    found = json.loads(printed)
+    if ending == "png":
+        assert page.read_bytes().startswith(b"\x89PNG")
+        return
+    text = page.read_text(encoding="utf-8")
+    for row in found["rows"]:
+        if row["schedule"] == "random":
+            assert f"{row['rem']:.3f}" in text
+    moved = found["moves"][0]["experts"]
+    assert f"{moved:,} (" in text and f"{moved:,.2f} GB" in text and "Expert copies to move" in text
+    assert "<script" not in text
+
+
+def test_a_page_of_plans_for_different_ranks_does_not_name_a_best(made, tmp_path):
+    run("place", made / "t", "--ranks", 8, "--method", "metis", "--no-refit", "-o", tmp_path / "p8")
+    run("compare", made / "p", tmp_path / "p8", made / "t", "-o", tmp_path / "c.md")
+    text = (tmp_path / "c.md").read_text(encoding="utf-8")
+    assert "Plans for 4, 8 ranks side by side" in text and "reaches the fewest" not in text
+
+
 def test_compare_of_plans_fitted_on_everything(made):
     run("place", made / "t", "--ranks", 4, "--method", "spectral", "-o", made / "s")
     found = json.loads(run("compare", made / "q", made / "s", made / "t", "--json"))
