@@ -86,14 +86,13 @@ def place_semmoe(
     expressible: str | None = None,
     processes: int = 1,
     progress: Progress | None = None,
-    start_LE: np.ndarray | None = None,
 ) -> np.ndarray:
     """Rank of each expert, int64 [L, E]; independent of `processes`.
 
     `lar_weight`: remote ranks that one more local activation per token is worth (per-rank and per-node dispatch).
     `objective`: the schedule that will be used, one of OBJECTIVES. `robust`: clusters of requests that each keep the
     load cap (0: all requests together only). `expressible` "permutation": routing groups map onto whole blocks of
-    ranks. `start_LE`: a placement found on fewer tokens, to be searched on from where that is worth it.
+    ranks.
     """
     if objective not in OBJECTIVES:
         raise InputError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
@@ -148,10 +147,7 @@ def place_semmoe(
     count_layer = _counter(progress, info.num_layers * (turns + (not annealed)))
     with layer_map(processes, info.num_experts) as run:
         if not annealed:
-            if start_LE is None or how.rounds != 1 or whole_groups:  # "fast" costs little, "max" is worth a search anew
-                tasks = (task(layer, None) for layer in layers)
-            else:
-                tasks = (task(layer, start_E) for layer, start_E in zip(layers, start_LE, strict=True))
+            tasks = (task(layer, None) for layer in layers)
             rank_of_LE = _collect(run(solve_layer, tasks), count_layer)
         if objective == "tp" or whole_groups:
             return rank_of_LE  # whole groups leave no labels to choose

@@ -108,7 +108,7 @@ def make_plan(
     if refit:
         fitted = [np.ones_like(h) for h in held_out]
         profile = whole
-        placement, notes, schedule = _fitted(profile, **options, show=show, start=placement)
+        placement, notes, schedule = _fitted(profile, **options, show=show, again=" again")
     num_held_out = int(sum(h.sum() for h in held_out))
     asked = {k: v for k, v in asdict(demands).items() if k not in ("load_cap", "seed", "dispatch", "processes")}
     return Plan(
@@ -150,12 +150,11 @@ def _fitted(
     method: str,
     embedding_VD: np.ndarray | None,
     show: Stages,
-    start: Placement | None = None,
+    again: str = "",
 ) -> tuple[Placement, list[str], Schedule]:
-    """Placement of the profile, notes on what it could not keep, and its schedule; searched on from `start` where there is one."""
-    again = " again" if start is not None else ""
+    """Placement of the profile, notes on what it could not keep, and its schedule."""
     placement, notes = solve_placement(
-        profile, topology, demands, method=method, progress=partial(show, f"placing layers{again}"), start=start
+        profile, topology, demands, method=method, progress=partial(show, f"placing layers{again}")
     )
     schedule = fit_schedule(
         profile.sample,

@@ -81,13 +81,7 @@ def _spectral(profile: RoutingProfile, topology: Topology, demands: Demands, pro
     )
 
 
-def _semmoe(
-    profile: RoutingProfile,
-    topology: Topology,
-    demands: Demands,
-    progress: Progress | None,
-    start_LE: np.ndarray | None = None,
-) -> np.ndarray:
+def _semmoe(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
     return place_semmoe(
         profile,
         topology,
@@ -101,7 +95,6 @@ def _semmoe(
         expressible=demands.expressible,
         processes=demands.processes,
         progress=progress,
-        start_LE=start_LE,
     )
 
 
@@ -125,17 +118,9 @@ METHODS: dict[str, Callable[[RoutingProfile, Topology, Demands, Progress | None]
 
 
 def solve_placement(
-    profile: RoutingProfile,
-    topology: Topology,
-    demands: Demands,
-    *,
-    method: str,
-    progress: Progress | None = None,
-    start: Placement | None = None,
+    profile: RoutingProfile, topology: Topology, demands: Demands, *, method: str, progress: Progress | None = None
 ) -> tuple[Placement, list[str]]:
     """Placement of the profile's experts by one of METHODS, and notes on what it could not keep.
-
-    `start`: a placement by the same method on fewer tokens, which "semmoe" without replicas goes on from.
 
     Raises InputError where experts do not divide over the ranks, or a demand cannot be met by the method.
     """
@@ -165,11 +150,7 @@ def solve_placement(
         )
         placement = Placement(experts_LRS, info.num_experts)
         return placement, served_notes(placement, profile.load_LE, topology, demands.load_cap)
-    if method == "semmoe":
-        start_LE = None if start is None or start.num_replicas else start.rank_of_LE
-        rank_of_LE = _semmoe(profile, topology, demands, progress, start_LE)
-    else:
-        rank_of_LE = METHODS[method](profile, topology, demands, progress)
+    rank_of_LE = METHODS[method](profile, topology, demands, progress)
     notes = load_notes(rank_of_LE, profile.load_LE, topology.num_ranks, demands.load_cap)
     if demands.robust > 1:
         load_LCE = cluster_loads(profile, demands.robust, demands.seed)[:, 1:]
