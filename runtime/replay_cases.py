@@ -11,6 +11,7 @@ import numpy as np
 
 from profiles.counts import sample_requests
 from profiles.errors import InputError
+from profiles.split import request_keys
 from profiles.trace import RoutingTrace, TraceBatch
 from solvers.assign import WINDOW
 from solvers.contiguous import place_contiguous
@@ -68,18 +69,33 @@ def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None])
         raise InputError(f"{num_ranks} ranks run, the plan {options.plan} is for {plan.topology.num_ranks}")
     trace.require_tokens("replay")
     plan.model.check(trace.info, options.trace)
-    everything = [np.ones(trace.num_requests, bool)]
-    batch = sample_requests([trace], everything, max_tokens=options.max_tokens, seed=options.seed)
+    batch = sample_requests(
+        [trace], [replayed_requests(plan, trace, tell)], max_tokens=options.max_tokens, seed=options.seed
+    )
     if not batch.num_tokens:
         raise InputError(f"{options.trace} holds no rows to replay")
     if batch.num_tokens < trace.num_tokens:
-        tell(f"replaying {batch.num_tokens:,} of {trace.num_tokens:,} tokens (--max-tokens)")
+        tell(f"replaying {batch.num_tokens:,} of {trace.num_tokens:,} tokens")
     cases = [
         make_case(options, plan, batch, name, placement, schedule)
         for name, placement in replayed_placements(plan).items()
         for schedule in (["random", *chosen_schedules(options, plan)] if name == "plan" else ["random"])
     ]
     return Prepared(batch.expert_ids_TLK, trace.info.num_experts, cases)
+
+
+def replayed_requests(plan: Plan, trace: RoutingTrace, tell: Callable[[str], None]) -> np.ndarray:
+    """Requests to replay, bool [B]: those that the plan was not fitted on; all of them, and a word about it, where there are none."""
+    unseen_B = ~np.isin(request_keys(trace.requests()), plan.fitted_keys)
+    if not unseen_B.any():
+        tell(
+            f"the plan was fitted on every request of {trace.path}: its rows are fewer here than on new traffic; replay another trace, or "
+            f"place with --no-refit"
+        )
+        return np.ones(trace.num_requests, bool)
+    if num_seen := int((~unseen_B).sum()):
+        tell(f"{num_seen} requests of {trace.path} were used to fit the plan and are left out")
+    return unseen_B
 
 
 def replayed_placements(plan: Plan) -> dict[str, Placement]:

@@ -18,12 +18,16 @@ from typer.testing import CliRunner
 from profiles.counts import profile_traces
 from profiles.demo.paths import demo_model_path
 from profiles.errors import InputError
+from profiles.split import request_keys
 from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
 from runtime.launch import launch
+from runtime.replay_cases import ReplayOptions, prepare
 from runtime.reshard import reshard_checkpoint
 from semmoe_cli.main import app
 from solvers.evaluate import metrics_XL, traffic_sums
+from solvers.placement import Topology
+from solvers.plan import Plan
 from solvers.schedule import fit_schedule
 
 METRICS = {
@@ -107,9 +111,6 @@ def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
             ("plan", "tp-context"),
         )
     ]
-    from runtime.replay_cases import ReplayOptions, prepare
-    from solvers.placement import Topology
-
     options = ReplayOptions(
         str(demo / "t"), str(demo / "p"), 16, 8, 500, 65536, None, "auto", "auto", "float32", 60.0, 0
     )
@@ -225,6 +226,21 @@ def test_dp_needs_a_plan_that_scores_requests(demo: Path) -> None:
     arguments = ["--plan", str(demo / "bare"), "--prompts", str(demo / "prompts.jsonl"), "--scheduler", "dp"]
     code, text = run(*RUN, *arguments)
     assert code == 1 and "this plan scores no requests" in text
+
+
+def test_replay_leaves_out_requests_that_the_plan_was_fitted_on(demo: Path, tmp_path: Path) -> None:
+    trace = RoutingTrace.open(demo / "t")
+    keys_B, tokens_B = request_keys(trace.requests()), np.diff(trace.load().starts_B1)
+    told: list[str] = []
+    for name, seen in (("half", slice(0, 25)), ("all", slice(None))):
+        replace(Plan.load(demo / "bare"), fitted_keys=keys_B[seen]).save(tmp_path / name)
+    options = ReplayOptions(
+        str(demo / "t"), str(tmp_path / "half"), 16, 8, 500, 65536, None, "auto", "auto", "float32", 60.0, 0
+    )
+    assert len(prepare(options, 2, told.append).expert_ids_TLK) == tokens_B[25:].sum()
+    assert "25 requests" in told[0] and "left out" in told[0]
+    prepared = prepare(replace(options, plan=str(tmp_path / "all")), 2, told.append)
+    assert len(prepared.expert_ids_TLK) == tokens_B.sum() and "fitted on every request" in told[-1]
 
 
 def test_replay_refuses_another_model(demo: Path, tmp_path: Path) -> None:
