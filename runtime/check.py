@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from profiles.errors import InputError
 from profiles.loading import ModelSource, load_model
 from runtime.engine import Prompt
+from runtime.kv_cache import cache_name
 
 MOST_REPORTED = 10
 TIE_STEPS = 16
@@ -73,11 +74,11 @@ def compare_greedy(
 ) -> Compared:
     """Where `got` leaves the model's own greedy continuation; behind a tie the model continues `got`."""
     ids = torch.as_tensor(prompt.token_ids, dtype=torch.int64, device=model.device)[None]
-    cache, ties = None, []
+    cache, ties, name = None, [], cache_name(model)
     with torch.inference_mode():
         for position in range(max_new_tokens):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            logits_V, cache = output.logits[0, -1].float(), output.past_key_values
+            output = model(input_ids=ids, use_cache=True, **{name: cache})
+            logits_V, cache = output.logits[0, -1].float(), getattr(output, name)
             expected = int(logits_V.argmax())
             if position >= len(got):
                 return Compared(ties, difference(position, expected, None, float("inf")))

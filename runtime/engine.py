@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from profiles.errors import InputError
 from runtime.failures import is_out_of_memory, naming
-from runtime.kv_cache import is_joinable, join_caches, keep_requests
+from runtime.kv_cache import cache_name, is_joinable, join_caches, keep_requests
 from runtime.placed_model import PlacedModel
 from runtime.tensor_parallel import ShuffledModel
 
@@ -230,18 +230,19 @@ def begin_batch(
 def forward(placed: PlacedModel, ids_BQ: torch.Tensor, mask_BS: torch.Tensor, cache: Any) -> tuple[list[int], Any]:
     """One forward pass over the last Q of S positions: the most likely next token of each request, and the cache."""
     position_BS = (mask_BS.cumsum(1) - 1).clamp_(min=0)
+    name = cache_name(placed.model)
     arguments = {
         "input_ids": ids_BQ,
         "attention_mask": mask_BS,
         "position_ids": position_BS[:, -ids_BQ.shape[1] :],
-        "past_key_values": cache,
+        name: cache,
         "use_cache": True,
         "logits_to_keep": 1,
     }
     takes = inspect.signature(placed.model.forward).parameters
     with torch.inference_mode():
-        output = placed.model(**{name: value for name, value in arguments.items() if name in takes})
-    return output.logits[:, -1].float().argmax(-1).tolist(), output.past_key_values
+        output = placed.model(**{key: value for key, value in arguments.items() if key in takes})
+    return output.logits[:, -1].float().argmax(-1).tolist(), getattr(output, name)
 
 
 def joined(batch: Batch | None, new: Batch) -> Batch:

@@ -336,7 +336,9 @@ def test_bad_input_is_refused_in_one_line(model_folder, prompts, tmp_path):
         model_folder, "--data", latin, "-o", tmp_path / "latin"
     )
     assert "neither a file nor a directory" in refused(model_folder, "--data", tmp_path / "none.jsonl", "-o", out)
-    assert "cannot be read as a model" in refused(tmp_path / "nomodel", "--data", prompts, "-o", out)
+    assert "does not exist: expected a checkpoint directory" in refused(
+        tmp_path / "nomodel", "--data", prompts, "-o", out
+    )
     assert "expected auto, cpu, cuda" in refused(model_folder, "--data", prompts, "--device", "tpu", "-o", out)
     if not torch.cuda.is_available():
         assert "0 usable CUDA devices" in refused(model_folder, "--data", prompts, "--device", "cuda", "-o", out)
