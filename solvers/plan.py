@@ -201,8 +201,3 @@ def _read_tables(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} is not a whole plan: it holds no tables.safetensors") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{where} is damaged: {error}") from None
-
-
-def only_tables(prefix: str, tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tables whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): array for name, array in tables.items() if name.startswith(prefix)}

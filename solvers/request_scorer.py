@@ -57,10 +57,6 @@ class RequestScorer:
         known_B = np.diff(counts_BV.indptr) > 0
         return np.where(known_B[:, None], topics_BD @ self.topic_DR.astype(np.float64) + manner_BR, 0.0)
 
-    def scores_R(self, prompt: np.ndarray) -> np.ndarray:
-        """`scores_BR` of one prompt, float64 [R]."""
-        return self.scores_BR([prompt])[0]
-
 
 def request_shares_BR(batch: TraceBatch, hosts_LER: np.ndarray, requests_B: np.ndarray | None = None) -> np.ndarray:
     """Share of each request's activations that rank r could serve, averaged over layers, float64 [B, R]; zeros for no rows.
