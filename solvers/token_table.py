@@ -239,6 +239,8 @@ def _empty_rows(ids_U: np.ndarray, weight_U: np.ndarray, num_layers: int, candid
 
 def _store(rows: ShareRows, layer: int, shares_UR: np.ndarray) -> None:
     """Put one layer's shares into the rows, the best candidates where not all ranks are stored."""
+    if len(rows.ids_U) == 0:
+        return
     if rows.ranks_LUC.size == 0:
         rows.shares_LUC[layer] = shares_UR
         return
