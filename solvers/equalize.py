@@ -113,16 +113,17 @@ def equalize(
     load_cap: float,
     balanced_E: np.ndarray,
 ) -> np.ndarray:
-    """Exact counts and, where it can be had, a load under the cap, for any partition. int64 [E].
+    """Exact counts and, where it can be had, a load under the cap, for any partition; else what comes nearest. int64 [E].
 
     `balanced_E`: a placement by load alone, from which the search starts again where repair of the partition gets stuck.
     """
     rank_of_E = repair_load(equal_counts(rank_of_E, affinity_EE, num_ranks), affinity_EE, load_E, num_ranks, load_cap)
-    if is_within_cap(rank_of_E, load_E, num_ranks, load_cap) or not is_within_cap(
-        balanced_E, load_E, num_ranks, load_cap
-    ):
+    if is_within_cap(rank_of_E, load_E, num_ranks, load_cap):
         return rank_of_E
-    return improve_within_cap(balanced_E, affinity_EE, load_E, num_ranks, load_cap)
+    balanced_E = repair_load(balanced_E, affinity_EE, load_E, num_ranks, load_cap)
+    if is_within_cap(balanced_E, load_E, num_ranks, load_cap):
+        return improve_within_cap(balanced_E, affinity_EE, load_E, num_ranks, load_cap)
+    return min((rank_of_E, balanced_E), key=lambda p: rank_load_R(p, load_E, num_ranks).max())
 
 
 def best_within_cap(

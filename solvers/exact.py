@@ -13,17 +13,22 @@ from profiles.errors import InputError
 from solvers.partition import load_limits
 from solvers.placement import Topology
 from solvers.remote import token_kinds
+from solvers.request_usage import cluster_loads
 
 MAX_VARIABLES = 6_000
 TIME_LIMIT = 120.0  # seconds per layer
 
 
-def place_exact(profile: RoutingProfile, topology: Topology, *, load_cap: float) -> np.ndarray:
+def place_exact(
+    profile: RoutingProfile, topology: Topology, *, load_cap: float, robust: int = 0, seed: int = 0
+) -> np.ndarray:
     """Rank of each expert, int64 [L, E], with the fewest remote ranks on the profile's sample.
 
-    Raises InputError where a layer is too large, or not solved to the end within the time limit.
+    `robust`: clusters of requests that each keep the load cap (`cluster_loads`). Raises InputError where a layer is too
+    large, has no placement under the caps, or is not solved to the end within the time limit.
     """
     num_ranks = topology.num_ranks
+    load_LJE = cluster_loads(profile, robust, seed)
     placed = []
     for layer in range(profile.info.num_layers):
         kinds_XK, kind_T = token_kinds(profile.sample.expert_ids_TLK[:, layer], profile.info.num_experts)
@@ -34,7 +39,7 @@ def place_exact(profile: RoutingProfile, topology: Topology, *, load_cap: float)
                 f"{size} variables of at most {MAX_VARIABLES}"
             )
         cost_XR = np.repeat(np.bincount(kind_T, minlength=len(kinds_XK))[:, None], num_ranks, axis=1).astype(np.float64)
-        load_JE = profile.load_LE[layer][None].astype(np.float64)
+        load_JE = load_LJE[layer]
         home_ER = np.zeros((profile.info.num_experts, num_ranks))
         placed.append(solve_exact(kinds_XK, cost_XR, home_ER, load_JE, load_limits(load_JE, num_ranks, load_cap)))
     return np.stack(placed)
@@ -84,6 +89,10 @@ def solve_exact(
         constraints=constraints,
         options={"time_limit": TIME_LIMIT, "mip_rel_gap": 0},
     )
+    if found.status == 2:
+        raise InputError(
+            "--method exact: no placement keeps every load cap; a higher --load-cap or a lower --robust may"
+        )
     if found.status != 0:
         raise InputError(f"--method exact: no proven placement ({found.message})")
     return np.asarray(found.x)[:num_on].reshape(num_experts, num_ranks).argmax(axis=1)

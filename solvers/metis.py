@@ -8,7 +8,7 @@ Shape letters: L MoE layers, E experts, R ranks.
 
 import numpy as np
 
-from solvers.equalize import best_within_cap, repair_load
+from solvers.equalize import best_within_cap, is_within_cap, repair_load
 
 LARGEST_WEIGHT = 1_000_000  # METIS adds weights in 32 bits
 
@@ -54,8 +54,12 @@ def _in_nodes(
             affinity_EE[np.ix_(experts, experts)], load_E[experts], per_node, load_cap / max(share, 1e-9), seed, seeds
         )
         rank_of_E[experts] = node * per_node + inside_E
-    # Where a node's own ranks cannot be levelled, swaps between nodes may.
-    return repair_load(rank_of_E, affinity_EE, load_E, num_ranks, load_cap)
+    # Where a node's own ranks cannot be levelled, swaps between nodes may, or a placement that does not look at nodes.
+    rank_of_E = repair_load(rank_of_E, affinity_EE, load_E, num_ranks, load_cap)
+    if is_within_cap(rank_of_E, load_E, num_ranks, load_cap):
+        return rank_of_E
+    flat_E = _best_of(affinity_EE, load_E, num_ranks, load_cap, seed, seeds)
+    return flat_E if is_within_cap(flat_E, load_E, num_ranks, load_cap) else rank_of_E
 
 
 def _best_of(

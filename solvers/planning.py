@@ -38,13 +38,14 @@ from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
 from solvers.schedule import Schedule, fit_schedule
 from solvers.simulate import available_schedules
-from solvers.solve import Demands, Progress, solve_placement
+from solvers.solve import Demands, Progress, check_demands, solve_placement
 from solvers.traffic_rows import Order, summed_rows
 from solvers.verdict import saving, verdict
 
 REPORT_FORMAT = "semmoe-report"
 REPORT_VERSION = 1
 Stages = Callable[[str, int, int], None]  # name of a stage, steps done in it, its steps in all
+NO_BOUND = "--certify bounds placements without replicas: leave --replicas out"
 SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
 
 
@@ -79,7 +80,9 @@ def make_plan(
         raise InputError(f"dispatch {demands.dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
     for trace in traces:
         trace.require_tokens("placement by co-activation, and its held-out scores,")
-    topology.check_experts(traces[0].info.num_experts)
+    check_demands(traces[0].info, topology, demands, method=method)
+    if certify and demands.replicas:
+        raise InputError(NO_BOUND)
     embedding_VD = input_embedding(traces[0].info.embedding)
     held_out = split_requests(traces, holdout=holdout, holdout_domains=holdout_domains, seed=demands.seed)
     fitted = [~h for h in held_out]
@@ -210,7 +213,7 @@ def certificate_of(
     """
     info, num_ranks = profile.info, placement.num_ranks
     if placement.num_replicas:
-        raise InputError("--certify bounds placements without replicas: leave --replicas out")
+        raise InputError(NO_BOUND)
     ids_U, index_T = profile.token_index()
     layers = []
     for layer, rank_of_E in enumerate(placement.rank_of_LE):

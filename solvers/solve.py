@@ -10,6 +10,7 @@ import numpy as np
 
 from profiles.counts import RoutingProfile
 from profiles.errors import InputError
+from profiles.trace import TraceInfo
 from solvers.contiguous import place_contiguous
 from solvers.coschedule import place_semmoe
 from solvers.equalize import is_within_cap, rank_load_R
@@ -103,7 +104,7 @@ def _paper(profile: RoutingProfile, topology: Topology, demands: Demands, progre
 
 
 def _exact(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
-    return place_exact(profile, topology, load_cap=demands.load_cap)
+    return place_exact(profile, topology, load_cap=demands.load_cap, robust=demands.robust, seed=demands.seed)
 
 
 METHODS: dict[str, Callable[[RoutingProfile, Topology, Demands, Progress | None], np.ndarray]] = {
@@ -117,6 +118,30 @@ METHODS: dict[str, Callable[[RoutingProfile, Topology, Demands, Progress | None]
 }
 
 
+def check_demands(info: TraceInfo, topology: Topology, demands: Demands, *, method: str) -> None:
+    """Raise InputError where no trace of the model lets the method meet the demands: known before anything is read."""
+    topology.check_experts(info.num_experts)
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if not 1 <= demands.load_cap < np.inf:  # nan too
+        raise InputError(f"--load-cap is {demands.load_cap}, expected a number of at least 1")
+    if not 0 <= demands.lar_weight < np.inf:
+        raise InputError(f"--lar-weight is {demands.lar_weight}, expected a number of at least 0")
+    own_slots = info.num_experts // topology.num_ranks
+    if not 0 <= demands.replicas <= info.num_experts - own_slots:
+        raise InputError(
+            f"--replicas {demands.replicas}: a rank can host {info.num_experts - own_slots} more experts at most"
+        )
+    if demands.expressible and demands.replicas:
+        raise InputError(
+            f"--expressible {demands.expressible}: a permuted checkpoint holds every expert once, leave --replicas out"
+        )
+    if demands.expressible and info.n_group > 1 and method != "semmoe":
+        raise InputError(
+            f"--expressible {demands.expressible} needs --method semmoe: {method} does not look at routing groups"
+        )
+
+
 def solve_placement(
     profile: RoutingProfile, topology: Topology, demands: Demands, *, method: str, progress: Progress | None = None
 ) -> tuple[Placement, list[str]]:
@@ -125,20 +150,7 @@ def solve_placement(
     Raises InputError where experts do not divide over the ranks, or a demand cannot be met by the method.
     """
     info = profile.info
-    topology.check_experts(info.num_experts)
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if not demands.load_cap >= 1:  # nan too
-        raise InputError(f"--load-cap is {demands.load_cap}, expected at least 1")
-    own_slots = info.num_experts // topology.num_ranks
-    if not 0 <= demands.replicas <= info.num_experts - own_slots:
-        raise InputError(
-            f"--replicas {demands.replicas}: a rank can host {info.num_experts - own_slots} more experts at most"
-        )
-    if demands.expressible and info.n_group > 1 and method != "semmoe":
-        raise InputError(
-            f"--expressible {demands.expressible} needs --method semmoe: {method} does not look at routing groups"
-        )
+    check_demands(info, topology, demands, method=method)
     if method == "load" and demands.replicas:
         num_slots = info.num_experts + demands.replicas * topology.num_ranks
         experts_LRS = place_load_replicated(
@@ -149,37 +161,54 @@ def solve_placement(
             num_ranks=topology.num_ranks,
         )
         placement = Placement(experts_LRS, info.num_experts)
-        return placement, served_notes(placement, profile.load_LE, topology, demands.load_cap)
+        return placement, _cap_notes(placement, profile, topology, demands)
     rank_of_LE = METHODS[method](profile, topology, demands, progress)
-    notes = load_notes(rank_of_LE, profile.load_LE, topology.num_ranks, demands.load_cap)
-    if demands.robust > 1:
-        load_LCE = cluster_loads(profile, demands.robust, demands.seed)[:, 1:]
-        whose = f"within {load_LCE.shape[1]} clusters of requests, load"
-        notes += load_notes(rank_of_LE, load_LCE, topology.num_ranks, demands.load_cap, whose=whose)
-    if not demands.replicas:
-        return Placement.from_ranks(rank_of_LE, topology.num_ranks), notes
-    experts_LRS = add_replicas(
-        rank_of_LE,
-        profile.sample.expert_ids_TLK,
-        profile.load_LE,
-        topology,
-        replicas=demands.replicas,
-        load_cap=demands.load_cap,
+    if demands.replicas:
+        experts_LRS = add_replicas(
+            rank_of_LE,
+            profile.sample.expert_ids_TLK,
+            profile.load_LE,
+            topology,
+            replicas=demands.replicas,
+            load_cap=demands.load_cap,
+        )
+        placement = Placement(experts_LRS, info.num_experts)
+    else:
+        placement = Placement.from_ranks(rank_of_LE, topology.num_ranks)
+    return placement, _cap_notes(placement, profile, topology, demands)
+
+
+def _cap_notes(placement: Placement, profile: RoutingProfile, topology: Topology, demands: Demands) -> list[str]:
+    """Where the load cap is exceeded on the fitted requests, and within clusters of them where that was asked for."""
+    load_LJE = cluster_loads(profile, demands.robust, demands.seed)
+    loads = {"load": load_LJE[:, :1]}
+    if load_LJE.shape[1] > 1:
+        loads[f"within {load_LJE.shape[1] - 1} clusters of requests, load"] = load_LJE[:, 1:]
+    notes = []
+    for whose, load_LCE in loads.items():
+        if placement.num_replicas:
+            # Copies are chosen by the load of all requests, whoever is served.
+            serving = serving_LRE(placement.hosts_LER, profile.load_LE, topology)
+            notes += served_notes(serving, load_LCE, demands.load_cap, whose=f"as served with replicas, {whose}")
+        else:
+            notes += load_notes(placement.rank_of_LE, load_LCE, topology.num_ranks, demands.load_cap, whose=whose)
+    return notes
+
+
+def served_notes(serving: np.ndarray, load_LCE: np.ndarray, load_cap: float, *, whose: str) -> list[str]:
+    """One line where ranks with replicas serve more than the load cap; nothing otherwise.
+
+    `serving`: rank that serves each expert for each rank, [L, R, E]. `load_LCE`: load vectors, of which the worst counts.
+    """
+    served_LCR = np.stack(
+        [[served_load_R(s, load_E) for load_E in load_CE] for s, load_CE in zip(serving, load_LCE, strict=True)]
     )
-    placement = Placement(experts_LRS, info.num_experts)
-    return placement, served_notes(placement, profile.load_LE, topology, demands.load_cap)
-
-
-def served_notes(placement: Placement, load_LE: np.ndarray, topology: Topology, load_cap: float) -> list[str]:
-    """One line where ranks with replicas serve more than the load cap on the fitted requests; nothing otherwise."""
-    serving = serving_LRE(placement.hosts_LER, load_LE, topology)
-    served_LR = np.stack([served_load_R(s, load_E) for s, load_E in zip(serving, load_LE, strict=True)])
-    worst_L = served_LR.max(axis=1) / np.maximum(served_LR.mean(axis=1), 1e-300)
+    worst_L = (served_LCR.max(axis=2) / np.maximum(served_LCR.mean(axis=2), 1e-300)).max(axis=1)
     over = np.flatnonzero(worst_L > load_cap * (1 + 1e-9)).tolist()
     if not over:
         return []
-    layers = f"{len(over)} of {len(load_LE)} layers, worst {worst_L.max():.3f} (layers {_ranges(over)})"
-    return [f"as served with replicas, load cap {load_cap} is exceeded in {layers}"]
+    layers = f"{len(over)} of {len(load_LCE)} layers, worst {worst_L.max():.3f} (layers {_ranges(over)})"
+    return [f"{whose} cap {load_cap} is exceeded in {layers}"]
 
 
 def load_notes(

@@ -119,6 +119,13 @@ def test_gather_says_that_placement_cannot_help(trace, tmp_path):
         (["--ranks", 4, "--holdout", 2], "--holdout is 2.0"),
         (["--ranks", 4, "--holdout-domain", "x"], "no request has the domain 'x'"),
         (["--ranks", 4, "--load-cap", 0.5], "--load-cap is 0.5"),
+        (["--ranks", 4, "--load-cap", "inf"], "--load-cap is inf"),
+        (["--ranks", 4, "--lar-weight", "inf"], "--lar-weight is inf"),
+        (["--ranks", 4, "--replicas", 1, "--certify"], "--certify bounds placements without replicas"),
+        (
+            ["--ranks", 4, "--replicas", 1, "--expressible", "permutation"],
+            "a permuted checkpoint holds every expert once",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_1(trace, tmp_path, arguments, message):

@@ -23,6 +23,7 @@ from solvers.equalize import (
 )
 from solvers.load import place_load
 from solvers.placement import Placement, Topology
+from solvers.replicas import served_load_R, serving_LRE
 from solvers.solve import METHODS, Demands, load_notes, solve_placement
 from solvers.spectral import balanced_k_means
 
@@ -147,6 +148,15 @@ def test_counts_and_load_are_repaired_and_improved():
     assert is_within_cap(equalize(lopsided_E, affinity_EE, load_E, 3, 1.1, balanced_E), load_E, 3, 1.1)
 
 
+def test_what_cannot_be_repaired_starts_again_from_repaired_packing():
+    load_E = np.array([3.0, 11, 14, 17, 10, 8, 6, 9])
+    stuck_E, packed_E = np.array([1, 1, 1, 0, 1, 0, 0, 0]), place_load(load_E[None], 2)[0]
+    none_EE = np.zeros((8, 8))
+    assert repair_load(stuck_E, none_EE, load_E, 2, 1.02).tolist() == stuck_E.tolist()
+    assert not is_within_cap(stuck_E, load_E, 2, 1.02) and not is_within_cap(packed_E, load_E, 2, 1.02)
+    assert is_within_cap(equalize(stuck_E, none_EE, load_E, 2, 1.02, packed_E), load_E, 2, 1.02)
+
+
 def test_an_infeasible_cap_is_said():
     ids_TK = np.array([[0]] * 100 + [[1], [2], [3]])
     _, notes = solve(profile_of(ids_TK, 4, layers=3), 2, method="metis", load_cap=1.05)
@@ -174,6 +184,52 @@ def test_replica_slots_hold_other_experts_of_every_method(method):
     assert placement.experts_LRS.shape == (2, 4, 3) and placement.num_replicas == 1
     with pytest.raises(InputError, match="a rank can host 6 more experts at most"):
         solve(profile, 4, method=method, load_cap=1.5, replicas=7)
+
+
+def test_clusters_over_the_cap_are_said_with_replicas_too():
+    ids_TK = np.array([[0, 1]] * 30 + [[2, 3]] * 30)
+    for method in ("metis", "load"):
+        placement, notes = solve(profile_of(ids_TK, 4), 2, method=method, load_cap=1.05, robust=2, replicas=1)
+        assert placement.num_replicas == 1
+        assert [n.split(" cap ")[0] for n in notes] in (
+            [],
+            ["as served with replicas, within 2 clusters of requests, load"],
+        )
+        serving_RE = serving_LRE(placement.hosts_LER, np.array([[30, 30, 30, 30]]), Topology(2))[0]
+        worst = max(
+            served_load_R(serving_RE, np.array(load_E)).max() / 30 for load_E in ([30, 30, 0, 0], [0, 0, 30, 30])
+        )
+        assert bool(notes) == (worst > 1.05), (method, worst, notes)
+        if notes:
+            assert f"worst {worst:.3f}" in notes[0]
+    assert any(
+        solve(profile_of(ids_TK, 4), 2, method=m, load_cap=1.05, robust=2, replicas=1)[1] for m in ("metis", "load")
+    )
+
+
+def test_exact_keeps_the_cap_within_clusters():
+    # Co-activation would put 0, 1 and 2, 3 together: each cluster of requests would then be served by one rank.
+    ids_TK = np.array([[0, 1]] * 30 + [[2, 3]] * 30)
+    placement, notes = solve(profile_of(ids_TK, 4), 2, method="exact", load_cap=1.05)
+    assert sorted(map(sorted, placement.experts_LRS[0].tolist())) == [[0, 1], [2, 3]] and notes == []
+    placement, notes = solve(profile_of(ids_TK, 4), 2, method="exact", load_cap=1.05, robust=2)
+    assert len({0, 1} & set(placement.experts_LRS[0, 0].tolist())) == 1 and notes == []
+    # Each cluster's own experts can be levelled, but not by one placement for both.
+    ids_TK = np.array([[0, 1]] * 30 + [[0, 2]] * 30 + [[1, 2]] * 30)
+    with pytest.raises(InputError, match="no placement keeps every load cap"):
+        solve(profile_of(ids_TK, 4), 2, method="exact", load_cap=1.0, robust=3)
+
+
+def test_metis_on_nodes_keeps_the_cap_where_it_does_without_them():
+    for seed in (0, 9, 18):  # nodes first get stuck above the cap in the last two
+        rng = np.random.default_rng(seed)
+        popular_E, topic_ZE = np.exp(rng.normal(0, 1.3, 16)), np.exp(rng.normal(0, 2, (6, 16)))
+        weights_TE = (popular_E * topic_ZE)[np.arange(300) % 6]
+        ids_TK = np.array([rng.choice(16, 4, replace=False, p=w / w.sum()) for w in weights_TE])
+        profile, demands = profile_of(ids_TK, 16), Demands(load_cap=1.03, seed=seed, dispatch="per-node")
+        for nodes in (1, 2):
+            _, notes = solve_placement(profile, Topology(4, nodes), demands, method="metis")
+            assert notes == [], (seed, nodes)
 
 
 def test_balanced_k_means_separates_clouds():
