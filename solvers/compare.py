@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from profiles.errors import InputError
-from solvers.evaluate import TrafficSums, metrics_XL
+from solvers.evaluate import TrafficSums, metrics_XL, resamples_XG
 from solvers.placement import Placement, Topology
 
 
@@ -91,8 +91,7 @@ def paired_difference(
     """
     num_groups = len(first.tokens_G)
     assert num_groups == len(second.tokens_G), "differences are taken on the same requests"
-    draws = np.random.default_rng(seed).multinomial(num_groups, [1 / num_groups] * num_groups, size=num_resamples)
-    weights_XG = np.concatenate([np.ones((1, num_groups)), draws])
+    weights_XG = np.concatenate([np.ones((1, num_groups)), resamples_XG(first.tokens_G, num_resamples, seed)])
     values = [
         metrics_XL(sums.resampled(weights_XG), topology, dispatch)[metric].mean(1)
         for sums, topology in zip((first, second), topologies, strict=True)

@@ -188,16 +188,28 @@ def _first_of_run(sorted_KT: np.ndarray) -> np.ndarray:
     return first
 
 
+def resamples_XG(tokens_G: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+    """How often each group is in each resample, float64 [X, G]. Groups without a token say nothing and are never drawn."""
+    telling_G = tokens_G > 0 if tokens_G.any() else np.ones(len(tokens_G), bool)
+    number = int(telling_G.sum())
+    draws_XG = np.zeros((num_resamples, len(tokens_G)))
+    draws_XG[:, telling_G] = np.random.default_rng(seed).multinomial(number, [1 / number] * number, size=num_resamples)
+    return draws_XG
+
+
 def metrics_XL(sums: TrafficSums, topology: Topology, dispatch: str) -> dict[str, np.ndarray]:
     """Every metric per leading entry and layer, float64 [X, L].
 
-    LINK is rows per token that lives on the busiest rank (or node): the larger of its ingress and its egress.
+    LINK is rows per token that lives on the busiest rank (or node): the larger of its ingress and its egress. Load that is nowhere is
+    balanced; where most ranks serve nothing, the median is no measure and the mean takes its place.
     """
     tokens_X1 = np.maximum(sums.tokens_G[:, None], 1e-300)
     num_targets = sums.ingress_GLP.shape[2]
     busiest_XL = np.maximum(sums.ingress_GLP, sums.egress_GLP).max(2)
     load_mean_XL = np.maximum(sums.load_GLR.mean(2), 1e-300)
-    load_max_XL = sums.load_GLR.max(2)
+    load_median_XL = np.median(sums.load_GLR, axis=2)
+    load_max_XL = np.where(sums.load_GLR.any(2), sums.load_GLR.max(2), load_mean_XL)
+    load_median_XL = np.where(load_median_XL > 0, load_median_XL, load_mean_XL)
     link_XL = busiest_XL / (tokens_X1 / num_targets)
     if dispatch == "gather":
         link_XL = np.full_like(link_XL, topology.num_ranks - 1)
@@ -207,7 +219,7 @@ def metrics_XL(sums: TrafficSums, topology: Topology, dispatch: str) -> dict[str
         "node": sums.remote_nodes_GL / tokens_X1,
         "link": link_XL,
         "load_imbalance": load_max_XL / load_mean_XL,
-        "load_imbalance_median": load_max_XL / np.maximum(np.median(sums.load_GLR, axis=2), 1e-300),
+        "load_imbalance_median": load_max_XL / load_median_XL,
         "token_imbalance": sums.home_GLR.max(2) / np.maximum(sums.home_GLR.mean(2), 1e-300),
     }
 
@@ -231,8 +243,7 @@ def score(sums: TrafficSums, topology: Topology, *, dispatch: str, num_resamples
     if num_groups == 0:
         raise InputError("no request to score on")
     whole = metrics_XL(sums.resampled(np.ones((1, num_groups))), topology, dispatch)
-    draws = np.random.default_rng(seed).multinomial(num_groups, [1 / num_groups] * num_groups, size=num_resamples)
-    drawn = metrics_XL(sums.resampled(draws.astype(np.float64)), topology, dispatch)
+    drawn = metrics_XL(sums.resampled(resamples_XG(sums.tokens_G, num_resamples, seed)), topology, dispatch)
     intervals = {}
     for name in METRICS:
         draws_X, estimate = drawn[name].mean(1), whole[name].mean()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from solvers.evaluate import TrafficSums, metrics_XL
+from solvers.evaluate import TrafficSums, metrics_XL, resamples_XG
 from solvers.placement import Topology
 
 WORTH = 0.05  # share of bytes that a change of placement has to save
@@ -30,7 +30,7 @@ class Saving:
     share: float
     low: float
     high: float
-    requests: int  # groups of requests that were resampled
+    requests: int  # groups of requests with tokens
     tokens: int
 
 
@@ -50,12 +50,13 @@ def saving(
     """Share of bytes that `after` saves on the same groups of requests; the interval is a paired percentile bootstrap."""
     num_groups = len(before.tokens_G)
     assert num_groups == len(after.tokens_G), "both are summed over the same requests"
-    draws_XG = np.random.default_rng(seed).multinomial(num_groups, [1 / num_groups] * num_groups, size=num_resamples)
-    weights_XG = np.concatenate([np.ones((1, num_groups)), draws_XG])
+    weights_XG = np.concatenate([np.ones((1, num_groups)), resamples_XG(before.tokens_G, num_resamples, seed)])
     sent = [bytes_XL(sums.resampled(weights_XG), topology, dispatch).mean(axis=1) for sums in (before, after)]
     shares_X = 1 - sent[1] / np.maximum(sent[0], 1e-300) if sent[0][0] > 0 else np.zeros(len(weights_XG))
     low, high = np.quantile(shares_X[1:], [0.025, 0.975])
-    return Saving(float(shares_X[0]), float(low), float(high), num_groups, int(before.tokens_G.sum()))
+    return Saving(
+        float(shares_X[0]), float(low), float(high), int((before.tokens_G > 0).sum()), int(before.tokens_G.sum())
+    )
 
 
 def verdict(saved: Saving, *, dispatch: str, schedule: str = "random", worth: float = WORTH) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 
 from profiles.trace import RoutingTrace, TraceInfo
 from profiles.trace_writer import TraceWriter
-from solvers.evaluate import metrics_XL, score, traffic_sums, uniform_scores
+from solvers.evaluate import TrafficSums, metrics_XL, resamples_XG, score, traffic_sums, uniform_scores
 from solvers.placement import Topology
 
 INFO = TraceInfo("m", num_layers=2, num_experts=8, top_k=3, model_layers=(0, 1), empty_slots=True)
@@ -124,6 +124,25 @@ def test_intervals_cover_the_mean_and_shrink_with_requests(tmp_path):
         assert low < scores.means["rem"] < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
+
+
+def test_requests_without_rows_are_no_evidence():
+    sums = TrafficSums.zeros(4, 1, 2, 2)
+    sums.tokens_G[:] = [50, 0, 0, 0]
+    sums.activations_GL[0], sums.local_GL[0], sums.load_GLR[0] = 100, 50, 50
+    found = score(sums, Topology(2), dispatch="per-rank")
+    assert found.intervals["lar"] == (0.5, 0.5) and found.intervals["load_imbalance"] == (1, 1)
+    draws_XG = resamples_XG(np.array([5.0, 0, 5, 0]), 200, 0)
+    assert (draws_XG[:, [1, 3]] == 0).all() and (draws_XG.sum(1) == 2).all() and len(np.unique(draws_XG[:, 0])) == 3
+
+
+def test_loads_of_nothing_and_of_few_ranks_are_numbers():
+    sums = TrafficSums.zeros(1, 3, 4, 4)
+    sums.tokens_G[:] = 8
+    sums.load_GLR[0, 1] = [6, 2, 0, 0]  # the lower half serves nothing: a median of 1
+    sums.load_GLR[0, 2] = [8, 0, 0, 0]
+    found = metrics_XL(sums, Topology(4), "per-rank")
+    assert found["load_imbalance"].tolist() == [[1, 3, 4]] and found["load_imbalance_median"].tolist() == [[1, 6, 4]]
 
 
 def test_uniform_scores_equal_simulation():
