@@ -189,8 +189,7 @@ def prefill(placed: PlacedModel, prompts: list[Prompt], shuffled: ShuffledModel 
     kept_T = None if mask_BS.all() else np.flatnonzero(mask_BS)
     begin_batch(placed, shuffled, ids_BS, kept_T, prompts, is_prompt=True)
     tokens, cache = forward(placed, ids, mask, None)
-    if shuffled is not None:
-        shuffled.homes.finish()
+    end_batch(placed, shuffled)
     return Batch(list(prompts), [[token] for token in tokens], cache, mask, [False] * len(prompts))
 
 
@@ -203,8 +202,7 @@ def decode(placed: PlacedModel, batch: Batch, shuffled: ShuffledModel | None = N
     kept_T = np.flatnonzero(~np.array(batch.done_B)) if any(batch.done_B) else None
     begin_batch(placed, shuffled, ids_B1, kept_T, batch.prompts, is_prompt=False)
     tokens, batch.cache = forward(placed, ids, mask, batch.cache)
-    if shuffled is not None:
-        shuffled.homes.finish()
+    end_batch(placed, shuffled)
     batch.mask_BS = mask
     for generated, token, done in zip(batch.generated, tokens, batch.done_B, strict=True):
         if not done:
@@ -225,6 +223,14 @@ def begin_batch(
     placed.state.valid_T = None if kept_T is None else torch.from_numpy(kept_T).to(placed.group.device)
     if shuffled is not None:
         shuffled.begin(ids_BQ, kept_T, [prompt.index for prompt in prompts], is_prompt=is_prompt)
+
+
+def end_batch(placed: PlacedModel, shuffled: ShuffledModel | None) -> None:
+    """After a forward pass: what its tokens say about their next ones, and about others."""
+    if shuffled is not None:
+        placed.state.stopwatch.mark("attention")
+        shuffled.homes.finish()
+        placed.state.stopwatch.mark("homes")
 
 
 def forward(placed: PlacedModel, ids_BQ: torch.Tensor, mask_BS: torch.Tensor, cache: Any) -> tuple[list[int], Any]:

@@ -72,9 +72,12 @@ class HomeTables:
     after: DeviceRows
     rare_LR: torch.Tensor  # float32
     prices_LR: torch.Tensor
-    weight_LFR: torch.Tensor  # float32: features by place, see `feature_weights`
+    weight_LFR: (
+        torch.Tensor
+    )  # float32: features by place, see `feature_weights`; runtime/weight_learner.py goes on with them
     first_X: torch.Tensor  # int32: first feature of each column of ids
     depth: int
+    top_k: int
     bias_LR: torch.Tensor
     share_LRR: torch.Tensor
     hosts_LER: torch.Tensor  # float32 [L, E + 1, R]
@@ -94,12 +97,25 @@ class HomeTables:
             put(feature_weights(context), device),
             put(first_features(context, top_k), device),
             context.depth,
+            top_k,
             put(context.bias_LR, device),
             put(context.share_LRR, device),
             put(hosts_LER, device),
             put(sequence.rank_LRR.astype(np.int64), device),
             put(sequence.confidence_LRR.astype(np.float32), device),
         )
+
+    @property
+    def num_layers(self) -> int:
+        return self.hosts_LER.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.hosts_LER.shape[1] - 1
+
+    @property
+    def num_ranks(self) -> int:
+        return self.hosts_LER.shape[2]
 
     def known(self, token_ids_T: np.ndarray, previous_ids_T: np.ndarray, position_ids_TC: np.ndarray) -> Known:
         """Rows and positions of a batch, looked up on the host: the one copy of a batch."""
@@ -125,16 +141,19 @@ class HomeTables:
         """TokenTable.scores_TR."""
         return self.shares_TR(layer, known) - self.prices_LR[layer]
 
-    def context_scores_TR(self, layer: int, known: Known, chosen: Chosen, *, is_prompt: bool) -> torch.Tensor:
-        """solvers.context.context_scores_TR, for tokens of one phase."""
-        depth, (num_tokens, _, top_k) = min(self.depth, layer), chosen.own_TLK.shape
+    def context_ids_TX(self, layer: int, known: Known, chosen: Chosen, *, is_prompt: bool) -> torch.Tensor:
+        """Places of every token's features in `weight_LFR[layer]`, int32 [T, X], for tokens of one phase."""
+        depth, top_k, num_tokens = min(self.depth, layer), self.top_k, len(chosen.own_TLK)
         own_TX = chosen.own_TLK[:, layer - depth : layer].reshape(num_tokens, depth * top_k)
         # A prompt's tokens see the layer before of the token before them, which is in the same pass; see Chosen.previous_TLK.
         nothing_TK = chosen.previous_TLK[:, 0]
         prompt_TK, generated_TK = chosen.previous_TLK[:, layer], chosen.previous_TLK[:, layer + 1]
         previous = (prompt_TK, nothing_TK) if is_prompt else (nothing_TK, generated_TK)
         ids_TX = torch.cat([own_TX, *previous, known.position_ids_TC], 1)
-        ids_TX += self.first_X[(self.depth - depth) * top_k :]
+        return ids_TX.add_(self.first_X[(self.depth - depth) * top_k :])
+
+    def context_scores_TR(self, layer: int, known: Known, ids_TX: torch.Tensor) -> torch.Tensor:
+        """solvers.context.context_scores_TR."""
         scores_TR = torch.addmm(self.bias_LR[layer], self.shares_TR(layer, known), self.share_LRR[layer])
         return scores_TR.add_(embedding_bag(ids_TX, self.weight_LFR[layer], mode="sum"))
 

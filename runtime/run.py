@@ -158,7 +158,7 @@ def run_rank(
         shuffled, mine = None, [prompt for prompt, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
         if options.scheduler == "tp":
             relabelled = placed_checkpoint.layout == "permuted"
-            homes = make_homes(options.predict, plan, relabelled=relabelled, device=group.device)
+            homes = make_homes(options.predict, plan, relabelled=relabelled, device=group.device, group=group)
             shuffled, mine = install_tensor_parallel(placed, homes, plan.model.model_layers, source.name), prompts
             placed.state.counters = Counters.zeros(plan.placement.num_layers, group.size)
         limits = Limits(options.max_new_tokens, options.batch_tokens, stop_token_ids(source))

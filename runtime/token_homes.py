@@ -17,14 +17,16 @@ import torch
 
 from profiles.errors import InputError
 from runtime.equal_slices import Slices, contiguous_slices, equal_slices
+from runtime.group import Group
 from runtime.home_tables import Chosen, HomeTables, put
+from runtime.weight_learner import WeightLearner
 from solvers.placement import Placement
 from solvers.plan import Plan
 from solvers.position import position_ids_TC
 from solvers.schedule import Schedule
 
 UNKNOWN = -(1 << 40)  # position of a token whose request began elsewhere
-PREDICT = ("context", "table", "paper", "none")
+PREDICT = ("context", "learning", "table", "paper", "none")
 
 
 class LastToken(NamedTuple):
@@ -37,7 +39,10 @@ class LastToken(NamedTuple):
 
 
 class TokenHomes:
-    """Predicts slices for one batch at a time: `begin`, then per layer `slices` and `record`, then `finish`."""
+    """Predicts slices for one batch at a time: `begin`, then per layer `slices` and `record`, then `finish`.
+
+    Where weights learn, all ranks call `finish` together.
+    """
 
     def __init__(
         self,
@@ -47,10 +52,17 @@ class TokenHomes:
         top_k: int,
         *,
         logical_LP: np.ndarray | None = None,  # int [L, E]: the model's expert for each id of a relabelled checkpoint
+        group: Group | None = None,  # only for "learning", which all its ranks do together
         device: torch.device,
     ) -> None:
         self._predict, self._placement, self._top_k, self._device = predict, placement, top_k, device
         self._tables = None if schedule is None else HomeTables.of(schedule, placement, top_k, device)
+        self._learner: WeightLearner | None = None
+        if predict == "learning":
+            assert self._tables is not None and group is not None, (
+                "weights to start from, and the ranks that share them"
+            )
+            self._learner = WeightLearner(self._tables, group)
         self._logical_LP: torch.Tensor | None = None
         if logical_LP is not None:  # an empty slot stays one
             padded_LP = np.pad(logical_LP, ((0, 0), (0, 1)), constant_values=placement.num_experts)
@@ -63,6 +75,8 @@ class TokenHomes:
         self._plain = contiguous_slices(num_tokens, self._placement.num_ranks, self._device)
         if self._tables is None:
             return
+        if self._learner is not None:
+            self._learner.begin()
         # 1. On the host: where requests begin, and what is known of each.
         first_T = np.append(True, request_T[1:] != request_T[:-1])[:num_tokens]
         first_B = np.flatnonzero(first_T)
@@ -83,7 +97,7 @@ class TokenHomes:
         self._position_ids_TC = position_ids_TC(position_T, np.repeat(num_prompt_tokens_B, count_B))
         # 2. What `finish` keeps of every request.
         last_B = first_B + count_B - 1
-        self._last_B = put(last_B, self._device)
+        self._last_B, self._num_tokens = put(last_B, self._device), num_tokens
         self._kept_B = [
             (int(request_T[token]), int(token_ids_T[token]), int(position_T[token]), int(num_prompt_tokens))
             for token, num_prompt_tokens in zip(last_B.tolist(), num_prompt_tokens_B.tolist(), strict=True)
@@ -113,7 +127,11 @@ class TokenHomes:
             return tables.table_scores_TR(layer, self._known)
         if self._predict == "paper":
             return tables.paper_scores_TR(layer, self._known, self._chosen)
-        return tables.context_scores_TR(layer, self._known, self._chosen, is_prompt=self._is_prompt)
+        ids_TX = tables.context_ids_TX(layer, self._known, self._chosen, is_prompt=self._is_prompt)
+        scores_TR = tables.context_scores_TR(layer, self._known, ids_TX)
+        if self._learner is not None:
+            self._learner.predicted(layer, ids_TX, scores_TR)
+        return scores_TR
 
     def record(self, layer: int, chosen_TK: torch.Tensor) -> None:
         """The experts that all tokens chose at a layer, in the checkpoint's numbers; integers, on the device."""
@@ -122,6 +140,8 @@ class TokenHomes:
         chosen_TK = chosen_TK.to(torch.int32)
         if self._logical_LP is not None:
             chosen_TK = self._logical_LP[layer].index_select(0, chosen_TK.reshape(-1)).view_as(chosen_TK)
+        if self._learner is not None:
+            self._learner.chose(layer, chosen_TK)
         own_TLK, previous_TLK = self._chosen
         own_TLK[:, layer] = chosen_TK
         if self._has_followers:
@@ -130,9 +150,11 @@ class TokenHomes:
             before_TK.copy_(torch.where(self._first_T1, before_TK, chosen_TK.roll(1, 0)))
 
     def finish(self) -> None:
-        """Remember the last token of every request of the batch."""
+        """Remember the last token of every request of the batch, and learn from all of it."""
         if self._tables is None:
             return
+        if self._learner is not None:
+            self._learner.finish(self._num_tokens)
         experts_BLK = self._chosen.own_TLK.index_select(0, self._last_B)
         for (request, *what), experts_LK in zip(self._kept_B, experts_BLK.unbind(0), strict=True):
             token_id, position, num_prompt_tokens = what
@@ -160,8 +182,15 @@ def find_schedule(predict: str, plan: Plan) -> Schedule | None:
     return schedule
 
 
-def make_homes(predict: str, plan: Plan, *, relabelled: bool, device: torch.device) -> TokenHomes:
-    """Homes by a plan's tables. Raises InputError for a choice that they do not allow. `relabelled`: the checkpoint is a permuted one."""
+def make_homes(
+    predict: str, plan: Plan, *, relabelled: bool, device: torch.device, group: Group | None = None
+) -> TokenHomes:
+    """Homes by a plan's tables; "learning" needs the group. Raises InputError for a choice that the tables do not allow.
+
+    `relabelled`: the checkpoint is a permuted one.
+    """
     logical_LP = plan.placement.physical_to_logical_LP if relabelled else None
     schedule = find_schedule(predict, plan)
-    return TokenHomes(predict, schedule, plan.placement, plan.model.top_k, logical_LP=logical_LP, device=device)
+    return TokenHomes(
+        predict, schedule, plan.placement, plan.model.top_k, logical_LP=logical_LP, group=group, device=device
+    )

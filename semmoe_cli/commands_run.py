@@ -59,8 +59,9 @@ def run(
     predict: Annotated[
         str,
         typer.Option(
-            metavar="context|table|paper|none",
-            help="With --scheduler tp: what predicts a token's rank; none gives equal consecutive slices.",
+            metavar="context|learning|table|paper|none",
+            help="With --scheduler tp: what predicts a token's rank. learning: the context predictor, whose weights go on learning from "
+            "what runs, for traffic that the plan's trace did not hold; none gives equal consecutive slices.",
         ),
     ] = "context",
     backend: Annotated[str, typer.Option(help="auto, nccl or gloo.")] = "auto",

@@ -2,9 +2,10 @@
 
 Only what is known at that moment is read: a DP home from the prompt, a TP home at layer l from earlier layers. The oracles, which read the
 answer, bound what any predictor could reach under the same capacities. Attention-TP: the rows of a trace are mixed over requests into
-batches of at most `batch_tokens`, and every rank gets an equal slice of each. Attention-DP: requests arrive in a random order in windows of
-at most `window`, which are balanced in tokens; the number of tokens a request brings is taken as known (an offline batch with a fixed
-budget), its content is not.
+batches of at most `batch_tokens`, and every rank gets an equal slice of each. A predictor that goes on learning scores every token by
+weights that saw earlier requests only; slices are then cut in the same batches, so that rows compare. Attention-DP: requests arrive in a
+random order in windows of at most `window`, which are balanced in tokens; the number of tokens a request brings is taken as known (an
+offline batch with a fixed budget), its content is not.
 
 Shape letters: T tokens, B requests, Q tokens of prompts, L MoE layers, K top-k, E experts, R ranks.
 """
@@ -18,6 +19,7 @@ from profiles.errors import InputError
 from profiles.trace import TraceBatch
 from solvers.assign import assign_equal_slices, assign_masked_round_robin, assign_requests
 from solvers.context import context_scores_TR, previous_experts_TLK
+from solvers.learning import learned_depth, learned_ids_TX, learned_scores_TR, num_learned_features, request_groups
 from solvers.placement import Placement
 from solvers.position import batch_position_ids_TC
 from solvers.request_scorer import request_shares_BR
@@ -152,6 +154,26 @@ def _context(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: n
     return scores
 
 
+def _learning(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+    context, num_experts = _context(batch, placement, schedule, rng), placement.num_experts
+    depth = learned_depth(schedule.context.depth, num_experts)
+    previous_TLK = previous_experts_TLK(batch, num_experts)
+    position_ids_TC = batch_position_ids_TC(batch)
+    groups = request_groups(batch, rng)
+
+    def scores(layer: int) -> np.ndarray:
+        known = (batch.expert_ids_TLK, previous_TLK, batch.is_prompt_T, position_ids_TC)
+        return learned_scores_TR(
+            context(layer),
+            learned_ids_TX(layer, *known, depth=depth, num_experts=num_experts),
+            served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer]),
+            num_learned_features(depth, num_experts),
+            groups,
+        )
+
+    return scores
+
+
 def _tp_oracle(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
     return lambda layer: served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer])
 
@@ -194,6 +216,7 @@ TP_SCHEDULES: dict[str, Callable[..., LayerScores]] = {
     "tp-table": _table,
     "tp-paper": _paper,
     "tp-context": _context,
+    "tp-learning": _learning,
     "tp-oracle": _tp_oracle,
 }
 SCHEDULES = ("random", *DP_SCHEDULES, *(name for name in TP_SCHEDULES if name != "random"))

@@ -20,6 +20,7 @@ from profiles.counts import profile_traces
 from profiles.loading import find_model
 from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace, TraceBatch
+from runtime import weight_learner
 from runtime.attention_heads import keep_heads
 from runtime.group import Group
 from runtime.placed_model import load_placed
@@ -50,19 +51,23 @@ def traced(folder: Path, num_layers: int, num_experts: int, top_k: int) -> Trace
 
 
 @pytest.mark.parametrize("is_prompt", [True, False])
-@pytest.mark.parametrize("predict", ["context", "table", "paper", "none"])
+@pytest.mark.parametrize("predict", ["context", "learning", "table", "paper", "none"])
 @pytest.mark.parametrize("ranks", [2, 16])
-def test_homes_are_predicted_without_the_host(tmp_path: Path, ranks: int, predict: str, is_prompt: bool) -> None:
+def test_homes_are_predicted_without_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: Group, ranks: int, predict: str, is_prompt: bool
+) -> None:
+    monkeypatch.setattr(weight_learner, "LEARN_EVERY", 7)  # a step with every batch
     batch = traced(tmp_path / "t", 3, 16, 2)
     assert (ranks > MAX_CANDIDATES) == (ranks == 16)  # tables that store some ranks only
     experts_LRS = np.stack([np.random.default_rng(i).permutation(16).reshape(ranks, -1) for i in range(3)])
     placement = Placement(experts_LRS.astype(np.int32), 16)
     logical_LP = placement.physical_to_logical_LP
-    homes = TokenHomes(predict, fit_schedule(batch, placement, seed=0), placement, 2, logical_LP=logical_LP, device=CPU)
+    schedule, put_on = fit_schedule(batch, placement, seed=0), {"group": group, "device": CPU}
+    homes = TokenHomes(predict, schedule, placement, 2, logical_LP=logical_LP, **put_on)  # pyright: ignore
     request_T = np.repeat([0, 1], [4, 3]) if is_prompt else np.arange(7)
     for _ in range(2):  # the second batch follows the first
         homes.begin(np.arange(7), request_T, is_prompt=is_prompt)
-        without_values = deepcopy(homes)
+        without_values = deepcopy(homes, {id(group): group})
         with shapes_only():
             emptied(without_values)
             for layer in (0, 1, 2, None):
@@ -71,6 +76,9 @@ def test_homes_are_predicted_without_the_host(tmp_path: Path, ranks: int, predic
                 if layer is not None:
                     without_values.record(layer, torch.zeros((7, 2), dtype=torch.int16))
             without_values.finish()
+        for layer in (0, 1, 2):
+            homes.slices(layer)
+            homes.record(layer, torch.zeros((7, 2), dtype=torch.int16))
         homes.finish()
 
 

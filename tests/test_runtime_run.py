@@ -87,13 +87,25 @@ def test_run_gives_the_answers_of_the_model(demo: Path) -> None:
     assert not (demo / "out.jsonl.partial").exists()
 
 
-def test_tensor_parallel_run_gives_the_answers_of_the_model(demo: Path) -> None:
+@pytest.mark.parametrize("predict", ["context", "learning"])
+def test_tensor_parallel_run_gives_the_answers_of_the_model(demo: Path, predict: str) -> None:
     prompts = ["--plan", str(demo / "p"), "--prompts", str(demo / "prompts.jsonl")]
-    code, stdout = run(*RUN, *prompts, "--scheduler", "tp", "--check", "--json")
+    code, stdout = run(*RUN, *prompts, "--scheduler", "tp", "--predict", predict, "--check", "--json")
     assert code == 0, stdout
     metrics = json.loads(stdout)
     assert metrics["check"] == {"ok": True, "compared": 5, "mismatches": [], "ties": []}
     assert metrics["token_imbalance"] <= 1.05 and metrics["requests"] == 5
+
+
+def test_learning_helps_on_traffic_that_the_plan_does_not_know(demo: Path) -> None:
+    """The plan's schedule is of a made-up trace: its tables mislead on real prompts."""
+    texts = ["--prompts", str(demo_model_path().parent / "prompts.jsonl"), "--max-requests", "60"]
+    lar = {}
+    for predict in ("context", "learning"):
+        code, stdout = run(*RUN, "--plan", str(demo / "p"), *texts, "--scheduler", "tp", "--predict", predict, "--json")
+        assert code == 0, stdout
+        lar[predict] = json.loads(stdout)["lar"]
+    assert lar["learning"] > lar["context"] + 0.03
 
 
 def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
@@ -164,7 +176,10 @@ def test_a_rank_that_hangs_is_named_with_the_layer() -> None:
     ("arguments", "message"),
     [
         (["--nproc", "3"], "3 ranks run, the plan .* is for 2"),
-        (["--scheduler", "tp", "--predict", "luck"], "--predict luck: expected one of context, table, paper, none"),
+        (
+            ["--scheduler", "tp", "--predict", "luck"],
+            "--predict luck: expected one of context, learning, table, paper, none",
+        ),
         (["--scheduler", "best"], "--scheduler best: expected one of none, dp, tp"),
         (["--backend", "nccl", "--device", "cpu"], "--backend nccl needs GPUs"),
         (["--backend", "mpi"], "--backend mpi: expected one of auto, nccl, gloo"),

@@ -125,7 +125,7 @@ def test_predictions_need_tables(tmp_path: Path) -> None:
     plan = random_plan(tmp_path / "m")
     with pytest.raises(InputError, match="--predict context: the plan holds no schedule"):
         make_homes("context", plan, relabelled=False, device=CPU)
-    with pytest.raises(InputError, match="--predict best: expected one of context, table, paper, none"):
+    with pytest.raises(InputError, match="--predict best: expected one of context, learning, table, paper, none"):
         make_homes("best", plan, relabelled=False, device=CPU)
     homes = make_homes("none", plan, relabelled=False, device=CPU)
     homes.begin(np.arange(5), np.zeros(5, np.int64), is_prompt=True)

@@ -11,6 +11,7 @@ from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
 from solvers import schedule as schedule_module
 from solvers.context import context_scores_TR, default_depth, previous_experts_TLK
+from solvers.learning import LEARN_EVERY, RIDGE, learned_scores_TR, request_groups
 from solvers.placement import Placement
 from solvers.position import NUM_POSITION_IDS, batch_position_ids_TC, position_ids_TC
 from solvers.request_scorer import fit_request_scorer, request_shares_BR
@@ -102,6 +103,68 @@ def test_context_reads_only_what_is_known_before_the_layer(planted, schedule):
         scores_TR,
         context_scores_TR(schedule.context, layer, shares_TR, past_TLK, previous_TLK, is_prompt_T, position_TC),
     )
+
+
+def test_learning_finds_structure_that_training_did_not_have(planted, schedule):
+    """Other layers than those of training: the tables mislead, what runs tells."""
+    _, held_out, placement = planted
+    turned = replace(held_out, expert_ids_TLK=np.ascontiguousarray((held_out.expert_ids_TLK + 5) % 32))
+    found = {
+        name: local_share(turned, placement, simulate(name, turned, placement, schedule, **SIZES).homes_TL)
+        for name in ("tp-context", "tp-learning", "tp-oracle")
+    }
+    assert found["tp-learning"] > found["tp-context"] + 0.05
+    assert found["tp-learning"] <= found["tp-oracle"]
+
+
+def learnable(num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids of features, the plan's scores of ranks, and shares that follow the features."""
+    rng = np.random.default_rng(0)
+    ids_TX = rng.integers(0, 20, (num_tokens, 3)).astype(np.int32)
+    return ids_TX, rng.random((num_tokens, 4)).astype(np.float32), rng.standard_normal((20, 4))[ids_TX].sum(1)
+
+
+def test_learning_reads_earlier_groups_only():
+    ids_TX, scores_TR, served_TR = learnable(300)
+    groups = np.array_split(np.random.default_rng(1).permutation(300), 3)
+    learned_TR = learned_scores_TR(scores_TR, ids_TX, served_TR, 20, groups)
+    np.testing.assert_array_equal(learned_TR[groups[0]], scores_TR[groups[0]])
+    assert (learned_TR[groups[1]] != scores_TR[groups[1]]).all()
+    other_TR = served_TR.copy()
+    other_TR[groups[1]] *= 0.5  # the answer of the second group
+    other_TR = learned_scores_TR(scores_TR, ids_TX, other_TR, 20, groups)
+    np.testing.assert_array_equal(other_TR[groups[1]], learned_TR[groups[1]])
+    assert (other_TR[groups[2]] != learned_TR[groups[2]]).all()
+
+
+def test_noise_is_not_trusted():
+    ids_TX, scores_TR, served_TR = learnable(20_000)
+    groups = np.array_split(np.arange(20_000), 20)
+    noise_TR = scores_TR + np.random.default_rng(2).standard_normal(scores_TR.shape)
+    found = {
+        name: np.abs(learned_scores_TR(scores_TR, ids_TX, truth_TR, 20, groups) - scores_TR)[groups[-1]].mean()
+        for name, truth_TR in (("noise", noise_TR), ("structure", served_TR))
+    }
+    assert found["noise"] < 0.02 < 0.5 < found["structure"]
+
+
+def test_learning_is_ridge_regression_of_what_was_missed():
+    ids_TX, scores_TR, served_TR = learnable(400)
+    features_TF = np.eye(20)[ids_TX].sum(1)
+    seen, new = np.arange(300), np.arange(300, 400)
+    learned_TR = learned_scores_TR(scores_TR, ids_TX, served_TR, 20, [seen, new])
+    gram_FF = features_TF[seen].T @ features_TF[seen] + RIDGE * np.eye(20)
+    weights_FR = np.linalg.solve(gram_FF, features_TF[seen].T @ (served_TR - scores_TR)[seen])
+    np.testing.assert_allclose(learned_TR[new], scores_TR[new] + features_TF[new] @ weights_FR, atol=1e-5)
+
+
+def test_groups_are_whole_requests_of_enough_tokens(planted):
+    _, held_out, _ = planted
+    groups = request_groups(held_out, np.random.default_rng(0))
+    assert sorted(np.concatenate(groups).tolist()) == list(range(held_out.num_tokens))
+    assert all(len(group) >= LEARN_EVERY for group in groups[:-1]) and len(groups) > 2
+    requests = [set(held_out.request_of_T[group].tolist()) for group in groups]
+    assert sum(map(len, requests)) == held_out.num_requests  # each in one group
 
 
 def test_previous_experts_stay_within_the_request(planted):
@@ -211,7 +274,14 @@ def test_a_trace_without_token_ids_is_scheduled_by_context(planted):
         for b in (train, held_out)
     ]
     schedule = fit_schedule(hidden[0], placement, seed=0)
-    assert available_schedules(schedule) == ["random", "dp-roundrobin", "dp-oracle", "tp-context", "tp-oracle"]
+    assert available_schedules(schedule) == [
+        "random",
+        "dp-roundrobin",
+        "dp-oracle",
+        "tp-context",
+        "tp-learning",
+        "tp-oracle",
+    ]
     homes_TL = simulate("tp-context", hidden[1], placement, schedule, **SIZES).homes_TL
     assert local_share(hidden[1], placement, homes_TL[:, :]) > 0.55
 

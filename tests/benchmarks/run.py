@@ -103,7 +103,7 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
             elif case["implementation"] == "transformers":
                 placed, shuffled = load_tensor_parallel(Path(task["padded"]), group, plan, "float32"), NoShuffle()
             elif case["scheduler"] == "tp":
-                homes = make_homes(case["predict"], plan, relabelled=False, device=group.device)
+                homes = make_homes(case["predict"], plan, relabelled=False, device=group.device, group=group)
                 shuffled = install_tensor_parallel(placed, homes, plan.model.model_layers, "the model")
             prompts = [Prompt(i, str(i), np.array(ids, np.int32)) for i, ids in enumerate(task["prompts"])]
             # With tp all ranks share one batch: as many tokens per rank as with dp.
