@@ -83,6 +83,9 @@ def place(
 
     Example: semmoe place t --ranks 4 --method metis -o p
     """
+    from solvers.workers import compute_on_one_thread
+
+    compute_on_one_thread()  # before anything imports numpy
     from profiles.trace import RoutingTrace
     from semmoe_cli.report import note, print_report
     from semmoe_cli.steps import stages

@@ -215,3 +215,29 @@ def test_a_closed_pipe_is_quiet(trace):
 @pytest.mark.parametrize("command", [place, report, compare])
 def test_windows_are_those_of_the_runtime(command):
     assert inspect.signature(command).parameters["window"].default == WINDOW
+
+
+WATCH = """
+import os, sys
+seen = []
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == "numpy":
+            seen.append(os.environ["OMP_NUM_THREADS"])
+sys.meta_path.insert(0, Watch)
+from semmoe_cli.main import app
+try:
+    app(["place", "absent", "--ranks", "4", "-o", "p"])
+except Exception as error:
+    assert "absent is not a trace" in str(error), error
+print(seen)
+"""
+
+
+def test_place_computes_on_one_thread_whatever_the_machine(tmp_path):
+    """More threads add in another order: the same input would give other bytes on another number of cores."""
+    environment = os.environ | {"OMP_NUM_THREADS": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+    )
+    assert done.stdout == "['1']\n", done.stderr
