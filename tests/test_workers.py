@@ -119,8 +119,8 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, everything_ma
     monkeypatch.setattr(traffic_rows_module, "SMALL_TASK", 1)
     seen: list[tuple[int, int]] = []
     two = score_batch(*arguments, **options, processes=2, progress=lambda *step: seen.append(step))
-    assert two == one and len(one["rows"]) == 11
-    assert seen == [(done, 11) for done in range(1, 12)]
+    assert two == one and len(one["rows"]) == 12
+    assert seen == [(done, 12) for done in range(1, 13)]
     assert one == score_placements(arguments[0], traces, [held_out_B], Topology(4), **options)
 
 
