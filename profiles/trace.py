@@ -56,6 +56,8 @@ class TraceInfo:
             raise InputError(f"trace kind is {self.kind!r}, expected 'tokens' or 'counts'")
         if self.num_experts > 65_535:
             raise InputError(f"{self.num_experts} experts: ids are stored in at most 16 bits (65535)")
+        if self.n_group < 1 or self.num_experts % self.n_group:
+            raise InputError(f"{self.num_experts} experts do not divide into {self.n_group} routing groups")
         if len(self.model_layers) != self.num_layers:
             raise InputError(f"model_layers names {len(self.model_layers)} layers, num_layers is {self.num_layers}")
 

@@ -104,6 +104,10 @@ def _describe_plan(plan: "Plan") -> dict[str, Any]:
         "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
         "fitted_on": "all requests" if plan.split.get("refit") else "training requests",
     }
+    outputs = plan.outputs
+    facts["permuted_checkpoint"] = (
+        "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
+    )
     for row in plan.scores.get("rows", []):
         if row["schedule"] == "random":
             facts[f"held_out_rem_{row['placement']}"] = row["rem"]

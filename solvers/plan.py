@@ -101,6 +101,7 @@ class Plan:
             "model": {**asdict(self.model), "model_layers": list(self.model.model_layers)},
             "topology": topology,
             "replicas": self.placement.num_replicas,
+            "outputs": self.outputs,
             "trace": self.trace,
             "split": self.split,
             "notes": self.notes,
@@ -173,6 +174,23 @@ class Plan:
             raise InputError(f"{path} is not a whole plan: it lacks {error}") from None
         except (TypeError, ValueError) as error:
             raise InputError(f"{path / 'plan.json'} is damaged: {error}") from None
+
+    @property
+    def outputs(self) -> dict[str, Any]:
+        """Which outputs can express the placement, as far as the traces told: a router that chooses among groups of
+        consecutive experts keeps its choices only under permutations of whole groups, and a permutation has no replicas.
+        """
+        why_not, model = "", self.model
+        if self.placement.num_replicas:
+            why_not = f"{self.placement.num_replicas} replica slots per rank"
+        elif 1 <= model.topk_group < model.n_group:
+            group_LP = self.placement.physical_to_logical_LP // (model.num_experts // model.n_group)
+            group_LGE = group_LP.reshape(len(group_LP), model.n_group, -1)
+            num_split = int((group_LGE != group_LGE[:, :, :1]).any(axis=(1, 2)).sum())
+            if num_split:
+                picks = f"the router picks {model.topk_group} of {model.n_group} groups of experts"
+                why_not = f"{picks}, and {num_split} of {len(group_LP)} layers split a group"
+        return {"engine_map": True, "ranks_checkpoint": True, "permuted_checkpoint": not why_not, "why_not": why_not}
 
     @property
     def fingerprint(self) -> str:

@@ -1,6 +1,7 @@
 """A plan comes back from disk as it was, the same input gives the same bytes, and nobody is scored on what was learned from."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
-from solvers.placement import Topology
+from solvers.placement import Placement, Topology
 from solvers.plan import Plan
 from solvers.planning import Setting, make_plan, score_plan, split_requests
 from solvers.solve import Demands
@@ -114,6 +115,24 @@ def test_a_plan_for_another_model_or_a_damaged_one_is_one_line(trace, tmp_path):
     tables.unlink()
     with pytest.raises(InputError, match="no tables.safetensors"):
         Plan.load(tmp_path / "p")
+
+
+def test_a_plan_says_which_outputs_can_express_it(trace, tmp_path):
+    plan = plan_of(trace, method="contiguous", refit=False)
+    possible = {"engine_map": True, "ranks_checkpoint": True, "permuted_checkpoint": True, "why_not": ""}
+    assert plan.outputs == possible
+    grouped = replace(plan.model, n_group=8, topk_group=2)  # 32 experts on 4 ranks: two whole groups on each
+    assert replace(plan, model=grouped).outputs == possible
+    experts_LRS = plan.placement.experts_LRS.copy()
+    experts_LRS[0, 0, 0], experts_LRS[0, 3, 7] = experts_LRS[0, 3, 7], experts_LRS[0, 0, 0]
+    split = replace(plan, model=grouped, placement=Placement(experts_LRS, 32))
+    split.save(tmp_path / "p")
+    found = json.loads((tmp_path / "p" / "plan.json").read_text())["outputs"]
+    assert not found["permuted_checkpoint"]
+    assert found["why_not"] == "the router picks 2 of 8 groups of experts, and 1 of 4 layers split a group"
+    assert replace(split, model=replace(grouped, topk_group=8)).outputs == possible  # a choice of all groups is free
+    more_LRS = np.concatenate([experts_LRS, np.roll(experts_LRS, 1, axis=1)[:, :, :1]], axis=2)
+    assert replace(plan, placement=Placement(more_LRS, 32)).outputs["why_not"] == "1 replica slots per rank"
 
 
 def test_saving_never_overwrites_something_else(trace, tmp_path):

@@ -210,3 +210,8 @@ def test_counts_are_kept_apart_from_tokens(tmp_path):
     np.testing.assert_array_equal(read, load)
     with pytest.raises(InputError, match="holds only expert loads"):
         RoutingTrace.open(tmp_path / "t").load()
+
+
+def test_routing_groups_divide_the_experts():
+    with pytest.raises(InputError, match="60 experts do not divide into 8 routing groups"):
+        TraceInfo("m", 1, 60, 4, (0,), n_group=8, topk_group=4)
