@@ -2,7 +2,7 @@
 
 All ranks see the experts of all tokens, and must cut the same slices. So each layer's equations are kept and solved by one rank only, in
 turn, and the weights are gathered: a sum in another order on another rank cannot make ranks disagree. That also shares out time and memory,
-4 F^2 bytes for each of L / R layers (6 MB per rank for 26 layers of 64 experts at 4 ranks, 40 MB for 58 layers of 256 at 8). A step after
+4 F^2 bytes for each of L / R layers (11 MB per rank for 26 layers of 64 experts at 4 ranks, 24 MB for 58 layers of 256 at 8). A step after
 at least LEARN_EVERY tokens sends L * F * R * 4 bytes. Nothing is read back to the host.
 
 Shape letters: T tokens of a batch, L MoE layers, N layers of this rank (the last may be none), K top-k, E experts, R ranks, F features

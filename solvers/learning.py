@@ -11,8 +11,8 @@ regression of the misses on them, near 1 on an unknown domain and near 0 where t
 weights of the nearest earlier layers, the token before and the position; with all layers instead it is hardly better
 (docs/experiments.md). runtime/weight_learner.py is the same on the ranks of a run.
 
-Cost per layer and step: F^3 / 3 + T F^2 multiplications for T new tokens and F features, 617 at 64 experts and 1,125 at 256; 4 F^2 bytes
-are kept per layer (1.5 MB, 5 MB).
+Cost per layer and step: F^3 / 3 + T F^2 multiplications for T new tokens and F features, 617 at 64 experts and 868 at 256; 4 F^2 bytes
+are kept per layer (1.5 MB, 3 MB).
 
 Shape letters: T tokens, K top-k, E experts, R ranks, X columns of ids, F features, C columns of positions.
 """
@@ -24,10 +24,10 @@ import numpy as np
 from profiles.trace import TraceBatch
 from solvers.position import NUM_POSITION_IDS
 
-LEARNED_EXPERTS = 512  # earlier layers that learn, times experts: bounds the F * F equations
+LEARNED_EXPERTS = 384  # earlier layers that learn, times experts: bounds the F * F equations
 LEARNED_LAYERS = 6
 LEARN_EVERY = 512  # new tokens that are worth a step
-MOST_STEPS = 32  # of a simulation; larger traces learn in larger groups, which understates a little
+MOST_STEPS = 16  # of a simulation; larger traces learn in larger groups, which understates a little
 RIDGE = 100.0  # in tokens; locality is flat from 30 to 200
 MOST_TRUST = 1.5
 HALF_LIFE = 32_768  # tokens after which what was seen counts half: traffic drifts
@@ -78,11 +78,12 @@ def learned_scores_TR(
 
     num_tokens, num_columns = ids_TX.shape
     starts = np.arange(0, num_tokens * num_columns + 1, num_columns)
-    features_TF = csr_array((np.ones(ids_TX.size), ids_TX.reshape(-1), starts), (num_tokens, num_features))
+    features_TF = csr_array((np.ones(ids_TX.size, np.float32), ids_TX.reshape(-1), starts), (num_tokens, num_features))
     learned_TR = scores_TR.astype(np.float32, copy=True)
-    gram_FF = np.zeros((num_features, num_features))
-    right_FR = np.zeros((num_features, scores_TR.shape[1]))
-    ridge_FF = RIDGE * np.eye(num_features)
+    # Sums of counts are exact in float32 for millions of tokens, and the ridge keeps the equations regular.
+    gram_FF = np.zeros((num_features, num_features), np.float32)
+    right_FR = np.zeros((num_features, scores_TR.shape[1]), np.float32)
+    ridge_FF = RIDGE * np.eye(num_features, dtype=np.float32)
     agreed, corrected = 0.0, 0.0  # sums of correction * miss and of correction^2
     for number, rows in enumerate(groups):
         kept, new_TF = 0.5 ** (len(rows) / HALF_LIFE), features_TF[rows]

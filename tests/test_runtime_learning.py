@@ -35,7 +35,7 @@ def alone() -> Iterator[Group]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("num_experts", [8, 200])  # of 200 experts two of five earlier layers learn
+@pytest.mark.parametrize("num_experts", [8, 200])  # of 200 experts one of five earlier layers learns
 def test_weights_learn_online_as_in_the_simulation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: Group, num_experts: int
 ) -> None:
