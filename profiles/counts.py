@@ -15,7 +15,7 @@ import numpy as np
 
 from profiles.errors import InputError
 from profiles.mapped import mapped_empty
-from profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
+from profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches, integers
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -186,7 +186,7 @@ def _profile_parts(
         trace.require_tokens("a profile")
         if wrong := info.mismatch(trace.info):
             raise InputError(f"{trace.path} is the trace of another model than {traces[0].path}: {wrong}")
-    tokens_B = [trace.requests().column("num_tokens").to_numpy() for trace in traces]
+    tokens_B = [integers(trace.requests().column("num_tokens")) for trace in traces]
     wanted = [sum(int(t[k].sum()) for t, k in zip(tokens_B, keep, strict=True)) for keep in parts]
     max_tokens = sample_ids // (info.num_layers * info.top_k)
     # Every set gets its share of the budget, so that together they are a sample of all.
@@ -269,7 +269,7 @@ def select_requests(batch: TraceBatch, keep_B: np.ndarray) -> TraceBatch:
 
 def sample_requests(traces: list[RoutingTrace], keep: list[np.ndarray], *, max_tokens: int, seed: int) -> TraceBatch:
     """Requests of `keep` (bool [B] per trace) as one batch: all, or a random choice of about `max_tokens` tokens."""
-    tokens_B = [trace.requests().column("num_tokens").to_numpy() for trace in traces]
+    tokens_B = [integers(trace.requests().column("num_tokens")) for trace in traces]
     chosen = _sample_requests(tokens_B, keep, max_tokens, seed)
     batches = [b for trace, chosen_B in zip(traces, chosen, strict=True) for b in trace.batches(chosen_B)]
     return concat_batches(batches, traces[0].info)

@@ -125,6 +125,22 @@ def trace_schema(id_dtype: np.dtype, weights: bool) -> pa.Schema:
     return pa.schema(columns + ([pa.field("expert_weights", pa.list_(pa.float16()))] if weights else []))
 
 
+def integers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """The values of a column of integers, one after the other over the column's own buffer where it is one piece; a null is 0.
+
+    Not by pyarrow's to_numpy: its first call imports pandas where that is installed, and loses a Ctrl-C that comes meanwhile.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if array.null_count:
+        array = array.fill_null(0)
+    dtype = np.dtype(str(array.type))
+    if len(array) == 0:
+        return np.empty(0, dtype)
+    values = np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+    values.flags.writeable = False
+    return values
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
@@ -249,7 +265,7 @@ class RoutingTrace:
             raise InputError(f"{self.path} holds routing per token, not counts per window")
         name, file = next(self._parts())
         table = _read(file, name, ["window", "load"])
-        load = table.column("load").combine_chunks().flatten().to_numpy()
+        load = integers(table.column("load").combine_chunks().flatten())
         return table.column("window").to_pylist(), load.reshape(-1, self.info.num_layers, self.info.num_experts)
 
 
@@ -266,16 +282,16 @@ def _read(file: pq.ParquetFile, name: str, columns: list[str], group: int | None
 def _flat_list(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Offsets int64 [B + 1] from 0, and the flat values that they cut, of a list column. A null is an empty list."""
     array = table.column(column).combine_chunks()
-    lengths = np.asarray(array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False), np.int64)
-    return np.concatenate([[0], np.cumsum(lengths)]), array.flatten().to_numpy(zero_copy_only=True)
+    lengths = integers(array.value_lengths()).astype(np.int64)
+    return np.concatenate([[0], np.cumsum(lengths)]), integers(array.flatten())
 
 
 def _batch_of(table: pa.Table, info: TraceInfo, name: str) -> TraceBatch:
     id_starts, ids = _flat_list(table, "expert_ids")
     row_size = info.num_layers * info.top_k
-    num_tokens = table.column("num_tokens").to_numpy().astype(np.int64)
-    first = table.column("first_position").to_numpy().astype(np.int64)
-    prompt = table.column("num_prompt_tokens").to_numpy().astype(np.int64)
+    num_tokens = integers(table.column("num_tokens")).astype(np.int64)
+    first = integers(table.column("first_position")).astype(np.int64)
+    prompt = integers(table.column("num_prompt_tokens")).astype(np.int64)
     request_ids = table.column("request_id").to_pylist()
     wrong = np.flatnonzero(np.diff(id_starts) != num_tokens * row_size)
     if wrong.size:

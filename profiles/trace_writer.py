@@ -16,7 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from profiles.errors import InputError
-from profiles.trace import COUNTS_FILE, FORMAT, VERSION, TraceInfo, hash_file, open_part, read_facts, trace_schema
+from profiles.trace import (
+    COUNTS_FILE,
+    FORMAT,
+    VERSION,
+    TraceInfo,
+    hash_file,
+    integers,
+    open_part,
+    read_facts,
+    trace_schema,
+)
 
 PART_VALUES = 64_000_000  # expert ids in one part: what a kill can lose
 ROW_GROUP_VALUES = 8_000_000  # expert ids that a reader holds at a time
@@ -193,7 +203,7 @@ class TraceWriter:
             tokens = (
                 0
                 if self.info.kind == "counts"
-                else int(np.sum(open_part(file).read(["num_tokens"]).column(0).to_numpy()))
+                else int(np.sum(integers(open_part(file).read(["num_tokens"]).column(0))))
             )
             digest = self._hashes.get(file.name) or hash_file(file)
             parts.append({"file": file.name, "requests": requests, "tokens": tokens, "sha256": digest})

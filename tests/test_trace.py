@@ -8,13 +8,14 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiles import trace_writer as writer_module
 from profiles.errors import InputError
-from profiles.trace import RoutingTrace, TraceInfo
+from profiles.trace import RoutingTrace, TraceInfo, integers
 from profiles.trace_writer import TraceWriter
 
 INFO = TraceInfo("tiny", num_layers=2, num_experts=8, top_k=3, model_layers=(1, 2), num_model_layers=3)
@@ -79,6 +80,20 @@ def test_ids_of_a_batch_are_a_view_of_the_file_buffer(tmp_path):
     write(tmp_path / "t")
     ids = next(RoutingTrace.open(tmp_path / "t").batches()).expert_ids_TLK
     assert not ids.flags.owndata and not ids.flags.writeable
+
+
+def test_a_trace_is_read_without_pandas(tmp_path):
+    """Its import, inside pyarrow's to_numpy, loses a Ctrl-C that comes meanwhile: the command went on to its end."""
+    write(tmp_path / "t")
+    code = (
+        "import sys; from profiles.trace import RoutingTrace; from profiles.counts import profile_traces;"
+        f"profile_traces([RoutingTrace.open({str(tmp_path / 't')!r})]); print('pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    array = pa.array([3, None, 5, 250, 7], pa.uint8())
+    assert integers(array).tolist() == [3, 0, 5, 250, 7] and integers(array[2:]).tolist() == [5, 250, 7]
+    assert integers(pa.chunked_array([array[3:], array[:1]])).tolist() == [250, 7, 3]
+    assert integers(pa.array([], pa.int32())).dtype == np.int32
 
 
 def test_other_tools_read_the_parts(tmp_path):
