@@ -153,29 +153,39 @@ def _to_spectrum(a_EE: np.ndarray, size: int) -> np.ndarray:
 
 
 def remote_rank_bound(
-    co_activation: float, num_tokens: int, top_k: int, num_ranks: int, experts_per_rank: int
+    co_activation: float, affinity_EE: np.ndarray, num_tokens: int, top_k: int, num_ranks: int
 ) -> float:
-    """No placement with at most this co-activation has fewer ranks per token, mean over tokens.
+    """No placement with at most this co-activation within ranks has fewer ranks per token, mean over the counted tokens.
 
-    A token on ranks with k_1, k_2, ... of its experts touches so many ranks and holds sum k (k - 1) / 2 pairs; the
-    lower convex hull of all such pairs, at the mean pairs per token, bounds the mean (Jensen).
+    `affinity_EE`: their co-activation, loads on the diagonal. A token with c experts, k_1, k_2, ... of them on the ranks
+    it touches, holds sum k (k - 1) / 2 pairs. The mean token is a mixture of all that a token can be: the mixture that
+    touches fewest ranks, at the mean experts, pairs and pairs within ranks per token (a linear programme), bounds the
+    mean. Tokens have fewer than top-k experts where slots are empty.
     """
-    fewest: dict[int, int] = {}
-    for parts in _integer_partitions(top_k, min(experts_per_rank, top_k)):
-        if len(parts) <= num_ranks:
-            pairs = sum(k * (k - 1) // 2 for k in parts)
-            fewest[pairs] = min(fewest.get(pairs, top_k), len(parts))
-    points = sorted(fewest.items())
-    mean_pairs = co_activation / max(num_tokens, 1)
-    if mean_pairs >= points[-1][0]:
-        return float(points[-1][1])
-    lower = [
-        y0 + (y1 - y0) * (mean_pairs - x0) / (x1 - x0)
-        for x0, y0 in points
-        for x1, y1 in points
-        if x0 <= mean_pairs < x1
-    ]
-    return float(min(lower))
+    from scipy.optimize import linprog
+
+    experts_per_rank = len(affinity_EE) // num_ranks
+    activations = float(np.trace(affinity_EE))
+    all_pairs = (float(affinity_EE.sum()) - activations) / 2
+    full = activations == top_k * num_tokens
+    kinds = {
+        (count, sum(k * (k - 1) // 2 for k in parts), len(parts))
+        for count in ([top_k] if full else range(top_k + 1))
+        for parts in _integer_partitions(count, min(experts_per_rank, top_k))
+        if len(parts) <= num_ranks
+    }
+    count_X, pairs_X, ranks_X = np.array(sorted(kinds), np.float64).T
+    moments = np.stack([np.ones(len(kinds)), count_X, count_X * (count_X - 1) / 2])
+    means = np.array([num_tokens, activations, all_pairs]) / max(num_tokens, 1)
+    known = slice(1) if full else slice(3)
+    found = linprog(
+        ranks_X,
+        A_ub=pairs_X[None],
+        b_ub=[co_activation / max(num_tokens, 1)],
+        A_eq=moments[known],
+        b_eq=means[known],
+    )
+    return float(found.fun) if found.status == 0 else 0.0
 
 
 def _integer_partitions(total: int, largest: int) -> list[tuple[int, ...]]:

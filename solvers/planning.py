@@ -224,7 +224,7 @@ def certificate_of(
         )
         found = certify_layer(rank_of_E, profile.co_activation_LEE[layer], load_E, limit, num_ranks)
         ranks_touched = remote_rank_bound(
-            found.bound, profile.num_tokens, info.top_k, num_ranks, info.num_experts // num_ranks
+            found.bound, profile.co_activation_LEE[layer], profile.num_tokens, info.top_k, num_ranks
         )
         entry = {
             "layer": layer,
@@ -235,7 +235,7 @@ def certificate_of(
         }
         if len(ids_U):
             counts_UE = token_expert_UE(index_T, profile.sample.expert_ids_TLK[:, layer], len(ids_U), info.num_experts)
-            caps = {"load_cap": demands.load_cap, "token_cap": TOKEN_CAP}
+            caps = {"load_cap": limit * num_ranks / max(float(load_E.sum()), 1.0), "token_cap": TOKEN_CAP}
             entry["lar_bound"] = local_activation_bound(counts_UE, num_ranks, **caps)
         layers.append(entry)
         if progress is not None:

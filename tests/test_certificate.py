@@ -5,7 +5,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from profiles.counts import co_activation_EE
 from solvers.certificate import certify, co_activation_bound, local_activation_bound, remote_rank_bound
+from solvers.equalize import co_activation_within
 from solvers.exact import solve_exact
 from solvers.remote import remote_cost
 from solvers.swap import rank_loads
@@ -45,11 +47,32 @@ def test_the_load_limit_is_part_of_the_bound() -> None:
 
 
 def test_remote_rank_bound() -> None:
-    assert remote_rank_bound(0, 10, 4, 4, 8) == 4
-    assert remote_rank_bound(60, 10, 4, 4, 8) == 1
-    assert remote_rank_bound(20, 10, 4, 4, 8) == 2  # 2 + 2 on two ranks
-    assert remote_rank_bound(40, 10, 4, 4, 8) == 1.5
-    assert remote_rank_bound(60, 10, 4, 4, 2) == 2  # ranks hold two experts
+    def bound(co_activation: float, experts: int = 32) -> float:
+        affinity_EE = np.zeros((experts, experts))
+        affinity_EE[:4, :4] = 10  # ten tokens, all with the same four experts
+        return remote_rank_bound(co_activation, affinity_EE, 10, 4, 4)
+
+    assert bound(0) == pytest.approx(4) and bound(60) == pytest.approx(1)
+    assert bound(20) == pytest.approx(2)  # 2 + 2 on two ranks
+    assert bound(40) == pytest.approx(1.5)
+    assert bound(60, experts=8) == pytest.approx(2)  # ranks hold two experts
+
+
+@pytest.mark.parametrize("empty_share", [0.0, 0.3, 1.0])
+def test_no_placement_touches_fewer_ranks_than_the_bound(empty_share: float) -> None:
+    rng = np.random.default_rng(5)
+    ids_TK = np.array([rng.permutation(8)[:3] for _ in range(200)])
+    ids_TK[rng.random(ids_TK.shape) < empty_share] = 8  # no expert in this slot
+    affinity_EE = co_activation_EE(ids_TK, 8)
+    bounds = []
+    for _ in range(40):
+        rank_of_E = rng.permutation(np.repeat(np.arange(4), 2))
+        rank_TK = np.append(rank_of_E, 4)[ids_TK]
+        touched = np.mean([len(set(row) - {4}) for row in rank_TK.tolist()])
+        bounds.append(remote_rank_bound(co_activation_within(rank_of_E, affinity_EE), affinity_EE, 200, 3, 4))
+        assert bounds[-1] <= touched + 1e-9
+        assert bounds[-1] >= 0.9 * touched  # and it says something
+    assert len(set(np.round(bounds, 6))) > 1 or empty_share == 1
 
 
 def test_local_activation_bound() -> None:

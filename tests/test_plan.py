@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from profiles.counts import profile_traces
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
 from solvers.placement import Placement, Topology
 from solvers.plan import Plan
-from solvers.planning import Setting, make_plan, score_plan, split_requests
+from solvers.planning import Setting, certificate_of, make_plan, score_plan, split_requests
 from solvers.solve import Demands
 
 SETTING = Setting(batch_tokens=128, window=8)
@@ -166,6 +167,18 @@ def test_schedules_and_the_certificate_are_in_the_scores(trace):
 
 def oracle_rem(plan: Plan) -> float:
     return next(row["rem"] for row in plan.scores["rows"] if row["schedule"] == "tp-oracle")
+
+
+def test_bounds_are_for_the_load_that_a_placement_has(trace):
+    # Contiguous placement does not look at the cap: what it reaches must be under a bound that allows its load.
+    profile = profile_traces([trace])
+    placement = Placement.from_ranks(np.repeat(np.arange(4), 8)[None].repeat(4, axis=0), 4)
+    load_LR = profile.load_LE.reshape(4, 4, 8).sum(2)
+    loosest = [certificate_of(profile, placement, Demands(load_cap=cap)) for cap in (1.0, 1.05, 3.0)]
+    assert (load_LR.max(1) > 1.05 * load_LR.mean(1)).all()
+    for entries in zip(*(found["layers"] for found in loosest), strict=True):
+        assert entries[0] == entries[1]
+        assert entries[0]["lar_bound"] < entries[2]["lar_bound"] or entries[0]["lar_bound"] == 1
 
 
 def test_replicas_are_placed_and_scored_but_have_no_certificate(trace):
