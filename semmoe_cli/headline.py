@@ -59,7 +59,8 @@ def given_verdict(given: dict[str, Any], report: dict[str, Any]) -> tuple[str, s
     low, high = given["ci"]
     sentence = f"Worth deploying: {under} saves {given['saved']:.0%} of the bytes (interval {low:.0%} to {high:.0%})"
     sentence += f" against {BASELINES.get(given['against'], given['against'])}"
-    if more := given.get("with_schedule"):
+    more = given.get("with_schedule")
+    if more and more["schedule"] != given["schedule"]:
         sentence += f", {more['saved']:.0%} with {more['schedule']}"
     busy = f"the busiest rank carries {row['plan']['load_imbalance']:.2f} times the mean load"
     return given["level"], f"{sentence}; {busy} ({row['contiguous']['load_imbalance']:.2f} contiguous)."

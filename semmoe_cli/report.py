@@ -53,8 +53,9 @@ def print_report(report: dict[str, Any], *, as_json: bool) -> None:
             style={"good": "green", "bad": "red"}.get(verdict["level"], "yellow"),
             markup=False,
         )
-        if verdict.get("with_schedule"):
-            console.print(verdict["with_schedule"]["sentence"], markup=False)
+        more = verdict.get("with_schedule")
+        if more and more["schedule"] != verdict["schedule"]:
+            console.print(more["sentence"], markup=False)
     if report["dispatch"] == "gather":
         console.print(
             "--dispatch gather moves the same bytes whatever the placement: it cannot reduce traffic here, only balance load."

@@ -383,6 +383,9 @@ def test_a_verdict_is_the_headline():
     assert (
         level == "good" and "saves 25% of the bytes (interval 20% to 30%) against experts balanced by load" in sentence
     )
+    given |= {"schedule": "tp-context", "with_schedule": {"saved": 0.25, "schedule": "tp-context"}}
+    _, sentence = plan_verdict({"verdict": given, "dispatch": "per-expert", "rows": rows})
+    assert sentence.count("25%") == 1  # what was judged alone is not told twice
 
 
 @pytest.mark.parametrize(("width", "intervals"), [(200, True), (130, True), (64, False)])
