@@ -4,6 +4,7 @@ Nothing heavy is imported here.
 """
 
 import enum
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -86,8 +87,10 @@ def command_line(*path_values: Path | str) -> str:
             skip = False
         elif word in ("-o", "--output", "--processes"):
             skip = True
-        elif word == "--json" or word.startswith(("--output=", "--processes=")):
+        elif word == "--json" or word.startswith(("--output=", "--processes=")) or re.match("-o.", word):
             continue
+        elif (value := word.partition("=")[2]) and value in hidden:
+            words.append(word.partition("=")[0])  # an option that names a file, as where a space stands between the two
         elif word not in hidden and word.rstrip("/") not in hidden:
             words.append(word)
     return shlex.join(["semmoe", *words])

@@ -20,7 +20,7 @@ from semmoe_cli.commands_place import place
 from semmoe_cli.commands_report import report
 from semmoe_cli.commands_reshard import progress_lines
 from semmoe_cli.main import app, main
-from semmoe_cli.options import Dispatch, Effort, Method, Objective
+from semmoe_cli.options import Dispatch, Effort, Method, Objective, command_line
 from semmoe_cli.reference import render_reference
 from solvers.assign import WINDOW
 from solvers.coschedule import OBJECTIVES
@@ -241,3 +241,16 @@ def test_place_computes_on_one_thread_whatever_the_machine(tmp_path):
         [sys.executable, "-c", WATCH], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
     )
     assert done.stdout == "['1']\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["place", "t", "--ranks", "4", "--topology", "f.json", "-o", "p", "--processes", "2", "--json"],
+        ["place", "t/", "--ranks", "4", "--topology=f.json", "-op", "--processes=1"],
+        ["place", "--output=p", "--ranks", "4", "--topology", "f.json", "t"],
+    ],
+)
+def test_the_recorded_command_line_names_no_file(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["semmoe", *words])
+    assert command_line(Path("p"), Path("f.json"), "t") == "semmoe place --ranks 4 --topology"
