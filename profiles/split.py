@@ -33,7 +33,8 @@ def holdout_requests(requests: pa.Table, *, holdout: float, holdout_domains: lis
         held_out_B[chosen] = True
     if held_out_B.all() or not held_out_B.any():
         raise InputError(
-            f"{num_requests} requests cannot be split: {int(held_out_B.sum())} held out, the rest to learn from"
+            f"{num_requests} request{'s' * (num_requests != 1)} cannot be split: {int(held_out_B.sum())} held out, "
+            "the rest to learn from"
         )
     return held_out_B
 

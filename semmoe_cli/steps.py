@@ -1,12 +1,15 @@
-"""Named steps of a long command: a bar with the time left on a terminal, nothing elsewhere. On stderr.
+"""Named steps of a long command: a bar with the time left on a terminal, a plain line now and then elsewhere. On stderr.
 
 rich is imported inside.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+
+LINE_SECONDS = 10.0
 
 Step = Callable[[int, int], None]  # steps done, steps in all
 Stage = Callable[[str, int, int], None]  # name of a stage, steps done in it, its steps in all
@@ -23,7 +26,7 @@ def steps(name: str) -> Iterator[Step]:
 def stages() -> Iterator[Stage]:
     """The same for stages one after another, each with a bar of its own."""
     if not sys.stderr.isatty():
-        yield lambda name, done, total: None
+        yield _lines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,3 +43,16 @@ def stages() -> Iterator[Stage]:
             bar.update(task, completed=done, total=total)
 
         yield show
+
+
+def _lines() -> Stage:
+    """A line at most every LINE_SECONDS: short work prints none."""
+    last = time.monotonic()
+
+    def show(name: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
+            print(f"semmoe: {name} {done} of {total}", file=sys.stderr, flush=True)
+
+    return show

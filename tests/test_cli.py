@@ -22,6 +22,7 @@ from semmoe_cli.commands_reshard import progress_lines
 from semmoe_cli.main import app, main
 from semmoe_cli.options import Dispatch, Effort, Method, Objective, command_line
 from semmoe_cli.reference import render_reference
+from semmoe_cli.steps import stages
 from solvers.assign import WINDOW
 from solvers.coschedule import OBJECTIVES
 from solvers.evaluate import DISPATCH_KINDS, METRICS
@@ -254,3 +255,16 @@ def test_place_computes_on_one_thread_whatever_the_machine(tmp_path):
 def test_the_recorded_command_line_names_no_file(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["semmoe", *words])
     assert command_line(Path("p"), Path("f.json"), "t") == "semmoe place --ranks 4 --topology"
+
+
+def test_steps_off_a_terminal_are_a_line_now_and_then(capsys, monkeypatch):
+    now = iter([0.0, 3.0, 12.0, 12.0, 15.0, 25.0, 25.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    with stages() as show:
+        for done in (1, 2, 3):
+            show("placing layers", done, 4)
+        show("fitting schedules: layers", 1, 4)
+    printed = capsys.readouterr()
+    assert (
+        printed.err == "semmoe: placing layers 2 of 4\nsemmoe: fitting schedules: layers 1 of 4\n" and not printed.out
+    )
