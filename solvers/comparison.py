@@ -102,7 +102,7 @@ def _scored_rows(
     for number, (name, plan) in enumerate(plans.items()):
         progress(number, len(plans) + 1)
         report = score_placements(
-            {"plan": plan.placement, **baselines(plan.load_LE, plan.topology)},
+            {"plan": plan.placement, **baselines(plan.load_LE, plan.topology, plan.model.n_group)},
             [trace],
             [unseen_B],
             plan.topology,

@@ -88,7 +88,7 @@ def import_plan(
     profile = profile_traces(traces, seed=setting.seed)
     everything = [np.ones(trace.num_requests, bool) for trace in traces]
     scores = score_placements(
-        {"plan": placement, **baselines(profile.load_LE, topology)},
+        {"plan": placement, **baselines(profile.load_LE, topology, profile.info.n_group)},
         traces,
         everything,
         topology,

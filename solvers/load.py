@@ -12,6 +12,7 @@ node.
 import numpy as np
 
 from profiles.errors import InputError
+from solvers.placement import Placement, Topology
 
 
 def place_load(load_LE: np.ndarray, num_ranks: int) -> np.ndarray:
@@ -25,6 +26,18 @@ def place_load(load_LE: np.ndarray, num_ranks: int) -> np.ndarray:
     if num_ranks < 1 or num_experts % num_ranks:
         raise InputError(f"{num_experts} experts do not divide over {num_ranks} ranks")
     return np.stack([pack(load_E, num_ranks)[0] for load_E in load_LE]).astype(np.int32)
+
+
+def place_load_on_nodes(load_LE: np.ndarray, topology: Topology, num_groups: int) -> np.ndarray:
+    """Rank of every expert, int [L, E]: as `place_load`, on several nodes with the routing groups packed onto nodes first,
+    where they divide over them.
+    """
+    num_ranks, num_experts = topology.num_ranks, load_LE.shape[1]
+    if topology.num_nodes == 1:
+        return place_load(load_LE, num_ranks)
+    options = {"num_groups": num_groups, "num_nodes": topology.num_nodes, "num_ranks": num_ranks}
+    experts_LRS = place_load_replicated(load_LE, num_experts, **options)
+    return Placement(experts_LRS, num_experts).rank_of_LE
 
 
 def place_load_replicated(

@@ -33,7 +33,7 @@ from solvers.evaluate import (
     score,
     uniform_scores,
 )
-from solvers.load import place_load
+from solvers.load import place_load_on_nodes
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
 from solvers.schedule import Schedule, fit_schedule
@@ -93,7 +93,7 @@ def make_plan(
     info = profile.info
     max_tokens = SCORED_IDS // (info.num_layers * info.top_k)
     scores = score_batch(
-        {"plan": placement, **baselines(profile.load_LE, topology)},
+        {"plan": placement, **baselines(profile.load_LE, topology, profile.info.n_group)},
         bounded_requests(rest.sample, max_tokens=max_tokens, seed=setting.seed),
         info,
         topology,
@@ -191,7 +191,7 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[di
         ]
     notes = [f"{num_seen} requests of {trace.path} were used to fit the plan and are left out"] if num_seen else []
     scores = score_placements(
-        {"plan": plan.placement, **baselines(plan.load_LE, plan.topology)},
+        {"plan": plan.placement, **baselines(plan.load_LE, plan.topology, plan.model.n_group)},
         [trace],
         [unseen_B],
         plan.topology,
@@ -243,14 +243,16 @@ def certificate_of(
     return {"gap": float(np.mean([entry["gap"] for entry in layers])), "layers": layers}
 
 
-def baselines(load_LE: np.ndarray, topology: Topology) -> dict[str, Placement]:
-    """What engines do without us: contiguous experts, and packing by load (`load_LE` of the fitted requests)."""
+def baselines(load_LE: np.ndarray, topology: Topology, num_groups: int = 1) -> dict[str, Placement]:
+    """What engines do without us: contiguous experts, and packing by load (`load_LE` of the fitted requests), which packs
+    the model's routing groups onto nodes first.
+    """
     num_layers, num_experts = load_LE.shape
     return {
         "contiguous": Placement.from_ranks(
             place_contiguous(num_layers, num_experts, topology.num_ranks), topology.num_ranks
         ),
-        "load": Placement.from_ranks(place_load(load_LE, topology.num_ranks), topology.num_ranks),
+        "load": Placement.from_ranks(place_load_on_nodes(load_LE, topology, num_groups), topology.num_ranks),
     }
 
 

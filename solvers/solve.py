@@ -15,7 +15,7 @@ from solvers.contiguous import place_contiguous
 from solvers.coschedule import place_semmoe
 from solvers.equalize import is_within_cap, rank_load_R
 from solvers.exact import place_exact
-from solvers.load import place_load, place_load_replicated
+from solvers.load import place_load_on_nodes, place_load_replicated
 from solvers.metis import place_metis
 from solvers.paper import place_paper
 from solvers.placement import Placement, Topology
@@ -47,18 +47,7 @@ def _contiguous(profile: RoutingProfile, topology: Topology, demands: Demands, p
 
 
 def _load(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
-    if topology.num_nodes == 1:
-        return place_load(profile.load_LE, topology.num_ranks)
-    # As EPLB does: routing groups to nodes first, where they divide over them.
-    info = profile.info
-    experts_LRS = place_load_replicated(
-        profile.load_LE,
-        info.num_experts,
-        num_groups=info.n_group,
-        num_nodes=topology.num_nodes,
-        num_ranks=topology.num_ranks,
-    )
-    return Placement(experts_LRS, info.num_experts).rank_of_LE
+    return place_load_on_nodes(profile.load_LE, topology, profile.info.n_group)
 
 
 def _metis(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:

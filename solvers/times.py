@@ -83,7 +83,7 @@ def rows_between_ranks(plan: Plan, trace: RoutingTrace, scored: Scored, report: 
         )
     setting = Setting(**report["setting"]) if "setting" in report else Setting()
     batch = scored_batch(trace, scored.score_B, seed=setting.seed)
-    placements = {"plan": scored.placement, **baselines(scored.load_LE, topology)}
+    placements = {"plan": scored.placement, **baselines(scored.load_LE, topology, plan.model.n_group)}
     found = {}
     for row in report["rows"]:
         name, schedule, homes = row["placement"], row["schedule"], None

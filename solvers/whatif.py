@@ -53,7 +53,10 @@ def what_if(
             rank_of_LE = place_metis(
                 profile.co_activation_LEE, profile.load_LE, num_ranks, load_cap=LOAD_CAP, seed=seed, num_seeds=NUM_SEEDS
             )
-        placements = {"metis": Placement.from_ranks(rank_of_LE, num_ranks), **baselines(profile.load_LE, topology)}
+        placements = {
+            "metis": Placement.from_ranks(rank_of_LE, num_ranks),
+            **baselines(profile.load_LE, topology, profile.info.n_group),
+        }
         for name, placement in placements.items():
             sums = placement_sums(placement, profile.load_LE, batch, trace, topology, dispatch=dispatch)
             scores = score(sums, topology, dispatch=dispatch, seed=seed)

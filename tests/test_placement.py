@@ -1,6 +1,7 @@
 """Methods find planted groups, keep exact counts and the load cap; their pieces equal brute force."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from solvers.equalize import (
 )
 from solvers.load import place_load
 from solvers.placement import Placement, Topology
+from solvers.planning import baselines
 from solvers.replicas import served_load_R, serving_LRE
 from solvers.solve import METHODS, Demands, load_notes, solve_placement
 from solvers.spectral import balanced_k_means
@@ -275,3 +277,15 @@ def test_views_of_a_placement():
     assert replicated.num_replicas == 1 and replicated.hosts_LER[0].tolist() == [[1, 1], [1, 0], [1, 1], [0, 1]]
     with pytest.raises(InputError, match="has no single rank"):
         _ = replicated.rank_of_LE
+
+
+def test_the_load_row_of_a_report_is_what_the_load_method_places():
+    profile = profile_of(random_rows(np.random.default_rng(0), 16, 200, skew=2), 16, layers=2)
+    grouped = replace(profile, info=replace(profile.info, n_group=4, topk_group=2))
+    topology = Topology(4, 2)
+    placement, _ = solve_placement(grouped, topology, Demands(load_cap=9), method="load")
+    row = baselines(grouped.load_LE, topology, 4)["load"]
+    assert row.experts_LRS.tolist() == placement.experts_LRS.tolist()
+    node_of_LE = row.rank_of_LE // 2
+    assert (node_of_LE.reshape(2, 4, 4) == node_of_LE.reshape(2, 4, 4)[:, :, :1]).all()  # groups stay on a node
+    assert row.experts_LRS.tolist() != baselines(grouped.load_LE, topology)["load"].experts_LRS.tolist()
