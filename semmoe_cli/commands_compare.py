@@ -40,7 +40,7 @@ def compare(
     from solvers.compare import expert_bytes as bytes_of_expert
     from solvers.comparison import compare_plans
     from solvers.plan import Plan
-    from solvers.planning import Setting
+    from solvers.scoring import Setting
 
     *plan_paths, trace = paths
     if len(plan_paths) < 2:

@@ -91,7 +91,8 @@ def place(
     from semmoe_cli.steps import stages
     from solvers.placement import Topology
     from solvers.plan import check_plan_target
-    from solvers.planning import Setting, make_plan
+    from solvers.planning import make_plan
+    from solvers.scoring import Setting
     from solvers.solve import Demands
     from solvers.topology_file import read_topology
 

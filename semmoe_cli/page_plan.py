@@ -258,7 +258,7 @@ def _loads(about: "PlanReport") -> Section:
 
 
 def _domains(about: "PlanReport") -> Section | None:
-    domains = _details(about).domains
+    domains = [_before_and_after(domain) for domain in about.report.get("domains", [])]
     dispatch = about.report["dispatch"]
     metric = {"per-node": "node", "gather": "load_imbalance"}.get(dispatch, "rem")
     if len(domains) < 2 or not any(row["before"][metric] for row in domains):
@@ -273,4 +273,10 @@ def _domains(about: "PlanReport") -> Section | None:
         f"{label} of every domain, before and after",
         "Blue bar: 95% interval over the requests of the domain; few requests, wide bar.",
     )
-    return Section(title, [*_not_evidence(about), picture])
+    return Section(title, [picture])
+
+
+def _before_and_after(domain: dict[str, Any]) -> dict[str, Any]:
+    """A domain of the report, with its rows of random homes."""
+    rows = {row["placement"]: row for row in domain["rows"] if row["schedule"] == "random"}
+    return domain | {"before": rows["contiguous"], "after": rows["plan"]}

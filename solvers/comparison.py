@@ -15,8 +15,8 @@ from profiles.trace import RoutingTrace
 from solvers.compare import count_moves, paired_difference
 from solvers.details import placement_sums, scored_batch
 from solvers.plan import Plan
-from solvers.planning import Setting, baselines, score_placements
 from solvers.schedule import Schedule
+from solvers.scoring import Setting, baselines, score_placements
 
 COMPARE_FORMAT = "semmoe-compare"
 COMPARE_VERSION = 1

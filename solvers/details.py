@@ -1,6 +1,6 @@
-"""What a report shows beside its rows: matrices of one layer, traffic between ranks, load of each rank, and scores by domain.
+"""What a report shows beside its rows: matrices of one layer, traffic between ranks, and load of each rank.
 
-Shape letters: L MoE layers, E experts, R ranks, B requests, D domains.
+Shape letters: L MoE layers, E experts, R ranks, B requests.
 """
 
 from dataclasses import dataclass, fields
@@ -10,20 +10,17 @@ import numpy as np
 
 from profiles.checkpoint import input_embedding
 from profiles.counts import co_activation_EE, profile_traces, sample_requests
-from profiles.domains import domain_groups
 from profiles.split import holdout_requests, request_keys
 from profiles.trace import RoutingTrace, TraceBatch
-from solvers.evaluate import METRICS, TrafficSums, score, traffic_sums
+from solvers.evaluate import TrafficSums, score, traffic_sums
 from solvers.placement import Placement, Topology
 from solvers.plan import Plan
-from solvers.planning import SCORED_IDS, Setting, baselines
 from solvers.replicas import serving_LRE
 from solvers.schedule import Schedule, fit_schedule
+from solvers.scoring import SCORED_IDS, Setting, baselines
 from solvers.simulate import simulate
 from solvers.solve import METHODS, Demands, Progress, solve_placement
 from solvers.traffic import rank_rows_LRR
-
-DOMAIN_GROUPS = 32  # groups of requests that a domain's interval is drawn from
 
 
 class Scored(NamedTuple):
@@ -49,7 +46,6 @@ class Details:
     schedule: str  # where tokens live in rows_RR["after"]
     rows_RR: dict[str, np.ndarray]  # rows per token from rank to rank, mean over layers, by placement
     load_LR: dict[str, np.ndarray]  # load of each rank over the mean, by placement
-    domains: list[dict[str, Any]]
 
 
 def scored_requests(plan: Plan, trace: RoutingTrace, *, processes: int = 1, progress: Progress | None = None) -> Scored:
@@ -113,9 +109,8 @@ def placement_sums(
     topology: Topology,
     *,
     dispatch: str,
-    group_of_B: np.ndarray | None = None,
 ) -> TrafficSums:
-    """Traffic of a batch with tokens at random homes. `group_of_B`: group of each request of the batch."""
+    """Traffic of a batch with tokens at random homes."""
     return traffic_sums(
         [batch],
         trace.info,
@@ -123,7 +118,6 @@ def placement_sums(
         topology,
         dispatch=dispatch,
         num_requests=batch.num_requests,
-        group_of_B=group_of_B,
     )
 
 
@@ -134,24 +128,19 @@ def report_details(plan: Plan, trace: RoutingTrace, report: dict[str, Any], scor
     before = baselines(scored.load_LE, topology)["contiguous"]
     layer = _typical_layer(report)
     batch = scored_batch(trace, scored.score_B, seed=setting.seed)
-    names, domain_B = domain_groups(batch.domains)
-    group_of_B = _groups_of_domains(domain_B, len(names))
     schedule = best_schedule(report) if scored.schedule else "random"
     homes_TL = None
     if schedule != "random" and scored.schedule is not None:
         sizes = {"batch_tokens": setting.batch_tokens, "window": setting.window, "seed": setting.seed}
         homes_TL = simulate(schedule, batch, scored.placement, scored.schedule, **sizes).homes_TL
-    rows_RR, load_LR, by_domain = {}, {}, {}
+    rows_RR, load_LR = {}, {}
     for name, placement in (("before", before), ("after", scored.placement)):
         serving = serving_LRE(placement.hosts_LER, scored.load_LE, topology)
         homes = None if name == "before" or homes_TL is None else (lambda _, homes_TL=homes_TL: homes_TL)
         rows_RR[name] = rank_rows_LRR([batch], trace.info, serving, dispatch=dispatch, homes=homes).mean(0)
-        sums = placement_sums(
-            placement, scored.load_LE, batch, trace, topology, dispatch=dispatch, group_of_B=group_of_B
-        )
+        sums = placement_sums(placement, scored.load_LE, batch, trace, topology, dispatch=dispatch)
         load = sums.load_GLR.sum(0)
         load_LR[name] = load / np.maximum(load.mean(1, keepdims=True), 1e-12)
-        by_domain[name] = sums
     return Details(
         scored=scored,
         layer=layer,
@@ -160,7 +149,6 @@ def report_details(plan: Plan, trace: RoutingTrace, report: dict[str, Any], scor
         schedule=schedule,
         rows_RR=rows_RR,
         load_LR=load_LR,
-        domains=_domain_rows(names, domain_B, by_domain, topology, dispatch, setting.seed),
     )
 
 
@@ -179,34 +167,3 @@ def _typical_layer(report: dict[str, Any]) -> int:
 
     saving = [rem(layer, "contiguous") - rem(layer, "plan") for layer in report["layers"]]
     return int(np.argsort(saving, kind="stable")[len(saving) // 2])
-
-
-def _groups_of_domains(domain_B: np.ndarray, num_domains: int) -> np.ndarray:
-    """Group of each request, int64 [B]: DOMAIN_GROUPS consecutive groups for every domain, filled in turn."""
-    group_B = np.zeros(len(domain_B), np.int64)
-    for domain in range(num_domains):
-        members = np.flatnonzero(domain_B == domain)
-        group_B[members] = domain * DOMAIN_GROUPS + np.arange(len(members)) % DOMAIN_GROUPS
-    return group_B
-
-
-def _domain_rows(
-    names: list[str],
-    domain_B: np.ndarray,
-    sums: dict[str, TrafficSums],
-    topology: Topology,
-    dispatch: str,
-    seed: int,
-) -> list[dict[str, Any]]:
-    rows = []
-    for index, name in enumerate(names):
-        row: dict[str, Any] = {"domain": name, "requests": int((domain_B == index).sum())}
-        for which, all_sums in sums.items():
-            span = slice(index * DOMAIN_GROUPS, index * DOMAIN_GROUPS + min(row["requests"], DOMAIN_GROUPS))
-            part = TrafficSums(*(getattr(all_sums, f.name)[span] for f in fields(all_sums)))
-            scores = score(part, topology, dispatch=dispatch, seed=seed)
-            row["tokens"] = int(part.tokens_G.sum())
-            row[which] = {**scores.means, "ci": {m: list(scores.intervals[m]) for m in METRICS}}
-        if row["tokens"]:
-            rows.append(row)
-    return rows

@@ -53,10 +53,32 @@ class TrafficSums:
         shapes = [(num_groups,)] + [per_layer] * 4 + [per_layer + ranks] * 2 + [per_layer + targets] * 2
         return cls(*(np.zeros(shape) for shape in shapes))
 
+    def of_groups(self, chosen_G: np.ndarray) -> "TrafficSums":
+        """The sums of some groups (bool [G])."""
+        return TrafficSums(*(getattr(self, f.name)[chosen_G] for f in fields(self)))
+
     def resampled(self, weights_XG: np.ndarray) -> "TrafficSums":
         """Weighted sums over the groups: leading axis X instead of G."""
         arrays = [getattr(self, f.name) for f in fields(self)]
         return TrafficSums(*((weights_XG @ a.reshape(len(a), -1)).reshape(-1, *a.shape[1:]) for a in arrays))
+
+
+def resampling_groups(domain_of_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Group of every request (int64 [B]), and the domain of every group (int64 [G]): each group is of one domain.
+
+    `domain_of_B`: number of each request's domain, from 0. A request is a group of its own up to MAX_GROUPS requests; of more, each domain
+    gets its share of the groups.
+    """
+    num_requests = len(domain_of_B)
+    if num_requests <= MAX_GROUPS:
+        return np.arange(num_requests), domain_of_B
+    group_of_B, domain_of_G = np.zeros(num_requests, np.int64), np.zeros(0, np.int64)
+    for domain in np.unique(domain_of_B):
+        members = np.flatnonzero(domain_of_B == domain)
+        num_groups = max(1, len(members) * MAX_GROUPS // num_requests)
+        group_of_B[members] = len(domain_of_G) + np.arange(len(members)) % num_groups
+        domain_of_G = np.append(domain_of_G, np.full(num_groups, domain))
+    return group_of_B, domain_of_G
 
 
 def traffic_sums(
@@ -280,6 +302,28 @@ def report_rows(scores: dict[tuple[str, str], Scores]) -> list[dict[str, Any]]:
         }
         for (placement, schedule), s in scores.items()
     ]
+
+
+def report_domains(
+    sums: dict[tuple[str, str], TrafficSums],
+    names: list[str],
+    requests_D: np.ndarray,
+    domain_of_G: np.ndarray,
+    topology: Topology,
+    *,
+    dispatch: str,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The rows of each domain that has tokens, with its numbers of requests and tokens. `names`, `requests_D`: of the domains."""
+    found = []
+    for domain, name in enumerate(names):
+        parts = {key: whole.of_groups(domain_of_G == domain) for key, whole in sums.items()}
+        tokens = int(next(iter(parts.values())).tokens_G.sum())
+        if tokens:
+            scores = {key: score(part, topology, dispatch=dispatch, seed=seed) for key, part in parts.items()}
+            about = {"domain": name, "requests": int(requests_D[domain]), "tokens": tokens}
+            found.append(about | {"rows": report_rows(scores)})
+    return found
 
 
 def report_layers(scores: dict[tuple[str, str], Scores], info: TraceInfo) -> list[dict[str, Any]]:

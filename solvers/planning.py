@@ -7,7 +7,7 @@ Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,47 +15,23 @@ import numpy as np
 import pyarrow as pa
 
 from profiles.checkpoint import input_embedding
-from profiles.counts import RoutingProfile, bounded_requests, profile_split, sample_requests, token_expert_UE
+from profiles.counts import RoutingProfile, bounded_requests, profile_split, token_expert_UE
 from profiles.errors import InputError
 from profiles.split import holdout_requests, request_keys
-from profiles.trace import RoutingTrace, TraceBatch, TraceInfo
-from solvers.assign import TOKEN_CAP, WINDOW
+from profiles.trace import RoutingTrace
+from solvers.assign import TOKEN_CAP
 from solvers.certificate import certify as certify_layer
 from solvers.certificate import local_activation_bound, remote_rank_bound
-from solvers.contiguous import place_contiguous
 from solvers.equalize import load_limit, rank_load_R
-from solvers.evaluate import (
-    DISPATCH_KINDS,
-    Scores,
-    TrafficSums,
-    report_layers,
-    report_rows,
-    score,
-    uniform_scores,
-)
-from solvers.load import place_load_on_nodes
+from solvers.evaluate import DISPATCH_KINDS
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
 from solvers.schedule import Schedule, fit_schedule
-from solvers.simulate import available_schedules
+from solvers.scoring import SCORED_IDS, Setting, baselines, score_batch, score_placements
 from solvers.solve import Demands, Progress, check_demands, solve_placement
-from solvers.traffic_rows import Order, summed_rows
-from solvers.verdict import saving, verdict
 
-REPORT_FORMAT = "semmoe-report"
-REPORT_VERSION = 1
 Stages = Callable[[str, int, int], None]  # name of a stage, steps done in it, its steps in all
 NO_BOUND = "--certify bounds placements without replicas: leave --replicas out"
-SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of their order."""
-
-    batch_tokens: int = 512
-    window: int = WINDOW
-    seed: int = 0
 
 
 def make_plan(
@@ -241,139 +217,6 @@ def certificate_of(
         if progress is not None:
             progress(len(layers), info.num_layers)
     return {"gap": float(np.mean([entry["gap"] for entry in layers])), "layers": layers}
-
-
-def baselines(load_LE: np.ndarray, topology: Topology, num_groups: int = 1) -> dict[str, Placement]:
-    """What engines do without us: contiguous experts, and packing by load (`load_LE` of the fitted requests), which packs
-    the model's routing groups onto nodes first.
-    """
-    num_layers, num_experts = load_LE.shape
-    return {
-        "contiguous": Placement.from_ranks(
-            place_contiguous(num_layers, num_experts, topology.num_ranks), topology.num_ranks
-        ),
-        "load": Placement.from_ranks(place_load_on_nodes(load_LE, topology, num_groups), topology.num_ranks),
-    }
-
-
-def score_placements(
-    placements: dict[str, Placement],
-    traces: list[RoutingTrace],
-    keep: list[np.ndarray],
-    topology: Topology,
-    *,
-    load_LE: np.ndarray,
-    dispatch: str,
-    schedule: Schedule | None,
-    setting: Setting,
-) -> dict[str, Any]:
-    """The report object (docs/formats.md): rows and layers of every placement on the requests of `keep` (bool [B] per trace).
-
-    Every placement is scored with tokens at random homes; the one named "plan" also under what its `schedule` allows. Of very large
-    traces, a random sample of the requests is scored. `load_LE`: activations of the fitted requests, for the choice of replicas.
-    """
-    info = traces[0].info
-    max_tokens = SCORED_IDS // (info.num_layers * info.top_k)
-    batch = sample_requests(traces, keep, max_tokens=max_tokens, seed=setting.seed)
-    if batch.num_tokens == 0:
-        raise InputError(f"{traces[0].path} holds no request to score on")
-    return score_batch(
-        placements, batch, info, topology, load_LE=load_LE, dispatch=dispatch, schedule=schedule, setting=setting
-    )
-
-
-def score_batch(
-    placements: dict[str, Placement],
-    batch: TraceBatch,
-    info: TraceInfo,
-    topology: Topology,
-    *,
-    load_LE: np.ndarray,
-    dispatch: str,
-    schedule: Schedule | None,
-    setting: Setting,
-    processes: int = 1,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """`score_placements` on the requests of one batch; independent of `processes`. Raises InputError for a batch of none."""
-    if batch.num_tokens == 0:
-        raise InputError("no request is left to score on")
-    # Random homes are summed exactly; they are no schedule to simulate.
-    rows = [(name, "random") for name in placements]
-    rows += [("plan", name) for name in (available_schedules(schedule) if schedule else []) if name != "random"]
-    sums, token_imbalance = {}, {}
-    for row, found, imbalance in summed_rows(
-        rows,
-        placements,
-        batch,
-        info,
-        topology,
-        load_LE=load_LE,
-        dispatch=dispatch,
-        schedule=schedule,
-        order=Order(setting.batch_tokens, setting.window, setting.seed),
-        processes=processes,
-        progress=progress,
-    ):
-        sums[row] = found
-        if imbalance is not None:
-            token_imbalance[row] = imbalance
-    scores = {key: score(s, topology, dispatch=dispatch, seed=setting.seed) for key, s in sums.items()}
-    for key, value in token_imbalance.items():
-        scores[key].means["token_imbalance"] = value
-        scores[key].intervals["token_imbalance"] = (value, value)
-    return {
-        "format": REPORT_FORMAT,
-        "version": REPORT_VERSION,
-        "plan": "",
-        "trace": "",
-        "model": info.model,
-        "ranks": topology.num_ranks,
-        "nodes": topology.num_nodes,
-        "dispatch": dispatch,
-        "requests": batch.num_requests,
-        "tokens": batch.num_tokens,
-        "setting": asdict(setting),
-        "uniform": uniform_scores(info.num_experts, info.top_k, topology),
-        "verdict": _verdict(sums, scores, topology, dispatch, setting.seed),
-        "rows": report_rows(scores),
-        "layers": report_layers(scores, info),
-    }
-
-
-def _verdict(
-    sums: dict[tuple[str, str], TrafficSums],
-    scores: dict[tuple[str, str], Scores],
-    topology: Topology,
-    dispatch: str,
-    seed: int,
-) -> dict[str, Any]:
-    """Verdict on placement alone, against the better of the baselines, and on the best schedule that needs no oracle.
-
-    Where rows are per token and expert placement alone saves nothing, so there the schedule decides.
-    """
-
-    def cost(key: tuple[str, str]) -> float:
-        means = scores[key].means
-        return {"per-expert": -means["lar"], "per-node": means["node"]}.get(dispatch, means["rem"])
-
-    before = min(((name, "random") for name in ("contiguous", "load")), key=cost)
-    schedules = [s for p, s in sums if p == "plan" and s not in ("random", "tp-oracle", "dp-oracle", "dp-roundrobin")]
-    best = min(schedules, key=lambda s: cost(("plan", s)), default="random")
-
-    def judged(schedule: str) -> dict[str, Any]:
-        saved = saving(sums[before], sums["plan", schedule], topology, dispatch=dispatch, seed=seed)
-        found = verdict(saved, dispatch=dispatch, schedule=schedule) | {"against": before[0]}
-        loads = [scores[key].means["load_imbalance"] for key in (before, ("plan", schedule))]
-        if loads[1] / loads[0] - 1 > max(saved.share, 0) and dispatch != "gather":
-            found["level"] = "watch" if found["level"] == "good" else found["level"]
-            found["sentence"] += (
-                f" But the busiest rank's load rises from {loads[0]:.2f} to {loads[1]:.2f} of the mean."
-            )
-        return found
-
-    found = judged(best if dispatch == "per-expert" else "random")
-    return found | {"with_schedule": judged(best) if best != "random" else None}
 
 
 def split_requests(

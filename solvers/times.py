@@ -16,8 +16,8 @@ from solvers.cost import Network, layer_seconds
 from solvers.details import Scored, scored_batch
 from solvers.links import Links, communication_seconds_L, through_nodes
 from solvers.plan import Plan
-from solvers.planning import Setting, baselines
 from solvers.replicas import serving_LRE
+from solvers.scoring import Setting, baselines
 from solvers.simulate import simulate
 from solvers.traffic import rank_rows_LRR
 

@@ -42,6 +42,7 @@ class RowTask(NamedTuple):
     dispatch: str
     tables: dict[str, "np.ndarray | MappedView"]  # of the schedule
     order: Order
+    group_of_B: np.ndarray
 
 
 def summed_rows(
@@ -55,12 +56,14 @@ def summed_rows(
     dispatch: str,
     schedule: Schedule | None,
     order: Order,
+    group_of_B: np.ndarray,
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Row, TrafficSums, float | None]]:
     """Sums of each row in order, and the token imbalance of those with a schedule; independent of `processes`.
 
-    Schedule "random" is homes at random, exactly; of others (`solvers.simulate`), homes are simulated.
+    `group_of_B`: group of every request; the sums of groups are kept apart. Schedule "random" is homes at random, exactly; of others
+    (`solvers.simulate`), homes are simulated.
     """
     processes = max(1, min(processes, len(rows), batch.expert_ids_TLK.size // SMALL_TASK + 1))
     tables = {} if schedule is None else schedule.to_tables()
@@ -79,7 +82,8 @@ def summed_rows(
 
     def task(placement: str, name: str) -> RowTask:
         its_tables = {} if name == "random" else shared
-        return RowTask(name, batch, view, info, placements[placement], load_LE, topology, dispatch, its_tables, order)
+        about = (placements[placement], load_LE, topology, dispatch, its_tables, order, group_of_B)
+        return RowTask(name, batch, view, info, *about)
 
     def results(found: Iterator[tuple[TrafficSums, float | None]]) -> Iterator[tuple[Row, TrafficSums, float | None]]:
         for done, (row, (sums, imbalance)) in enumerate(zip(rows, found, strict=True), 1):
@@ -115,5 +119,6 @@ def row_sums(task: RowTask) -> tuple[TrafficSums, float | None]:
         dispatch=task.dispatch,
         num_requests=batch.num_requests,
         homes=None if homes_TL is None else (lambda _: homes_TL),
+        group_of_B=task.group_of_B,
     )
     return sums, imbalance

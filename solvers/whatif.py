@@ -14,8 +14,8 @@ from solvers.details import placement_sums, scored_batch
 from solvers.evaluate import score
 from solvers.metis import place_metis
 from solvers.placement import Placement, Topology
-from solvers.planning import baselines
 from solvers.quick import LOAD_CAP, NUM_SEEDS
+from solvers.scoring import baselines
 
 SHOWN = ("lar", "rem", "node", "link", "load_imbalance")
 

@@ -35,7 +35,8 @@ from solvers.export import (
 from solvers.import_map import exported_from, import_placement, import_plan
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
-from solvers.planning import Setting, make_plan
+from solvers.planning import make_plan
+from solvers.scoring import Setting
 from solvers.solve import Demands
 
 # (kind, format, ending) of everything that export can write.

@@ -24,8 +24,8 @@ from solvers.equalize import (
 )
 from solvers.load import place_load
 from solvers.placement import Placement, Topology
-from solvers.planning import baselines
 from solvers.replicas import served_load_R, serving_LRE
+from solvers.scoring import baselines
 from solvers.solve import METHODS, Demands, load_notes, solve_placement
 from solvers.spectral import balanced_k_means
 

@@ -10,9 +10,11 @@ from profiles.counts import profile_traces
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
+from solvers.evaluate import MAX_GROUPS, resampling_groups
 from solvers.placement import Placement, Topology
 from solvers.plan import Plan
-from solvers.planning import Setting, certificate_of, make_plan, score_plan, split_requests
+from solvers.planning import certificate_of, make_plan, score_plan, split_requests
+from solvers.scoring import Setting
 from solvers.solve import Demands
 
 SETTING = Setting(batch_tokens=128, window=8)
@@ -147,6 +149,30 @@ def test_saving_never_overwrites_something_else(trace, tmp_path):
     plan.save(tmp_path / "p")
     plan.save(tmp_path / "p")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "p"]
+
+
+def test_scores_by_domain_add_up(trace):
+    scores = plan_of(trace, method="metis", refit=False).scores
+    domains = scores["domains"]
+    assert len(domains) > 1 and {d["domain"] for d in domains} == set(trace.requests().column("domain").to_pylist())
+    assert sum(d["tokens"] for d in domains) == scores["tokens"]
+    assert sum(d["requests"] for d in domains) == scores["requests"]
+    for i, whole in enumerate(scores["rows"]):
+        rows = [d["rows"][i] for d in domains]
+        assert {(r["placement"], r["schedule"]) for r in rows} == {(whole["placement"], whole["schedule"])}
+        mean = np.average([r["rem"] for r in rows], weights=[d["tokens"] for d in domains])
+        assert mean == pytest.approx(whole["rem"])
+        assert all(r["ci"]["rem"][0] <= r["rem"] <= r["ci"]["rem"][1] for r in rows)
+
+
+def test_groups_of_many_requests_are_of_one_domain():
+    domain_of_B = np.random.default_rng(0).integers(0, 3, 2_000) * 2  # the domains 1 and 3 have no request
+    domain_of_B[5] = 5
+    group_of_B, domain_of_G = resampling_groups(domain_of_B)
+    np.testing.assert_array_equal(domain_of_G[group_of_B], domain_of_B)
+    assert len(domain_of_G) <= MAX_GROUPS + 1 and np.bincount(group_of_B).min() > 0
+    few = np.array([1, 0, 1])
+    assert [part.tolist() for part in resampling_groups(few)] == [[0, 1, 2], [1, 0, 1]]
 
 
 def test_schedules_and_the_certificate_are_in_the_scores(trace):
