@@ -6,11 +6,11 @@ the configuration classes of Transformers 5.23, and of older files that these cl
 leaves out has the default of its class, FAMILY_DEFAULTS; a key that is null does not.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from profiles.demo.paths import demo_model_path
+from profiles.document import parse_json
 from profiles.errors import InputError
 from profiles.hub import hub_in_reach, is_hub_id
 
@@ -77,7 +77,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     elif not file.exists():
         file = _hub_config(str(path))
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     except OSError as error:

@@ -1,11 +1,28 @@
-"""JSON documents with a format name and a version: one reader, one set of refusals."""
+"""JSON: values whatever text they are in, and documents with a format name and a version: one reader, one set of refusals."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from profiles.errors import InputError
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON text. Raises ValueError alone, also where it nests too deep or holds text that no file can take."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+    escape = r"\\ud[89a-f]"
+    if re.search(escape if isinstance(text, str) else escape.encode(), text, re.IGNORECASE):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"\\u{ord(half):x} is half of a character (a surrogate without the other)") from None
+    return value
 
 
 def read_document(
@@ -17,7 +34,7 @@ def read_document(
     """
     where = f"{folder.rstrip('/')}/{name}"
     try:
-        facts = json.loads(read())
+        facts = parse_json(read())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is not a {kind}: it holds no {name}{_instead(folder)}") from None
     except ValueError as error:  # of the encoding too

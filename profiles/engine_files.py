@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from profiles.document import parse_json
 from profiles.errors import InputError
 
 
@@ -95,7 +96,7 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         empty = False
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:  # also bytes that are not UTF-8
             raise InputError(f"{where}: not JSON: {error}") from None
         if isinstance(value, list):
@@ -142,7 +143,14 @@ def integer(where: str, record: dict[str, Any], *keys: str) -> int | None:
 def token_list(where: str, record: dict[str, Any], *keys: str) -> np.ndarray | None:
     """The first of `keys` that the record has: token ids, int32 [T]; None where it has none."""
     key = next((k for k in keys if record.get(k) is not None), None)
-    return None if key is None else integer_array(where, key, record[key], 1).astype(np.int32)
+    if key is None:
+        return None
+    ids_T = integer_array(where, key, record[key], 1)
+    limits = np.iinfo(np.int32)
+    if ids_T.size and (ids_T.min() < limits.min or ids_T.max() > limits.max):
+        bad = ids_T.max() if ids_T.max() > limits.max else ids_T.min()
+        raise InputError(f"{where}: {key} holds {bad}, expected token ids of 32 bits")
+    return ids_T.astype(np.int32)
 
 
 def integer_array(where: str, name: str, value: Any, ndim: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from profiles.engines_recorder import read_recorder
 from profiles.engines_responses import read_sglang, read_vllm
 from profiles.errors import InputError
 from profiles.layout import Layout, find_layout, find_rows, kept_runs, parse_layers, survey_requests
-from profiles.trace import TraceInfo
+from profiles.trace import RoutingTrace, TraceInfo
 from profiles.trace_writer import TraceWriter
 
 KINDS: dict[str, Reader] = {
@@ -82,6 +82,7 @@ def import_trace(
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max-tokens is {max_tokens}, expected at least 1")
     _refuse_existing(out, resume)
+    _refuse_pipes(files)
     facts = None if model_config is None else moe_facts(read_config(model_config))
     dense = None if dense_layers is None else parse_layers(dense_layers)
     reader, dropped, notes = KINDS[kind], Counter[str](), []
@@ -107,17 +108,25 @@ def import_trace(
     requests = reader(files, facts, dropped)
     try:
         with TraceWriter(out, info, resume=resume) as writer:
-            summary = _write(requests, writer, layout, dropped, notes, repetition, domain, max_tokens)  # pyright: ignore
+            _write(requests, writer, layout, dropped, notes, repetition, domain, max_tokens)  # pyright: ignore
     except InputError:
         _remove_if_empty(out)
         raise
-    return summary
+    written = RoutingTrace.open(out)
+    return ImportSummary(written.num_requests, written.num_tokens, layout.num_kept, dict(dropped), notes)
 
 
 def _refuse_existing(out: Path, resume: bool) -> None:
     """The writer refuses it too, but after the first pass over the files."""
     if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already: add to it with --resume, or choose another name")
+
+
+def _refuse_pipes(files: list[Path]) -> None:
+    """A file is read twice, to find what is in it and to write it; a pipe gives its lines once."""
+    for file in files:
+        if str(file) == "-" or (file.exists() and not file.is_file() and not file.is_dir()):
+            raise InputError(f"{file} is no file, and engine files are read twice: save it first (.gz may stay packed)")
 
 
 def _remove_if_empty(out: Path) -> None:
@@ -163,7 +172,7 @@ def _write(
     repetition: str,
     domain: str | None,
     max_tokens: int | None,
-) -> ImportSummary:
+) -> None:
     """Every request through the layout into the writer."""
     num_requests = num_tokens = num_loops = num_renamed = 0
     times: Counter[str] = Counter()
@@ -212,7 +221,6 @@ def _write(
         notes.append(f"{num_renamed} requests had an id that came before: they are named #2, #3, ...")
     if num_done:
         notes.append(f"{num_done} requests were in the trace already")
-    return ImportSummary(num_requests, num_tokens, layout.num_kept, dict(dropped), notes)
 
 
 def _import_loads(

@@ -8,7 +8,6 @@ JSON or .pt dictionary with "logical_count" (SGLang's --init-expert-location tak
 Shape letters: W windows, L layers, E experts.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from profiles.document import parse_json
 from profiles.engine_files import EngineLoad, input_lines, integer
 from profiles.engines_recorder import array_of, load_pt
 from profiles.errors import InputError
@@ -89,7 +89,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(b"".join(line for _, line in input_lines(path)))
+        return parse_json(b"".join(line for _, line in input_lines(path)))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
 

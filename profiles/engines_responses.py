@@ -30,6 +30,8 @@ from profiles.engine_files import (
 from profiles.errors import InputError
 
 PROMPT_IDS = ("prompt_token_ids", "prompt_ids", "input_ids")
+EXTENSIONS = ("sglext", "sgl_ext")  # where SGLang keeps the routing on its OpenAI routes
+NPY_MAGIC = b"\x93NUMPY"
 OUTPUT_IDS = ("output_ids", "output_token_ids", "token_ids")
 
 
@@ -63,7 +65,7 @@ def _sglang_parts(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _extension(choice: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     holders = (choice, record) if len(record["choices"]) == 1 else (choice,)
-    found = [h[key] for h in holders for key in ("sglext", "sgl_ext") if isinstance(h.get(key), dict)]
+    found = [h[key] for h in holders for key in EXTENSIONS if isinstance(h.get(key), dict)]
     return found[0] if found else {}
 
 
@@ -76,6 +78,8 @@ def _dictionaries(where: str, name: str, value: Any) -> list[dict[str, Any]]:
 def _raw_ids(where: str, part: dict[str, Any], shape: tuple[int, ...] | None) -> np.ndarray:
     """int32 [T, L, K] of base64 text over raw bytes."""
     data = base64_bytes(where, part["routed_experts"])
+    if data.startswith(NPY_MAGIC):
+        raise InputError(f"{where}: routed_experts is a .npy array, as vLLM writes it: --from vllm reads that")
     if len(data) % 4:
         raise InputError(f"{where}: routed_experts has {len(data)} bytes, expected int32 values of 4 bytes")
     values = np.frombuffer(data, "<i4")
@@ -101,6 +105,8 @@ def read_vllm(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[
             for index, part in enumerate([record] if name is None else _dictionaries(where, name, record[name])):
                 place = where if index == 0 else f"{where}, {name} {index}"
                 if part.get("routed_experts") is None:
+                    if any(isinstance(part.get(key), dict) for key in ("meta_info", *EXTENSIONS)):
+                        raise InputError(f"{place}: this is a response of SGLang: --from sglang reads that")
                     raise InputError(f"{place}: no routed_experts; the server needs --enable-return-routed-experts")
                 ids_TLK = _npy_ids(place, part["routed_experts"])
                 prompt = part.get("prompt_routed_experts", record.get("prompt_routed_experts"))

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from profiles.document import parse_json
 from profiles.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
@@ -164,7 +165,7 @@ def _json_lines(stream: Iterable[bytes], where: str) -> Iterator[tuple[int, dict
         if not (text := _decode(line, where, number).strip()):
             continue
         try:
-            value = json.loads(text)
+            value = parse_json(text)
         except ValueError as error:
             raise InputError(f"{where}, line {number}: not JSON ({error})") from None
         if not isinstance(value, dict):
@@ -176,12 +177,14 @@ def _json_document(stream: BinaryIO, where: str) -> Iterator[tuple[int, Any]]:
     """A list of objects, an object that holds one list, or lines of objects under the wrong suffix."""
     content = stream.read()
     try:
-        value = json.loads(content)
+        value = parse_json(content)
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 (byte 0x{content[error.start]:02x} at {error.start})") from None
-    except ValueError:
+    except json.JSONDecodeError:
         yield from _json_lines(io.BytesIO(content), where)
         return
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error})") from None
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         value = lists[0] if len(lists) == 1 and len(value) == 1 else [value]

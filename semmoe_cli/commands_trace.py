@@ -120,7 +120,26 @@ def trace(
     Example: semmoe trace Qwen/Qwen3-30B-A3B --data prompts.jsonl --generate 64 -o t
     """
     if from_ is not None:
-        _refuse_mixed("--from", _given(data=data, dataset=dataset, generate=generate, hash_layers=hash_layers))
+        _refuse_mixed(
+            "--from",
+            _given(
+                data=data,
+                dataset=dataset,
+                subset=subset,
+                split=split,
+                text_field=text_field,
+                messages_field=messages_field,
+                domain_field=domain_field,
+                generate=generate,
+                max_requests=max_requests,
+                max_length=max_length,
+                batch_tokens=batch_tokens,
+                record_weights=record_weights,
+                device_map=device_map,
+                revision=revision,
+                hash_layers=hash_layers,
+            ),
+        )
         result = _import(from_, sources, output, model, dense_layers, repetition, domain, max_tokens, resume)
         if json_:
             print_json(result)

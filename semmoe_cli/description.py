@@ -68,7 +68,7 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
         facts["co_activation_lift_per_layer"] = [round(float(v), 3) for v in structure.lift_L]
         facts["structure"] = structure.verdict
     else:
-        facts["structure"] = "cannot tell: too few requests, or a single expert per token"
+        facts["structure"] = "cannot tell: too few requests or tokens, or a single expert per token"
     return facts
 
 

@@ -3,7 +3,6 @@
 Heavy modules are imported inside.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,11 +117,12 @@ def _hidden_size(plan: "Plan", options: PlanReportOptions) -> tuple[int, str]:
     values = f"{options.dispatch_bytes:g} bytes a value out, 2 back"
     if options.hidden_size:
         return options.hidden_size, f"Hidden size {options.hidden_size}; {values}."
+    from profiles.config import read_config
     from profiles.demo.paths import demo_model_path
 
     where = (demo_model_path() if plan.model.model == "demo" else Path(plan.model.model)) / "config.json"
     if plan.model.model and where.is_file():
-        config = json.loads(where.read_text(encoding="utf-8"))
+        config = read_config(where)
         size = (config.get("text_config") or config).get("hidden_size")
         if isinstance(size, int):
             return size, f"Hidden size {size} of {plan.model.model}; {values}."

@@ -59,7 +59,7 @@ def _size(health: dict[str, Any]) -> Finding:
 def _structure(health: dict[str, Any]) -> Finding:
     structure = health["structure"]
     if structure is None:
-        return "watch", "Structure cannot be told: too few requests, or a single expert per token."
+        return "watch", "Structure cannot be told: too few requests or tokens, or a single expert per token."
     text = f"on held-out requests, experts of one group meet {structure['lift']:.2f} times as often as by chance"
     if structure["verdict"].startswith("structured"):
         return "good", f"There is structure to use: {text}."

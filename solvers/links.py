@@ -10,7 +10,6 @@ With one class that is latency + LINK x tokens / R x bytes / bandwidth (solvers/
 Shape letters: L MoE layers, R ranks.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from profiles.document import parse_json
 from profiles.errors import InputError
 from solvers.placement import Topology
 
@@ -136,7 +136,7 @@ def _numbers(option: str, text: str, unit: str, topology: Topology) -> list[floa
 def _links_of_file(path: Path, topology: Topology) -> Links:
     """{"intra": link, "inter": link} or one link; a link is {"gb_per_s": number or [R][R], "latency_us": the same, 0 by default}."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
         raise InputError(f"--topology-bandwidth {path} cannot be read: {reason}") from None

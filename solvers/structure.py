@@ -16,6 +16,7 @@ from profiles.trace import TraceBatch, TraceInfo
 from solvers.equalize import co_activation_within, equal_counts
 from solvers.spectral import spectral_starts
 
+LEAST_PAIRS = 100  # held-out pairs that chance puts into one group: fewer, and their noise passes for lift
 LEAST_LIFT = 1.1  # below this, groups save less than the noise between traces
 
 
@@ -28,7 +29,7 @@ class Structure(NamedTuple):
 
 
 def measure_structure(batch: TraceBatch, info: TraceInfo, *, seed: int) -> Structure | None:
-    """Structure of a trace's requests; None where there are too few to split, or too few experts to group."""
+    """Structure of a trace's requests; None where requests or tokens are too few to split, or experts too few to group."""
     num_groups = next((g for g in (8, 4, 2) if info.num_experts % g == 0 and info.num_experts > g), None)
     if num_groups is None or batch.num_requests < 4 or info.top_k < 2:
         return None
@@ -36,7 +37,8 @@ def measure_structure(batch: TraceBatch, info: TraceInfo, *, seed: int) -> Struc
     learn_B = np.zeros(batch.num_requests, bool)
     learn_B[rng.permutation(batch.num_requests)[: batch.num_requests // 2]] = True
     learn_T = np.repeat(learn_B, np.diff(batch.starts_B1))
-    if not 0 < learn_T.sum() < len(learn_T):
+    pairs_by_chance = (~learn_T).sum() * info.top_k * (info.top_k - 1) / 2 / num_groups
+    if not learn_T.any() or pairs_by_chance < LEAST_PAIRS:
         return None
     lift_L = np.array(
         [

@@ -6,12 +6,12 @@ another socket). GPUs are taken as ranks in their order.
 Shape letter: R ranks.
 """
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 
+from profiles.document import parse_json
 from profiles.errors import InputError
 from solvers.placement import Topology
 
@@ -38,7 +38,7 @@ def read_topology(path: str | Path, *, num_ranks: int, num_nodes: int = 1) -> To
 def _json_costs(text: str, path: str | Path) -> np.ndarray:
     """A list of R lists of R numbers, or an object with such a list under "cost"."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     rows = value.get("cost") if isinstance(value, dict) else value

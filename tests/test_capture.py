@@ -335,6 +335,10 @@ def test_bad_input_is_refused_in_one_line(model_folder, prompts, tmp_path):
     assert "line 2: not UTF-8 (byte 0xe9 at column 14)" in refused(
         model_folder, "--data", latin, "-o", tmp_path / "latin"
     )
+    torn = write_lines(tmp_path / "torn.jsonl", [{"text": "w1"}, {"text": "cut \ud83d"}])
+    assert r"line 2: not JSON (\ud83d is half" in refused(model_folder, "--data", torn, "-o", tmp_path / "torn")
+    (tmp_path / "torn.json").write_text('[{"text": "w1"},\n {"text": "cut \\ud83d"}]')
+    assert r"not JSON (\ud83d is" in refused(model_folder, "--data", tmp_path / "torn.json", "-o", out)
     assert "neither a file nor a directory" in refused(model_folder, "--data", tmp_path / "none.jsonl", "-o", out)
     assert "does not exist: expected a checkpoint directory" in refused(
         tmp_path / "nomodel", "--data", prompts, "-o", out

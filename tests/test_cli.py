@@ -208,6 +208,12 @@ def test_wrong_usage_is_exit_code_2(trace):
     assert semmoe("place", trace, "--ranks", 4, "-o", "p", "--method", "magic").returncode == 2
 
 
+@pytest.mark.parametrize("option", ["--max-requests", "--max-length", "--text-field", "--revision", "--batch-tokens"])
+def test_options_of_a_model_do_not_go_with_an_import(tmp_path, option):
+    result = semmoe("trace", "--from", "sglang", tmp_path / "none.jsonl", option, 2, "-o", tmp_path / "t")
+    assert result.returncode == 2 and f"{option} does not go with --from" in result.stderr
+
+
 def test_a_closed_pipe_is_quiet(trace):
     code = f"{sys.executable} -m semmoe_cli show {trace} | true"
     assert "Traceback" not in subprocess.run(["bash", "-c", code], capture_output=True, text=True).stderr

@@ -125,6 +125,26 @@ def test_cut_gzip_names_the_line(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_deep_json_and_pipes_are_one_line(tmp_path):
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="deep.jsonl, line 1: not JSON: it nests too deep"):
+        import_trace("sglang", [deep], tmp_path / "out")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is no file, and engine files are read twice"):
+        import_trace("sglang", [tmp_path / "pipe"], tmp_path / "out")
+
+
+def test_an_import_that_goes_on_tells_what_the_whole_trace_holds(tmp_path):
+    files = [
+        write_lines(tmp_path / name, [sglang_record(routing(40, seed=s), name=name)])
+        for s, name in enumerate(("first", "second"))
+    ]
+    import_trace("sglang", files[:1], tmp_path / "out")
+    summary = import_trace("sglang", files[1:], tmp_path / "out", resume=True)
+    assert (summary.requests, summary.tokens) == (2, 80)
+
+
 def changed(record: dict, path: str, value) -> dict:
     """A copy of a record with the value at a dotted path replaced, or removed where it is Ellipsis."""
     copy = json.loads(json.dumps(record))
@@ -156,7 +176,11 @@ IDS = routing(10)
         ("sglang", "meta_info.routed_experts_start_len", -1, "routed_experts_start_len is -1"),
         ("sglang", "meta_info.routed_experts_start_len", "0", 'routed_experts_start_len is "0"'),
         ("sglang", "prompt_token_ids", ["a"], "prompt_token_ids has type"),
+        ("sglang", "prompt_token_ids", [1, 2**40, 3], "prompt_token_ids holds 1099511627776, expected"),
+        ("sglang", "meta_info.routed_experts", npy64(IDS), "--from vllm reads that"),
+        ("sglang", "domain", "cut \ud83d", r"not JSON: \\ud83d is half of a character"),
         ("sglang", "meta_info.routed_experts", raw64(np.where(IDS == 9, -7, IDS)), r"row \d+, layer \d: expert id -7"),
+        ("vllm", "choices", [{"sglext": {"routed_experts": raw64(IDS)}}], "a response of SGLang: --from sglang"),
         ("vllm", "choices", [], "choices is not a list of objects"),
         ("vllm", "choices.0.routed_experts", ..., "no routed_experts; the server needs"),
         ("vllm", "choices.0.routed_experts", "AAAA", "routed_experts is not a .npy array"),

@@ -1,5 +1,7 @@
 """The structure check tells planted groups from noise."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from profiles.synthetic import write_synthetic
@@ -27,3 +29,14 @@ def test_too_little_to_tell(tmp_path):
     trace = RoutingTrace.open(tmp_path / "t")
     assert measure_structure(trace.load(), trace.info, seed=0) is None
     assert measure_structure(trace.load(np.zeros(3, bool)), trace.info, seed=0) is None
+
+
+def test_a_few_tokens_are_too_few(tmp_path):
+    """Ratios of a handful of pairs pass for structure, and a shuffle without any such pair for a lift without end."""
+    write_synthetic(tmp_path / "t", num_requests=60, noise=0.1)
+    trace = RoutingTrace.open(tmp_path / "t")
+    batch = trace.load()
+    first = np.arange(0, 5 * 8, 8)
+    few = replace(batch, starts_B1=first, request_ids=batch.request_ids[:4], domains=batch.domains[:4])
+    few = replace(few, expert_ids_TLK=batch.expert_ids_TLK[:32])
+    assert measure_structure(few, trace.info, seed=0) is None
