@@ -8,6 +8,9 @@ from typing import Any
 
 from profiles.errors import InputError
 
+HALVES = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # escapes of characters in two halves
+HALVES_OF_BYTES = re.compile(HALVES.pattern.encode(), re.IGNORECASE)
+
 
 def parse_json(text: str | bytes) -> Any:
     """The value of JSON text. Raises ValueError alone, also where it nests too deep or holds text that no file can take."""
@@ -15,8 +18,7 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("it nests too deep") from None
-    escape = r"\\ud[89a-f]"
-    if re.search(escape if isinstance(text, str) else escape.encode(), text, re.IGNORECASE):
+    if (HALVES.search(text) if isinstance(text, str) else HALVES_OF_BYTES.search(text)) is not None:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

@@ -279,5 +279,6 @@ def _import_loads(
     )  # fmt: skip
     with TraceWriter(out, info, resume=resume) as writer:
         writer.add_counts(list(windows), load_WLE[:, rows.kept_L])
-    notes.append(f"{len(windows)} windows of loads; they hold no tokens, so placement goes by load only")
+    num_windows = len(RoutingTrace.open(out).load_counts()[0])
+    notes.append(f"{num_windows} windows of loads; they hold no tokens, so placement goes by load only")
     return ImportSummary(0, 0, len(rows.kept_L), dict(dropped), notes)

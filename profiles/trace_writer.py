@@ -175,7 +175,10 @@ class TraceWriter:
         self._rows, self._values = [], 0
 
     def add_counts(self, windows: list[str], load_WLE: np.ndarray) -> None:
-        """Store activations per expert for each window (a step, a pass, an iteration): integers [W, L, E]. Kind "counts" only."""
+        """Store activations per expert for each window (a step, a pass, an iteration): integers [W, L, E]. Kind "counts" only.
+
+        A trace that is continued keeps its windows; of the new ones those are added whose names it does not have.
+        """
         load = np.asarray(load_WLE)
         expected = (len(windows), self.info.num_layers, self.info.num_experts)
         if load.shape != expected:
@@ -183,11 +186,18 @@ class TraceWriter:
         if load.size and load.min() < 0:
             raise InputError(f"counts hold a negative value, {load.min()}")
         column = _list_array(list(load.astype(np.int64)), np.dtype(np.int64))
+        table = pa.table({"window": pa.array(windows, pa.string()), "load": column})
+        if (self.path / COUNTS_FILE).exists():
+            before = open_part(self.path / COUNTS_FILE).read()
+            known = set(before.column("window").to_pylist())
+            table = pa.concat_tables([before.cast(table.schema), table.filter([w not in known for w in windows])])
         temporary = self.path / f".{COUNTS_FILE}.tmp"
-        pq.write_table(
-            pa.table({"window": pa.array(windows, pa.string()), "load": column}), temporary, compression="zstd"
-        )
-        self._hashes[COUNTS_FILE] = hash_file(temporary)
+        try:
+            pq.write_table(table, temporary, compression="zstd")
+            self._hashes[COUNTS_FILE] = hash_file(temporary)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(f"cannot write {self.path / COUNTS_FILE}: {error.strerror or error}") from None
         temporary.replace(self.path / COUNTS_FILE)
 
     def close(self) -> None:

@@ -263,6 +263,11 @@ def test_counts_import_again_with_resume(samples, tmp_path):
     for _ in range(2):
         import_trace("eplb", samples["eplb npy"], tmp_path / "out", resume=True)
     assert len(RoutingTrace.open(tmp_path / "out").load_counts()[0]) == 1
+    before = RoutingTrace.open(tmp_path / "out").load_counts()[1]
+    summary = import_trace("eplb", samples["eplb pt"], tmp_path / "out", resume=True)
+    windows, load = RoutingTrace.open(tmp_path / "out").load_counts()
+    assert windows == ["load", "load:0", "load:1", "load:2"] and "4 windows" in summary.notes[-1]
+    np.testing.assert_array_equal(load[:1], before)
 
 
 @settings(max_examples=60, deadline=None)
