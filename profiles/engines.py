@@ -280,5 +280,5 @@ def _import_loads(
     with TraceWriter(out, info, resume=resume) as writer:
         writer.add_counts(list(windows), load_WLE[:, rows.kept_L])
     num_windows = len(RoutingTrace.open(out).load_counts()[0])
-    notes.append(f"{num_windows} windows of loads; they hold no tokens, so placement goes by load only")
+    notes.append(f"{num_windows} windows of loads; semmoe show describes them, semmoe place needs routing per token")
     return ImportSummary(0, 0, len(rows.kept_L), dict(dropped), notes)
