@@ -109,7 +109,7 @@ def _print(comparison: dict[str, Any]) -> None:
     )
     for moves in comparison["moves"]:
         if "why_not" in moves:
-            console.print(f"{moves['from']} to {moves['to']}: {moves['why_not']}")
+            console.print(f"{moves['from']} to {moves['to']}: {moves['why_not']}", markup=False)
 
 
 def _shown_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,6 +127,8 @@ def _shown_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 def _score_table(
     comparison: dict[str, Any], rows: list[dict[str, Any]], metrics: list[str], intervals: bool
 ) -> "Table":
+    from rich.markup import escape
+
     from semmoe_cli.report import COLUMNS, new_table, score_cell
 
     table = new_table()
@@ -138,11 +140,13 @@ def _score_table(
     for row in rows:
         plan = facts[row["placement"]]
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
-        table.add_row(row["placement"], plan["method"], str(plan["ranks"]), row["schedule"], *cells)
+        table.add_row(escape(row["placement"]), plan["method"], str(plan["ranks"]), row["schedule"], *cells)
     return table
 
 
 def _difference_table(comparison: dict[str, Any]) -> "Table":
+    from rich.markup import escape
+
     from semmoe_cli.report import COLUMNS, new_table
     from solvers.comparison import PAIRED
 
@@ -156,11 +160,13 @@ def _difference_table(comparison: dict[str, Any]) -> "Table":
             value, low, high = row[metric]
             sure = "better" if high < 0 else "worse" if low > 0 else "same"
             cells.append(f"{value:+.3f} \\[{low:+.3f}, {high:+.3f}] {sure}")
-        table.add_row(row["plan"], *cells)
+        table.add_row(escape(row["plan"]), *cells)
     return table
 
 
 def _move_table(comparison: dict[str, Any]) -> "Table":
+    from rich.markup import escape
+
     from semmoe_cli.report import new_table
 
     sized = bool(comparison["bytes_per_expert"])
@@ -177,5 +183,5 @@ def _move_table(comparison: dict[str, Any]) -> "Table":
             count = moves[f"experts{kind}"]
             size = f", {moves[f'bytes{kind}'] / 1e9:,.2f} GB" if sized else ""
             cells.append(f"{count:,} ({count / moves['slots']:.0%}{size})")
-        table.add_row(moves["from"], moves["to"], *cells)
+        table.add_row(escape(moves["from"]), escape(moves["to"]), *cells)
     return table

@@ -3,6 +3,7 @@
 Nothing heavy is imported here: `semmoe --help` must answer at once. Each command imports what it needs when it runs.
 """
 
+import io
 import sys
 from typing import Annotated
 
@@ -49,6 +50,8 @@ def _options(
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that stdout's encoding lacks end no command
     try:
         app()
     except InputError as error:

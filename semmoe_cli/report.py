@@ -32,8 +32,13 @@ def note(line: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, ensure_ascii=False))
+    """One JSON object on stdout; with escapes where stdout cannot write its text (another encoding, a path that is not UTF-8)."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
 
 
 def print_report(report: dict[str, Any], *, as_json: bool) -> None:
@@ -187,6 +192,8 @@ def print_health(health: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(health)
         return
+    from rich.markup import escape
+
     console = wide_console()
     colours = {"good": "green", "watch": "yellow", "bad": "red"}
     table = new_table()
@@ -194,7 +201,7 @@ def print_health(health: dict[str, Any], *, as_json: bool) -> None:
         table.add_column(heading, overflow="fold")
     for found in health["findings"]:
         level = found["level"]
-        table.add_row(found["topic"], f"[{colours[level]}]{level}[/]", found["text"])
+        table.add_row(found["topic"], f"[{colours[level]}]{level}[/]", escape(found["text"]))
     title = f"{health['model'] or 'model'}: {health['requests']:,} requests, {health['tokens']:,} tokens"
     print_fitting(
         console, [table], title=title, caption="good: nothing to do; watch: a limit to know; bad: act before placing"

@@ -214,6 +214,18 @@ def test_options_of_a_model_do_not_go_with_an_import(tmp_path, option):
     assert result.returncode == 2 and f"{option} does not go with --from" in result.stderr
 
 
+def test_names_with_brackets_and_letters_that_stdout_lacks_are_shown(trace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # short names are not folded
+    plans = ["p [bold] \u00fc", "q"]
+    for method, name in zip(("load", "contiguous"), plans, strict=True):
+        assert semmoe("place", trace, "--ranks", 4, "--method", method, "-o", name).returncode == 0
+    assert semmoe("compare", *plans, trace).stdout.count("p [bold] \u00fc") >= 2
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert "p [bold] \\xfc" in semmoe("compare", *plans, trace).stdout
+    told = json.loads(semmoe("compare", *plans, trace, "--json").stdout)
+    assert told["plans"][0]["plan"].endswith("p [bold] \u00fc")
+
+
 def test_a_closed_pipe_is_quiet(trace):
     code = f"{sys.executable} -m semmoe_cli show {trace} | true"
     assert "Traceback" not in subprocess.run(["bash", "-c", code], capture_output=True, text=True).stderr
