@@ -18,6 +18,8 @@ from semmoe_cli.options import (
     Seed,
     Window,
     command_line,
+    given,
+    refuse_mixed,
 )
 
 
@@ -86,6 +88,23 @@ def place(
     from solvers.workers import compute_on_one_thread
 
     compute_on_one_thread()  # before anything imports numpy
+    if import_ is not None:
+        refuse_mixed(
+            "--import",
+            given(
+                method=method is not Method.semmoe,
+                holdout=holdout != 0.2,
+                holdout_domain=bool(holdout_domain),
+                load_cap=load_cap != 1.05,
+                no_refit=not refit,
+                objective=objective is not Objective.both,
+                lar_weight=lar_weight,
+                replicas=replicas,
+                robust=robust,
+                expressible=expressible,
+                certify=certify,
+            ),
+        )
     from profiles.trace import RoutingTrace
     from semmoe_cli.report import note, print_report
     from semmoe_cli.steps import stages

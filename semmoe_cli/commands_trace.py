@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from profiles.errors import InputError
-from semmoe_cli.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField, command_line
+from semmoe_cli.options import (
+    Dataset,
+    Json,
+    MessagesField,
+    Seed,
+    Split,
+    Subset,
+    TextField,
+    command_line,
+    given,
+    refuse_mixed,
+)
 from semmoe_cli.report import note, print_json
 
 if TYPE_CHECKING:
@@ -120,9 +131,9 @@ def trace(
     Example: semmoe trace Qwen/Qwen3-30B-A3B --data prompts.jsonl --generate 64 -o t
     """
     if from_ is not None:
-        _refuse_mixed(
+        refuse_mixed(
             "--from",
-            _given(
+            given(
                 data=data,
                 dataset=dataset,
                 subset=subset,
@@ -144,22 +155,22 @@ def trace(
         if json_:
             print_json(result)
         return
-    _refuse_mixed(
+    refuse_mixed(
         "a model",
-        _given(model=model, dense_layers=dense_layers, domain=domain),
+        given(model=model, dense_layers=dense_layers, domain=domain),
     )
     if len(sources) > 1:
         raise typer.BadParameter(f"one MODEL expected, got {len(sources)}; files of an engine need --from KIND")
     _quiet_libraries()
     if hash_layers:
-        _refuse_mixed("--hash-layers", _given(data=data, dataset=dataset, generate=generate))
+        refuse_mixed("--hash-layers", given(data=data, dataset=dataset, generate=generate))
         result = _write_hash_layers(sources[0], output, revision)
         if json_:
             print_json(result)
         return
     if (data is None) == (dataset is None):
         raise typer.BadParameter("texts are needed: exactly one of --data SOURCE and --dataset NAME")
-    _refuse_mixed("--data", _given(subset=subset, split=split) if data is not None else [])
+    refuse_mixed("--data", given(subset=subset, split=split) if data is not None else [])
 
     from profiles.requests import RequestSource, open_requests
     from profiles.tracing import Generation, Limits, TraceProgress, trace_model
@@ -202,16 +213,6 @@ def trace(
             print_json({**result, "layers": info.num_layers, "experts": info.num_experts, "top_k": info.top_k})
     if progress.interrupted:
         raise typer.Exit(130)
-
-
-def _given(**options: Any) -> list[str]:
-    """The names of those options that have a value, as typed."""
-    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, False, 0)]
-
-
-def _refuse_mixed(what: str, options: list[str]) -> None:
-    if options:
-        raise typer.BadParameter(f"{options[0]} does not go with {what}")
 
 
 def _quiet_libraries() -> None:

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -94,3 +94,14 @@ def command_line(*path_values: Path | str) -> str:
         elif word not in hidden and word.rstrip("/") not in hidden:
             words.append(word)
     return shlex.join(["semmoe", *words])
+
+
+def given(**options: Any) -> list[str]:
+    """The names of those options that have a value other than none, False and 0, as typed."""
+    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, False, 0)]
+
+
+def refuse_mixed(what: str, options: list[str]) -> None:
+    """Raise BadParameter where there is an option that `what` would pass over."""
+    if options:
+        raise typer.BadParameter(f"{options[0]} does not go with {what}")

@@ -58,7 +58,12 @@ def import_placement(kind: str, file: Path, model: ModelFacts, topology: Topolog
         # Placement counts rows from 0; the file may number its layers otherwise.
         said = re.sub(r"^layer (\d+)", lambda m: f"layer {layer_of_M[int(m[1])]}", str(error))
         # EPLB often makes such maps (its issue 22): the second slot serves nobody who could not use the first.
-        why = ", which wastes the slot: a plan cannot hold that" if "twice" in said else ""
+        why = (
+            f" of {topology.num_ranks}, which wastes the slot: a plan cannot hold that; place afresh, or name the ranks that "
+            "the map was made for"
+            if "twice" in said
+            else ""
+        )
         raise InputError(f"{where}: {said}{why}") from None
     index = {layer: m for m, layer in enumerate(layer_of_M)}
     return Placement(experts_MRS[[index[layer] for layer in wanted_L]], model.num_experts)

@@ -214,6 +214,14 @@ def test_options_of_a_model_do_not_go_with_an_import(tmp_path, option):
     assert result.returncode == 2 and f"{option} does not go with --from" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [["--method", "metis"], ["--holdout", 0.5], ["--replicas", 1], ["--no-refit"], ["--holdout-domain", "a"]]
+)
+def test_options_of_placing_do_not_go_with_an_import(tmp_path, words):
+    result = semmoe("place", "t", "--ranks", 4, "--import", "eplb", "m.npy", *words, "-o", tmp_path / "p")
+    assert result.returncode == 2 and f"{words[0]} does not go with --import" in result.stderr
+
+
 def test_names_with_brackets_and_letters_that_stdout_lacks_are_shown(trace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # short names are not folded
     plans = ["p [bold] \u00fc", "q"]

@@ -302,7 +302,12 @@ BAD_VALUES = [
     ("sglang", "", lambda v: {"physical_to_logical_map": [[10**30] * 8] * 4}, "is object"),
     ("sglang", "", lambda v: {"physical_to_logical_map": [[]] * 4}, "expected integers"),
     ("sglang", "", lambda v: {"physical_to_logical_map": None}, "expected integers"),
-    ("sglang", "", lambda v: {"physical_to_logical_map": [[0] * 8] * 4}, "layer 0: expert 0 is twice on rank 0"),
+    (
+        "sglang",
+        "",
+        lambda v: {"physical_to_logical_map": [[0] * 8] * 4},
+        "layer 0: expert 0 is twice on rank 0 of 4, which",
+    ),
     ("sglang", "", lambda v: {"physical_to_logical_map": [list(range(4)) * 2] * 4}, "layer 0: expert 4 is on no rank"),
     ("sglang", "", lambda v: {"physical_to_logical_map": [list(range(1, 9))] * 4}, "names expert 8"),
     (
@@ -518,6 +523,10 @@ def test_mistakes_are_one_line(saved, tmp_path):
     assert "ends in .json" in failure(saved, "--to", "sglang", "-o", tmp_path / "map.txt")
     assert "does not exist" in failure(saved, "--to", "sglang", "-o", tmp_path / "no" / "map.json")
     assert "--format is for --to vllm" in failure(saved, "--to", "eplb", "--format", "pr49572", "-o", tmp_path / "m.pt")
+    layers = ["--num-hidden-layers", 5, "-o", tmp_path / "m.pt"]
+    assert "--num-hidden-layers is for --to sglang and trtllm" in failure(saved, "--to", "eplb", *layers)
+    mtp = ["--mtp-layers", 1, "-o", tmp_path / "m.json"]
+    assert "--mtp-layers is for --to trtllm" in failure(saved, "--to", "sglang", *mtp)
     assert "--format is ''" in failure(saved, "--to", "vllm", "-o", tmp_path / "m.json")
     assert "is not a plan" in failure(tmp_path / "nothing", "--to", "sglang", "-o", tmp_path / "m.json")
     assert run(saved, "--to", "tgi", "-o", tmp_path / "m.json").exit_code == 2
