@@ -1,5 +1,6 @@
 """`semmoe compare`: plans side by side on a trace, and what it takes to get from one to another."""
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,8 @@ def compare(
         raise InputError(f"a plan is named twice: {', '.join(plan_paths)}")
     if bool(hidden_size) != bool(expert_size):
         raise InputError("--hidden-size and --expert-size go together: an expert holds three matrices of that size")
+    if not isfinite(dtype_bytes):
+        raise typer.BadParameter("expected a number of bytes", param_hint="--dtype-bytes")
     if hidden_size and not expert_bytes:
         expert_bytes = bytes_of_expert(hidden_size, expert_size, dtype_bytes)
     if output is not None:

@@ -1,5 +1,6 @@
 """`semmoe report` and `semmoe show`: a plan on a trace, the health of a trace, and any trace or plan in a screen."""
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,6 +73,10 @@ def report(
         raise typer.BadParameter("needs --topology-bandwidth", param_hint="--latency")
     if len(paths) > 2:
         raise typer.BadParameter("a plan and a trace, or a trace alone", param_hint="[PLAN] TRACE")
+    if ranks and len(paths) == 2:
+        raise typer.BadParameter("a plan has its own ranks; others are asked for with --what-if", param_hint="--ranks")
+    if not isfinite(dispatch_bytes):
+        raise typer.BadParameter("expected a number of bytes", param_hint="--dispatch-bytes")
     if output is not None:
         from semmoe_cli.page import check_page_target
 

@@ -214,6 +214,12 @@ def test_options_of_a_model_do_not_go_with_an_import(tmp_path, option):
     assert result.returncode == 2 and f"{option} does not go with --from" in result.stderr
 
 
+def test_what_a_report_would_pass_over_or_print_as_infinity_is_refused():
+    assert semmoe("report", "p", "t", "--ranks", 8).returncode == 2
+    assert semmoe("report", "p", "t", "--hidden-size", 8, "--dispatch-bytes", "inf").returncode == 2
+    assert semmoe("compare", "p", "q", "t", "--dtype-bytes", "inf").returncode == 2
+
+
 @pytest.mark.parametrize(
     "words", [["--method", "metis"], ["--holdout", 0.5], ["--replicas", 1], ["--no-refit"], ["--holdout-domain", "a"]]
 )
