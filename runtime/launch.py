@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -40,19 +41,28 @@ def launch(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int)
     context = multiprocessing.get_context("spawn")
     port = free_port()
     processes, pipes = [], []
-    for rank in range(num_ranks):
-        receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_rank_main, args=(sending, work, arguments, rank, num_ranks, port), daemon=True
-        )
-        process.start()
-        sending.close()
-        processes.append(process)
-        pipes.append(receiving)
+    resource_tracker.ensure_running()  # which unblocks SIGINT when it starts
     try:
-        return _watch(processes, pipes)
-    finally:
-        _stop(processes)
+        for rank in range(num_ranks):
+            receiving, sending = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main, args=(sending, work, arguments, rank, num_ranks, port), daemon=True
+            )
+            # Ranks inherit the mask: Ctrl-C reaches this process alone, which ends them without a traceback from each.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            sending.close()
+            processes.append(process)
+            pipes.append(receiving)
+        result = _watch(processes, pipes)
+    except BaseException:
+        _stop(processes, ("terminate", "kill"))
+        raise
+    _stop(processes, ("join", "terminate", "kill"))
+    return result
 
 
 def _watch(processes: list[Any], pipes: list[Connection]) -> Any:
@@ -92,8 +102,9 @@ def _receive(pipe: Connection, process: Any, rank: int) -> tuple[str, Any]:
         return "crashed", f"rank {rank} ended without a result (exit code {code}): the run is over"
 
 
-def _stop(processes: list[Any]) -> None:
-    for stop in ("join", "terminate", "kill"):
+def _stop(processes: list[Any], ways: tuple[str, ...]) -> None:
+    """End the processes: `ways` in turn, each with some time to work."""
+    for stop in ways:
         for process in processes:
             if stop != "join" and process.is_alive():
                 getattr(process, stop)()
@@ -135,8 +146,6 @@ def _rank_main(
         message = ("refused", str(error))
     except ExchangeError as error:
         message = ("exchange", str(error))
-    except KeyboardInterrupt:
-        message = ("exchange", f"rank {rank} was interrupted")
     except BaseException as error:
         import traceback
 

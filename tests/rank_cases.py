@@ -271,3 +271,12 @@ def hang(rank: int, timeout_s: float) -> None:
 
     with open_group(timeout_s=timeout_s) as group:
         exchange_forever(group, lambda n: time.sleep(60) if n == 5 and group.rank == rank else None)
+
+
+def write_rank_and_wait(folder: str) -> None:
+    """Say that the rank is there, then do nothing for long."""
+    import os
+    import time
+
+    (Path(folder) / os.environ["RANK"]).touch()
+    time.sleep(60)

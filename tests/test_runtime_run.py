@@ -1,7 +1,9 @@
 """semmoe run from end to end on real ranks: the demo model, resharded checkpoints, refusals, and ranks that fail."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -165,6 +167,25 @@ def test_a_rank_that_dies_ends_the_run() -> None:
     with pytest.raises(InputError, match="rank 1 was killed by SIGKILL"):
         launch(rank_cases.kill_itself, (1,), 3)
     assert time.monotonic() - begun < 60  # most of it: starting processes
+
+
+def test_ctrl_c_ends_all_ranks_without_a_word_from_them(tmp_path: Path) -> None:
+    code = f"import rank_cases; from runtime.launch import launch; launch(rank_cases.write_rank_and_wait, ({str(tmp_path)!r},), 2)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
+    while len(list(tmp_path.iterdir())) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    begun = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the ranks too
+    _, complaints = process.communicate(timeout=30)
+    assert time.monotonic() - begun < 5
+    assert complaints.count("Traceback") == 1 and "KeyboardInterrupt" in complaints  # of this process alone
 
 
 def test_a_rank_that_hangs_is_named_with_the_layer() -> None:
