@@ -169,6 +169,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not found:
         raise InputError(f"{path} holds no safetensors file: other weight formats cannot be resharded")
     shards = tuple(read_shard(path / name) for name in found)
+    check_names(shards, path)
     if index:
         check_index(index["weight_map"], {shard.name: shard for shard in shards}, path)
     others, left_out = other_files(path)
@@ -187,23 +188,31 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
+def check_names(shards: tuple[Shard, ...], path: Path) -> None:
+    """Raise InputError where a tensor is in two files: which of them counts, nobody knows."""
+    found: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if found.setdefault(tensor.name, shard.name) != shard.name:
+                raise InputError(f"the tensor {tensor.name} is in {found[tensor.name]} and in {shard.name} of {path}")
+
+
 def check_index(weight_map: dict[str, str], shards: dict[str, Shard], path: Path) -> None:
-    """Raise InputError unless every tensor of the index lies in the file that the index names, and in no other."""
+    """Raise InputError unless every tensor of the index lies in the file that the index names."""
     names = {shard: {tensor.name for tensor in shards[shard].tensors} for shard in set(weight_map.values())}
     for key, shard in weight_map.items():
         if key not in names[shard]:
             raise InputError(f"{path / shard} lacks the tensor {key} that {INDEX_NAME} expects in it")
-    for shard, keys in names.items():
-        for key in keys:
-            if weight_map.get(key, shard) != shard:
-                raise InputError(f"the tensor {key} is in {shard} and in {weight_map[key]} of {path}")
 
 
 def other_files(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Relative paths of the files to carry over, and of weights in other formats or places that are not."""
+    """Relative paths of the files to carry over, and of what is not: weights in other formats or places, links to directories."""
     others, left_out = [], []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+        left_out += [
+            os.path.relpath(os.path.join(folder, f), path) for f in folders if os.path.islink(os.path.join(folder, f))
+        ]
         for name in sorted(names):
             relative = os.path.relpath(os.path.join(folder, name), path)
             weights = name.endswith(WEIGHT_SUFFIXES) or name.endswith((".safetensors.index.json", ".bin.index.json"))

@@ -324,7 +324,10 @@ def copy_others(source: Checkpoint, target: Path, *, skip: tuple[str, ...]) -> N
     for name in source.others:
         if name not in skip:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.path / name, target / name)
+            try:
+                shutil.copyfile(source.path / name, target / name)
+            except FileNotFoundError:
+                raise InputError(f"{source.path / name} is a link to nothing: the checkpoint is not complete") from None
 
 
 def relabel_configs(source: Checkpoint, orders: Orders, target: Path) -> None:

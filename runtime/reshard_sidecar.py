@@ -95,6 +95,12 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
         raise InputError(f"{where} is not a {FORMAT} file of version {VERSION}")
     if facts.get("layout") not in LAYOUTS or not isinstance(facts.get("files"), dict):
         raise InputError(f"{where} is damaged: it lacks the layout or the files")
+    needed = {
+        "permuted": ("plan", "num_experts", "new2old"),
+        "ranks": ("plan", "num_experts", "model_layers", "placement"),
+    }
+    if missing := [key for key in needed[facts["layout"]] if key not in facts]:
+        raise InputError(f"{where} is damaged: it lacks {missing[0]}")
     return facts
 
 

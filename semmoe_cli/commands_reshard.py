@@ -87,7 +87,7 @@ def reshard(
             progress=progress,
         )
     for name in result.left_out:
-        note(f"left out {name}: weights in another format or place are not relabelled")
+        note(f"left out {name}: weights in another format or place, and links to directories, are not carried over")
     for line in result.notes:
         note(line)
     if json_:

@@ -173,6 +173,32 @@ def test_damaged_files(source: Path) -> None:
     refuse(source, PLAN, r"lacks the tensor lm_head\.bias")
 
 
+@pytest.mark.parametrize("layout", ["permuted", "ranks"])
+def test_a_tensor_in_two_files_and_a_link_to_nothing(source: Path, layout: str) -> None:
+    (source / "tokenizer.model").symlink_to("blobs/nothing")
+    refuse(source, PLAN, "tokenizer.model is a link to nothing", layout=layout)
+    (source / "tokenizer.model").unlink()
+    shutil.copyfile(source / "model-00001-of-00002.safetensors", source / "model.safetensors")
+    (source / "model.safetensors.index.json").unlink()
+    refuse(source, PLAN, "is in model-00001-of-00002.safetensors and in model.safetensors of", layout=layout)
+
+
+def test_links_to_directories_are_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (source / "code").symlink_to(tmp_path / "code")
+    assert reshard_checkpoint(source, PLAN, tmp_path / "out").left_out == ("code",)
+
+
+@pytest.mark.parametrize(("layout", "lost"), [("permuted", "new2old"), ("ranks", "placement")])
+def test_a_damaged_sidecar(source: Path, tmp_path: Path, layout: str, lost: str) -> None:
+    reshard_checkpoint(source, PLAN, tmp_path / "placed", layout=layout)
+    facts = json.loads((tmp_path / "placed" / "semmoe.json").read_text())
+    del facts[lost]
+    (tmp_path / "placed" / "semmoe.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=f"semmoe.json is damaged: it lacks {lost}"):
+        undo_reshard(tmp_path / "placed", tmp_path / "back")
+
+
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", PLAN, "holds no safetensors file")
