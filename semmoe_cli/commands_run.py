@@ -12,7 +12,7 @@ import typer
 
 from profiles.errors import InputError
 from semmoe_cli.commands_trace import Dtype
-from semmoe_cli.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField
+from semmoe_cli.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField, given, refuse_mixed
 from semmoe_cli.report import note, print_facts, print_json
 from semmoe_cli.steps import steps
 
@@ -57,13 +57,13 @@ def run(
         ),
     ] = None,
     predict: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="context|learning|table|paper|none",
-            help="With --scheduler tp: what predicts a token's rank. learning: the context predictor, whose weights go on learning from "
-            "what runs, for traffic that the plan's trace did not hold; none gives equal consecutive slices.",
+            help="With --scheduler tp: what predicts a token's rank; context by default. learning: the context predictor, whose weights "
+            "go on learning from what runs, for traffic that the plan's trace did not hold; none gives equal consecutive slices.",
         ),
-    ] = "context",
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, nccl or gloo.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number type of the weights; auto: as stored.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -114,6 +114,7 @@ def run(
     if replay is not None:
         if hidden_size is None or checkpoint is not None or texts != RequestSource():
             raise typer.BadParameter("--replay needs --hidden-size, and takes neither CHECKPOINT nor prompts")
+        refuse_mixed("--replay", given(output=output, check=check, predict=predict))
         from runtime.replay_cases import ReplayOptions
 
         run_replay(
@@ -139,6 +140,11 @@ def run(
         raise typer.BadParameter("CHECKPOINT and one of --prompts and --dataset are needed (or --replay TRACE)")
     if prompts is not None and (subset or split):
         raise typer.BadParameter("--subset and --split go with --dataset")
+    refuse_mixed("CHECKPOINT", given(hidden_size=hidden_size, expert_size=expert_size))
+    if scheduler != "tp":
+        refuse_mixed("another scheduler than --scheduler tp", given(predict=predict))
+    if output is not None and os.environ.get("RANK", "0") == "0":
+        check_output(output)
     # Before PyTorch is imported: a plan or prompts that are not there are told at once.
     alone = not under_torchrun()
     scheduler = scheduler or default_scheduler(read_plan(plan, alone=alone), str(plan))
@@ -150,7 +156,7 @@ def run(
         str(plan),
         texts,
         scheduler,
-        predict,
+        predict or "context",
         backend,
         dtype.value,
         device,
@@ -294,6 +300,15 @@ def check_start(options: "RunOptions", ranks: int, *, check: bool) -> None:
     placed = find_placed(folder, Plan.load(options.plan))
     if check:
         require_checkable(placed.layout == "ranks", options.checkpoint)
+
+
+def check_output(output: Path) -> None:
+    """Raise InputError where completions could not be written: told before weights are read."""
+    if output.is_dir():
+        raise InputError(f"cannot write {output}: it is a directory")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        why = "cannot be written to" if output.parent.is_dir() else "does not exist"
+        raise InputError(f"cannot write {output}: the directory {output.parent} {why}")
 
 
 def check_group(device: str, backend: str, ranks: int) -> None:

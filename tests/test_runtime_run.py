@@ -217,6 +217,28 @@ def test_refusals_in_one_line(demo: Path, arguments: list[str], message: str) ->
     assert re.search(message, text), text
 
 
+def test_an_output_that_cannot_be_written_is_told_at_once(demo: Path, tmp_path: Path) -> None:
+    words = ["--plan", str(demo / "p"), "--prompts", str(demo / "prompts.jsonl"), "-o"]
+    for output, message in ((tmp_path, "it is a directory"), (tmp_path / "a" / "b", "the directory .* does not exist")):
+        code, text = run(*RUN, *words, str(output))
+        assert code == 1 and re.fullmatch(f"cannot write {output}: {message}", text), text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo", "--prompts", "demo", "--predict", "learning"], "--predict does not go with another scheduler"),
+        (["demo", "--prompts", "demo", "--hidden-size", "8"], "--hidden-size does not go with CHECKPOINT"),
+        (["--replay", "t", "--hidden-size", "8", "--check"], "--check does not go with --replay"),
+        (["--replay", "t", "--hidden-size", "8", "-o", "x"], "--output does not go with --replay"),
+    ],
+)
+def test_options_that_would_be_passed_over(words: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["run", "--plan", "p", *words])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
