@@ -35,8 +35,12 @@ ROW_GROUP_VALUES = 8_000_000  # expert ids that a reader holds at a time
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON document beside `path`, then rename it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _list_array(pieces: list[np.ndarray | None], dtype: np.dtype) -> pa.ListArray:

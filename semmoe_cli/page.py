@@ -87,6 +87,7 @@ def write_page(page: Page, path: Path) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 

@@ -214,6 +214,14 @@ def test_options_of_a_model_do_not_go_with_an_import(tmp_path, option):
     assert result.returncode == 2 and f"{option} does not go with --from" in result.stderr
 
 
+def test_a_page_that_the_disk_cannot_hold_leaves_nothing(trace, tmp_path):
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); from semmoe_cli.main import main; main()"
+    words = [sys.executable, "-c", code, "report", str(trace), "-o", str(tmp_path / "h.html")]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "h.html: File too large" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_report_would_pass_over_or_print_as_infinity_is_refused():
     assert semmoe("report", "p", "t", "--ranks", 8).returncode == 2
     assert semmoe("report", "p", "t", "--hidden-size", 8, "--dispatch-bytes", "inf").returncode == 2
