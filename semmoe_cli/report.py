@@ -35,7 +35,7 @@ def print_json(value: Any) -> None:
     """One JSON object on stdout; with escapes where stdout cannot write its text (another encoding, a path that is not UTF-8)."""
     text = json.dumps(value, ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding)
+        text.encode(sys.stdout.encoding or "utf-8")  # a text buffer has none
     except UnicodeEncodeError:
         text = json.dumps(value)
     print(text)

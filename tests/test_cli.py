@@ -1,6 +1,7 @@
 """The command line: help, examples, choices, exit codes, and the main job end to end."""
 
 import inspect
+import io
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from semmoe_cli.commands_reshard import progress_lines
 from semmoe_cli.main import app, main
 from semmoe_cli.options import Dispatch, Effort, Method, Objective, command_line
 from semmoe_cli.reference import render_reference
+from semmoe_cli.report import print_json
 from semmoe_cli.steps import stages
 from solvers.assign import WINDOW
 from solvers.coschedule import OBJECTIVES
@@ -234,6 +237,12 @@ def test_what_a_report_would_pass_over_or_print_as_infinity_is_refused():
 def test_options_of_placing_do_not_go_with_an_import(tmp_path, words):
     result = semmoe("place", "t", "--ranks", 4, "--import", "eplb", "m.npy", *words, "-o", tmp_path / "p")
     assert result.returncode == 2 and f"{words[0]} does not go with --import" in result.stderr
+
+
+def test_json_goes_into_a_buffer_too():
+    with redirect_stdout(io.StringIO()) as printed:
+        print_json({"p": "\u00fc"})
+    assert printed.getvalue() == '{"p": "\u00fc"}\n'
 
 
 def test_names_with_brackets_and_letters_that_stdout_lacks_are_shown(trace, tmp_path, monkeypatch):
