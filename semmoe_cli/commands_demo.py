@@ -5,6 +5,7 @@ Each step is the command that a user would type, printed before it runs, so that
 
 import io
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -51,25 +52,26 @@ def demo(
     placed, answers = output / "checkpoint", output / "answers.jsonl"
     result: dict[str, Any] = {}
     result["trace"] = _step(
-        f"semmoe trace demo --data demo --resume -o {traced}",
+        f"semmoe trace demo --data demo --resume -o {_quoted(traced)}",
         lambda: trace(["demo"], output=traced, data="demo", seed=seed, resume=True, json_=True),
     )
     result["place"] = _step(
-        f"semmoe place {traced} --ranks {ranks} --seed {seed} -o {plan}",
+        f"semmoe place {_quoted(traced)} --ranks {ranks} --seed {seed} -o {_quoted(plan)}",
         lambda: place([str(traced)], ranks=ranks, output=plan, seed=seed, json_=True),
     )
     if not json_:
         print_report(result["place"], as_json=False)
     _step(  # its numbers are those that place printed just now
-        f"semmoe report {plan} {traced} -o {page}",
+        f"semmoe report {_quoted(plan)} {_quoted(traced)} -o {_quoted(page)}",
         lambda: report([str(plan), str(traced)], output=page, seed=seed, tokenizer=demo_model_path(), json_=True),
     )
     result["reshard"] = _step(
-        f"semmoe reshard demo {plan} --force -o {placed}",
+        f"semmoe reshard demo {_quoted(plan)} --force -o {_quoted(placed)}",
         lambda: reshard(Path("demo"), output=placed, plan=plan, force=True, json_=True),
     )
     result["run"] = _step(
-        f"semmoe run {placed} --plan {plan} --prompts demo --dtype float32 --max-new-tokens 4 --check -o {answers}",
+        f"semmoe run {_quoted(placed)} --plan {_quoted(plan)} --prompts demo --dtype float32 --max-new-tokens 4 --check "
+        f"-o {_quoted(answers)}",
         lambda: run(
             plan,
             checkpoint=str(placed),
@@ -97,6 +99,11 @@ def demo(
         (answers, f"its answers on {ranks} local ranks"),
     ):
         print(f"  {path}  {meaning}", file=sys.stderr)
+
+
+def _quoted(path: Path) -> str:
+    """The path as a shell takes it: the commands are there to be pasted."""
+    return shlex.quote(str(path))
 
 
 def _step(command: str, work: Callable[[], None]) -> dict[str, Any]:

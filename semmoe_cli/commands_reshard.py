@@ -69,7 +69,7 @@ def reshard(
     from semmoe_cli.report import note, print_json
     from solvers.plan import Plan
 
-    if checkpoint == Path("demo") and not checkpoint.exists():
+    if checkpoint == Path("demo") and not (checkpoint / "config.json").exists():
         checkpoint = demo_model_path()
     progress = progress_lines() if sys.stderr.isatty() else None
     if plan is None:

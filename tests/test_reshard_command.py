@@ -10,6 +10,7 @@ from random_plans import random_plan
 from tiny_models import tiny_model
 from typer.testing import CliRunner
 
+from profiles.demo.paths import demo_model_path
 from profiles.errors import InputError
 from runtime.checkpoint import read_shard
 from runtime.logits_check import compare_logits
@@ -105,3 +106,15 @@ def test_a_trained_model_writes_the_same_text(name: str, tmp_path: Path) -> None
         texts.append([tokenizer.decode(model.generate(i, max_new_tokens=40, do_sample=False)[0]) for i in ids])
     assert texts[0] == texts[1]
     assert all(len(text) > 20 for text in texts[0])
+
+
+def test_demo_is_the_embedded_model_beside_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "notes.txt").write_text("no model")
+    random_plan(demo_model_path(), ranks=2).save(tmp_path / "p")
+    found = run("demo", "p", "-o", "placed")
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "placed" / "config.json").exists()
