@@ -195,7 +195,7 @@ def co_activation_svg(demo: Path) -> str:
     from semmoe_cli.figures_plan import co_activation
     from semmoe_cli.plan_report import PlanReportOptions, make_plan_report
     from solvers.plan import Plan
-    from solvers.scoring import Setting
+    from solvers.simulate import Setting
 
     plan = Plan.load(demo / "plan")
     options = PlanReportOptions(

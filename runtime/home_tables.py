@@ -72,9 +72,7 @@ class HomeTables:
     after: DeviceRows
     rare_LR: torch.Tensor  # float32
     prices_LR: torch.Tensor
-    weight_LFR: (
-        torch.Tensor
-    )  # float32: features by place, see `feature_weights`; runtime/weight_learner.py goes on with them
+    weight_LFR: torch.Tensor  # float32: features by place, see `feature_weights`; a WeightLearner goes on with them
     first_X: torch.Tensor  # int32: first feature of each column of ids
     depth: int
     top_k: int

@@ -41,7 +41,7 @@ def compare(
     from solvers.compare import expert_bytes as bytes_of_expert
     from solvers.comparison import compare_plans
     from solvers.plan import Plan
-    from solvers.scoring import Setting
+    from solvers.simulate import Setting
 
     *plan_paths, trace = paths
     if len(plan_paths) < 2:

@@ -111,7 +111,7 @@ def place(
     from solvers.placement import Topology
     from solvers.plan import check_plan_target
     from solvers.planning import make_plan
-    from solvers.scoring import Setting
+    from solvers.simulate import Setting
     from solvers.solve import Demands
     from solvers.topology_file import read_topology
 

@@ -94,7 +94,7 @@ def report(
     from semmoe_cli.plan_report import PlanReportOptions, make_plan_report
     from semmoe_cli.report import note, print_report, print_times
     from solvers.plan import Plan
-    from solvers.scoring import Setting
+    from solvers.simulate import Setting
 
     options = PlanReportOptions(
         numbers, hidden_size, dispatch_bytes, topology_bandwidth, latency, tokenizer, output is not None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from profiles.trace import RoutingTrace
     from solvers.details import Details, Scored
     from solvers.plan import Plan
-    from solvers.scoring import Setting
+    from solvers.simulate import Setting
 
 ASSUMED_HIDDEN_SIZE = 4096
 COMBINE_BYTES = 2.0  # of a value on its way back

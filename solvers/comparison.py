@@ -16,7 +16,8 @@ from solvers.compare import count_moves, paired_difference
 from solvers.details import placement_sums, scored_batch
 from solvers.plan import Plan
 from solvers.schedule import Schedule
-from solvers.scoring import Setting, baselines, score_placements
+from solvers.scoring import baselines, score_placements
+from solvers.simulate import Setting
 
 COMPARE_FORMAT = "semmoe-compare"
 COMPARE_VERSION = 1

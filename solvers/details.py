@@ -3,7 +3,7 @@
 Shape letters: L MoE layers, E experts, R ranks, B requests.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +17,8 @@ from solvers.placement import Placement, Topology
 from solvers.plan import Plan
 from solvers.replicas import serving_LRE
 from solvers.schedule import Schedule, fit_schedule
-from solvers.scoring import SCORED_IDS, Setting, baselines
-from solvers.simulate import simulate
+from solvers.scoring import SCORED_IDS, baselines
+from solvers.simulate import Setting, simulate
 from solvers.solve import METHODS, Demands, Progress, solve_placement
 from solvers.traffic import rank_rows_LRR
 
@@ -131,8 +131,7 @@ def report_details(plan: Plan, trace: RoutingTrace, report: dict[str, Any], scor
     schedule = best_schedule(report) if scored.schedule else "random"
     homes_TL = None
     if schedule != "random" and scored.schedule is not None:
-        sizes = {"batch_tokens": setting.batch_tokens, "window": setting.window, "seed": setting.seed}
-        homes_TL = simulate(schedule, batch, scored.placement, scored.schedule, **sizes).homes_TL
+        homes_TL = simulate(schedule, batch, scored.placement, scored.schedule, **asdict(setting)).homes_TL
     rows_RR, load_LR = {}, {}
     for name, placement in (("before", before), ("after", scored.placement)):
         serving = serving_LRE(placement.hosts_LER, scored.load_LE, topology)

@@ -21,7 +21,8 @@ from solvers.evaluate import DISPATCH_KINDS
 from solvers.export import FORMAT, KINDS, sidecar_path
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
-from solvers.scoring import Setting, baselines, score_placements
+from solvers.scoring import baselines, score_placements
+from solvers.simulate import Setting
 
 TRTLLM_KEYS = {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
 

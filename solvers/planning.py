@@ -27,7 +27,8 @@ from solvers.evaluate import DISPATCH_KINDS
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
 from solvers.schedule import Schedule, fit_schedule
-from solvers.scoring import SCORED_IDS, Setting, baselines, score_batch, score_placements
+from solvers.scoring import SCORED_IDS, baselines, score_batch, score_placements
+from solvers.simulate import Setting
 from solvers.solve import Demands, Progress, check_demands, solve_placement
 
 Stages = Callable[[str, int, int], None]  # name of a stage, steps done in it, its steps in all

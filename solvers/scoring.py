@@ -3,7 +3,7 @@
 Shape letters: L MoE layers, E experts, B requests.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from profiles.counts import sample_requests
 from profiles.domains import domain_groups
 from profiles.errors import InputError
 from profiles.trace import RoutingTrace, TraceBatch, TraceInfo
-from solvers.assign import WINDOW
 from solvers.contiguous import place_contiguous
 from solvers.evaluate import (
     Scores,
@@ -27,23 +26,14 @@ from solvers.evaluate import (
 from solvers.load import place_load_on_nodes
 from solvers.placement import Placement, Topology
 from solvers.schedule import Schedule
-from solvers.simulate import available_schedules
+from solvers.simulate import Setting, available_schedules
 from solvers.solve import Progress
-from solvers.traffic_rows import Order, summed_rows
+from solvers.traffic_rows import summed_rows
 from solvers.verdict import saving, verdict
 
 REPORT_FORMAT = "semmoe-report"
 REPORT_VERSION = 1
 SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of their order."""
-
-    batch_tokens: int = 512
-    window: int = WINDOW
-    seed: int = 0
 
 
 def baselines(load_LE: np.ndarray, topology: Topology, num_groups: int = 1) -> dict[str, Placement]:
@@ -116,7 +106,7 @@ def score_batch(
         load_LE=load_LE,
         dispatch=dispatch,
         schedule=schedule,
-        order=Order(setting.batch_tokens, setting.window, setting.seed),
+        setting=setting,
         group_of_B=group_of_B,
         processes=processes,
         progress=progress,

@@ -11,13 +11,14 @@ Shape letters: T tokens, B requests, Q tokens of prompts, L MoE layers, K top-k,
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from profiles.errors import InputError
 from profiles.trace import TraceBatch
-from solvers.assign import assign_equal_slices, assign_masked_round_robin, assign_requests
+from solvers.assign import WINDOW, assign_equal_slices, assign_masked_round_robin, assign_requests
 from solvers.context import context_scores_TR, previous_experts_TLK
 from solvers.learning import learned_depth, learned_ids_TX, learned_scores_TR, num_learned_features, request_groups
 from solvers.placement import Placement
@@ -26,6 +27,15 @@ from solvers.request_scorer import request_shares_BR
 from solvers.schedule import Schedule
 from solvers.sequence_table import needed_rank_T, paper_scores_TR, served_TR
 from solvers.token_table import previous_token_ids_T
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of their order."""
+
+    batch_tokens: int = 512
+    window: int = WINDOW
+    seed: int = 0
 
 
 class Simulation(NamedTuple):
@@ -135,43 +145,30 @@ def _paper(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.
 
 
 def _context(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
-    lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
+    return _context_scores(batch, schedule, _seen(batch, placement))
+
+
+def _seen(batch: TraceBatch, placement: Placement) -> tuple[np.ndarray, ...]:
+    """What features are made of: choices [T, L, K], those of the token before, whether a token is of a prompt, position ids."""
     previous_TLK = previous_experts_TLK(batch, placement.num_experts)
-    position_ids_TC = batch_position_ids_TC(batch)
+    return batch.expert_ids_TLK, previous_TLK, batch.is_prompt_T, batch_position_ids_TC(batch)
 
-    def scores(layer: int) -> np.ndarray:
-        shares_TR = schedule.token.shares_TR(layer, lookup)
-        return context_scores_TR(
-            schedule.context,
-            layer,
-            shares_TR,
-            batch.expert_ids_TLK,
-            previous_TLK,
-            batch.is_prompt_T,
-            position_ids_TC,
-        )
 
-    return scores
+def _context_scores(batch: TraceBatch, schedule: Schedule, seen: tuple[np.ndarray, ...]) -> LayerScores:
+    lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
+    return lambda layer: context_scores_TR(schedule.context, layer, schedule.token.shares_TR(layer, lookup), *seen)
 
 
 def _learning(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
-    context, num_experts = _context(batch, placement, schedule, rng), placement.num_experts
-    depth = learned_depth(schedule.context.depth, num_experts)
-    previous_TLK = previous_experts_TLK(batch, num_experts)
-    position_ids_TC = batch_position_ids_TC(batch)
-    groups = request_groups(batch, rng)
-
-    def scores(layer: int) -> np.ndarray:
-        known = (batch.expert_ids_TLK, previous_TLK, batch.is_prompt_T, position_ids_TC)
-        return learned_scores_TR(
-            context(layer),
-            learned_ids_TX(layer, *known, depth=depth, num_experts=num_experts),
-            served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer]),
-            num_learned_features(depth, num_experts),
-            groups,
-        )
-
-    return scores
+    seen, groups, num_experts = _seen(batch, placement), request_groups(batch, rng), placement.num_experts
+    plan_scores, depth = _context_scores(batch, schedule, seen), learned_depth(schedule.context.depth, num_experts)
+    return lambda layer: learned_scores_TR(
+        plan_scores(layer),
+        learned_ids_TX(layer, *seen, depth=depth, num_experts=num_experts),
+        served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer]),
+        num_learned_features(depth, num_experts),
+        groups,
+    )
 
 
 def _tp_oracle(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:

@@ -17,8 +17,8 @@ from solvers.details import Scored, scored_batch
 from solvers.links import Links, communication_seconds_L, through_nodes
 from solvers.plan import Plan
 from solvers.replicas import serving_LRE
-from solvers.scoring import Setting, baselines
-from solvers.simulate import simulate
+from solvers.scoring import baselines
+from solvers.simulate import Setting, simulate
 from solvers.traffic import rank_rows_LRR
 
 RowsBetweenRanks = dict[tuple[str, str], np.ndarray]  # (placement, schedule) -> rows per token, float64 [L, R, R]

@@ -4,7 +4,7 @@ Shape letters: T tokens, L MoE layers, E experts, R ranks.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,18 +15,10 @@ from solvers.evaluate import TrafficSums, traffic_sums
 from solvers.placement import Placement, Topology
 from solvers.replicas import serving_LRE
 from solvers.schedule import SMALL_TASK, Schedule
-from solvers.simulate import simulate
+from solvers.simulate import Setting, simulate
 from solvers.workers import layer_map
 
 Row = tuple[str, str]  # placement, schedule
-
-
-class Order(NamedTuple):
-    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of their order."""
-
-    batch_tokens: int
-    window: int
-    seed: int
 
 
 class RowTask(NamedTuple):
@@ -41,7 +33,7 @@ class RowTask(NamedTuple):
     topology: Topology
     dispatch: str
     tables: dict[str, "np.ndarray | MappedView"]  # of the schedule
-    order: Order
+    setting: Setting
     group_of_B: np.ndarray
 
 
@@ -55,7 +47,7 @@ def summed_rows(
     load_LE: np.ndarray,
     dispatch: str,
     schedule: Schedule | None,
-    order: Order,
+    setting: Setting,
     group_of_B: np.ndarray,
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -82,7 +74,7 @@ def summed_rows(
 
     def task(placement: str, name: str) -> RowTask:
         its_tables = {} if name == "random" else shared
-        about = (placements[placement], load_LE, topology, dispatch, its_tables, order, group_of_B)
+        about = (placements[placement], load_LE, topology, dispatch, its_tables, setting, group_of_B)
         return RowTask(name, batch, view, info, *about)
 
     def results(found: Iterator[tuple[TrafficSums, float | None]]) -> Iterator[tuple[Row, TrafficSums, float | None]]:
@@ -109,7 +101,7 @@ def row_sums(task: RowTask) -> tuple[TrafficSums, float | None]:
         schedule = Schedule.from_tables(tables)
         assert schedule is not None
         # Balance is kept within each batch or window, so that is where it is measured.
-        homes_TL, imbalance = simulate(task.schedule_name, batch, task.placement, schedule, **task.order._asdict())
+        homes_TL, imbalance = simulate(task.schedule_name, batch, task.placement, schedule, **asdict(task.setting))
     serving = serving_LRE(task.placement.hosts_LER, task.load_LE, task.topology)
     sums = traffic_sums(
         [batch],

@@ -36,7 +36,7 @@ from solvers.import_map import exported_from, import_placement, import_plan
 from solvers.placement import Placement, Topology
 from solvers.plan import ModelFacts, Plan
 from solvers.planning import make_plan
-from solvers.scoring import Setting
+from solvers.simulate import Setting
 from solvers.solve import Demands
 
 # (kind, format, ending) of everything that export can write.

@@ -14,7 +14,7 @@ from solvers.evaluate import MAX_GROUPS, resampling_groups
 from solvers.placement import Placement, Topology
 from solvers.plan import Plan
 from solvers.planning import certificate_of, make_plan, score_plan, split_requests
-from solvers.scoring import Setting
+from solvers.simulate import Setting
 from solvers.solve import Demands
 
 SETTING = Setting(batch_tokens=128, window=8)

@@ -28,7 +28,8 @@ from solvers.coschedule import place_semmoe
 from solvers.placement import Placement, Topology
 from solvers.request_usage import chosen_requests, cluster_loads, request_usage_LBE, usage_shares_BR
 from solvers.schedule import fit_schedule
-from solvers.scoring import Setting, baselines, score_batch, score_placements
+from solvers.scoring import baselines, score_batch, score_placements
+from solvers.simulate import Setting
 from solvers.workers import layer_map
 
 ROOT = Path(__file__).resolve().parents[1]
