@@ -117,11 +117,13 @@ def _print(comparison: dict[str, Any]) -> None:
 
 def _shown_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     """Each plan at random homes and under its best schedule, oracles left out."""
+    from solvers.verdict import best_row
+
     shown = []
     for plan in comparison["plans"]:
-        rows = [r for r in comparison["rows"] if r["placement"] == plan["plan"] and "oracle" not in r["schedule"]]
+        rows = [r for r in comparison["rows"] if r["placement"] == plan["plan"]]
         shown.append(next(r for r in rows if r["schedule"] == "random"))
-        best = min(rows, key=lambda r: r["rem"])
+        best = best_row(rows, "per-rank")
         if best["schedule"] != "random":
             shown.append(best)
     return shown

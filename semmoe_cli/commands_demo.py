@@ -117,10 +117,11 @@ def _step(command: str, work: Callable[[], None]) -> dict[str, Any]:
 
 def _print_summary(result: dict[str, Any], ranks: int) -> None:
     """What every step found, in a table."""
+    from solvers.verdict import best_row
+
     rows = {(row["placement"], row["schedule"]): row for row in result["place"]["rows"]}
     before, after = rows["contiguous", "random"]["rem"], rows["plan", "random"]["rem"]
-    fair = [row for row in result["place"]["rows"] if row["placement"] == "plan" and "oracle" not in row["schedule"]]
-    best = min(fair, key=lambda row: row["rem"])
+    best = best_row([row for row in result["place"]["rows"] if row["placement"] == "plan"], "per-rank")
     traced, checkpoint, ran = result["trace"], result["reshard"], result["run"]
     same = "equal to" if ran["check"]["ok"] else "NOT equal to"
     table = new_table()

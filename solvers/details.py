@@ -21,6 +21,7 @@ from solvers.scoring import SCORED_IDS, baselines
 from solvers.simulate import Setting, simulate
 from solvers.solve import METHODS, Demands, Progress, solve_placement
 from solvers.traffic import rank_rows_LRR
+from solvers.verdict import best_row
 
 
 class Scored(NamedTuple):
@@ -152,10 +153,8 @@ def report_details(plan: Plan, trace: RoutingTrace, report: dict[str, Any], scor
 
 
 def best_schedule(report: dict[str, Any]) -> str:
-    """The schedule under which the plan sends least, oracles left out: by LAR with per-expert dispatch, by NODE per node, else by REM."""
-    rows = [r for r in report["rows"] if r["placement"] == "plan" and "oracle" not in r["schedule"]]
-    key = {"per-expert": "lar", "per-node": "node"}.get(report["dispatch"], "rem")
-    return min(rows, key=lambda row: -row[key] if key == "lar" else row[key])["schedule"]
+    """The schedule under which the plan sends least (`best_row`)."""
+    return best_row([row for row in report["rows"] if row["placement"] == "plan"], report["dispatch"])["schedule"]
 
 
 def _typical_layer(report: dict[str, Any]) -> int:

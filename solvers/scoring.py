@@ -29,7 +29,7 @@ from solvers.schedule import Schedule
 from solvers.simulate import Setting, available_schedules
 from solvers.solve import Progress
 from solvers.traffic_rows import summed_rows
-from solvers.verdict import saving, verdict
+from solvers.verdict import best_row, saving, traffic_cost, verdict
 
 REPORT_FORMAT = "semmoe-report"
 REPORT_VERSION = 1
@@ -158,13 +158,10 @@ def _verdict(
     Where rows are per token and expert placement alone saves nothing, so there the schedule decides.
     """
 
-    def cost(key: tuple[str, str]) -> float:
-        means = scores[key].means
-        return {"per-expert": -means["lar"], "per-node": means["node"]}.get(dispatch, means["rem"])
-
-    before = min(((name, "random") for name in ("contiguous", "load")), key=cost)
-    schedules = [s for p, s in sums if p == "plan" and s not in ("random", "tp-oracle", "dp-oracle", "dp-roundrobin")]
-    best = min(schedules, key=lambda s: cost(("plan", s)), default="random")
+    metrics = {(p, s): {"schedule": s, **found.means} for (p, s), found in scores.items()}
+    before = min((("contiguous", "random"), ("load", "random")), key=lambda key: traffic_cost(metrics[key], dispatch))
+    rows = [row for (p, s), row in metrics.items() if p == "plan" and s not in ("random", "dp-roundrobin")]
+    best = best_row(rows, dispatch)["schedule"] if rows else "random"
 
     def judged(schedule: str) -> dict[str, Any]:
         saved = saving(sums[before], sums["plan", schedule], topology, dispatch=dispatch, seed=seed)

@@ -5,7 +5,7 @@ import pytest
 
 from solvers.evaluate import TrafficSums
 from solvers.placement import Topology
-from solvers.verdict import Saving, saving, verdict
+from solvers.verdict import Saving, best_row, saving, verdict
 
 
 def sums_of(remote_G: np.ndarray, local_G: np.ndarray) -> TrafficSums:
@@ -77,3 +77,17 @@ def test_no_traffic_at_all_saves_nothing():
     nothing = sums_of(np.zeros(25), np.full(25, 400.0))
     found = saving(nothing, nothing, Topology(2), dispatch="per-rank", seed=0)
     assert (found.share, found.low, found.high) == (0, 0, 0)
+
+
+def test_the_best_row_is_no_oracle_and_learning_has_to_pay():
+    def best(dispatch: str, **rem: float) -> str:
+        rows = [
+            {"schedule": name.replace("_", "-"), "rem": value, "lar": 1 - value / 4, "node": value / 2}
+            for name, value in rem.items()
+        ]
+        return best_row(rows, dispatch)["schedule"]
+
+    for dispatch in ("per-rank", "per-expert", "per-node", "gather"):
+        assert best(dispatch, random=2.0, tp_context=1.5, tp_learning=1.499, tp_oracle=1.0) == "tp-context"
+        assert best(dispatch, random=2.0, tp_context=1.5, tp_learning=1.45, tp_oracle=1.0) == "tp-learning"
+        assert best(dispatch, random=1.0, tp_context=1.5, tp_learning=1.5) == "random"
