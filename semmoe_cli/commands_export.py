@@ -75,11 +75,9 @@ def export(
     if vllm_format and kind != "vllm":
         raise InputError(f"--format is for --to vllm, not for {kind}")
     if num_hidden_layers and kind not in ("sglang", "trtllm"):
-        raise InputError(
-            f"--num-hidden-layers is for --to sglang and trtllm: a map for {kind} has rows of MoE layers only"
-        )
+        note(f"--num-hidden-layers is for --to sglang and trtllm: a map for {kind} has rows of MoE layers only")
     if mtp_layers and kind != "trtllm":
-        raise InputError(f"--mtp-layers is for --to trtllm: a map for {kind} has no rows of such layers")
+        note(f"--mtp-layers is for --to trtllm: a map for {kind} has no rows of such layers")
     placed = Plan.load(plan)
     if model is not None:
         num_hidden_layers, from_config = check_config(placed, read_config(model))

@@ -19,7 +19,6 @@ from semmoe_cli.options import (
     Window,
     command_line,
     given,
-    refuse_mixed,
 )
 
 
@@ -88,23 +87,6 @@ def place(
     from solvers.workers import compute_on_one_thread
 
     compute_on_one_thread()  # before anything imports numpy
-    if import_ is not None:
-        refuse_mixed(
-            "--import",
-            given(
-                method=method is not Method.semmoe,
-                holdout=holdout != 0.2,
-                holdout_domain=bool(holdout_domain),
-                load_cap=load_cap != 1.05,
-                no_refit=not refit,
-                objective=objective is not Objective.both,
-                lar_weight=lar_weight,
-                replicas=replicas,
-                robust=robust,
-                expressible=expressible,
-                certify=certify,
-            ),
-        )
     from profiles.trace import RoutingTrace
     from semmoe_cli.report import note, print_report
     from semmoe_cli.steps import stages
@@ -117,6 +99,22 @@ def place(
 
     check_plan_target(output)
     setting = Setting(batch_tokens, window, seed)
+    if import_ is not None:
+        unused = given(
+            method=method is not Method.semmoe,
+            holdout=holdout != 0.2,
+            holdout_domain=bool(holdout_domain),
+            load_cap=load_cap != 1.05,
+            no_refit=not refit,
+            objective=objective is not Objective.both,
+            lar_weight=lar_weight,
+            replicas=replicas,
+            robust=robust,
+            expressible=expressible,
+            certify=certify,
+        )
+        if unused:
+            note(f"--import takes the map as it is: {', '.join(unused)} has no use there")
     opened = [RoutingTrace.open(path) for path in traces]
     links = read_topology(topology, num_ranks=ranks, num_nodes=nodes) if topology else Topology(ranks, nodes)
     if import_ is not None:
