@@ -13,7 +13,7 @@ Shape letters: T tokens, L MoE layers, K top-k, B requests of a batch, E experts
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,16 +77,20 @@ class AllChosen(Exception):
 
 
 @contextmanager
-def hooked(layers: Iterable[MoeLayer], *, stop: bool = False) -> Iterator[list[list[Any]]]:
+def hooked(
+    layers: Iterable[MoeLayer], *, stop: bool = False, check: Callable[[], None] = lambda: None
+) -> Iterator[list[list[Any]]]:
     """Within the block, every forward pass appends each layer's choice to that layer's list of the yielded lists.
 
-    With `stop` a pass ends in AllChosen as soon as the last layer's router has chosen.
+    With `stop` a pass ends in AllChosen as soon as the last layer's router has chosen. What `check`, called at every router,
+    raises ends a pass too.
     """
     layers = list(layers)
     choices: list[list[Any]] = [[] for _ in layers]
 
     def attach(layer: MoeLayer, into: list[Any]) -> Any:
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
+            check()
             into.append(layer.read(args, kwargs, output))
             if stop and layer is layers[-1]:
                 raise AllChosen
@@ -209,8 +213,10 @@ def pad_batch(batch: list[TokenRequest], *, left: bool) -> tuple[np.ndarray, np.
 
 
 @torch.inference_mode()
-def record_prefill(model: Any, recording: Recording, batch: list[TokenRequest]) -> list[Recorded]:
-    """Read a batch once and return every request's routing.
+def record_prefill(
+    model: Any, recording: Recording, batch: list[TokenRequest], *, check: Callable[[], None] = lambda: None
+) -> list[Recorded]:
+    """Read a batch once and return every request's routing. What `check`, called at every router, raises ends the pass.
 
     The pass ends at the last router: the experts behind it, whose output nobody needs, are not computed. A model that is spread
     over devices runs to its end, since hooks of its own move weights after each module.
@@ -218,7 +224,7 @@ def record_prefill(model: Any, recording: Recording, batch: list[TokenRequest]) 
     ids, mask = pad_batch(batch, left=False)
     needs_mask = not (mask.all() or model.can_generate())
     stop = len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2
-    with suppress(AllChosen), hooked(recording.layers, stop=stop) as choices:
+    with suppress(AllChosen), hooked(recording.layers, stop=stop, check=check) as choices:
         read_batch(
             model,
             torch.from_numpy(ids).to(model.device),
@@ -248,6 +254,7 @@ def record_generation(
     *,
     temperature: float = 0.0,
     seed: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Recorded]:
     """Continue every request of a batch by up to `num_tokens` tokens with a KV cache, and return the routing of all its tokens.
 
@@ -256,7 +263,7 @@ def record_generation(
     """
     ids, mask = pad_batch(batch, left=True)
     sampler = [Sampler(batch, temperature, seed, model.device)] if temperature > 0 else []
-    with hooked(recording.layers) as choices:
+    with hooked(recording.layers, check=check) as choices:
         output = model.generate(
             input_ids=torch.from_numpy(ids).to(model.device),
             attention_mask=torch.from_numpy(mask).to(model.device),

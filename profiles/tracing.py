@@ -143,13 +143,13 @@ def trace_model(
     encoded = encoded_requests(
         itertools.chain(first, requests), tokenizer, limits, longest, progress, answer=generation.num_tokens > 0
     )
-    with interruptible(progress) as hold, writing(out, info, ranks, resume=resume) as writer:
+    with interruptible(progress) as (hold, check), writing(out, info, ranks, resume=resume) as writer:
         mine = _new_requests(itertools.islice(encoded, ranks.rank, None, ranks.size), writer.request_ids, progress)
         progress.started = last_flush = time.monotonic()
         for batch in length_batches(mine, budget, extra_tokens=generation.num_tokens):
-            with refusals(f"a batch of {len(batch)} requests failed"):
-                recorded = _record(model, recording, batch, generation)
             with hold():
+                with refusals(f"a batch of {len(batch)} requests failed"):
+                    recorded = _record(model, recording, batch, generation, check)
                 add_recorded(writer, recorded, progress)
                 if time.monotonic() - last_flush > FLUSH_SECONDS:
                     writer.flush()
@@ -166,11 +166,19 @@ def default_batch_tokens(recording: Recording, device: Any) -> int:
     return max(1024, 64 * recording.num_experts // recording.top_k)
 
 
-def _record(model: Any, recording: Recording, batch: list[TokenRequest], generation: Generation) -> list[Recorded]:
+def _record(
+    model: Any, recording: Recording, batch: list[TokenRequest], generation: Generation, check: Callable[[], None]
+) -> list[Recorded]:
     if not generation.num_tokens:
-        return record_prefill(model, recording, batch)
+        return record_prefill(model, recording, batch, check=check)
     return record_generation(
-        model, recording, batch, generation.num_tokens, temperature=generation.temperature, seed=generation.seed
+        model,
+        recording,
+        batch,
+        generation.num_tokens,
+        temperature=generation.temperature,
+        seed=generation.seed,
+        check=check,
     )
 
 
@@ -273,10 +281,11 @@ def writing(out: Path, info: TraceInfo, ranks: Ranks, *, resume: bool) -> Iterat
 
 
 @contextmanager
-def interruptible(progress: TraceProgress) -> Iterator[Callable[[], Any]]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt in the block, once; in `with` of the yielded function, only at its end.
+def interruptible(progress: TraceProgress) -> Iterator[tuple[Callable[[], Any], Callable[[], None]]]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt in the block, once. Yields `hold` and `check`.
 
-    So neither reading nor the model delays the end of a run, and the trace is never left between two states.
+    In `with hold()` it is raised at the end only, or at a call of `check`. So reading, which may wait for its source, ends at
+    once; a model's pass ends at its next router, never inside a kernel; and the trace is never left between two states.
     """
     holding = False
 
@@ -287,6 +296,10 @@ def interruptible(progress: TraceProgress) -> Iterator[Callable[[], Any]]:
         if not holding:
             raise KeyboardInterrupt
 
+    def check() -> None:
+        if progress.interrupted:
+            raise KeyboardInterrupt
+
     @contextmanager
     def hold() -> Iterator[None]:
         nonlocal holding
@@ -295,15 +308,14 @@ def interruptible(progress: TraceProgress) -> Iterator[Callable[[], Any]]:
             yield
         finally:
             holding = False
-        if progress.interrupted:
-            raise KeyboardInterrupt
+        check()
 
     try:
         before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: signals are the caller's
         before = {}
     try:
-        yield hold
+        yield hold, check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -404,7 +405,10 @@ def test_full_disk_is_one_line_and_the_trace_goes_on_elsewhere(model_folder, tmp
 
 def slow_process(model_folder, data, out, *options) -> subprocess.Popen:
     """The command in its own process, with parts flushed after every batch."""
-    code = "import profiles.tracing, semmoe_cli.main, sys; profiles.tracing.FLUSH_SECONDS = 0; semmoe_cli.main.main()"
+    code = (
+        "import faulthandler, profiles.tracing, semmoe_cli.main; profiles.tracing.FLUSH_SECONDS = 0;"
+        "faulthandler.dump_traceback_later(200); semmoe_cli.main.main()"  # a process that hangs tells where
+    )
     arguments = [
         sys.executable,
         "-c",
@@ -461,7 +465,7 @@ def test_interrupt_ends_with_a_finished_trace(model_folder, many, tmp_path, stop
     process = slow_process(model_folder, many, out, "--batch-tokens", 40)
     wait_for_parts(out, 3, process)
     process.send_signal(stop)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130 and "interrupted: wrote" in errors and "Traceback" not in errors
     trace = RoutingTrace.open(out)
     assert 3 <= trace.num_requests < 2000 and trace.info.notes["interrupted"] is True
@@ -469,6 +473,35 @@ def test_interrupt_ends_with_a_finished_trace(model_folder, many, tmp_path, stop
     trace = RoutingTrace.open(out)
     assert sorted(trace.load().request_ids) == sorted(f"p{i}" for i in range(2000))
     assert trace.info.notes == {}
+
+
+def test_interrupt_waits_for_the_next_router_only(model_folder):
+    """A signal in a pass is held until a router is called, which raises; what was recorded before stays whole."""
+    from profiles.loading import find_model, load_model
+    from profiles.tracing import TraceProgress, interruptible
+
+    model = load_model(find_model(str(model_folder)), dtype="float32", device=torch.device("cpu"))
+    recording = start_recording(model, "m")
+    request = TokenRequest("a", "", np.arange(4, dtype=np.int32))
+    passes = (record_prefill, partial(record_generation, num_tokens=2))
+    after: list[str] = []
+    first, second = (layer.module for layer in recording.layers[:2])
+    handles = [
+        first.register_forward_pre_hook(lambda *_: (signal.raise_signal(signal.SIGINT), after.append("held"))),
+        second.register_forward_hook(lambda *_: after.append("second")),
+    ]
+    for record in passes:
+        progress = TraceProgress()
+        with pytest.raises(KeyboardInterrupt), interruptible(progress) as (hold, check), hold():
+            record(model, recording, [request], check=check)
+        assert after == ["held"] and progress.interrupted
+        after.clear()
+    for handle in handles:
+        handle.remove()
+    for record in passes:
+        with interruptible(TraceProgress()) as (hold, check), hold():
+            (recorded,) = record(model, recording, [request], check=check)
+        assert len(recorded.expert_ids_TLK) >= 4
 
 
 def test_ranks_share_the_requests_of_one_trace(model_folder, prompts, tmp_path):
