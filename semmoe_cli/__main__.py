@@ -1,5 +1,21 @@
-"""`python -m semmoe_cli`: what torchrun starts."""
+"""What starts: the installed `semmoe`, `python -m semmoe_cli`, and that under torchrun.
 
-from semmoe_cli.main import main
+Imports hardly anything, so that Ctrl-C while the command line is still being imported is one line too.
+"""
 
-main()
+import sys
+
+
+def main() -> None:
+    """Import the command line and run it."""
+    try:
+        from semmoe_cli.main import main as run_command
+
+        run_command()
+    except KeyboardInterrupt:
+        print("semmoe: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

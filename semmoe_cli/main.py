@@ -49,7 +49,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 1."""
+    """Run the command: a user's mistake is one line on stderr and exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names that stdout's encoding lacks end no command
     try:
@@ -62,9 +62,6 @@ def main() -> None:
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             print("semmoe: interrupted", file=sys.stderr)
         raise
-    except KeyboardInterrupt:
-        print("semmoe: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import tomllib
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -64,6 +65,29 @@ def test_version_and_completion():
     environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     shown = subprocess.run(words, capture_output=True, text=True, env=environment).stdout
     assert "complete -o" in shown and "semmoe" in shown
+
+
+PYPROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        f"import pkgutil; pkgutil.resolve_name({PYPROJECT['project']['scripts']['semmoe']!r})()",
+        "import runpy; runpy.run_module('semmoe_cli', run_name='__main__')",
+    ],
+)
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(start):
+    code = (
+        "import signal, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'typer': signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
+        "sys.meta_path.insert(0, Stop())\n" + start
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "semmoe: interrupted\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
