@@ -10,6 +10,8 @@ Other shapes show at once: `install_tensor_parallel` compares the logits of a sh
 Shape letters: T tokens, D hidden size, K top-k, P places of all slices, N places of this rank's slice.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from profiles.errors import InputError
 from profiles.models import find_moe_layers, layer_number
 from runtime.attention_heads import keep_heads
 from runtime.experts import ExpertLayer, RunExperts
-from runtime.failures import naming
+from runtime.failures import ExchangeError, SharedRefusal, is_out_of_memory, naming
 from runtime.home_tables import put
 from runtime.placed_model import PlacedModel
 from runtime.shuffle import gather_slices, pack_slice, scatter_sums, unpack_slices
@@ -107,32 +109,56 @@ def install_tensor_parallel(
         number: (place, layer, run)
         for place, (number, layer, run) in enumerate(zip(model_layers, placed.layers, placed.run_experts, strict=True))
     }
-    for number, layer in enumerate(stack):
-        where = f"layer {number}"
-        keep_heads(layer.self_attn, placed.group.rank, placed.group.size, where)
+    with refusing_other_shapes(name):
+        for number, layer in enumerate(stack):
+            where = f"layer {number}"
+            keep_heads(layer.self_attn, placed.group.rank, placed.group.size, where)
 
-        def forward(
-            hidden_states: torch.Tensor,
-            *,
-            layer: Any = layer,
-            number: int = number,
-            where: str = where,
-            **named: Any,
-        ) -> torch.Tensor:
-            return shuffled.run_layer(layer, experts.get(number), where, hidden_states, named)
+            def forward(
+                hidden_states: torch.Tensor,
+                *,
+                layer: Any = layer,
+                number: int = number,
+                where: str = where,
+                **named: Any,
+            ) -> torch.Tensor:
+                return shuffled.run_layer(layer, experts.get(number), where, hidden_states, named)
 
-        layer.forward = forward
-    with torch.inference_mode():
-        shuffled.begin(ids_BQ, None, [-1], is_prompt=True)
-        found = placed.model(input_ids=ids, use_cache=False).logits.float()
-    limit = 1e-3 if placed.model.dtype == torch.float32 else 0.1
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
-    if not difference <= limit:
-        raise InputError(
-            f"--scheduler tp: {name} gives other logits with its heads shared out (relative difference {difference:.2g}): its layers have "
-            f"another shape than norm, attention, norm, feed-forward; use --scheduler dp"
-        )
+            layer.forward = forward
+        with torch.inference_mode():
+            shuffled.begin(ids_BQ, None, [-1], is_prompt=True)
+            found = placed.model(input_ids=ids, use_cache=False).logits.float()
+    difference = relative_difference(found[0], expected[0], placed.model.dtype)
+    if not difference <= (1e-3 if placed.model.dtype == torch.float32 else 0.1):
+        raise other_shape(name, f"gives other logits with its heads shared out (relative difference {difference:.2g})")
     return shuffled
+
+
+def relative_difference(found_TV: torch.Tensor, expected_TV: torch.Tensor, dtype: torch.dtype) -> float:
+    """How far logits are off, in units of the largest: at the worst token in float32, at the lower quartile in 16 bits.
+
+    There rounding alone turns some routers' choices, and those tokens' logits with them; layers of another shape miss all tokens.
+    """
+    off_T = (found_TV - expected_TV).abs().amax(1) / expected_TV.abs().max().clamp(min=1)
+    return float(off_T.max() if dtype == torch.float32 else off_T.quantile(0.25))
+
+
+def other_shape(name: str, how: str) -> InputError:
+    """The refusal of a family whose decoder layers are built in another way."""
+    return SharedRefusal(
+        f"--scheduler tp: {name} {how}: its layers have another shape than norm, attention, norm, feed-forward; use --scheduler dp"
+    )
+
+
+@contextmanager
+def refusing_other_shapes(name: str) -> Iterator[None]:
+    """What a model's own code raises where its attention is not what its parts' names promise becomes a refusal."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ExchangeError) or is_out_of_memory(error):
+            raise
+        raise other_shape(name, "does not run with its heads shared out") from error
 
 
 def decoder_layers(model: Any, name: str) -> list[Any]:

@@ -23,7 +23,7 @@ def with_replicas(plan: Plan, replicas: int) -> Plan:
     return replace(plan, placement=Placement(np.array(rows, np.int32), num_experts))
 
 
-def open_case(folder: Path, size: int, replicas: int, group: Any) -> Any:
+def open_case(folder: Path, size: int, replicas: int, group: Any, dtype: str = "float32") -> Any:
     """The placed model of `folder` under a random placement that ignores router groups."""
     from profiles.loading import find_model
     from runtime.placed_model import load_placed
@@ -34,7 +34,7 @@ def open_case(folder: Path, size: int, replicas: int, group: Any) -> Any:
     if replicas:
         plan = with_replicas(plan, replicas)
     serving = serving_LRE(plan.placement.hosts_LER, plan.load_LE, plan.topology)
-    return load_placed(find_model(str(folder)), find_placed(folder, plan), plan, serving, group, dtype="float32")
+    return load_placed(find_model(str(folder)), find_placed(folder, plan), plan, serving, group, dtype=dtype)
 
 
 def run_cases(
@@ -43,6 +43,7 @@ def run_cases(
     generating: list[str],
     shuffled: list[str],
     refused: list[str],
+    other_shapes: list[tuple[str, str]],
     size: int,
     replicas: int,
     lengths: list[int],
@@ -59,6 +60,7 @@ def run_cases(
             "tokens": {family: generate(Path(root) / family, size, lengths, group) for family in generating},
             "tp": {family: generate_shuffled(Path(root) / family, size, lengths, group) for family in shuffled},
             "refused": {family: refusal(Path(root) / family, size, group) for family in refused},
+            "other": {case: shuffled_refusal(Path(root), size, *case, group) for case in other_shapes},
         }
 
 
@@ -68,6 +70,22 @@ def refusal(folder: Path, size: int, group: Any) -> str:
 
     try:
         open_case(folder, size, 0, group)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def shuffled_refusal(root: Path, size: int, family: str, dtype: str, group: Any) -> str:
+    """Why the family does not run with Attention-TP in a number type, "" where it does."""
+    from profiles.errors import InputError
+    from runtime.tensor_parallel import install_tensor_parallel
+    from runtime.token_homes import make_homes
+
+    plan = random_plan(root / family, ranks=size, grouped=False, seed=size)
+    placed = open_case(root / family, size, 0, group, dtype)
+    try:
+        homes = make_homes("none", plan, relabelled=False, device=group.device)
+        install_tensor_parallel(placed, homes, plan.model.model_layers, family)
     except InputError as error:
         return str(error)
     return ""
