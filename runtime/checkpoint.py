@@ -184,6 +184,8 @@ def read_index(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
         raise InputError(f"{path} has no weight_map: expected the index of a sharded checkpoint")
+    if not all(isinstance(file, str) for file in index["weight_map"].values()):
+        raise InputError(f"{path} is damaged: its weight_map names something else than files")
     index["weight_map"] = {key: sys.intern(file) for key, file in index["weight_map"].items()}
     return index
 

@@ -59,7 +59,7 @@ MOE = r"(?:mlp|ffn|feed_forward|mixer|block_sparse_moe|moe)"
 SHARED = re.compile(r"(?:^|\.)(?:shared_|share_expert|shared\.)")
 ATTENTION_EXPERTS = re.compile(r"^self_attention\.experts\.")  # JetMoE: experts of attention, with their own router
 
-PER_EXPERT = re.compile(rf"^(?:{MOE}\.)?experts\.(?P<expert>\d+)\..+$")
+PER_EXPERT = re.compile(rf"^(?:{MOE}\.)?experts\.(?P<expert>0|[1-9]\d*)\..+$")
 QUANT = (
     r"(?:(?:[._](?:weight|bias|bias_bf16|blocks|scales|scale|scale_inv|packed|shape|global_scale|zero_point|qweight|"
     r"qzeros|g_idx|input|input_scale|input_amax|scale_2|weight_scale|weight_scale_inv|weight_scale_2|weight_packed|"

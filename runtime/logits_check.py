@@ -34,16 +34,15 @@ def compare_logits(source: Path, relabelled: Path, *, seed: int = 0) -> float:
 
 
 def logits_of(path: Path, ids: Any) -> Any:
-    """float32 logits [prompts, length, vocabulary] of a checkpoint."""
+    """float32 logits [prompts, length, vocabulary] of a checkpoint. Raises InputError where it cannot be loaded and run."""
     import torch
-    import transformers
+    from transformers.utils import logging as transformers_logging
 
-    config = transformers.AutoConfig.from_pretrained(path)
-    name = (config.architectures or [""])[0]
-    loader = getattr(transformers, name, transformers.AutoModelForCausalLM)
-    try:
-        model = loader.from_pretrained(path, dtype=torch.float32).eval()
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"--verify logits: {path} cannot be loaded: {str(error).splitlines()[0]}") from None
-    with torch.no_grad():
-        return model(input_ids=ids).logits
+    from profiles.loading import find_model, load_model, refusals
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    model = load_model(find_model(str(path)), dtype="float32", device=torch.device("cpu"))
+    with torch.no_grad(), refusals(f"{path} cannot be run"):
+        output = model(input_ids=ids)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state

@@ -23,7 +23,7 @@ class OutputDirectory:
     """
 
     def __init__(self, out: Path, source: Path, *, marker: str, force: bool) -> None:
-        self.out = out.absolute()
+        self.out = out.resolve()  # of a link to a directory, the directory: the disk that its owner chose
         self.partial = self.out.with_name(f".{self.out.name}.partial")
         self.lock = self.partial / ".lock"
         self.descriptor = -1
@@ -51,6 +51,8 @@ class OutputDirectory:
         if not self.finished:
             shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self.descriptor)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {self.out}: {error.strerror or error} ({error.filename})") from None
 
     def finish(self) -> None:
         """Give the directory its name; what had it before goes."""
@@ -71,7 +73,13 @@ def check_target(out: Path, source: Path, *, marker: str, force: bool) -> None:
         raise InputError(f"{out} and {source} lie in each other: choose another name")
     if not out.parent.is_dir():
         raise InputError(f"cannot write {out}: the directory {out.parent} does not exist")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists():
+        return
+    if os.path.ismount(out) or os.path.samefile(out, "."):
+        raise InputError(
+            f"{out} is a mount point or the current directory, which cannot be replaced: name one inside it"
+        )
+    if out.is_dir() and not any(out.iterdir()):
         return
     if not force:
         raise InputError(f"{out} is there already: choose another name, or replace it with --force")

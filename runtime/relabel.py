@@ -9,7 +9,6 @@ Shape letters: E experts.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from profiles.errors import InputError
 from runtime.checkpoint import Checkpoint, Shard, Tensor, make_header
+from runtime.checkpoint_complete import check_complete
 from runtime.checkpoint_copy import Edit, FilePlan, Part, Piece, merged
 from runtime.checkpoint_keys import KEEP, Key, Role, classify, has_experts, is_side, split_key
 
@@ -46,7 +46,7 @@ def classify_checkpoint(checkpoint: Checkpoint, model: RoutedModel, layers: set[
     for shard in checkpoint.shards:
         for tensor in shard.tensors:
             keys[tensor.name] = classify_one(tensor, model, layers, shard.path)
-    check_complete(keys, model.num_experts, layers, checkpoint.path)
+    check_complete(checkpoint, keys, model.num_experts, layers)
     return keys
 
 
@@ -67,31 +67,6 @@ def classify_one(tensor: Tensor, model: RoutedModel, layers: set[int], where: Pa
         place = f"layer {layer}" if stack else "no layer that semmoe can read"
         raise InputError(f"{tensor.name} belongs to the experts of {place}, the plan places none there: {where}")
     return KEEP
-
-
-def check_complete(keys: Mapping[str, Key], num_experts: int, layers: set[int], path: Path) -> None:
-    """Raise InputError unless each layer of the plan has a router and all its experts, in every stack."""
-    experts, routers, fused = defaultdict(set), set(), set()
-    for name, key in keys.items():
-        place = key.stack, key.layer
-        if key.role is Role.EXPERT:
-            experts[place].add(key.expert)
-        elif key.role is Role.ROWS and not key.router:
-            fused.add(place)
-        elif key.router and key.role in (Role.ROWS, Role.COLUMNS) and name.endswith("weight"):
-            routers.add(place)
-    places = {(key.stack, key.layer) for key in keys.values() if key.role is not Role.KEEP}
-    for layer in sorted(layers):
-        if not any(number == layer for _, number in places):
-            raise InputError(f"layer {layer} of {path} has no experts, the plan places experts there")
-    for stack, layer in sorted(places):
-        missing = set(range(num_experts)) - experts[stack, layer] if (stack, layer) in experts else set()
-        if missing:
-            raise InputError(f"layer {layer} ({stack}) of {path} lacks expert {min(missing)} of {num_experts}")
-        if (stack, layer) not in experts and (stack, layer) not in fused:
-            raise InputError(f"layer {layer} ({stack}) of {path} has a router but no experts that semmoe knows")
-        if (stack, layer) not in routers:
-            raise InputError(f"layer {layer} ({stack}) of {path} has experts but no router that semmoe knows")
 
 
 def relabel_shard(

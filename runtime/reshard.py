@@ -257,7 +257,7 @@ def write_permuted(
         entries = file_entries(source, files, sums)
         notes = ()
         if undo:
-            notes = header_notes(undo, files)
+            notes = header_notes(files, {name: entry["source_header_sha256"] for name, entry in undo["files"].items()})
         else:
             sidecar = {
                 "layout": "permuted",

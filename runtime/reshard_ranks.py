@@ -36,9 +36,17 @@ from runtime.checkpoint import (
 from runtime.checkpoint_copy import FilePlan, Part, Piece, check_parts, merged
 from runtime.checkpoint_keys import KEEP, PER_EXPERT, Key, Role, split_key
 from runtime.output_directory import OutputDirectory, check_space
-from runtime.relabel import block_bytes, classify_checkpoint, total_bytes
+from runtime.relabel import block_bytes, classify_checkpoint, read_bytes, total_bytes
 from runtime.reshard import ReshardResult, check_plan, copy_others, write_all
-from runtime.reshard_sidecar import SIDECAR, Progress, check_unchanged, hash_bytes, plan_facts, write_sidecar
+from runtime.reshard_sidecar import (
+    SIDECAR,
+    Progress,
+    check_unchanged,
+    hash_bytes,
+    header_notes,
+    plan_facts,
+    write_sidecar,
+)
 from solvers.plan import Plan
 
 SOURCE_FILE = "semmoe-source.json"
@@ -232,6 +240,7 @@ def source_headers(source: Checkpoint) -> dict[str, Any]:
         "files": {
             shard.name: {
                 "header_bytes": shard.header_bytes,
+                "header_sha256": hash_bytes(read_bytes(shard.path, 0, shard.header_bytes)),
                 "metadata": shard.metadata,
                 "tensors": [[t.name, t.dtype, list(t.shape), t.begin, t.end] for t in shard.tensors],
             }
@@ -266,7 +275,9 @@ def undo_ranks(
             (directory.partial / INDEX_NAME).write_text(headers["index"], encoding="utf-8")
         write_all(files, directory.partial, verify=verify, progress=progress)
         directory.finish()
-    return ReshardResult(str(out), "ranks", len(layers), 0, len(files), total_bytes(files), 0, verify, None, ())
+    hashes = {name: entry["header_sha256"] for name, entry in headers["files"].items() if "header_sha256" in entry}
+    notes = header_notes(files, hashes)
+    return ReshardResult(str(out), "ranks", len(layers), 0, len(files), total_bytes(files), 0, verify, None, (), notes)
 
 
 def first_home(experts_RS: np.ndarray, expert: int) -> tuple[int, int]:

@@ -64,12 +64,12 @@ def file_entries(source: Checkpoint, files: Sequence[FilePlan], sums: Mapping[st
     return entries
 
 
-def header_notes(undo: dict[str, Any], files: Sequence[FilePlan]) -> tuple[str, ...]:
-    """Files whose header could not be restored to the letter; their tensors are the same all the same."""
+def header_notes(files: Sequence[FilePlan], source_hashes: Mapping[str, str]) -> tuple[str, ...]:
+    """Files whose header could not be restored to the letter, told from the source's; their tensors are the same all the same."""
     return tuple(
         f"{file.name}: same tensors, but the header is laid out differently from the original file's"
         for file in files
-        if hash_bytes(file.header) != undo["files"].get(file.name, {}).get("source_header_sha256")
+        if file.name in source_hashes and hash_bytes(file.header) != source_hashes[file.name]
     )
 
 

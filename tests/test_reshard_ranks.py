@@ -97,3 +97,20 @@ def test_logits_cannot_be_compared_here(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", per_expert_model())
     with pytest.raises(InputError, match="use --layout permuted"):
         reshard_checkpoint(source, make_plan(WITH_REPLICAS), tmp_path / "out", layout="ranks", verify="logits")
+
+
+@pytest.mark.parametrize("layout", ["permuted", "ranks"])
+def test_a_header_in_another_order_is_told(layout: str, tmp_path: Path) -> None:
+    """Its tensors come back the same; its names come back in the order of their bytes."""
+    source = write_checkpoint(tmp_path / "source", per_expert_model())
+    file = source / "model.safetensors"
+    size = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    reversed_names = dict(reversed(json.loads(file.read_bytes()[8:size]).items()))
+    text = json.dumps(reversed_names, separators=(",", ":")).encode().ljust(size - 8)
+    file.write_bytes(file.read_bytes()[:8] + text + file.read_bytes()[size:])
+    reshard_checkpoint(source, make_plan(random_orders(2).reshape(2, 2, 4)), tmp_path / "out", layout=layout)
+    notes = undo_reshard(tmp_path / "out", tmp_path / "back").notes
+    assert notes == (
+        "model.safetensors: same tensors, but the header is laid out differently from the original file's",
+    )
+    assert read_tensors(tmp_path / "back") == read_tensors(source)

@@ -1,5 +1,6 @@
 """What reshard refuses, each with one line and the reason, and that nothing is left of a run that failed or was killed."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint_factory import CONFIG, make_plan, random_orders, write_checkpoint
-from test_reshard import D, E, F, assert_same_files, fused_model, per_expert_model
+from test_reshard import PER_EXPERT, D, E, F, assert_same_files, fused_model, per_expert_model
 
 from profiles.errors import InputError
 from runtime.reshard import reshard_checkpoint, undo_reshard
@@ -127,6 +128,7 @@ def test_a_plan_for_other_layers(source: Path) -> None:
         ("model.layers.1.mlp.image_gate.weight", ("BF16", (E, D))),
         ("model.layers.1.mlp.expert_scale", ("F32", (E,))),
         ("model.layers.0.mlp.experts.9.up_proj.weight", ("BF16", (F, D))),
+        ("model.layers.0.mlp.experts.03.up_proj.weight", ("BF16", (F, D))),
         ("model.layers.0.mlp.experts.down_proj", ("BF16", (E + 1, D, F))),
         ("model.tower.experts.0.up_proj.weight", ("BF16", (F, D))),
     ],
@@ -148,6 +150,62 @@ def test_experts_without_router_and_experts_missing(tmp_path: Path) -> None:
     refuse(write_checkpoint(tmp_path / "d", no_experts), PLAN, "has a router but no experts")
 
 
+def without(*ends: str) -> dict:
+    """The model of `source` in FP8, less the tensors whose names end so."""
+    return {k: v for k, v in per_expert_model("fp8").items() if not k.endswith(ends)}
+
+
+@pytest.mark.parametrize("layout", ["permuted", "ranks"])
+@pytest.mark.parametrize(
+    ("lost", "match"),
+    [
+        (
+            ("1.mlp.experts.5.up_proj.weight_scale_inv",),
+            r"layer 1 \(model.layers\), expert 5 of .* lacks up_proj.weight_sc",
+        ),
+        (
+            ("1.mlp.experts.5.up_proj.weight",),
+            r"layer 1 \(model.layers\), expert 5 of .* lacks up_proj.weight, .* 0 has",
+        ),
+        (
+            ("1.mlp.experts.5.up_proj.weight", "1.mlp.experts.5.up_proj.weight_scale_inv"),
+            "expert 5 of .* lacks up_proj, ",
+        ),
+        (
+            tuple(f"1.mlp.experts.{e}.up_proj.{s}" for e in range(E) for s in PER_EXPERT["fp8"]),
+            "lacks up_proj of its exp",
+        ),
+        (
+            ("1.mlp.gate.e_score_correction_bias",),
+            "layer 1 of .* lacks mlp.gate.e_score_correction_bias, which layer 0 has",
+        ),
+    ],
+)
+def test_one_tensor_is_missing(lost: tuple[str, ...], match: str, layout: str, tmp_path: Path) -> None:
+    refuse(write_checkpoint(tmp_path / "source", without(*lost)), PLAN, match, layout=layout)
+
+
+@pytest.mark.parametrize("lost", ["down_proj_scales", "gate_up_proj_bias"])
+def test_one_fused_tensor_is_missing(lost: str, tmp_path: Path) -> None:
+    specs = {k: v for k, v in fused_model("mxfp4").items() if not k.endswith(f"1.mlp.experts.{lost}")}
+    refuse(
+        write_checkpoint(tmp_path / "source", specs), PLAN, f"layer 1 of .* lacks mlp.experts.{lost}, which layer 0 has"
+    )
+
+
+def test_experts_and_layers_of_another_precision_are_whole(tmp_path: Path) -> None:
+    """Left unquantised: one projection of an expert, a whole layer; never reached in calibration: one expert."""
+    specs = per_expert_model("fp8_tensor") | {"model.layers.0.mlp.experts.3.up_proj.weight": ("BF16", (F, D))}
+    for gone in ("3.up_proj.weight_scale", "3.up_proj.input_scale", "5.gate_proj.input_scale"):
+        del specs[f"model.layers.0.mlp.experts.{gone}"]
+    plain = {k: v for k, v in per_expert_model().items() if ".layers.1." in k}
+    specs = {k: v for k, v in specs.items() if ".layers.1." not in k} | plain
+    reshard_checkpoint(write_checkpoint(tmp_path / "source", specs), PLAN, tmp_path / "out")
+    fused = {k: v for k, v in fused_model("fp8").items() if ".layers.1." not in k}
+    fused |= {k: v for k, v in fused_model().items() if ".layers.1." in k}
+    reshard_checkpoint(write_checkpoint(tmp_path / "fused", fused), PLAN, tmp_path / "out2")
+
+
 def test_damaged_files(source: Path) -> None:
     shard = sorted(source.glob("*.safetensors"))[0]
     whole = shard.read_bytes()
@@ -166,7 +224,8 @@ def test_damaged_files(source: Path) -> None:
     shard.write_bytes(whole)
     index = source / "model.safetensors.index.json"
     text = index.read_text()
-    for bad, match in [("{", "is not JSON"), ("{}", "has no weight_map")]:
+    named = '{"weight_map": {"lm_head.weight": 1}}'
+    for bad, match in [("{", "is not JSON"), ("{}", "has no weight_map"), (named, "names something else than files")]:
         index.write_text(bad)
         refuse(source, PLAN, match)
     index.write_text(text.replace("lm_head.weight", "lm_head.bias"))
@@ -227,6 +286,31 @@ def test_targets(source: Path, tmp_path: Path) -> None:
         reshard_checkpoint(source, PLAN, tmp_path / "no" / "out")
     with pytest.raises(InputError, match="is not a reshard"):
         undo_reshard(source, tmp_path / "back")
+
+
+def test_a_link_to_a_directory_and_directories_that_cannot_be_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk/out")
+    reshard_checkpoint(source, PLAN, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "semmoe.json").is_file()
+    reshard_checkpoint(source, PLAN, tmp_path / "link", force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link", "source"]
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for fixed in (Path("."), Path("/proc")):
+        with pytest.raises(InputError, match="is a mount point or the current directory"):
+            reshard_checkpoint(source, PLAN, fixed)
+
+
+def test_an_error_of_the_disk_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some file")
+
+    monkeypatch.setattr("runtime.reshard.write_sidecar", fail)
+    refuse(source, PLAN, r"cannot write .*out: No space left on device \(some file\)")
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
