@@ -68,7 +68,7 @@ def prompts(tmp_path) -> Path:
 
 def run(*arguments: object, check: int | None = 0, **kwargs) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=180, **kwargs
+        command(*arguments), capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=300, **kwargs
     )
     if check is not None:
         assert done.returncode == check, done.stderr
@@ -425,7 +425,7 @@ def slow_process(model_folder, data, out, *options) -> subprocess.Popen:
 
 
 def wait_for_parts(out: Path, count: int, process: subprocess.Popen) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 240
     while len(list(out.glob("*.parquet"))) < count:
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.02)
