@@ -162,7 +162,7 @@ def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: s
     if FUSED_ROWS.match(rest) and len(shape) == 2 and shape[0] % num_experts == 0:
         return Key(Role.ROWS, stack, layer, rows=shape[0])
     if FUSED.match(rest) or (FUSED_IN_BLOCK.match(rest) and len(shape) >= 2):
-        if rest.endswith("scale") and shape in ((), (1,)):
+        if shape in ((), (1,)):
             return KEEP  # one scale for all experts
         return rows(Role.ROWS, 0, router=False, extra=(0,))
     further = FURTHER_ROUTER.match(rest) and num_experts in shape[:1]

@@ -65,6 +65,14 @@ FUSED = {
         "down_proj_scale_inv": ("F32", (E, 1, 1)),
         "gate_up_proj_input_scale": ("F32", ()),
     },
+    "modelopt": {
+        "gate_up_proj": ("U8", (E, D, F)),
+        "gate_up_proj_weight_scale": ("F8_E4M3", (E, D, F // 8)),
+        "gate_up_proj_weight_scale_2": ("F32", ()),
+        "down_proj": ("U8", (E, F, D // 2)),
+        "down_proj_weight_scale": ("F8_E4M3", (E, F, D // 16)),
+        "down_proj_weight_scale_2": ("F32", (1,)),
+    },
     "inkling": {
         "w13_weight": ("F8_E4M3", (E, 2 * F, D)),
         "w13_weight_scale": ("F32", (E, 1)),
