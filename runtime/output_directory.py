@@ -97,5 +97,5 @@ def check_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < num_bytes + SPARE_BYTES:
         raise InputError(
-            f"the disk of {directory.parent} has {free / 1e9:.1f} GB free, {(num_bytes + SPARE_BYTES) / 1e9:.1f} GB are needed"
+            f"the disk of {directory.parent} has {free / 1e9:.2f} GB free, {(num_bytes + SPARE_BYTES) / 1e9:.2f} GB are needed"
         )

@@ -242,7 +242,7 @@ def write_permuted(
         for shard in source.shards
     ]
     with OutputDirectory(out, source.path, marker=SIDECAR, force=force) as directory:
-        check_space(directory.partial, total_bytes(files))
+        check_space(directory.partial, total_bytes(files) + other_bytes(source))
         copy_others(source, directory.partial, skip=(SIDECAR,))
         relabel_configs(source, orders, directory.partial)
         write_index(source, keys, orders, directory.partial)
@@ -288,7 +288,7 @@ def write_all(
 ) -> dict[str, list[list[int]]]:
     """Write the files, telling `progress` how far it is; checksums [offset, bytes, checksum] by file name."""
     sums: dict[str, list[list[int]]] = defaultdict(list)
-    total, done = total_bytes(list(files)), 0
+    total, done = sum(part.num_bytes for file in files for part in file.parts), 0
 
     def keep(written: Written) -> None:
         nonlocal done
@@ -317,6 +317,11 @@ def check_written(
                 raise InputError(f"{root / INDEX_NAME} names another file for {tensor.name}: nothing was kept")
     if index:
         raise InputError(f"{root / INDEX_NAME} names {next(iter(index))}, which no file holds: nothing was kept")
+
+
+def other_bytes(source: Checkpoint) -> int:
+    """Bytes of what copy_others copies."""
+    return sum(path.stat().st_size for name in source.others if (path := source.path / name).exists())
 
 
 def copy_others(source: Checkpoint, target: Path, *, skip: tuple[str, ...]) -> None:

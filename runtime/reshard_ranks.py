@@ -37,7 +37,7 @@ from runtime.checkpoint_copy import FilePlan, Part, Piece, check_parts, merged
 from runtime.checkpoint_keys import KEEP, PER_EXPERT, Key, Role, split_key
 from runtime.output_directory import OutputDirectory, check_space
 from runtime.relabel import block_bytes, classify_checkpoint, read_bytes, total_bytes
-from runtime.reshard import ReshardResult, check_plan, copy_others, write_all
+from runtime.reshard import ReshardResult, check_plan, copy_others, other_bytes, write_all
 from runtime.reshard_sidecar import (
     SIDECAR,
     Progress,
@@ -78,7 +78,7 @@ def write_ranks(
     slots = [dict(zip(layers, experts_LRS[:, rank], strict=True)) for rank in range(plan.placement.num_ranks)]
     files = split_files(source, keys, slots, model.num_experts, link=link)
     with OutputDirectory(out, source.path, marker=SIDECAR, force=force) as directory:
-        check_space(directory.partial, total_bytes(files))
+        check_space(directory.partial, total_bytes(files) + other_bytes(source))
         (directory.partial / SHARED).mkdir()
         copy_others(source, directory.partial / SHARED, skip=())
         sums = write_all(files, directory.partial, verify=verify, progress=progress)
@@ -269,7 +269,7 @@ def undo_ranks(
     files = [joined_file(name, entry, written, homes) for name, entry in headers["files"].items()]
     shared = open_checkpoint(checkpoint / SHARED)
     with OutputDirectory(out, checkpoint, marker=SIDECAR, force=force) as directory:
-        check_space(directory.partial, total_bytes(files))
+        check_space(directory.partial, total_bytes(files) + other_bytes(shared))
         copy_others(shared, directory.partial, skip=())
         if headers["index"]:
             (directory.partial / INDEX_NAME).write_text(headers["index"], encoding="utf-8")

@@ -3,7 +3,8 @@
 import enum
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -71,21 +72,21 @@ def reshard(
 
     if checkpoint == Path("demo") and not (checkpoint / "config.json").exists():
         checkpoint = demo_model_path()
-    progress = progress_lines() if sys.stderr.isatty() else None
-    if plan is None:
-        result = undo_reshard(checkpoint, output, verify=verify.value, force=force, progress=progress)
-    else:
-        result = reshard_checkpoint(
-            checkpoint,
-            Plan.load(plan),
-            output,
-            layout=layout.value,
-            link=link,
-            verify=verify.value,
-            force=force,
-            made_by=command_line(checkpoint, plan, output),
-            progress=progress,
-        )
+    with progress_lines() as progress:
+        if plan is None:
+            result = undo_reshard(checkpoint, output, verify=verify.value, force=force, progress=progress)
+        else:
+            result = reshard_checkpoint(
+                checkpoint,
+                Plan.load(plan),
+                output,
+                layout=layout.value,
+                link=link,
+                verify=verify.value,
+                force=force,
+                made_by=command_line(checkpoint, plan, output),
+                progress=progress,
+            )
     for name in result.left_out:
         note(f"left out {name}: weights in another format or place, and links to directories, are not carried over")
     for line in result.notes:
@@ -101,14 +102,27 @@ def reshard(
     )
 
 
-def progress_lines() -> Callable[[str, int, int], None]:
-    """A function that shows how many of how many bytes are done, and the time left: one line on a terminal, written over."""
+@contextmanager
+def progress_lines() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A function that shows how many of how many bytes are done, and the time left: one line per task on a terminal, else None.
+
+    The line is written over, and ended before anything else is said.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
     started: dict[str, float] = {}
 
     def show(what: str, done: int, total: int) -> None:
+        if started and what not in started:
+            print(file=sys.stderr)
         seconds = time.monotonic() - started.setdefault(what, time.monotonic())
         left = f", {clock(seconds * (total - done) / done)} left" if 0 < done < total else ""
         line = f"{what} {done / 1e9:.2f} of {total / 1e9:.2f} GB{left}"
-        print(f"\r{line:<60}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+        print(f"\r{line:<60}", end="", file=sys.stderr, flush=True)
 
-    return show
+    try:
+        yield show
+    finally:
+        if started:
+            print(file=sys.stderr)

@@ -21,7 +21,6 @@ from profiles.synthetic import write_synthetic
 from semmoe_cli.commands_compare import compare
 from semmoe_cli.commands_place import place
 from semmoe_cli.commands_report import report
-from semmoe_cli.commands_reshard import progress_lines
 from semmoe_cli.main import app, main
 from semmoe_cli.options import Dispatch, Effort, Method, Objective, command_line
 from semmoe_cli.reference import render_reference
@@ -88,6 +87,94 @@ def test_ctrl_c_while_the_command_line_is_imported_is_one_line(start):
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "semmoe: interrupted\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0 and "Example" in result.output and f"semmoe {command} " in result.output
+
+
+def test_choices_equal_what_the_solvers_offer():
+    assert [m.value for m in Method] == list(METHODS)
+    assert [d.value for d in Dispatch] == list(DISPATCH_KINDS)
+    assert [o.value for o in Objective] == list(OBJECTIVES)
+    assert [e.value for e in Effort] == list(EFFORTS)
+
+
+def test_the_reference_is_up_to_date():
+    page = Path(__file__).parent.parent / "docs" / "cli.md"
+    assert page.read_text(encoding="utf-8") == render_reference(), "run: python -m semmoe_cli.reference > docs/cli.md"
+
+
+def test_every_command_is_documented():
+    page = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert all(f"## semmoe {command}" in page for command in COMMANDS)
+
+
+def test_place_report_and_show_end_to_end(trace, tmp_path):
+    placed = semmoe("place", trace, "--ranks", 4, "--method", "metis", "-o", tmp_path / "p", "--json")
+    assert placed.returncode == 0, placed.stderr
+    report = json.loads(placed.stdout)
+    assert {(r["placement"], r["schedule"]) for r in report["rows"]} >= {
+        (p, "random") for p in ("plan", "contiguous", "load")
+    }
+    for row in [*report["rows"], *report["layers"][2]["rows"]]:
+        assert set(METRICS) <= set(row)
+    assert all(set(row["ci"]) == set(METRICS) for row in report["rows"])
+    assert (report["ranks"], report["tokens"], len(report["layers"])) == (4, 12 * 64, 4)
+    again = semmoe("report", tmp_path / "p", trace, "--json")
+    assert json.loads(again.stdout) == report | {"plan": str(tmp_path / "p"), "trace": str(trace)}
+    table = semmoe("report", tmp_path / "p", trace).stdout
+    assert "contiguous" in table and "REM" in table
+    for path, word in ((trace, "routing per token"), (tmp_path / "p", "fitted load imbalance")):
+        assert word in semmoe("show", path).stdout
+        assert json.loads(semmoe("show", path, "--json").stdout)["kind"] in ("trace", "plan")
+
+
+def test_gather_says_that_placement_cannot_help(trace, tmp_path):
+    result = semmoe("place", trace, "--ranks", 4, "--dispatch", "gather", "--method", "load", "-o", tmp_path / "p")
+    assert "cannot reduce traffic" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", 5], "32 experts do not divide over 5 ranks"),
+        (["--ranks", 64], "64 ranks are more than the 32 experts"),
+        (["--ranks", 8, "--nodes", 3], "8 ranks do not divide over 3 nodes"),
+        (["--ranks", 4, "--holdout", 2], "--holdout is 2.0"),
+        (["--ranks", 4, "--holdout-domain", "x"], "no request has the domain 'x'"),
+        (["--ranks", 4, "--load-cap", 0.5], "--load-cap is 0.5"),
+        (["--ranks", 4, "--load-cap", "inf"], "--load-cap is inf"),
+        (["--ranks", 4, "--lar-weight", "inf"], "--lar-weight is inf"),
+        (["--ranks", 4, "--replicas", 1, "--certify"], "--certify bounds placements without replicas"),
+        (
+            ["--ranks", 4, "--replicas", 1, "--expressible", "permutation"],
+            "a permuted checkpoint holds every expert once",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_1(trace, tmp_path, arguments, message):
+    result = semmoe("place", trace, *arguments, "-o", tmp_path / "p")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("semmoe: ") and message in result.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_one_thing_in_place_of_another_is_named(trace, tmp_path):
+    assert semmoe("place", trace, "--ranks", 4, "--method", "load", "-o", tmp_path / "p").returncode == 0
+    for words, message in (
+        (["report", tmp_path / "p"], "it is a plan"),
+        (["report", trace, trace], "semmoe place makes a plan of it"),
+        (["report", tmp_path / "absent"], "nothing of that name is there"),
+        (["show", tmp_path / "absent"], "does not exist: expected a trace or a plan"),
+        (["demo", "-o", tmp_path / "p" / "plan.json" / "x"], "cannot make the directory"),
+        (["place", trace, "--ranks", 4, "--load-cap", "nan", "-o", tmp_path / "q"], "--load-cap is nan"),
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert isinstance(result.exception, InputError) and message in str(result.exception), words
+        assert "\n" not in str(result.exception)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -317,6 +317,11 @@ def test_a_full_disk_is_seen_before_anything_is_written(source: Path, monkeypatc
     usage = shutil.disk_usage(source)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
     refuse(source, PLAN, "GB are needed")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
+    with (source / "tokenizer.json").open("wb") as large:
+        large.truncate(64 << 20)
+    for layout in ("permuted", "ranks"):
+        refuse(source, PLAN, "GB are needed", layout=layout)
 
 
 def run_reshard(source: Path, plan: Path, out: Path) -> list[str]:
