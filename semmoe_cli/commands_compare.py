@@ -1,5 +1,6 @@
 """`semmoe compare`: plans side by side on a trace, and what it takes to get from one to another."""
 
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,8 +70,9 @@ def compare(
         )
     for line in notes:
         note(line)
+    comparison |= {"trace": trace}
     if json_:
-        print_json({**comparison, "trace": trace})
+        print_json(comparison)
     else:
         _print(comparison)
     if output is not None:
@@ -82,19 +84,17 @@ def compare(
 
 
 def _print(comparison: dict[str, Any]) -> None:
-    from semmoe_cli.report import COLUMNS, NARROW_COLUMNS, SCORE_CAPTION, print_fitting, wide_console
+    from semmoe_cli.report import SCORE_CAPTION, layouts, print_fitting, wide_console
 
     console = wide_console()
     nodes = max(plan["nodes"] for plan in comparison["plans"])
-    metrics = [m for m in COLUMNS if m != "node" or nodes > 1]
-    narrow = [m for m in metrics if m in NARROW_COLUMNS]
-    layouts = [(metrics, True), (narrow, True), (metrics, False), (narrow, False)]
     title = (
         f"{comparison['model'] or 'model'}: {comparison['requests']} requests that no plan saw, {comparison['tokens']:,} tokens; "
         f"{comparison['dispatch']} dispatch"
     )
     rows = _shown_rows(comparison)
-    tables = [_score_table(comparison, rows, shown, intervals) for shown, intervals in layouts]
+    shapes = [(facts, *layout) for layout in layouts(nodes) for facts in (("method", "ranks"), ())]
+    tables = [_score_table(comparison, rows, *shape) for shape in shapes]
     print_fitting(console, tables, title=title, caption=f"{SCORE_CAPTION}; --json holds every schedule")
     if comparison["differences"]:
         print_fitting(
@@ -130,22 +130,23 @@ def _shown_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _score_table(
-    comparison: dict[str, Any], rows: list[dict[str, Any]], metrics: list[str], intervals: bool
+    comparison: dict[str, Any], rows: list[dict[str, Any]], facts: Sequence[str], metrics: list[str], intervals: bool
 ) -> "Table":
+    """`facts`: what the table tells of a plan beside its name."""
     from rich.markup import escape
 
     from semmoe_cli.report import COLUMNS, new_table, score_cell
 
     table = new_table()
-    for heading in ("plan", "method", "ranks", "schedule"):
-        table.add_column(heading, justify="right" if heading == "ranks" else "left")
+    for heading in ("plan", *facts, "schedule"):
+        table.add_column(heading, justify="right" if heading == "ranks" else "left", overflow="fold")
     for metric in metrics:
         table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
-    facts = {plan["plan"]: plan for plan in comparison["plans"]}
+    plans = {plan["plan"]: plan for plan in comparison["plans"]}
     for row in rows:
-        plan = facts[row["placement"]]
+        about = (str(plans[row["placement"]][fact]) for fact in facts)
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
-        table.add_row(escape(row["placement"]), plan["method"], str(plan["ranks"]), row["schedule"], *cells)
+        table.add_row(escape(row["placement"]), *about, row["schedule"], *cells)
     return table
 
 
@@ -156,37 +157,33 @@ def _difference_table(comparison: dict[str, Any]) -> "Table":
     from solvers.comparison import PAIRED
 
     table = new_table()
-    table.add_column("plan")
-    for metric in PAIRED:
-        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
+    table.add_column("plan", overflow="fold")
+    table.add_column("")
+    table.add_column("difference", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for row in comparison["differences"]:
-        cells = []
         for metric in PAIRED:
             value, low, high = row[metric]
             sure = "better" if high < 0 else "worse" if low > 0 else "same"
-            cells.append(f"{value:+.3f} \\[{low:+.3f}, {high:+.3f}] {sure}")
-        table.add_row(escape(row["plan"]), *cells)
+            name = escape(row["plan"]) if metric == PAIRED[0] else ""
+            table.add_row(name, COLUMNS[metric][0], f"{value:+.3f} \\[{low:+.3f}, {high:+.3f}]", sure)
     return table
 
 
 def _move_table(comparison: dict[str, Any]) -> "Table":
     from rich.markup import escape
 
+    from semmoe_cli.page_compare import move_cells
     from semmoe_cli.report import new_table
 
     sized = bool(comparison["bytes_per_expert"])
     table = new_table()
     for heading in ("from", "to"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in ("as named", "renamed", "renamed per layer"):
         table.add_column(heading, justify="right")
     for moves in comparison["moves"]:
         if "why_not" in moves:
             continue
-        cells = []
-        for kind in ("", "_renamed", "_renamed_per_layer"):
-            count = moves[f"experts{kind}"]
-            size = f", {moves[f'bytes{kind}'] / 1e9:,.2f} GB" if sized else ""
-            cells.append(f"{count:,} ({count / moves['slots']:.0%}{size})")
-        table.add_row(escape(moves["from"]), escape(moves["to"]), *cells)
+        table.add_row(escape(moves["from"]), escape(moves["to"]), *move_cells(moves, sized=sized))
     return table

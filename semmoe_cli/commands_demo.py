@@ -36,7 +36,6 @@ def demo(
 
     Example: semmoe demo --ranks 4
     """
-    from profiles.demo.paths import demo_model_path
     from profiles.errors import InputError
     from solvers.placement import Topology
 
@@ -62,8 +61,8 @@ def demo(
     if not json_:
         print_report(result["place"], as_json=False)
     _step(  # its numbers are those that place printed just now
-        f"semmoe report {_quoted(plan)} {_quoted(traced)} -o {_quoted(page)}",
-        lambda: report([str(plan), str(traced)], output=page, seed=seed, tokenizer=demo_model_path(), json_=True),
+        f"semmoe report {_quoted(plan)} {_quoted(traced)} --seed {seed} --tokenizer demo -o {_quoted(page)}",
+        lambda: report([str(plan), str(traced)], output=page, seed=seed, tokenizer=Path("demo"), json_=True),
     )
     result["reshard"] = _step(
         f"semmoe reshard demo {_quoted(plan)} --force -o {_quoted(placed)}",
@@ -91,6 +90,7 @@ def demo(
         return
     _print_summary(result, ranks)
     print(f"\nDone in {seconds:.0f} s. Files:", file=sys.stderr)
+    width = max(len(str(path)) for path in (traced, plan, page, placed, answers))
     for path, meaning in (
         (traced, "routing of the demo model on its prompts (Parquet)"),
         (plan, "placement and schedules with their held-out scores"),
@@ -98,7 +98,7 @@ def demo(
         (placed, "the demo model with its experts placed: an ordinary Hugging Face checkpoint"),
         (answers, f"its answers on {ranks} local ranks"),
     ):
-        print(f"  {path}  {meaning}", file=sys.stderr)
+        print(f"  {path!s:<{width}}  {meaning}", file=sys.stderr)
 
 
 def _quoted(path: Path) -> str:

@@ -51,7 +51,8 @@ def report(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="Also name the most and least predictable tokens: tokenizer.json or its directory."
+            metavar="PATH",
+            help="Also name the most and least predictable tokens: tokenizer.json, its directory, or demo.",
         ),
     ] = None,
     ranks: Annotated[
@@ -90,9 +91,10 @@ def report(
         _report_trace(RoutingTrace.open(paths[0]), paths[0], ranks, seed, output, json_)
         return
     from semmoe_cli.page import write_page
+    from semmoe_cli.page_on_request import costs_section, tokens_section, what_if_section
     from semmoe_cli.page_plan import plan_page
     from semmoe_cli.plan_report import PlanReportOptions, make_plan_report
-    from semmoe_cli.report import note, print_report, print_times
+    from semmoe_cli.report import note, print_report, print_section, print_times
     from solvers.plan import Plan
     from solvers.simulate import Setting
 
@@ -111,6 +113,10 @@ def report(
     print_report(made.to_json() | {"plan": paths[0], "trace": paths[1]}, as_json=json_)
     if made.times and not json_:
         print_times(made.times)
+    if not json_:
+        asked = (what_if_section, tokens_section, *([costs_section] if hidden_size else []))
+        for section in filter(None, (make(made) for make in asked)):
+            print_section(section)
     if output is not None:
         write_page(plan_page(made), output)
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")

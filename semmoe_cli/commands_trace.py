@@ -3,6 +3,7 @@
 import enum
 import os
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,6 +143,7 @@ def trace(
                 messages_field=messages_field,
                 domain_field=domain_field,
                 generate=generate,
+                temperature=temperature,
                 max_requests=max_requests,
                 max_length=max_length,
                 batch_tokens=batch_tokens,
@@ -168,6 +170,10 @@ def trace(
         if json_:
             print_json(result)
         return
+    if not isfinite(temperature):
+        raise typer.BadParameter("expected a finite number", param_hint="--temperature")
+    if temperature and not generate:
+        raise typer.BadParameter("needs --generate", param_hint="--temperature")
     if (data is None) == (dataset is None):
         raise typer.BadParameter("texts are needed: exactly one of --data SOURCE and --dataset NAME")
     refuse_mixed("--data", given(subset=subset, split=split) if data is not None else [])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 WIDTH = 8.6  # inches; 72 points each, drawn about 1.35 times as large in a page
+TITLE_LETTERS, HEADING_LETTERS = 74, 88  # of a line across a PNG, bold in 12.5 and 10.5 points
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,21 @@ def png(draws: list[tuple[str, Draw, float]], *, title: str, subtitle: str) -> b
 
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with mpl.rc_context(_context(LIGHT)):
         heights = [height + 0.45 for _, _, height in draws]
-        head = 1.0
-        figure = Figure(figsize=(WIDTH, sum(heights) + head), facecolor=LIGHT.paper)
+        lines = textwrap.wrap(title, TITLE_LETTERS)
+        head = 0.55 + 0.22 * len(lines)
+        apart = ConstrainedLayoutEngine(h_pad=0.09)  # inches: titles of panels stay off the heading
+        figure = Figure(figsize=(WIDTH, sum(heights) + head), facecolor=LIGHT.paper, layout=apart)
         parts: Any = figure.subfigures(len(draws) + 1, 1, height_ratios=[head, *heights])
-        parts[0].text(0.02, 0.9, "\n".join(textwrap.wrap(title, 92)), va="top", fontsize=12.5, fontweight="bold")
-        parts[0].text(0.02, 0.12, subtitle, va="bottom", color=LIGHT.muted)
+        parts[0].text(0.02, 1 - 0.1 / head, "\n".join(lines), va="top", fontsize=12.5, fontweight="bold")
+        parts[0].text(0.02, 0.12 / head, subtitle, va="bottom", color=LIGHT.muted)
         for part, (heading, draw, _) in zip(parts[1:], draws, strict=True):
-            part.suptitle(heading, x=0.02, ha="left", fontsize=10.5, fontweight="bold")
+            part.suptitle(
+                "\n".join(textwrap.wrap(heading, HEADING_LETTERS)), x=0.02, ha="left", fontsize=10.5, fontweight="bold"
+            )
             draw(part, LIGHT)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})

@@ -120,6 +120,7 @@ def load_skew(load: dict[str, Any]) -> Draw:
         right.axhline(1, color=palette.muted, linewidth=0.9)
         right.set_title("busiest expert / mean")
         right.set_xlabel("MoE layer")
+        right.xaxis.get_major_locator().set_params(integer=True)
         for axes in (left, right):
             plain_axes(axes, palette)
 

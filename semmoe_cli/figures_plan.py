@@ -292,7 +292,7 @@ def what_if_lines(rows: list[dict[str, Any]], metric: str, *, label: str) -> Dra
         saved = [saved_share(value[r, "contiguous"][metric], value[r, "metis"][metric]) for r in ranks]
         right.bar(where, [100 * s for s in saved], color=palette.plan, width=0.55)
         for x, share in zip(where, saved, strict=True):
-            right.annotate(f"{share:.0%}", (x, 100 * share), (0, 3), textcoords="offset points", ha="center")
+            right.annotate(f"{share:.0%}", (x, max(100 * share, 0)), (0, 3), textcoords="offset points", ha="center")
         left.set_title(label)
         right.set_title("saved against contiguous, %")
         for axes in (left, right):

@@ -106,18 +106,31 @@ def _moves(comparison: dict[str, Any]) -> Section:
         if "why_not" in moves:
             reasons.append(Text(f"{moves['from']} to {moves['to']}: {moves['why_not']}."))
             continue
-        cells = [moves["from"], moves["to"]]
-        for kind in ("", "_renamed", "_renamed_per_layer"):
-            count = moves[f"experts{kind}"]
-            size = f", {moves[f'bytes{kind}'] / 1e9:,.2f} GB" if comparison["bytes_per_expert"] else ""
-            cells.append(f"{count:,} ({count / moves['slots']:.0%}{size})")
-        rows.append(cells)
+        rows.append([moves["from"], moves["to"], *move_cells(moves, sized=bool(comparison["bytes_per_expert"]))])
     grid = Grid(["from", "to", "as named", "renamed", "renamed per layer"], rows, names_at=frozenset((0, 1)))
     hint = (
         "Renamed: with the one renaming of ranks, nodes kept together, that moves least and keeps the traffic. "
         "Per layer: a renaming for every layer, where no schedule sends tokens to ranks."
     )
     return Section("Expert copies to move", [*([grid] if rows else []), *reasons, Text(hint, hint=True)])
+
+
+def move_cells(moves: dict[str, Any], *, sized: bool) -> list[str]:
+    """Copies to load as named, renamed and renamed per layer: their number, their share of the slots and, where `sized`, their bytes."""
+    cells = []
+    for kind in ("", "_renamed", "_renamed_per_layer"):
+        count = moves[f"experts{kind}"]
+        size = f", {size_text(moves[f'bytes{kind}'])}" if sized else ""
+        cells.append(f"{count:,} ({count / moves['slots']:.0%}{size})")
+    return cells
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes in the largest unit that leaves a digit before the point: 1.13 MB."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.2f} {unit}"
+    return f"{num_bytes:,.0f} bytes"
 
 
 def _footer() -> str:

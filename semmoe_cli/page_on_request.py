@@ -20,8 +20,8 @@ def what_if_section(about: "PlanReport") -> Section | None:
     if found is None or not found["rows"]:
         return None
     metric = {"per-node": "node", "gather": "load_imbalance"}.get(about.report["dispatch"], "rem")
-    if not any(row[metric] for row in found["rows"]):
-        metric = "rem"
+    if not all(row[metric] for row in found["rows"]):
+        metric = "rem"  # remote nodes say nothing where some numbers of ranks fit on one node
     value = {(row["ranks"], row["placement"]): row for row in found["rows"]}
     ranks = sorted({row["ranks"] for row in found["rows"]})
     saved = {r: figures_plan.saved_share(value[r, "contiguous"][metric], value[r, "metis"][metric]) for r in ranks}
@@ -49,6 +49,8 @@ def what_if_section(about: "PlanReport") -> Section | None:
     ]
     if found["skipped"]:
         blocks.append(Text("Left out: " + "; ".join(s["why"] for s in found["skipped"]) + ".", hint=True))
+    if saved[best] < 0.005:
+        return Section("On other numbers of ranks, placement saves nothing", blocks)
     return Section(f"On other numbers of ranks, most is saved at {best}: {saved[best]:.0%}", blocks)
 
 

@@ -172,6 +172,9 @@ def _token_texts(path: Path) -> Any:
     """A function from a token id to its text, spaces and line ends made visible. Raises InputError where there is no tokenizer."""
     from tokenizers import Tokenizer
 
+    from profiles.demo.paths import demo_model_path
+
+    path = demo_model_path() if str(path) == "demo" else path
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"--tokenizer {path}: there is no {file.name}")

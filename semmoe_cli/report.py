@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from semmoe_cli.page import Section
+
 COLUMNS = {
     "lar": ("LAR", True),
     "rem": ("REM", False),
@@ -22,6 +24,7 @@ COLUMNS = {
     "token_imbalance": ("tokens max/mean", False),
 }
 NARROW_COLUMNS = ("lar", "rem", "node", "link", "load_imbalance")
+LEAST_COLUMNS = ("rem", "load_imbalance")
 PIPE_WIDTH = 220  # columns where stdout is no terminal: a table is then read by a program or a pager
 SCORE_CAPTION = "* best of its column, oracles left out; in brackets: 95% bootstrap interval over requests"
 
@@ -47,10 +50,7 @@ def print_report(report: dict[str, Any], *, as_json: bool) -> None:
         print_json(report)
         return
     console = wide_console()
-    metrics = [m for m in COLUMNS if m != "node" or report["nodes"] > 1]
-    narrow = [m for m in metrics if m in NARROW_COLUMNS]
-    layouts = [(metrics, True), (narrow, True), (metrics, False), (narrow, False)]
-    tables = [_score_table(report, shown, intervals) for shown, intervals in layouts]
+    tables = [_score_table(report, shown, intervals) for shown, intervals in layouts(report["nodes"])]
     print_fitting(console, tables, title=_title(report), caption=SCORE_CAPTION)
     if verdict := report.get("verdict"):
         console.print(
@@ -59,12 +59,17 @@ def print_report(report: dict[str, Any], *, as_json: bool) -> None:
             markup=False,
         )
         more = verdict.get("with_schedule")
-        if more and more["schedule"] != verdict["schedule"]:
+        if more and more["sentence"] != verdict["sentence"] and more["schedule"] != verdict["schedule"]:
             console.print(more["sentence"], markup=False)
     if report["dispatch"] == "gather":
-        console.print(
-            "--dispatch gather moves the same bytes whatever the placement: it cannot reduce traffic here, only balance load."
-        )
+        console.print("Placement cannot reduce traffic here, only balance load.")
+
+
+def layouts(num_nodes: int) -> list[tuple[list[str], bool]]:
+    """Columns of a table of scores and whether they have intervals: all there is, then less and less for narrow terminals."""
+    metrics = [m for m in COLUMNS if m != "node" or num_nodes > 1]
+    narrow = [m for m in metrics if m in NARROW_COLUMNS]
+    return [(metrics, True), (narrow, True), (metrics, False), (narrow, False), (list(LEAST_COLUMNS), False)]
 
 
 def wide_console() -> "Console":
@@ -94,7 +99,7 @@ def new_table() -> "Table":
 def _score_table(report: dict[str, Any], metrics: list[str], intervals: bool) -> "Table":
     table = new_table()
     for heading in ("placement", "schedule"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for metric in metrics:
         table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
     rows = report["rows"]
@@ -132,15 +137,42 @@ def score_cell(row: dict[str, Any], metric: str, rows: list[dict[str, Any]], *, 
 
 def print_times(times: dict[str, Any]) -> None:
     """Predicted communication time of every row, under the table of a report."""
+    title = f"\nPredicted dispatch and combine of a batch of {times['batch_tokens']:,} tokens over all ranks: {times['network']}"
+    tables = [_times_table(times, shown) for shown in (range(3), (0, 2))]
+    print_fitting(wide_console(), tables, title=title, caption=times["assumption"])
+
+
+def _times_table(times: dict[str, Any], shown: Sequence[int]) -> "Table":
+    """`shown`: which of milliseconds per layer, of all layers, and their share."""
     table = new_table()
     for heading in ("placement", "schedule"):
-        table.add_column(heading)
-    for heading in ("ms per layer", "ms, all layers", "of contiguous"):
-        table.add_column(heading, justify="right")
-    for cells in times_cells(times):
-        table.add_row(*cells, style="dim" if "oracle" in cells[1] else None)
-    title = f"\nPredicted dispatch and combine of a batch of {times['batch_tokens']:,} tokens over all ranks: {times['network']}"
-    print_fitting(wide_console(), [table], title=title, caption=times["assumption"])
+        table.add_column(heading, overflow="fold")
+    headings = ("ms per\nlayer", "ms, all\nlayers", "of\ncontiguous")
+    for number in shown:
+        table.add_column(headings[number], justify="right", no_wrap=True)
+    for placement, schedule, *values in times_cells(times):
+        table.add_row(placement, schedule, *(values[n] for n in shown), style="dim" if "oracle" in schedule else None)
+    return table
+
+
+def print_section(section: "Section") -> None:
+    """A section of a page in the terminal: its title, texts and tables, without pictures."""
+    from rich.markup import escape
+
+    from semmoe_cli.page import Grid, Text
+
+    console = wide_console()
+    console.print(f"\n{section.title}", style="bold", markup=False)
+    for block in section.blocks:
+        if isinstance(block, Text):
+            console.print(block.text, style="dim", markup=False)
+        elif isinstance(block, Grid):
+            table = new_table()
+            for number, heading in enumerate(block.headings):
+                table.add_column(heading, justify="left" if number in block.names_at else "right", overflow="fold")
+            for row in block.rows:
+                table.add_row(*map(escape, row))
+            console.print(table)
 
 
 def times_cells(times: dict[str, Any]) -> list[list[str]]:

@@ -162,11 +162,8 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[di
             raise InputError(
                 f"the plan was fitted on every request of {trace.path}: nothing is left to score it on honestly"
             )
-        return plan.scores, [
-            f"the plan was fitted on all of {trace.path}: these are the scores, on {plan.split['held_out_requests']} held-out requests, "
-            f"of the same method fitted on the other {plan.split['training_requests']}"
-        ]
-    notes = [f"{num_seen} requests of {trace.path} were used to fit the plan and are left out"] if num_seen else []
+        return plan.scores, _notes_on_own_scores(plan, setting)
+    notes = [f"{num_seen} requests of this trace were used to fit the plan and are left out"] if num_seen else []
     scores = score_placements(
         {"plan": plan.placement, **baselines(plan.load_LE, plan.topology, plan.model.n_group)},
         [trace],
@@ -178,6 +175,20 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[di
         setting=setting,
     )
     return scores, notes
+
+
+def _notes_on_own_scores(plan: Plan, setting: Setting) -> list[str]:
+    split, made = plan.split, plan.scores.get("setting")
+    notes = [
+        f"the plan was fitted on all of this trace: these are the scores, on {split['held_out_requests']} held-out requests, "
+        f"of the same method fitted on the other {split['training_requests']}"
+    ]
+    if made and made != asdict(setting):
+        notes.append(
+            f"they stay those of --batch-tokens {made['batch_tokens']} --window {made['window']} --seed {made['seed']}: "
+            "for other settings give another trace, or place with --no-refit"
+        )
+    return notes
 
 
 def certificate_of(

@@ -134,7 +134,7 @@ def test_place_report_and_show_end_to_end(trace, tmp_path):
 
 def test_gather_says_that_placement_cannot_help(trace, tmp_path):
     result = semmoe("place", trace, "--ranks", 4, "--dispatch", "gather", "--method", "load", "-o", tmp_path / "p")
-    assert "cannot reduce traffic" in result.stdout
+    assert "cannot reduce traffic" in result.stdout and result.stdout.count("whatever the placement") == 1
 
 
 @pytest.mark.parametrize(
@@ -223,10 +223,18 @@ def test_wrong_usage_is_exit_code_2(trace):
     assert semmoe("place", trace, "--ranks", 4, "-o", "p", "--method", "magic").returncode == 2
 
 
-@pytest.mark.parametrize("option", ["--max-requests", "--max-length", "--text-field", "--revision", "--batch-tokens"])
+@pytest.mark.parametrize(
+    "option", ["--max-requests", "--max-length", "--text-field", "--revision", "--batch-tokens", "--temperature"]
+)
 def test_options_of_a_model_do_not_go_with_an_import(tmp_path, option):
     result = semmoe("trace", "--from", "sglang", tmp_path / "none.jsonl", option, 2, "-o", tmp_path / "t")
     assert result.returncode == 2 and f"{option} does not go with --from" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["--generate", 1, "--temperature", "inf"], ["--temperature", 1]])
+def test_a_temperature_is_finite_and_for_generations(tmp_path, words):
+    result = semmoe("trace", "demo", "--data", "demo", *words, "-o", tmp_path / "t")
+    assert result.returncode == 2 and "--temperature" in result.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_page_that_the_disk_cannot_hold_leaves_nothing(trace, tmp_path):

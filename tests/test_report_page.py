@@ -1,5 +1,6 @@
 """Report pages: whole and self-contained in every format, honest about what they show, and drawn by a real browser."""
 
+import io
 import json
 import re
 import shutil
@@ -10,19 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from profiles.errors import InputError
 from profiles.synthetic import write_synthetic
 from profiles.trace import RoutingTrace
 from semmoe_cli.deployment import deployment
-from semmoe_cli.figures import DARK, LIGHT, svg
+from semmoe_cli.figures import DARK, LIGHT, png, svg
+from semmoe_cli.figures_health import load_skew
 from semmoe_cli.figures_plan import saved_share
 from semmoe_cli.headline import plan_verdict
 from semmoe_cli.main import app
 from semmoe_cli.page import Grid, Page, Picture, Section, Text, check_page_target, write_page
 from semmoe_cli.page_plan import FITTED
-from semmoe_cli.report import print_report, times_cells
 from solvers.details import scored_requests
 from solvers.plan import Plan
 from solvers.predictable import token_predictability
@@ -388,20 +390,6 @@ def test_a_verdict_is_the_headline():
     assert sentence.count("25%") == 1  # what was judged alone is not told twice
 
 
-@pytest.mark.parametrize(("width", "intervals"), [(200, True), (130, True), (64, False)])
-def test_tables_fit_the_terminal(made, capsys, monkeypatch, width, intervals):
-    monkeypatch.setattr("semmoe_cli.report.PIPE_WIDTH", width)
-    report = json.loads(run("report", made / "p", made / "t", "--json"))
-    print_report(report, as_json=False)
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= width
-    start = next(i for i, line in enumerate(lines) if line.startswith("contiguous"))
-    assert ("[" in lines[start]) == intervals and "\x1b" not in "".join(lines)
-    values = [re.sub(r"\[.*?\]", lambda m: " " * len(m[0]), line) for line in lines[start - 1 : start + 2]]
-    points = [{i for i, c in enumerate(line) if c == "."} for line in values]
-    assert points[0] == points[1] == points[2], "digits are not aligned"
-
-
 def test_markup_in_names_is_shown_not_obeyed(tmp_path):
     hostile = "<script>alert(1)</script> & [bold]"
     picture = Picture(lambda figure, palette: figure.subplots().plot([0, 1]), 1.0, hostile, hostile)
@@ -410,18 +398,6 @@ def test_markup_in_names_is_shown_not_obeyed(tmp_path):
     write_page(page, tmp_path / "x.html")
     text = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert "<script" not in text and "&lt;script&gt;" in text
-
-
-def test_digits_of_times_are_aligned():
-    rows = [
-        {"placement": p, "schedule": "random", "ms_per_layer": ms, "ms_layers": [ms] * 3}
-        for p, ms in (("plan", 0.0436), ("contiguous", 0.074), ("load", 12.0))
-    ]
-    assert [row[2:] for row in times_cells({"rows": rows})] == [
-        ["0.0436", "0.131", "0.59"],
-        ["0.0740", "0.222", "1.00"],
-        ["12.0000", "36.000", "162.16"],
-    ]
 
 
 def test_pictures_do_not_depend_on_the_time():
@@ -473,6 +449,20 @@ def test_compare_of_plans_fitted_on_everything(made):
     run("place", made / "t", "--ranks", 4, "--method", "spectral", "--seed", 5, "-o", made / "s5")
     result = CliRunner().invoke(app, ["compare", str(made / "q"), str(made / "s5"), str(made / "t")])
     assert isinstance(result.exception, InputError) and "nothing is left to compare" in str(result.exception)
+
+
+def test_titles_of_a_picture_stay_on_it():
+    title = (
+        "Worth deploying: placement saves 16% of the bytes (interval 14% to 17%) against contiguous experts, WWWW" * 2
+    )
+    draw = lambda figure, palette: figure.subplots().set_axis_off()  # noqa: E731
+    pixels = imread(io.BytesIO(png([(title, draw, 1.0)], title=title, subtitle="x")))
+    assert (pixels[:, -12:, :3] == 1).all() and (pixels < 0.5).any()
+
+
+def test_layers_are_whole_numbers():
+    load = {"share_by_popularity": [0.5, 0.5], "busiest_over_mean_layers": [1.5] * 4}
+    assert "\u22120.5</text>" not in svg(load_skew(load), 2.4, key="a", label="x")
 
 
 def test_compare_needs_two_plans(made):
