@@ -22,10 +22,12 @@ def compare(
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="Also write a page: .html (one file), .md or .png."),
     ] = None,
-    expert_bytes: Annotated[int, typer.Option(metavar="N", help="Bytes of one expert's weights.", min=0)] = 0,
-    hidden_size: Annotated[int, typer.Option(metavar="D", help="Or its sizes: hidden size of the model,", min=0)] = 0,
-    expert_size: Annotated[int, typer.Option(metavar="F", help="intermediate size of an expert,", min=0)] = 0,
-    dtype_bytes: Annotated[float, typer.Option(help="and bytes of a weight (0.5 = 4 bits).", min=0)] = 2.0,
+    expert_bytes: Annotated[
+        int, typer.Option(metavar="N", help="Bytes of one expert's weights; or give its sizes.", min=0)
+    ] = 0,
+    hidden_size: Annotated[int, typer.Option(metavar="D", help="Hidden size of the model.", min=0)] = 0,
+    expert_size: Annotated[int, typer.Option(metavar="I", help="Intermediate size of an expert.", min=0)] = 0,
+    dtype_bytes: Annotated[float, typer.Option(help="With the sizes: bytes of a weight (0.5 = 4 bits).", min=0)] = 2.0,
     batch_tokens: BatchTokens = 512,
     window: Window = 256,
     seed: Seed = 0,

@@ -1,5 +1,6 @@
 """README and docs/: links lead somewhere, command lines parse, figures are what their script draws."""
 
+import json
 import re
 import runpy
 import shlex
@@ -183,3 +184,46 @@ def test_figures_have_a_ground_of_their_own():
     """On a dark page an image without a ground shows dark text on dark."""
     for path in (DOCS / "images").glob("*.svg"):
         assert 'id="patch_1"' in (svg := path.read_text(encoding="utf-8")) and "fill: #ffffff" in svg[:2500], path.name
+
+
+def keys_of(value: Any) -> set[str]:
+    """Names of all objects within a JSON value; lists are looked into at their first values."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value[:3])) if isinstance(value, list) else set()
+
+
+def test_keys_of_results_are_documented(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_synthetic("t", num_requests=60, tokens_per_request=40, num_layers=2)
+    place = ["place", "t", "--ranks", "4", "--method", "metis", "--no-refit"]
+    lines = [
+        [*place, "--certify", "-o", "p"],
+        [*place, "--seed", "1", "-o", "q"],
+        ["report", "t"],
+        [
+            "report",
+            "p",
+            "t",
+            "--what-if",
+            "2,64",
+            "--topology-bandwidth",
+            "9",
+            "--hidden-size",
+            "8",
+            "--tokenizer",
+            "demo",
+        ],
+        ["compare", "p", "q", "t", "--expert-bytes", "9"],
+        ["export", "p", "--to", "vllm", "--format", "pr41141", "-o", "map.jsonl"],
+    ]
+    names = set()
+    for words in lines:
+        result = CliRunner().invoke(app, [*words, "--json"])
+        assert result.exit_code == 0, result.output
+        names |= keys_of(json.loads(result.stdout))
+    for path in ("t/trace.json", "p/plan.json", "map.jsonl.semmoe.json"):
+        names |= keys_of(json.loads(Path(path).read_text(encoding="utf-8")))
+    page = (DOCS / "formats.md").read_text(encoding="utf-8")
+    free = {name for name in names if "plan, tp-" in name or name == "planted_groups"}  # columns and notes by name
+    assert {name for name in names - free if not re.search(rf"[`\"]{re.escape(name)}[`\"]", page)} == set()
