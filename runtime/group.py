@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from profiles.errors import InputError
-from runtime.failures import SharedRefusal, naming
+from runtime.failures import SharedRefusal, is_out_of_memory, naming, short_reason
 
 BACKENDS = ("auto", "nccl", "gloo")
 
@@ -82,7 +82,10 @@ def read_environment() -> tuple[int, int, int, int]:
 
 @contextmanager
 def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float = 300.0) -> Iterator[Group]:
-    """The group of all ranks; a collective that waits longer than `timeout_s` seconds raises."""
+    """The group of all ranks; a collective that waits longer than `timeout_s` seconds raises.
+
+    Running out of memory inside the block becomes one line that names the rank.
+    """
     rank, size, local_rank, local_size = read_environment()
     try:
         chosen = choose_device(device, local_rank)
@@ -101,7 +104,12 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
     mesh_device = "cuda" if backend == "nccl" else "cpu"
     mesh = DeviceMesh(mesh_device, torch.arange(size).reshape(size, 1), mesh_dim_names=("ranks", "alone"))
     group = mesh.get_group("ranks")
-    yield Group(rank, size, chosen, backend, group, mesh["ranks"], mesh["alone"])
+    try:
+        yield Group(rank, size, chosen, backend, group, mesh["ranks"], mesh["alone"])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"rank {rank} is out of memory: {short_reason(str(error))}") from error
     # Not after an exception: with peers gone, an orderly end can block.
     dist.destroy_process_group()
 
@@ -121,3 +129,21 @@ def share(make: Callable[[], Shared], group: Group) -> Shared:
     if refusal:
         raise SharedRefusal(refusal)
     return value
+
+
+def together(make: Callable[[], Shared], group: Group) -> Shared:
+    """What `make` returns on this rank, once it has returned on all of them.
+
+    `make` must not need the others. The InputError of one rank is raised on every rank, as SharedRefusal.
+    """
+    made, refusal = None, ""
+    try:
+        made = make()
+    except InputError as error:
+        refusal = str(error)
+    refusals = [""] * group.size
+    with naming(group.rank, "the agreement that all ranks are ready"):
+        dist.all_gather_object(refusals, refusal, group=group.handle)
+    if told := [each for each in refusals if each]:
+        raise SharedRefusal(told[0])
+    return made  # pyright: ignore

@@ -103,9 +103,9 @@ def _receive(pipe: Connection, process: Any, rank: int) -> tuple[str, Any]:
 
 
 def _stop(processes: list[Any], ways: tuple[str, ...]) -> None:
-    """End the processes: `ways` in turn, each with some time to work."""
+    """End the processes: `ways` in turn, each with some time to work. Rank 0, which serves the group's store, is told last."""
     for stop in ways:
-        for process in processes:
+        for process in reversed(processes):
             if stop != "join" and process.is_alive():
                 getattr(process, stop)()
         deadline = time.monotonic() + GRACE_S

@@ -69,6 +69,7 @@ def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None])
         raise InputError(f"{num_ranks} ranks run, the plan {options.plan} is for {plan.topology.num_ranks}")
     trace.require_tokens("replay")
     plan.model.check(trace.info, options.trace)
+    schedules = {"plan": ["random", *chosen_schedules(options, plan)]}
     batch = sample_requests(
         [trace], [replayed_requests(plan, trace, tell)], max_tokens=options.max_tokens, seed=options.seed
     )
@@ -79,7 +80,7 @@ def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None])
     cases = [
         make_case(options, plan, batch, name, placement, schedule)
         for name, placement in replayed_placements(plan).items()
-        for schedule in (["random", *chosen_schedules(options, plan)] if name == "plan" else ["random"])
+        for schedule in schedules.get(name, ["random"])
     ]
     return Prepared(batch.expert_ids_TLK, trace.info.num_experts, cases)
 

@@ -1,13 +1,10 @@
 """One run of a placed model: prompts in, completions and metrics out. What each rank does, and what rank 0 does besides.
 
-Rank 0 reads the prompts, assigns them and writes results. A finished request is appended to `OUT.partial` at once, so that a run that
-fails keeps it; at the end the results are written in input order beside OUT and renamed.
+Rank 0 reads the prompts, assigns them and writes results (runtime/results.py).
 
 Shape letters: B requests, R ranks.
 """
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +17,18 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from profiles.errors import InputError
-from profiles.loading import DTYPES, ModelSource, find_model, load_tokenizer
+from profiles.loading import DTYPES, ModelSource, find_model, load_tokenizer, refusals
 from profiles.requests import RequestSource, TextRequest, encode_requests, read_all
 from runtime.engine import Completion, Limits, PhaseTimes, Prompt, serve
 from runtime.experts import Counters
 from runtime.failures import naming
-from runtime.group import open_group, share
+from runtime.group import open_group, share, together
 from runtime.metrics import rate, traffic_metrics
 from runtime.placed_model import PlacedModel, load_placed
 from runtime.progress import Show, shown_nowhere
 from runtime.rank_weights import find_placed
 from runtime.reshard_ranks import SHARED
+from runtime.results import ResultKeeper
 from runtime.schedulers import assign
 from runtime.tensor_parallel import install_tensor_parallel
 from runtime.token_homes import find_schedule, make_homes
@@ -131,10 +129,11 @@ def prepare(options: RunOptions, num_ranks: int, tell: Callable[[str], None]) ->
 
 
 def stop_token_ids(source: ModelSource) -> frozenset[int]:
-    """Ids that end a generation, from generation_config.json or config.json."""
+    """Ids that end a generation, from generation_config.json or config.json. Raises InputError where that cannot be read."""
     ids = source.config.get_text_config().eos_token_id
     if (source.folder / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(source.folder).eos_token_id
+        with refusals(f"{source.name} has a generation_config.json that cannot be read"):
+            ids = GenerationConfig.from_pretrained(source.folder).eos_token_id
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
@@ -145,7 +144,8 @@ def run_rank(
 
     `show("...")` gives a function that rank 0 calls with how many of how many requests are finished.
     """
-    transformers_logging.disable_progress_bar()  # one bar per rank would be noise
+    transformers_logging.disable_progress_bar()  # one bar per rank would be noise, and one table of what a checkpoint lacks
+    transformers_logging.set_verbosity_error()
     with open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group:
         if assigned is None:
             assigned = share(lambda: prepare(options, group.size, tell), group)
@@ -154,14 +154,20 @@ def run_rank(
         placed_checkpoint = find_placed(folder, plan)
         prompts, rank_of_B = assigned
         serving = serving_LRE(placed_checkpoint.placement.hosts_LER, plan.load_LE, plan.topology)
-        placed = load_placed(source, placed_checkpoint, plan, serving, group, dtype=options.dtype)
+        placed, stop_ids = together(
+            lambda: (
+                load_placed(source, placed_checkpoint, plan, serving, group, dtype=options.dtype),
+                stop_token_ids(source),
+            ),
+            group,
+        )
         shuffled, mine = None, [prompt for prompt, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
         if options.scheduler == "tp":
             relabelled = placed_checkpoint.layout == "permuted"
             homes = make_homes(options.predict, plan, relabelled=relabelled, device=group.device, group=group)
             shuffled, mine = install_tensor_parallel(placed, homes, plan.model.model_layers, source.name), prompts
             placed.state.counters = Counters.zeros(plan.placement.num_layers, group.size)
-        limits = Limits(options.max_new_tokens, options.batch_tokens, stop_token_ids(source))
+        limits = Limits(options.max_new_tokens, options.batch_tokens, stop_ids)
         keeper = ResultKeeper(options.output, load_tokenizer(source) if group.rank == 0 else None)
         with torch.inference_mode(), (show if group.rank == 0 else shown_nowhere)("requests") as progress:
 
@@ -200,51 +206,3 @@ def collect_metrics(
         "device": str(group.device),
         "backend": group.backend,
     }
-
-
-class ResultKeeper:
-    """Completions as output lines: kept on disk as they come, written in input order at the end."""
-
-    def __init__(self, output: str | None, tokenizer: Any) -> None:
-        self._output = Path(output) if output else None
-        self._tokenizer = tokenizer
-        self._lines: dict[int, dict[str, Any]] = {}
-
-    def add(self, completions: list[Completion]) -> None:
-        for done in completions:
-            line = {"id": done.request_id, "rank": done.rank}
-            line |= {"text": self._tokenizer.decode(done.token_ids, skip_special_tokens=True)}
-            line |= {"token_ids": done.token_ids, "finish_reason": done.finish_reason}
-            self._lines[done.index] = line
-        if self._output is None:
-            return
-        try:
-            with partial_path(self._output).open(
-                "a" if len(self._lines) > len(completions) else "w", encoding="utf-8"
-            ) as file:
-                for done in completions:
-                    file.write(json.dumps(self._lines[done.index], ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {partial_path(self._output)}: {error.strerror}") from None
-
-    @property
-    def finished(self) -> int:
-        """Requests that are kept."""
-        return len(self._lines)
-
-    def finish(self) -> list[dict[str, Any]]:
-        """All lines in input order, written under the final name."""
-        lines = [self._lines[index] for index in sorted(self._lines)]
-        if self._output is not None:
-            temporary = self._output.with_name(f".{self._output.name}.{os.getpid()}.tmp")
-            temporary.write_text(
-                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-            )
-            temporary.replace(self._output)
-            partial_path(self._output).unlink(missing_ok=True)
-        return lines
-
-
-def partial_path(output: Path) -> Path:
-    """Where finished requests of an unfinished run are kept."""
-    return output.with_name(output.name + ".partial")

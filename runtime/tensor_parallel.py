@@ -152,9 +152,11 @@ def other_shape(name: str, how: str) -> InputError:
 
 @contextmanager
 def refusing_other_shapes(name: str) -> Iterator[None]:
-    """What a model's own code raises where its attention is not what its parts' names promise becomes a refusal."""
+    """What a model's own code raises where its attention is not what its parts' names promise becomes a refusal, alike on all ranks."""
     try:
         yield
+    except InputError as error:
+        raise SharedRefusal(str(error)) from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, ExchangeError) or is_out_of_memory(error):
             raise
@@ -169,5 +171,5 @@ def decoder_layers(model: Any, name: str) -> list[Any]:
     for place, layer in enumerate(stack):
         missing = [part for part in PARTS if not hasattr(layer, part)]
         if missing:
-            raise InputError(f"--scheduler tp: layer {place} of {name} has no {missing[0]}; use --scheduler dp")
+            raise SharedRefusal(f"--scheduler tp: layer {place} of {name} has no {missing[0]}; use --scheduler dp")
     return list(stack)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,7 +94,10 @@ def run(
     ] = 65536,
     seed: Seed = 0,
     timeout: Annotated[
-        float, typer.Option(metavar="S", help="Seconds that a rank waits for the others before the run fails.", min=1)
+        float,
+        typer.Option(
+            metavar="S", help="Seconds that a rank waits for the others before the run fails.", min=1, max=1e9
+        ),
     ] = 300.0,
     check: Annotated[
         bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
@@ -109,6 +113,7 @@ def run(
     """
     from profiles.requests import RequestSource, read_all
     from runtime.launch import launch, under_torchrun
+    from runtime.results import kept_results, partial_state
 
     texts = RequestSource(prompts, dataset, subset, split, text_field, messages_field, None, max_requests)
     if replay is not None:
@@ -143,11 +148,14 @@ def run(
     refuse_mixed("CHECKPOINT", given(hidden_size=hidden_size, expert_size=expert_size))
     if scheduler != "tp":
         refuse_mixed("another scheduler than --scheduler tp", given(predict=predict))
+    kept: Callable[[], str] = str
     if output is not None and os.environ.get("RANK", "0") == "0":
         check_output(output)
+        kept = partial(kept_results, output, partial_state(output))
     # Before PyTorch is imported: a plan or prompts that are not there are told at once.
     alone = not under_torchrun()
-    scheduler = scheduler or default_scheduler(read_plan(plan, alone=alone), str(plan))
+    found_plan = read_plan(plan, alone=alone)
+    scheduler = default_scheduler(found_plan, str(plan)) if scheduler is None else scheduler
     requests = read_all(texts, tell=note) if alone else []
     from runtime.run import RunOptions, assign_prompts, load_plan, run_rank
 
@@ -166,7 +174,7 @@ def run(
         timeout,
     )
     if not alone:
-        result = as_rank(lambda: run_rank(options, None, note, steps), output)
+        result = as_rank(lambda: run_rank(options, None, note, steps), kept)
         if result is None:
             return
     else:
@@ -177,7 +185,7 @@ def run(
         try:
             result = launch(run_rank, (options, assigned, note, steps), ranks)
         except InputError as error:
-            raise InputError(f"{error}{kept_results(output)}") from None
+            raise InputError(f"{error}{kept()}") from None
     metrics = result.metrics
     if check:
         metrics = metrics | {"check": run_check(options, result)}
@@ -198,7 +206,7 @@ def read_plan(path: Path, *, alone: bool) -> "Plan":
         except InputError as error:
             raise SharedRefusal(str(error)) from None
 
-    return as_rank(load, None)
+    return as_rank(load)
 
 
 def default_scheduler(plan: "Plan", path: str) -> str:
@@ -221,7 +229,7 @@ def run_replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) ->
     from solvers.plan import Plan
 
     if under_torchrun():
-        result = as_rank(lambda: replay_rank(options, None, note, steps), None)
+        result = as_rank(lambda: replay_rank(options, None, note, steps))
     else:
         ranks = Plan.load(options.plan).topology.num_ranks
         if nproc not in (None, ranks):
@@ -266,14 +274,17 @@ def print_replay(result: dict[str, Any], *, as_json: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
 
 
-def as_rank(work: Callable[[], Any], output: Path | None) -> Any:
-    """What `work` returns on this rank under torchrun. A failure is one line, told once where all ranks see it."""
+def as_rank(work: Callable[[], Any], kept: Callable[[], str] = str) -> Any:
+    """What `work` returns on this rank under torchrun. A failure is one line, told once where all ranks see it.
+
+    `kept`: what rank 0 adds to it.
+    """
     from runtime.failures import ExchangeError, SharedRefusal
 
     rank = os.environ["RANK"]
 
     def stop(*_: object) -> None:
-        raise ExchangeError(f"rank {rank} was stopped by SIGTERM: another rank has failed")
+        raise ExchangeError(f"rank {rank} was stopped by SIGTERM: another rank has failed, or torchrun was ended")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -283,7 +294,7 @@ def as_rank(work: Callable[[], Any], output: Path | None) -> Any:
             sys.exit(1)
         raise InputError(str(error)) from None
     except (ExchangeError, InputError) as error:
-        raise InputError(f"{error}{kept_results(output) if rank == '0' else ''}") from None
+        raise InputError(f"{error}{kept() if rank == '0' else ''}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -304,8 +315,11 @@ def check_start(options: "RunOptions", ranks: int, *, check: bool) -> None:
 
 def check_output(output: Path) -> None:
     """Raise InputError where completions could not be written: told before weights are read."""
-    if output.is_dir():
-        raise InputError(f"cannot write {output}: it is a directory")
+    from runtime.results import partial_path
+
+    taken = output if output.is_dir() else partial_path(output)
+    if taken.is_dir():
+        raise InputError(f"cannot write {taken}: it is a directory")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         why = "cannot be written to" if output.parent.is_dir() else "does not exist"
         raise InputError(f"cannot write {output}: the directory {output.parent} {why}")
@@ -316,16 +330,6 @@ def check_group(device: str, backend: str, ranks: int) -> None:
     from runtime.group import choose_backend, choose_device
 
     choose_backend(backend, choose_device(device, 0), ranks)
-
-
-def kept_results(output: Path | None) -> str:
-    """Where the finished requests of a failed run are, for its message."""
-    from runtime.run import partial_path
-
-    if output is None or not partial_path(output).exists():
-        return ""
-    with partial_path(output).open(encoding="utf-8") as file:
-        return f"; {sum(1 for _ in file)} finished requests are in {partial_path(output)}"
 
 
 def run_check(options: "RunOptions", result: "RunResult") -> dict[str, Any]:

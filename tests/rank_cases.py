@@ -291,6 +291,30 @@ def hang(rank: int, timeout_s: float) -> None:
         exchange_forever(group, lambda n: time.sleep(60) if n == 5 and group.rank == rank else None)
 
 
+def refuse_together(rank: int) -> list[str]:
+    """What every rank is told where one of them refuses, on rank 0."""
+    import torch.distributed as dist
+
+    from profiles.errors import InputError
+    from runtime.failures import SharedRefusal
+    from runtime.group import open_group, together
+
+    def make() -> int:
+        if group.rank == rank:
+            raise InputError(f"rank {rank} lacks a file")
+        return group.rank
+
+    with open_group(timeout_s=TIMEOUT_S) as group:
+        told = ""
+        try:
+            together(make, group)
+        except SharedRefusal as error:
+            told = str(error)
+        found = [""] * group.size
+        dist.all_gather_object(found, told, group=group.handle)
+        return found
+
+
 def write_rank_and_wait(folder: str) -> None:
     """Say that the rank is there, then do nothing for long."""
     import os

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from profiles.trace import RoutingTrace
 from runtime.launch import launch
 from runtime.replay_cases import ReplayOptions, prepare
 from runtime.reshard import reshard_checkpoint
+from runtime.results import kept_results, partial_state
 from semmoe_cli.main import app
 from solvers.evaluate import metrics_XL, traffic_sums
 from solvers.placement import Topology
@@ -198,6 +200,7 @@ def test_a_rank_that_hangs_is_named_with_the_layer() -> None:
             "--predict luck: expected one of context, learning, table, paper, none",
         ),
         (["--scheduler", "best"], "--scheduler best: expected one of none, dp, tp"),
+        (["--scheduler", ""], "--scheduler : expected one of none, dp, tp"),
         (["--backend", "nccl", "--device", "cpu"], "--backend nccl needs GPUs"),
         (["--backend", "mpi"], "--backend mpi: expected one of auto, nccl, gloo"),
         (["--device", "tpu"], "--device tpu: expected auto, cpu, cuda"),
@@ -218,6 +221,40 @@ def test_an_output_that_cannot_be_written_is_told_at_once(demo: Path, tmp_path: 
     for output, message in ((tmp_path, "it is a directory"), (tmp_path / "a" / "b", "the directory .* does not exist")):
         code, text = run(*RUN, *words, str(output))
         assert code == 1 and re.fullmatch(f"cannot write {output}: {message}", text), text
+    (tmp_path / "o.partial").mkdir()
+    code, text = run(*RUN, *words, str(tmp_path / "o"))
+    assert code == 1 and text == f"cannot write {tmp_path / 'o.partial'}: it is a directory"
+
+
+def test_a_run_that_fails_at_its_start_counts_no_requests_of_an_older_one(demo: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo_model_path(), tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{")
+    (tmp_path / "o.partial").write_text("an older run\n")
+    words = ["--plan", str(demo / "p"), "--prompts", str(demo / "prompts.jsonl"), "-o", str(tmp_path / "o")]
+    code, text = run("run", str(tmp_path / "model"), *words, "--max-new-tokens", "2")
+    assert code == 1 and re.fullmatch(".* has a generation_config.json that cannot be read: [^;]*", text), text
+    assert (tmp_path / "o.partial").read_text() == "an older run\n"
+
+
+def test_what_is_kept_is_counted_once_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "o.partial").write_text("an older run\n")
+    before = partial_state(tmp_path / "o")
+    assert kept_results(tmp_path / "o", before) == ""
+    (tmp_path / "o.partial").write_text("one\ntwo\n")
+    assert kept_results(tmp_path / "o", before) == f"; 2 finished requests are in {tmp_path / 'o.partial'}"
+    (tmp_path / "o.partial").unlink()
+    assert kept_results(tmp_path / "o", before) == ""
+
+
+def test_what_one_rank_refuses_all_ranks_have_seen() -> None:
+    assert launch(rank_cases.refuse_together, (1,), 3) == ["rank 1 lacks a file"] * 3
+
+
+def test_out_of_memory_is_one_line(demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--plan", str(demo / "bare"), "--hidden-size", str(10**13)]
+    code, text = run("run", "--replay", str(demo / "t"), *words)
+    assert code == 1 and re.match(r"rank \d is out of memory: ", text) and "\n" not in text
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -225,6 +262,7 @@ def test_an_output_that_cannot_be_written_is_told_at_once(demo: Path, tmp_path: 
     [
         (["demo", "--prompts", "demo", "--predict", "learning"], "--predict does not go with another scheduler"),
         (["demo", "--prompts", "demo", "--hidden-size", "8"], "--hidden-size does not go with CHECKPOINT"),
+        (["demo", "--prompts", "demo", "--timeout", "inf"], "Invalid value for '--timeout'"),
         (["--replay", "t", "--hidden-size", "8", "--check"], "--check does not go with --replay"),
         (["--replay", "t", "--hidden-size", "8", "-o", "x"], "--output does not go with --replay"),
     ],
