@@ -65,7 +65,7 @@ def place(
         int | None, typer.Option(help="Processes to place layers in; the result does not depend on it.", min=1)
     ] = None,
     certify: Annotated[
-        bool, typer.Option("--certify", help="Bound what any placement could reach, and store the gap.")
+        bool, typer.Option("--certify", help="Bound what any placement could reach; print and store the gap.")
     ] = False,
     batch_tokens: BatchTokens = 512,
     window: Window = 256,
@@ -88,7 +88,7 @@ def place(
 
     compute_on_one_thread()  # before anything imports numpy
     from profiles.trace import RoutingTrace
-    from semmoe_cli.report import note, print_report
+    from semmoe_cli.report import note, print_report, print_section
     from semmoe_cli.steps import stages
     from solvers.placement import Topology
     from solvers.plan import check_plan_target
@@ -155,6 +155,10 @@ def place(
     for line in plan.notes:
         note(line)
     print_report({**plan.scores, "plan": str(output), "trace": ", ".join(traces)}, as_json=json_)
+    if certify and not json_ and "certificate" in plan.scores:
+        from semmoe_cli.page_on_request import certified
+
+        print_section(certified(plan.scores["certificate"]))
     note(
         f"wrote {output} ({plan.placement.num_layers} layers x {plan.placement.slots_per_rank} slots on {ranks} ranks)"
     )

@@ -91,7 +91,7 @@ def report(
         _report_trace(RoutingTrace.open(paths[0]), paths[0], ranks, seed, output, json_)
         return
     from semmoe_cli.page import write_page
-    from semmoe_cli.page_on_request import costs_section, tokens_section, what_if_section
+    from semmoe_cli.page_on_request import certificate_section, costs_section, tokens_section, what_if_section
     from semmoe_cli.page_plan import plan_page
     from semmoe_cli.plan_report import PlanReportOptions, make_plan_report
     from semmoe_cli.report import note, print_report, print_section, print_times
@@ -114,7 +114,7 @@ def report(
     if made.times and not json_:
         print_times(made.times)
     if not json_:
-        asked = (what_if_section, tokens_section, *([costs_section] if hidden_size else []))
+        asked = (what_if_section, tokens_section, *([costs_section] if hidden_size else []), certificate_section)
         for section in filter(None, (make(made) for make in asked)):
             print_section(section)
     if output is not None:

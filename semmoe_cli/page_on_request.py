@@ -125,8 +125,11 @@ def times_section(about: "PlanReport") -> Section | None:
 
 def certificate_section(about: "PlanReport") -> Section | None:
     certificate = about.report.get("certificate") or about.plan.scores.get("certificate")
-    if not certificate:
-        return None
+    return certified(certificate) if certificate else None
+
+
+def certified(certificate: dict[str, Any]) -> Section:
+    """What --certify found (docs/formats.md)."""
     layers = certificate["layers"]
     worst = max(layers, key=lambda layer: layer["gap"])
     rows = [
