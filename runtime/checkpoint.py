@@ -106,6 +106,8 @@ def read_shard(path: Path) -> Shard:
                 key=lambda t: (t.begin, t.end),
             )
         )
+        if any(type(number) is not int or number < 0 for t in tensors for number in (*t.shape, t.begin, t.end)):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged: its safetensors header cannot be read") from None
     shard = Shard(path, 8 + length, size, metadata, tensors)
@@ -163,7 +165,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     index = read_index(path / INDEX_NAME) if (path / INDEX_NAME).exists() else None
     listed = sorted(set(index["weight_map"].values())) if index else []
     for name in listed:
-        if "/" in name or not (path / name).exists():
+        if "/" in name or not name.endswith(".safetensors") or not (path / name).exists():
             raise InputError(f"{path / name} is missing: {INDEX_NAME} names it, the checkpoint is not complete")
     found = sorted(p.name for p in path.glob("*.safetensors"))
     if not found:

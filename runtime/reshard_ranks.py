@@ -88,7 +88,8 @@ def write_ranks(
             for file in files:
                 if not file.link:
                     check_parts(directory.partial / file.name, expected[file.name], file.parts)
-        (directory.partial / SOURCE_FILE).write_text(json.dumps(source_headers(source)), encoding="utf-8")
+        headers = json.dumps(source_headers(source)).encode()
+        (directory.partial / SOURCE_FILE).write_bytes(headers)
         facts = {
             "layout": "ranks",
             "plan": plan_facts(plan),
@@ -96,6 +97,7 @@ def write_ranks(
             "num_experts": model.num_experts,
             "model_layers": list(layers),
             "placement": experts_LRS.tolist(),
+            "headers_sha256": hash_bytes(headers),
             "files": {f.name: written_entry(f, sums.get(f.name, [])) for f in files},
         }
         write_sidecar(directory.partial, facts)
@@ -254,11 +256,14 @@ def undo_ranks(
 ) -> ReshardResult:
     """Put the source of the layout together again: the same files."""
     try:
-        headers = json.loads((checkpoint / SOURCE_FILE).read_text(encoding="utf-8"))
+        text = (checkpoint / SOURCE_FILE).read_bytes()
+        headers = json.loads(text)
         experts_LRS = np.asarray(facts["placement"], np.int64)
         layers, num_experts = facts["model_layers"], int(facts["num_experts"])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{checkpoint / SOURCE_FILE} cannot be read: {error}") from None
+    if facts.get("headers_sha256", hash_bytes(text)) != hash_bytes(text):
+        raise InputError(f"{checkpoint / SOURCE_FILE} was changed after it was written")
     if verify != "none":
         check_unchanged(checkpoint, facts, progress)
     homes = {

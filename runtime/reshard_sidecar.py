@@ -74,12 +74,16 @@ def header_notes(files: Sequence[FilePlan], source_hashes: Mapping[str, str]) ->
 
 
 def write_sidecar(target: Path, facts: dict[str, Any]) -> None:
-    """One line per key of semmoe.json, so that people find their way."""
-    lines = [
-        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
-        for key, value in {"format": FORMAT, "version": VERSION, **facts}.items()
-    ]
+    """One line per key of semmoe.json, so that people find their way, and a hash of all of them last."""
+    facts = {"format": FORMAT, "version": VERSION, **facts}
+    facts["sha256"] = hash_facts(facts)
+    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
     (target / SIDECAR).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def hash_facts(facts: dict[str, Any]) -> str:
+    """What semmoe.json says of itself: an order of experts that was changed would be taken back to another model."""
+    return hash_bytes(json.dumps({key: facts[key] for key in facts if key != "sha256"}, sort_keys=True).encode())
 
 
 def read_sidecar(checkpoint: Path) -> dict[str, Any]:
@@ -101,6 +105,8 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
     }
     if missing := [key for key in needed[facts["layout"]] if key not in facts]:
         raise InputError(f"{where} is damaged: it lacks {missing[0]}")
+    if facts.get("sha256", hash_facts(facts)) != hash_facts(facts):
+        raise InputError(f"{where} was changed after it was written")
     return facts
 
 

@@ -216,6 +216,7 @@ def test_damaged_files(source: Path) -> None:
         (b"\xff" * 100, "does not begin with a safetensors header"),
         (whole[:20] + b"\x00" + whole[21:], "its safetensors header cannot be read"),
         (whole.replace(b'"BF16"', b'"F32" ', 1), "do not fit its shape"),
+        (whole.replace(b"[8,16]", b'["",8]', 1), "its safetensors header cannot be read"),
     ]:
         shard.write_bytes(data)
         refuse(source, PLAN, match)
@@ -228,6 +229,8 @@ def test_damaged_files(source: Path) -> None:
     for bad, match in [("{", "is not JSON"), ("{}", "has no weight_map"), (named, "names something else than files")]:
         index.write_text(bad)
         refuse(source, PLAN, match)
+    index.write_text(text.replace('"model-00001-of-00002.safetensors"', '""', 1))
+    refuse(source, PLAN, "model.safetensors.index.json names it")
     index.write_text(text.replace("lm_head.weight", "lm_head.bias"))
     refuse(source, PLAN, r"lacks the tensor lm_head\.bias")
 
@@ -256,6 +259,24 @@ def test_a_damaged_sidecar(source: Path, tmp_path: Path, layout: str, lost: str)
     (tmp_path / "placed" / "semmoe.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match=f"semmoe.json is damaged: it lacks {lost}"):
         undo_reshard(tmp_path / "placed", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "old", "new"),
+    [
+        ("permuted", "semmoe.json", '"0": [2, 4,', '"0": [4, 2,'),  # still a permutation
+        ("permuted", "semmoe.json", '"checksums": [[', '"checksums": [[["x"], '),
+        ("ranks", "semmoe.json", '"placement": [[[2, 4,', '"placement": [[[4, 2,'),
+        ("ranks", "semmoe-source.json", '"header_bytes": ', '"header_bytes": "x", "header_bytes_": '),
+    ],
+)
+def test_a_changed_sidecar(source: Path, tmp_path: Path, layout: str, file: str, old: str, new: str) -> None:
+    reshard_checkpoint(source, PLAN, tmp_path / "placed", layout=layout)
+    text = (tmp_path / "placed" / file).read_text()
+    assert old in text
+    (tmp_path / "placed" / file).write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError, match=f"{file} was changed after it was written"):
+        undo_reshard(tmp_path / "placed", tmp_path / "back", verify="none")
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
