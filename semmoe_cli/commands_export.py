@@ -72,6 +72,10 @@ def export(
 
     kind, vllm_format = to.value, format.value if format else ""
     check_export_target(output, kind)
+    if kind == "vllm" and not vllm_format:
+        raise InputError(
+            f"--to vllm needs --format, the pull request of your build: {', '.join(VllmFormat)}; vLLM 0.33 reads no map"
+        )
     if vllm_format and kind != "vllm":
         raise InputError(f"--format is for --to vllm, not for {kind}")
     if num_hidden_layers and kind not in ("sglang", "trtllm"):

@@ -115,8 +115,9 @@ def _score_table(report: dict[str, Any], metrics: list[str], intervals: bool) ->
 
 
 def _title(report: dict[str, Any]) -> str:
+    nodes = "one node" if report["nodes"] == 1 else f"{report['nodes']} nodes"
     return (
-        f"{report['model'] or 'model'}: {report['ranks']} ranks on {report['nodes']} node(s), {report['dispatch']} dispatch; "
+        f"{report['model'] or 'model'}: {report['ranks']} ranks on {nodes}, {report['dispatch']} dispatch; "
         f"{report['requests']} held-out requests, {report['tokens']:,} tokens; mean over {len(report['layers'])} layers"
     )
 

@@ -530,7 +530,7 @@ def test_mistakes_are_one_line(saved, tmp_path):
     assert "ends in .json" in failure(saved, "--to", "sglang", "-o", tmp_path / "map.txt")
     assert "does not exist" in failure(saved, "--to", "sglang", "-o", tmp_path / "no" / "map.json")
     assert "--format is for --to vllm" in failure(saved, "--to", "eplb", "--format", "pr49572", "-o", tmp_path / "m.pt")
-    assert "--format is ''" in failure(saved, "--to", "vllm", "-o", tmp_path / "m.json")
+    assert "--to vllm needs --format" in failure(saved, "--to", "vllm", "-o", tmp_path / "m.json")
     assert "is not a plan" in failure(tmp_path / "nothing", "--to", "sglang", "-o", tmp_path / "m.json")
     assert run(saved, "--to", "tgi", "-o", tmp_path / "m.json").exit_code == 2
     assert not list(tmp_path.glob("m.*")) and not list(tmp_path.glob(".*"))
