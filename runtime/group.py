@@ -100,7 +100,7 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
     try:
         dist.init_process_group(backend, rank=rank, world_size=size, **options)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"rank {rank} cannot join the group of {size}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"rank {rank} cannot join the group of {size}: {short_reason(str(error))}") from None
     mesh_device = "cuda" if backend == "nccl" else "cpu"
     mesh = DeviceMesh(mesh_device, torch.arange(size).reshape(size, 1), mesh_dim_names=("ranks", "alone"))
     group = mesh.get_group("ranks")

@@ -63,7 +63,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None]) -> Prepared:
-    """Read trace and plan. Raises InputError where they do not fit each other or the ranks."""
+    """Read trace and plan. Raises InputError where they do not fit each other or the ranks, and for sizes that experts cannot have."""
+    unit = 4 if options.dtype in ("auto", "float32") else 8  # grouped matrix products take rows of whole 16 bytes
+    if options.expert_size and (options.hidden_size % unit or options.expert_size % unit):
+        sizes = f"--hidden-size {options.hidden_size} with --expert-size {options.expert_size}"
+        raise InputError(f"{sizes}: expected multiples of {unit}, or --expert-size 0")
     plan, trace = Plan.load(options.plan), RoutingTrace.open(options.trace)
     if plan.topology.num_ranks != num_ranks:
         raise InputError(f"{num_ranks} ranks run, the plan {options.plan} is for {plan.topology.num_ranks}")

@@ -335,6 +335,16 @@ def test_replay_leaves_out_requests_that_the_plan_was_fitted_on(demo: Path, tmp_
     assert len(prepared.expert_ids_TLK) == tokens_B.sum() and "fitted on every request" in told[-1]
 
 
+def test_replay_refuses_experts_of_sizes_that_kernels_do_not_take(demo: Path) -> None:
+    words = ["run", "--replay", str(demo / "t"), "--plan", str(demo / "p"), "--json", "--max-tokens", "200"]
+    for sizes, dtype, unit in (((33, 8), "float32", 4), ((16, 5), "float32", 4), ((16, 12), "bfloat16", 8)):
+        given = ["--hidden-size", str(sizes[0]), "--expert-size", str(sizes[1]), "--dtype", dtype]
+        code, text = run(*words, *given)
+        assert code == 1 and f"expected multiples of {unit}, or --expert-size 0" in text, text
+    code, _ = run(*words, "--hidden-size", "33", "--scheduler", "none")
+    assert code == 0
+
+
 def test_replay_refuses_another_model(demo: Path, tmp_path: Path) -> None:
     write_synthetic(tmp_path / "other", num_layers=2, num_experts=8, top_k=2, num_requests=4)
     code, text = run("run", "--replay", str(tmp_path / "other"), "--plan", str(demo / "p"), "--hidden-size", "16")
