@@ -25,6 +25,7 @@ TOP_K = (
     "experts_per_token",
     "num_selected_experts",
 )
+MOST = 1_000_000  # experts, layers or choices of a model; beyond that a config is damaged
 NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 NESTED = ("text_config", "thinker_config", "language_config", "llm_config", "ffn_config")
 
@@ -168,12 +169,12 @@ def _integer(value: Any, default: int) -> int:
 def _uniform(facts: dict[str, Any], keys: tuple[str, ...], what: str, *, first_of_list: bool = False) -> int:
     """The first of `keys` that is set. A list holds equal values per layer, or (Ernie VL) text experts first."""
     value = next((facts[key] for key in keys if facts.get(key) is not None), None)
-    if isinstance(value, list) and value:
+    if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
         if len(set(value)) > 1 and not first_of_list:
             raise InputError(f"{what} differs by layer ({sorted(set(value))}); a trace has one for all layers")
         value = value[0]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{what} is {value!r}, expected an integer in one of {', '.join(keys)}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST:
+        raise InputError(f"{what} is {value!r}, expected an integer from 0 to {MOST} in one of {', '.join(keys)}")
     return value
 
 

@@ -24,7 +24,7 @@ from profiles.engines_responses import read_sglang, read_vllm
 from profiles.errors import InputError
 from profiles.layout import Layout, find_layout, find_rows, kept_runs, parse_layers, survey_requests
 from profiles.trace import RoutingTrace, TraceInfo
-from profiles.trace_writer import TraceWriter
+from profiles.trace_writer import TraceWriter, refuse_existing_trace
 
 KINDS: dict[str, Reader] = {
     "sglang": read_sglang,
@@ -81,7 +81,7 @@ def import_trace(
         raise InputError(f"no files to import as {kind}")
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max-tokens is {max_tokens}, expected at least 1")
-    _refuse_existing(out, resume)
+    refuse_existing_trace(out, resume=resume)  # the writer does too, but after the first pass over the files
     _refuse_pipes(files)
     facts = None if model_config is None else moe_facts(read_config(model_config))
     dense = None if dense_layers is None else parse_layers(dense_layers)
@@ -114,12 +114,6 @@ def import_trace(
         raise
     written = RoutingTrace.open(out)
     return ImportSummary(written.num_requests, written.num_tokens, layout.num_kept, dict(dropped), notes)
-
-
-def _refuse_existing(out: Path, resume: bool) -> None:
-    """The writer refuses it too, but after the first pass over the files."""
-    if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already: add to it with --resume, or choose another name")
 
 
 def _refuse_pipes(files: list[Path]) -> None:

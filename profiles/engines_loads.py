@@ -131,4 +131,6 @@ def _matrix(file: Path) -> Any:
             raise InputError(f"{file} is not a .npy array: {error}") from None
     if suffix in (".json", ".gz"):
         return _json(file)
+    if not file.exists():
+        raise InputError(f"{file} does not exist")
     raise InputError(f"{file} ends in {suffix!r}, expected a load matrix in .npy, .pt or .json")

@@ -150,7 +150,7 @@ def hash_file(path: Path) -> str:
 def open_part(source: Any, name: str | None = None) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(source, memory_map=isinstance(source, Path))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeEncodeError) as error:  # the last: a path that is not UTF-8
         reason = str(error).splitlines()[0]
         raise InputError(f"{name or source} cannot be read as Parquet: {reason}") from None
 

@@ -245,6 +245,10 @@ class TraceWriter:
 
 def refuse_existing_trace(path: Path, *, resume: bool = False) -> None:
     """Raise InputError where a trace cannot be written to `path`, for callers that want to know before long work."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path} is not UTF-8, the names of Parquet files must be: choose another name") from None
     if resume and (path / "trace.json").exists():
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

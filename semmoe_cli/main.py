@@ -3,6 +3,7 @@
 Nothing heavy is imported here: `semmoe --help` must answer at once. Each command imports what it needs when it runs.
 """
 
+import errno
 import io
 import sys
 from typing import Annotated
@@ -65,6 +66,12 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" {error.filename}" if error.filename else ""  # standard output has no name
+        print(f"semmoe: cannot write{where}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         if not _worker_died(error):
             raise

@@ -315,6 +315,17 @@ def test_place_computes_on_one_thread_whatever_the_machine(tmp_path):
     assert done.stdout == "['1']\n", done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_standard_output_is_one_line(tmp_path):
+    write_synthetic(tmp_path / "t", num_requests=2)
+    for words in (["--version"], ["show", str(tmp_path / "t")], ["show", str(tmp_path / "t"), "--json"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-u", "-m", "semmoe_cli", *words], stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 1 and done.stderr == "semmoe: cannot write: No space left on device\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -112,6 +112,8 @@ def test_longcat_and_encoder_decoders():
         ({"num_experts_per_tok": "absent"}, "top-k is None"),
         ({"num_experts_per_tok": "8"}, "top-k is '8'"),
         ({"num_experts_per_tok": [2, 3]}, r"differs by layer \(\[2, 3\]\)"),
+        ({"num_experts_per_tok": [[2], [2]]}, r"top-k is \[\[2\], \[2\]\]"),
+        ({"num_hidden_layers": 10**30}, "the number of layers is 10+, expected an integer from 0 to 1000000"),
         ({"num_hidden_layers": "absent"}, "the number of layers is None"),
         ({"first_k_dense_replace": 6}, "no Mixture-of-Experts layer among its 6 layers"),
         ({"enable_moe_block": False}, "no Mixture-of-Experts layer"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +312,9 @@ def test_wrong_options_are_refused(tmp_path):
     import_trace("sglang", [file], tmp_path / "there")
     with pytest.raises(InputError, match="is there already"):
         import_trace("sglang", [file], tmp_path / "there")
+    refuses("eplb", tmp_path / "nothing", tmp_path, "nothing does not exist")
+    with pytest.raises(InputError, match="is not UTF-8"):
+        import_trace("sglang", [file], tmp_path / os.fsdecode(b"\xff"))
 
 
 def test_number_of_experts_from_the_largest_id():
