@@ -80,9 +80,12 @@ def refusals(what: str):
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer. Raises InputError where it has none."""
     with refusals(f"{source.name} has no tokenizer that can be read"):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some families make of a directory without tokenizer files
+        raise InputError(f"{source.name} has no tokenizer: it knows special tokens only")
+    return tokenizer
 
 
 def model_class(source: ModelSource) -> Any:

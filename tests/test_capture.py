@@ -319,6 +319,8 @@ def test_bad_input_is_refused_in_one_line(model_folder, prompts, tmp_path):
     assert "no field 'body'; it has id, domain, text" in refused(
         model_folder, "--data", prompts, "--text-field", "body", "-o", out
     )
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "mute")
+    assert "has no tokenizer" in refused(tmp_path / "mute", "--data", prompts, "-o", out)
     empty = write_lines(tmp_path / "empty.jsonl", [])
     assert "no request" in refused(model_folder, "--data", empty, "-o", out)
     blank = write_lines(tmp_path / "blank.jsonl", [{"text": "  "}])
