@@ -83,9 +83,8 @@ def load_tokenizer(source: ModelSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    if len(tokenizer) <= len(
-        tokenizer.all_special_ids
-    ):  # what some families make of a directory without tokenizer files
+    # Some families make a tokenizer of special tokens alone where a directory holds no tokenizer files.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{source.name} has no tokenizer: it knows special tokens only")
     return tokenizer
 

@@ -5,19 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from test_report_page import run
 from typer.testing import CliRunner
 
 from profiles.synthetic import write_synthetic
 from semmoe_cli.main import app
 from semmoe_cli.page_compare import size_text
 from semmoe_cli.report import print_report, times_cells
-
-
-def run(*words: object) -> str:
-    """Output of a command that must succeed, run in this process."""
-    result = CliRunner().invoke(app, [str(w) for w in words])
-    assert result.exit_code == 0, result.output + str(result.exception)
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
