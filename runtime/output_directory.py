@@ -52,7 +52,9 @@ class OutputDirectory:
             shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self.descriptor)
         if isinstance(error, OSError):
-            raise InputError(f"cannot write {self.out}: {error.strerror or error} ({error.filename})") from None
+            # A full disk is told of a descriptor, without a name.
+            where = f" ({error.filename})" if error.filename else ""
+            raise InputError(f"cannot write {self.out}: {error.strerror or error}{where}") from None
 
     def finish(self) -> None:
         """Give the directory its name; what had it before goes."""
