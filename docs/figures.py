@@ -17,7 +17,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from semmoe_cli.figures import LIGHT, STYLE
+from semmoe.pages.figures.style import LIGHT, STYLE
 
 IMAGES = Path(__file__).parent / "images"
 RANK_COLOURS = (LIGHT.plan, LIGHT.load, LIGHT.third, LIGHT.fourth)
@@ -191,11 +191,11 @@ def diagram_svg(name: str) -> str:
 
 def co_activation_svg(demo: Path) -> str:
     """The text of docs/images/co-activation.svg, from the trace and plan that `semmoe demo` wrote."""
-    from profiles.trace import RoutingTrace
-    from semmoe_cli.figures_plan import co_activation
-    from semmoe_cli.plan_report import PlanReportOptions, make_plan_report
-    from solvers.plan import Plan
-    from solvers.simulate import Setting
+    from semmoe.pages.figures.plan import co_activation
+    from semmoe.pages.plan_report import PlanReportOptions, make_plan_report
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.plan import Plan
+    from semmoe.solvers.schedule.simulate import Setting
 
     plan = Plan.load(demo / "plan")
     options = PlanReportOptions(

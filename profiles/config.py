@@ -9,10 +9,10 @@ leaves out has the default of its class, FAMILY_DEFAULTS; a key that is null doe
 from pathlib import Path
 from typing import Any
 
-from profiles.demo.paths import demo_model_path
-from profiles.document import parse_json
-from profiles.errors import InputError
-from profiles.hub import hub_in_reach, is_hub_id
+from semmoe.profiles.demo.paths import demo_model_path
+from semmoe.profiles.document import parse_json
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.hub import hub_in_reach, is_hub_id
 
 NUM_EXPERTS = ("n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts")
 TOP_K = (

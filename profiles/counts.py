@@ -2,7 +2,7 @@
 
 Counts are integers and additive over batches, parts and traces, so a trace larger than memory is counted part by part. What cannot be
 kept whole (which token chose which experts) is kept for a bounded random sample of the requests, layer by layer in a file that worker
-processes map (`profiles.mapped`).
+processes map (`semmoe.profiles.mapped`).
 
 Shape letters: T tokens, L MoE layers, E experts, K top-k, U token ids seen, B requests.
 """
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from profiles.errors import InputError
-from profiles.mapped import mapped_empty
-from profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches, integers
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.mapped import mapped_empty
+from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches, integers
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

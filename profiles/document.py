@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from profiles.errors import InputError
+from semmoe.profiles.errors import InputError
 
 HALVES = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # escapes of characters in two halves
 HALVES_OF_BYTES = re.compile(HALVES.pattern.encode(), re.IGNORECASE)

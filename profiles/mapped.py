@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from profiles.errors import InputError
+from semmoe.profiles.errors import InputError
 
 SMALL_BYTES = 32_000_000  # arrays up to this size stay in memory
 

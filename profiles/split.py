@@ -8,7 +8,7 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 
-from profiles.errors import InputError
+from semmoe.profiles.errors import InputError
 
 
 def holdout_requests(requests: pa.Table, *, holdout: float, holdout_domains: list[str], seed: int) -> np.ndarray:

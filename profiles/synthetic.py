@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from profiles.errors import InputError
-from profiles.trace import TraceInfo
-from profiles.trace_writer import TraceWriter
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.trace import TraceInfo
+from semmoe.profiles.trace_writer import TraceWriter
 
 POPULARITY_SPREAD = 0.5  # standard deviation of the log popularity of the experts of one group
 DOMAIN_PREFERENCE = 6.0  # how much likelier a domain's own group of tokens is than another group
@@ -127,7 +127,7 @@ def write_synthetic(
     noise: float = 0.1,
     num_domains: int = 4,
     seed: int = 0,
-    made_by: str = "profiles.synthetic",
+    made_by: str = "semmoe.profiles.synthetic",
 ) -> np.ndarray:
     """Write a synthetic trace; returns the planted group of every expert, int32 [L, E]."""
     structure = plant_structure(

@@ -1,4 +1,4 @@
-"""RoutingTrace: the one trace format and its reader (`profiles.trace_writer` writes it).
+"""RoutingTrace: the one trace format and its reader (`semmoe.profiles.trace_writer` writes it).
 
 A trace is a directory: `trace.json` with the facts, and Parquet parts with one row per request (docs/formats.md). It may be
 read through any URL that fsspec knows.
@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from profiles.document import read_document
-from profiles.errors import InputError
+from semmoe.profiles.document import read_document
+from semmoe.profiles.errors import InputError
 
 FORMAT = "semmoe-trace"
 VERSION = 1

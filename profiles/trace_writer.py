@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from profiles.errors import InputError
-from profiles.trace import (
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.trace import (
     COUNTS_FILE,
     FORMAT,
     VERSION,

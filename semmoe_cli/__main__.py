@@ -1,4 +1,4 @@
-"""What starts: the installed `semmoe`, `python -m semmoe_cli`, and that under torchrun.
+"""What starts: the installed `semmoe`, `python -m semmoe`, and that under torchrun.
 
 Imports hardly anything, so that Ctrl-C while the command line is still being imported is one line too.
 """
@@ -9,7 +9,7 @@ import sys
 def main() -> None:
     """Import the command line and run it."""
     try:
-        from semmoe_cli.main import main as run_command
+        from semmoe.main import main as run_command
 
         run_command()
     except KeyboardInterrupt:

@@ -6,19 +6,19 @@ Heavy modules are imported inside.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from profiles.errors import InputError
+from semmoe.profiles.errors import InputError
 
 if TYPE_CHECKING:
-    from profiles.trace import RoutingTrace
-    from solvers.plan import Plan
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.plan import Plan
 
 LARGEST_SAMPLE_IDS = 100_000_000  # enough for every statistic of a screen
 
 
 def describe_path(path: str, *, seed: int) -> dict[str, Any]:
     """Facts about the trace or plan at `path`. Raises InputError where it is neither."""
-    from profiles.trace import RoutingTrace
-    from solvers.plan import Plan
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.plan import Plan
 
     if (Path(path) / "plan.json").is_file():
         return _describe_plan(Plan.load(path))
@@ -48,8 +48,8 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
     if info.kind == "counts":
         windows, load_WLE = trace.load_counts()
         return facts | {"windows": len(windows), "activations": int(load_WLE.sum())} | _load_skew(load_WLE.sum(0))
-    from profiles.counts import profile_traces
-    from solvers.structure import measure_structure
+    from semmoe.profiles.counts import profile_traces
+    from semmoe.solvers.health.structure import measure_structure
 
     requests = trace.requests()
     domains = requests.column("domain").to_pylist()

@@ -10,15 +10,15 @@ from typing import Annotated
 
 import typer
 
-from profiles.errors import InputError
-from semmoe_cli.commands_compare import compare
-from semmoe_cli.commands_demo import demo
-from semmoe_cli.commands_export import export
-from semmoe_cli.commands_place import place
-from semmoe_cli.commands_report import report, show
-from semmoe_cli.commands_reshard import reshard
-from semmoe_cli.commands_run import run
-from semmoe_cli.commands_trace import trace
+from semmoe.commands.compare import compare
+from semmoe.commands.demo import demo
+from semmoe.commands.export import export
+from semmoe.commands.place import place
+from semmoe.commands.report import report, show
+from semmoe.commands.reshard import reshard
+from semmoe.commands.run import run
+from semmoe.commands.trace import trace
+from semmoe.profiles.errors import InputError
 
 app = typer.Typer(
     name="semmoe",

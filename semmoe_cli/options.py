@@ -14,7 +14,7 @@ import typer
 
 
 class Method(enum.StrEnum):
-    """Choices of --method; a test keeps them equal to solvers.solve.METHODS."""
+    """Choices of --method; a test keeps them equal to semmoe.solvers.place.solve.METHODS."""
 
     semmoe = "semmoe"
     metis = "metis"
@@ -26,7 +26,7 @@ class Method(enum.StrEnum):
 
 
 class Dispatch(enum.StrEnum):
-    """Choices of --dispatch; a test keeps them equal to solvers.evaluate.DISPATCH_KINDS."""
+    """Choices of --dispatch; a test keeps them equal to semmoe.solvers.evaluate.metrics.DISPATCH_KINDS."""
 
     per_rank = "per-rank"
     per_expert = "per-expert"
@@ -35,7 +35,7 @@ class Dispatch(enum.StrEnum):
 
 
 class Objective(enum.StrEnum):
-    """Choices of --objective; a test keeps them equal to solvers.coschedule.OBJECTIVES."""
+    """Choices of --objective; a test keeps them equal to semmoe.solvers.place.joint.OBJECTIVES."""
 
     tp = "tp"
     dp = "dp"
@@ -43,7 +43,7 @@ class Objective(enum.StrEnum):
 
 
 class Effort(enum.StrEnum):
-    """Choices of --effort; a test keeps them equal to solvers.partition.EFFORTS."""
+    """Choices of --effort; a test keeps them equal to semmoe.solvers.place.partition.EFFORTS."""
 
     fast = "fast"
     default = "default"

@@ -1,12 +1,12 @@
-"""docs/cli.md from the commands' own help: `python -m semmoe_cli.reference > docs/cli.md`. A test keeps the file equal to it."""
+"""docs/cli.md from the commands' own help: `python -m semmoe.reference > docs/cli.md`. A test keeps the file equal to it."""
 
 from typer.testing import CliRunner
 
-from semmoe_cli.main import app
+from semmoe.main import app
 
 HEADER = """# Command line
 
-Made by `python -m semmoe_cli.reference > docs/cli.md` from the commands' own help.
+Made by `python -m semmoe.reference > docs/cli.md` from the commands' own help.
 
 Results go to stdout, notes and progress to stderr. Exit code 0: done. 1: the input cannot be used, with one line that says why.
 2: the command line is wrong. `semmoe --install-completion` sets up completion for your shell.

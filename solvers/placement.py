@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from profiles.errors import InputError
+from semmoe.profiles.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from profiles.document import read_document
-from profiles.errors import InputError
-from profiles.trace import TraceInfo
-from solvers.placement import Placement, Topology
+from semmoe.profiles.document import read_document
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.trace import TraceInfo
+from semmoe.solvers.placement import Placement, Topology
 
 FORMAT = "semmoe-plan"
 VERSION = 1
@@ -64,7 +64,9 @@ class Plan:
     seed: int
     dispatch: str
     load_LE: np.ndarray  # int64 [L, E]: activations of the requests that the placement was fitted on
-    fitted_keys: np.ndarray  # uint64: keys of those requests (profiles.split.request_keys), so that none is scored on
+    fitted_keys: (
+        np.ndarray
+    )  # uint64: keys of those requests (semmoe.profiles.split.request_keys), so that none is scored on
     load_cap: float = 1.05
     options: dict[str, Any] = field(default_factory=dict)
     trace: dict[str, Any] = field(default_factory=dict)  # fingerprints and sizes of the traces

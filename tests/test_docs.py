@@ -13,8 +13,8 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from profiles.synthetic import write_synthetic
-from semmoe_cli.main import app
+from semmoe.main import app
+from semmoe.profiles.synthetic import write_synthetic
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -41,7 +41,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def semmoe_lines(code: str) -> list[list[str]]:
-    """The words after `semmoe` (or `-m semmoe_cli`) of every command in a block of shell."""
+    """The words after `semmoe` (or `-m semmoe`) of every command in a block of shell."""
     lexer = shlex.shlex(re.sub(r"\\\n", " ", code).replace("\n", "\n; "), posix=True, punctuation_chars=True)
     lexer.commenters = "#"
     lexer.whitespace_split = True
@@ -54,7 +54,7 @@ def semmoe_lines(code: str) -> list[list[str]]:
     found = []
     for words in commands:
         words = words[: next((i for i, w in enumerate(words) if set(w) <= set("<>")), len(words))]
-        start = next((i for i, w in enumerate(words) if w == "semmoe_cli" or w.endswith("/semmoe")), None)
+        start = next((i for i, w in enumerate(words) if w == "semmoe" or w.endswith("/semmoe")), None)
         if words[:1] == ["semmoe"]:
             start = 0
         if start is not None:
@@ -79,7 +79,7 @@ def parse(words: list[str]) -> None:
 
 
 def test_shell_is_split_into_command_lines():
-    code = "VAR=1 torchrun -x 2 \\\n  -m semmoe_cli run d --plan p  # why\na && .venv/bin/semmoe demo; semmoe show 'a b' > f\ncat semmoe\n"
+    code = "VAR=1 torchrun -x 2 \\\n  -m semmoe run d --plan p  # why\na && .venv/bin/semmoe demo; semmoe show 'a b' > f\ncat semmoe\n"
     assert semmoe_lines(code) == [["run", "d", "--plan", "p"], ["demo"], ["show", "a b"]]
 
 

@@ -22,7 +22,7 @@ def test_ci_runs_the_commands_of_the_readme():
 
 
 def test_every_command_of_the_readme_exists():
-    known = subprocess.run([sys.executable, "-m", "semmoe_cli", "--help"], capture_output=True, text=True).stdout
+    known = subprocess.run([sys.executable, "-m", "semmoe", "--help"], capture_output=True, text=True).stdout
     for name in set(re.findall(r"^semmoe (\w+)", README, re.M)):
         assert re.search(rf"^  {name}\b", known, re.M), name
 

@@ -23,7 +23,7 @@ pytest.importorskip("build", reason="the test extra's build is not installed")
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"semmoe_cli", "solvers", "profiles", "runtime"}
+FOLDERS = {"semmoe_cli": "semmoe", "profiles": "semmoe/profiles", "solvers": "semmoe/solvers", "runtime": "semmoe/runtime"}
 MEGABYTES = 25
 
 
@@ -92,6 +92,15 @@ def declared(requirements: list[str]) -> list[Distribution]:
     return list(found.values())
 
 
+def installed_paths() -> list[str]:
+    """Where the wheel must have every file of code that the folders hold."""
+    return sorted(
+        f"{name}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, name in FOLDERS.items()
+        for path in (ROOT / folder).rglob("*.py")
+    )
+
+
 def tops(installed: Distribution) -> set[str]:
     """The names in site-packages that a distribution owns; without programs, and without what hooks into every start of Python."""
     names = {Path(str(file)).parts[0] for file in installed.files or []}
@@ -115,12 +124,10 @@ def test_the_wheel_holds_the_packages_and_is_small(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     tops = {name.split("/")[0] for name in names}
-    assert {t for t in tops if not t.endswith(".dist-info")} == PACKAGES
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            assert path.relative_to(ROOT).as_posix() in names
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"semmoe"}
+    assert set(installed_paths()) <= names
     for name in ("model/model.safetensors", "model/config.json", "model/tokenizer.json", "prompts.jsonl", "README.md"):
-        assert f"profiles/demo/{name}" in names
+        assert f"semmoe/profiles/demo/{name}" in names
 
 
 def test_the_sdist_holds_what_tests_and_docs_need(built):
@@ -152,12 +159,7 @@ def test_declared_dependencies_are_enough_for_help(bare, tmp_path):
 
 
 def test_declared_dependencies_are_enough_for_every_module(bare, tmp_path):
-    with_code = sorted(
-        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
-        if path.stem not in ("__init__", "__main__")
-    )
+    with_code = [path.removesuffix(".py").replace("/", ".") for path in installed_paths() if "/__" not in path]
     code = f"import importlib\nfor name in {with_code!r}: print(importlib.import_module(name).__file__)"
     done = outside(bare, "python", "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """Train a small Mixture-of-Experts language model on labelled text, so that its routing is learned and not random.
 
-    python -m profiles.demo.train TEXTS OUT --size 4m --steps 2400
-    python -m profiles.demo.train TEXTS OUT --size 16m --minutes 65
+    python -m semmoe.profiles.demo.train TEXTS OUT --size 4m --steps 2400
+    python -m semmoe.profiles.demo.train TEXTS OUT --size 16m --minutes 65
 
 TEXTS is a folder of UTF-8 files, one per domain and named for it; OUT becomes a checkpoint that Transformers loads:
 Qwen3-MoE, 16-bit weights, a byte-level BPE tokenizer, and training.json with the facts of the run. Every step draws its
@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from profiles.errors import InputError
+from semmoe.profiles.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_SHARE = 0.1

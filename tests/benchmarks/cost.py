@@ -29,7 +29,7 @@ RANKS, BATCH_TOKENS = 4, 512
 def rank_main(task: dict[str, Any]) -> None:
     import torch
 
-    from runtime.replay import ReplayOptions, replay_rank
+    from semmoe.runtime.replay.replay import ReplayOptions, replay_rank
 
     torch.set_num_threads(1)
     sizes = (task["hidden_size"], 0, BATCH_TOKENS, task["tokens"])
@@ -59,7 +59,7 @@ def reported(task: dict[str, Any], bandwidth: float, latency_s: float) -> dict[t
     words = ["report", task["plan"], task["trace"], "--hidden-size", str(task["hidden_size"]), "--json"]
     words += ["--batch-tokens", str(BATCH_TOKENS), "--topology-bandwidth", f"{bandwidth / 1e9:.9f}"]
     words += ["--latency", f"{latency_s * 1e6:.3f}"]
-    done = subprocess.run([sys.executable, "-m", "semmoe_cli", *words], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-m", "semmoe", *words], check=True, stdout=subprocess.PIPE)
     return {
         (row["placement"], row["schedule"]): row["ms_per_layer"] for row in json.loads(done.stdout)["times"]["rows"]
     }

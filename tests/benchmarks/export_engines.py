@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from solvers.export import eplb_tables, export_map, render
-from solvers.import_map import import_placement
-from solvers.placement import Placement, Topology
-from solvers.plan import ModelFacts, Plan
+from semmoe.solvers.maps.read import import_placement
+from semmoe.solvers.maps.write import eplb_tables, export_map, render
+from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.plan import ModelFacts, Plan
 
 # (MoE layers, leading dense layers, experts, ranks, replica slots per rank, nodes)
 SHAPES = [(3, 1, 16, 4, 0, 1), (3, 1, 16, 4, 2, 2), (58, 3, 256, 8, 4, 2), (24, 0, 128, 16, 0, 2)]

@@ -18,9 +18,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import numpy as np  # noqa: E402
 from routing_world import draw_tokens, route_layer  # noqa: E402
 
-from profiles.mapped import mapped_empty  # noqa: E402
-from profiles.trace import TraceInfo  # noqa: E402
-from profiles.trace_writer import TraceWriter  # noqa: E402
+from semmoe.profiles.mapped import mapped_empty  # noqa: E402
+from semmoe.profiles.trace import TraceInfo  # noqa: E402
+from semmoe.profiles.trace_writer import TraceWriter  # noqa: E402
 
 REQUEST_TOKENS = 256
 PROMPT_TOKENS = 128

@@ -28,17 +28,17 @@ import numpy as np  # noqa: E402
 from process_memory import watched  # noqa: E402
 from routing_world import Tokens, draw_tokens, route_layer  # noqa: E402
 
-from profiles.counts import RoutingProfile, count_batches, profile_traces  # noqa: E402
-from profiles.mapped import MappedView, mapped_empty, open_view, view_of  # noqa: E402
-from profiles.trace import RoutingTrace, TraceBatch, TraceInfo  # noqa: E402
-from solvers.coschedule import place_semmoe  # noqa: E402
-from solvers.equalize import rank_load_R  # noqa: E402
-from solvers.placement import Placement, Topology  # noqa: E402
-from solvers.remote import remote_cost  # noqa: E402
-from solvers.schedule import fit_schedule  # noqa: E402
-from solvers.solve import METHODS, Demands  # noqa: E402
-from solvers.token_table import TokenTable, build_token_table  # noqa: E402
-from solvers.workers import layer_map  # noqa: E402
+from semmoe.profiles.counts import RoutingProfile, count_batches, profile_traces  # noqa: E402
+from semmoe.profiles.mapped import MappedView, mapped_empty, open_view, view_of  # noqa: E402
+from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo  # noqa: E402
+from semmoe.solvers.place.exact_counts import rank_load_R  # noqa: E402
+from semmoe.solvers.place.joint import place_semmoe  # noqa: E402
+from semmoe.solvers.place.remote_gains import remote_cost  # noqa: E402
+from semmoe.solvers.place.solve import METHODS, Demands  # noqa: E402
+from semmoe.solvers.placement import Placement, Topology  # noqa: E402
+from semmoe.solvers.schedule.schedule import fit_schedule  # noqa: E402
+from semmoe.solvers.schedule.token_table import TokenTable, build_token_table  # noqa: E402
+from semmoe.solvers.workers import layer_map  # noqa: E402
 
 REQUEST_TOKENS = 256
 

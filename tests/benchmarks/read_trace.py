@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from profiles.trace import RoutingTrace, TraceInfo
-from profiles.trace_writer import TraceWriter
+from semmoe.profiles.trace import RoutingTrace, TraceInfo
+from semmoe.profiles.trace_writer import TraceWriter
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, TOKENS_PER_REQUEST = 48, 128, 8, 1000
 

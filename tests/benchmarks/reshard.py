@@ -1,8 +1,9 @@
 """How fast and how large `reshard` is, against `cp -r` of the same checkpoint on the same disk.
 
-Makes a synthetic checkpoint as the hub stores it (48 layers of 64 experts, 8 GB of random bytes unless told otherwise),
-runs `cp -r` and the reshards in turn, each after a sync, and prints one JSON object with the best time of each, the
-ratios, and the peak memory of the resharding process (its imports included).
+Makes a synthetic checkpoint as the hub stores it (48 layers of 64 experts, 8 GB of random bytes
+unless told otherwise), runs `cp -r` and the reshards in turn, each after a sync, and prints one
+JSON object with the best time of each, the ratios, and the peak memory of the resharding process
+(its imports included).
 
     python tests/benchmarks/reshard.py --gb 8 --repeats 3 --directory /tmp
 """
@@ -23,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoint_factory import make_plan, random_orders  # noqa: E402
 
-from runtime.checkpoint import INDEX_NAME, Tensor, make_header  # noqa: E402
+from semmoe.runtime.reshard.source import INDEX_NAME, Tensor, make_header  # noqa: E402
 
 HIDDEN = 1024
 
@@ -76,7 +77,8 @@ def write_model(path: Path, *, num_bytes: float, layers: int, experts: int, shar
 
 
 def timed(words: list[str]) -> tuple[float, float]:
-    """Seconds and peak memory in MB of a command, after everything that waits for the disk is written."""
+    """Seconds and peak memory in MB of a command, after everything that waits for the disk is
+    written."""
     os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -88,7 +90,8 @@ def timed(words: list[str]) -> tuple[float, float]:
 
 
 RESHARD = (
-    "import sys; from pathlib import Path; from solvers.plan import Plan; from runtime.reshard import reshard_checkpoint; "
+    "import sys; from pathlib import Path; from semmoe.solvers.plan import Plan; "
+    "from semmoe.runtime.reshard.reshard import reshard_checkpoint; "
     "reshard_checkpoint(Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]), verify=sys.argv[4])"
 )
 

@@ -39,7 +39,7 @@ from shaped_network import close_network, open_network, sent_bytes, shape_networ
 from transformers_ranks import NoShuffle, load_tensor_parallel, pad_heads, with_transformers
 
 RANKS = 4
-SEMMOE = [sys.executable, "-m", "semmoe_cli"]
+SEMMOE = [sys.executable, "-m", "semmoe"]
 
 
 def run_ranks(work: Path, task: dict[str, Any]) -> Any:
@@ -74,18 +74,18 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
     import torch
     import torch.distributed as dist
 
-    from profiles.loading import find_model
-    from profiles.requests import RequestSource
-    from runtime.engine import Limits, Prompt, serve
-    from runtime.group import open_group
-    from runtime.placed_model import load_placed
-    from runtime.rank_weights import find_placed
-    from runtime.run import RunOptions, collect_metrics
-    from runtime.schedulers import assign
-    from runtime.tensor_parallel import install_tensor_parallel
-    from runtime.token_homes import make_homes
-    from solvers.plan import Plan
-    from solvers.replicas import serving_LRE
+    from semmoe.profiles.capture.loading import find_model
+    from semmoe.profiles.capture.requests import RequestSource
+    from semmoe.runtime.ranks.group import open_group
+    from semmoe.runtime.serving.engine import Limits, Prompt, serve
+    from semmoe.runtime.serving.run import RunOptions, collect_metrics
+    from semmoe.runtime.serving.schedulers import assign
+    from semmoe.runtime.serving.tensor_parallel import install_tensor_parallel
+    from semmoe.runtime.serving.token_homes import make_homes
+    from semmoe.runtime.transformers.placed_model import load_placed
+    from semmoe.runtime.transformers.rank_weights import find_placed
+    from semmoe.solvers.place.replicas import serving_LRE
+    from semmoe.solvers.plan import Plan
 
     found = []
     with open_group(timeout_s=600) as group:
@@ -149,8 +149,8 @@ def keep_in(completions: dict[int, list[int]]) -> Any:
 
 
 def replay(task: dict[str, Any]) -> Any:
-    from runtime.replay import replay_rank
-    from runtime.replay_cases import ReplayOptions
+    from semmoe.runtime.replay.cases import ReplayOptions
+    from semmoe.runtime.replay.replay import replay_rank
 
     options = ReplayOptions(
         task["trace"],
@@ -191,9 +191,9 @@ def split_jsonl(texts: Path, work: Path) -> None:
 def contiguous_plan(path: Path, out: Path) -> None:
     from dataclasses import replace
 
-    from solvers.contiguous import place_contiguous
-    from solvers.placement import Placement
-    from solvers.plan import Plan
+    from semmoe.solvers.place.contiguous import place_contiguous
+    from semmoe.solvers.placement import Placement
+    from semmoe.solvers.plan import Plan
 
     plan = Plan.load(path)
     rank_of_LE = place_contiguous(plan.placement.num_layers, plan.placement.num_experts, RANKS)
@@ -202,8 +202,8 @@ def contiguous_plan(path: Path, out: Path) -> None:
 
 def split_trace(trace: str, work: Path) -> None:
     """Every other request of a trace to `replay-fit`, the rest to `replay-held`."""
-    from profiles.trace import RoutingTrace
-    from profiles.trace_writer import TraceWriter
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.profiles.trace_writer import TraceWriter
 
     whole = RoutingTrace.open(trace)
     with TraceWriter(work / "replay-fit", whole.info) as fit, TraceWriter(work / "replay-held", whole.info) as held:
@@ -255,9 +255,9 @@ def main() -> None:
 
 
 def throughput(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    from profiles.loading import find_model, load_tokenizer
-    from profiles.requests import encode_requests, read_requests
-    from profiles.sources import open_source
+    from semmoe.profiles.capture.loading import find_model, load_tokenizer
+    from semmoe.profiles.capture.requests import encode_requests, read_requests
+    from semmoe.profiles.capture.sources import open_source
 
     requests = list(read_requests(open_source(str(work / "serve.jsonl"))))
     encoded = encode_requests(requests, load_tokenizer(find_model(options.model)))

@@ -24,11 +24,18 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from profiles.capture import TokenRequest, length_batches, pad_batch, read_batch, record_prefill, start_recording
-from profiles.requests import encode_requests, read_requests
-from profiles.sources import open_source
-from profiles.trace_writer import TraceWriter
-from profiles.tracing import TraceProgress, add_recorded, trace_info
+from semmoe.profiles.capture.hooks import (
+    TokenRequest,
+    length_batches,
+    pad_batch,
+    read_batch,
+    record_prefill,
+    start_recording,
+)
+from semmoe.profiles.capture.requests import encode_requests, read_requests
+from semmoe.profiles.capture.run import TraceProgress, add_recorded, trace_info
+from semmoe.profiles.capture.sources import open_source
+from semmoe.profiles.trace_writer import TraceWriter
 
 
 def load_requests(texts: str, tokenizer, count: int, mixed: bool) -> list[TokenRequest]:
@@ -85,7 +92,7 @@ def measure_overhead(
 
 def peak_mib(model: str, texts: Path, out: Path) -> float:
     """Peak resident memory of the whole command in MiB."""
-    code = "from semmoe_cli.main import main; main()"
+    code = "from semmoe.main import main; main()"
     arguments = ["trace", model, "--data", str(texts), "--dtype", "float32", "-o", str(out)]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

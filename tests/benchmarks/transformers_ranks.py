@@ -1,4 +1,4 @@
-"""Transformers' own parallelism around the model that a benchmark serves: what runtime.engine.serve needs of a PlacedModel.
+"""Transformers' own parallelism around the model that a benchmark serves: what semmoe.runtime.serving.engine.serve needs of a PlacedModel.
 
 Three of them. `all_to_all` and `all_reduce` put Transformers' EPImplementation of that name in place of ours on a model that we loaded
 (with `all_reduce` our cut of the heads, and an all-reduce after each attention). `load_tensor_parallel` is Transformers alone:
@@ -68,8 +68,8 @@ def with_transformers(placed: Any, plan: Any, implementation: str) -> Baseline:
     import torch.distributed as dist
     from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 
-    from runtime.attention_heads import keep_heads
-    from runtime.placed_model import placed_layers
+    from semmoe.runtime.transformers.attention_heads import keep_heads
+    from semmoe.runtime.transformers.placed_model import placed_layers
 
     watch, calls, group = placed.state.stopwatch, [], placed.group
     shares_batch = implementation == "all_reduce"
@@ -102,8 +102,8 @@ def load_tensor_parallel(folder: Path, group: Any, plan: Any, dtype: str) -> Bas
     from transformers import AutoModelForCausalLM
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    from runtime.experts import Counters, RankState
-    from runtime.stopwatch import Stopwatch
+    from semmoe.runtime.ranks.stopwatch import Stopwatch
+    from semmoe.runtime.transformers.ep import Counters, RankState
 
     config = DistributedConfig(tp_size=group.size, ep_size=group.size)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=getattr(torch, dtype))

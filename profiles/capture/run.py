@@ -1,0 +1,321 @@
+"""`semmoe trace`: a model reads the requests of a source, and its routing is written as a trace while it runs.
+
+The order of work is set by what can go wrong: the target, the first request and the model's type are checked before any weight is
+read. Requests are taken in the order of the source; which of them a trace holds depends on the source and the limits only, not on
+batches, ranks, or where an earlier run of the same command stopped.
+"""
+
+import itertools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from semmoe.profiles.capture.hooks import (
+    Recorded,
+    Recording,
+    TokenRequest,
+    length_batches,
+    record_generation,
+    record_prefill,
+    start_recording,
+)
+from semmoe.profiles.capture.layers import trace_info
+from semmoe.profiles.capture.loading import (
+    ModelSource,
+    choose_device,
+    find_embedding,
+    find_model,
+    load_model,
+    load_tokenizer,
+    refusals,
+    refuse_untraceable,
+)
+from semmoe.profiles.capture.requests import TextRequest, encode_requests
+from semmoe.profiles.capture.sources import ReadProgress
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.trace import TraceInfo
+from semmoe.profiles.trace_writer import TraceWriter, refuse_existing_trace
+
+ENCODE_REQUESTS = 64  # texts tokenised together
+FLUSH_SECONDS = 20.0  # how much work a killed run loses at most, besides the batch in hand
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a source is traced. None: no limit."""
+
+    max_requests: int | None = None
+    max_tokens: int | None = None  # prompt tokens in all
+    max_length: int | None = None  # prompt tokens of one request, which is cut there
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How requests are continued. 0 tokens: they are only read."""
+
+    num_tokens: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share the requests. `barrier` waits for all of them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int | None = None
+    barrier: Callable[[], None] = lambda: None
+
+
+@dataclass
+class TraceProgress:
+    """What a run has done so far, for a progress display."""
+
+    requests: int = 0
+    tokens: int = 0  # rows of routing recorded
+    skipped: int = 0  # requests that the trace held already
+    skipped_tokens: int = 0  # their prompt tokens
+    empty: int = 0  # requests without text
+    cut: int = 0  # requests cut to max_length
+    read_requests: int = 0  # of the source so far, in all ranks' shares, read ahead of the model
+    read_tokens: int = 0  # their prompt tokens
+    read: ReadProgress = field(default_factory=ReadProgress)
+    started: float = 0.0  # time.monotonic() when the first batch began
+    interrupted: bool = False
+
+
+def trace_model(
+    name: str,
+    requests: Iterator[TextRequest],
+    out: Path,
+    *,
+    progress: TraceProgress,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    limits: Limits = Limits(),
+    generation: Generation = Generation(),
+    batch_tokens: int | None = None,
+    weights: bool = False,
+    resume: bool = False,
+    ranks: Ranks = Ranks(),
+    made_by: str = "",
+    tell: Callable[[str], None] = lambda line: None,
+) -> TraceInfo:
+    """Trace `requests` through the model `name` into the trace `out`, and return its facts. `progress` is updated batch by batch.
+
+    Ctrl-C (or SIGTERM) ends the run early with a finished trace of what is complete. Any other end keeps complete parts, and the
+    same call with `resume` goes on. Raises InputError for all that the user can mend.
+    """
+    if ranks.rank == 0:
+        refuse_existing_trace(out, resume=resume)
+    source = find_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    first = list(itertools.islice(requests, 1))
+    if not first:
+        raise InputError("the data holds no request: there is nothing to trace")
+    encode_requests(first, tokenizer, answer=generation.num_tokens > 0)
+    chosen = choose_device(device, ranks.local_rank)
+    refuse_untraceable(source)
+    tell(f"loading {name} ({source.config.model_type}) on {'all devices' if device_map else chosen}")
+    model = load_model(source, dtype=dtype, device=chosen, device_map=device_map)
+    with refusals(f"{name} cannot be traced"):
+        recording = start_recording(model, name, weights=weights)
+    if generation.num_tokens and not model.can_generate():
+        raise InputError(f"{name}: model type {source.config.model_type!r} cannot generate; leave out --generate")
+    info = trace_info(
+        model,
+        list(recording.layers),
+        recording.top_k,
+        name=name,
+        embedding=find_embedding(source, model),
+        made_by=made_by,
+    )
+    longest = _longest_input(source, model, generation.num_tokens, limits.max_length)
+    budget = batch_tokens or default_batch_tokens(recording, model.device)
+    encoded = encoded_requests(
+        itertools.chain(first, requests), tokenizer, limits, longest, progress, answer=generation.num_tokens > 0
+    )
+    with interruptible(progress) as (hold, check), writing(out, info, ranks, resume=resume) as writer:
+        mine = _new_requests(itertools.islice(encoded, ranks.rank, None, ranks.size), writer.request_ids, progress)
+        progress.started = last_flush = time.monotonic()
+        for batch in length_batches(mine, budget, extra_tokens=generation.num_tokens):
+            with hold():
+                with refusals(f"a batch of {len(batch)} requests failed"):
+                    recorded = _record(model, recording, batch, generation, check)
+                add_recorded(writer, recorded, progress)
+                if time.monotonic() - last_flush > FLUSH_SECONDS:
+                    writer.flush()
+                    last_flush = time.monotonic()
+        if not progress.requests and not progress.skipped and ranks.size == 1:
+            raise InputError("the data holds no request with text: there is nothing to trace")
+    return writer.info
+
+
+def default_batch_tokens(recording: Recording, device: Any) -> int:
+    """Tokens of a batch that fill the device: on a CPU about 64 rows per expert, beyond which activations leave its caches."""
+    if device.type != "cpu":
+        return 16384
+    return max(1024, 64 * recording.num_experts // recording.top_k)
+
+
+def _record(
+    model: Any, recording: Recording, batch: list[TokenRequest], generation: Generation, check: Callable[[], None]
+) -> list[Recorded]:
+    if not generation.num_tokens:
+        return record_prefill(model, recording, batch, check=check)
+    return record_generation(
+        model,
+        recording,
+        batch,
+        generation.num_tokens,
+        temperature=generation.temperature,
+        seed=generation.seed,
+        check=check,
+    )
+
+
+def add_recorded(writer: TraceWriter, recorded: list[Recorded], progress: TraceProgress) -> None:
+    """Add the requests of a batch to the trace."""
+    for r in recorded:
+        writer.add(
+            r.request_id,
+            r.expert_ids_TLK,
+            domain=r.domain,
+            token_ids=r.token_ids,
+            num_prompt_tokens=r.num_prompt_tokens,
+            expert_weights_TLK=r.expert_weights_TLK,
+        )
+        progress.requests += 1
+        progress.tokens += len(r.expert_ids_TLK)
+
+
+def encoded_requests(
+    requests: Iterator[TextRequest],
+    tokenizer: Any,
+    limits: Limits,
+    longest: int | None,
+    progress: TraceProgress,
+    *,
+    answer: bool,
+) -> Iterator[TokenRequest]:
+    """Requests as token ids, within the limits. A text over `longest` is cut where max_length asks for that, else an InputError."""
+    tokens = count = 0
+    while chunk := list(itertools.islice(requests, ENCODE_REQUESTS)):
+        for request, ids in zip(chunk, encode_requests(chunk, tokenizer, answer=answer), strict=True):
+            if not len(ids) or (request.messages is None and not request.text.strip()):
+                progress.empty += 1
+                continue
+            too_long = longest is not None and len(ids) > longest
+            if too_long:
+                if limits.max_length is None:
+                    raise InputError(
+                        f"request {request.request_id} has {len(ids)} tokens, the model reads {longest}: cut texts with --max-length N"
+                    )
+                ids = ids[:longest]
+            if limits.max_tokens is not None and tokens + len(ids) > limits.max_tokens:
+                if tokens:
+                    return
+                ids = ids[: limits.max_tokens]
+            if limits.max_requests is not None and count >= limits.max_requests:
+                return
+            count, tokens = count + 1, tokens + len(ids)
+            progress.cut += too_long
+            progress.read_requests, progress.read_tokens = count, tokens
+            yield TokenRequest(request.request_id, request.domain, ids)
+
+
+def _new_requests(requests: Iterator[TokenRequest], known: set[str], progress: TraceProgress) -> Iterator[TokenRequest]:
+    for request in requests:
+        if request.request_id in known:
+            progress.skipped += 1
+            progress.skipped_tokens += len(request.token_ids)
+        else:
+            yield request
+
+
+def _longest_input(source: ModelSource, model: Any, generated: int, max_length: int | None) -> int | None:
+    """Prompt tokens of a request at most: max_length, else what the model's positions leave; None where there is no end."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not limit:
+        return max_length
+    if generated + (max_length or 1) > limit:
+        asked = f"--max-length {max_length} and --generate {generated}" if max_length else f"--generate {generated}"
+        raise InputError(f"{asked}: {source.name} has {limit} positions in all")
+    return max_length or int(limit) - generated
+
+
+@contextmanager
+def writing(out: Path, info: TraceInfo, ranks: Ranks, *, resume: bool) -> Iterator[TraceWriter]:
+    """The trace's writer of this rank. Rank 0 opens the trace first and finishes it last.
+
+    A KeyboardInterrupt in the block ends it like its end. After an InputError everything recorded is written first, and the
+    trace stays unfinished.
+    """
+    if ranks.size == 1:
+        writer = TraceWriter(out, info, resume=resume)
+    else:
+        if ranks.rank > 0:
+            ranks.barrier()
+        writer = TraceWriter(out, info, resume=resume or ranks.rank > 0, prefix=f"rank{ranks.rank}")
+        if ranks.rank == 0:
+            ranks.barrier()
+    try:
+        yield writer
+    except KeyboardInterrupt:
+        writer.info = replace(info, notes={**info.notes, "interrupted": True})
+    except InputError:
+        writer.flush()
+        raise
+    writer.flush()
+    ranks.barrier()
+    if ranks.rank == 0:
+        writer.close()
+
+
+@contextmanager
+def interruptible(progress: TraceProgress) -> Iterator[tuple[Callable[[], Any], Callable[[], None]]]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt in the block, once. Yields `hold` and `check`.
+
+    In `with hold()` it is raised at the end only, or at a call of `check`. So reading, which may wait for its source, ends at
+    once; a model's pass ends at its next router, never inside a kernel; and the trace is never left between two states.
+    """
+    holding = False
+
+    def stop(number: int, frame: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        progress.interrupted = True
+        if not holding:
+            raise KeyboardInterrupt
+
+    def check() -> None:
+        if progress.interrupted:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        nonlocal holding
+        holding = True
+        try:
+            yield
+        finally:
+            holding = False
+        check()
+
+    try:
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are the caller's
+        before = {}
+    try:
+        yield hold, check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,149 @@
+"""The process group: opened once at the edge, passed in everywhere, closed at the end.
+
+NCCL on CUDA, gloo on CPU. Rank, world size and address come from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR, MASTER_PORT). Ranks that share one device, or CPU ranks, use gloo; NCCL needs a GPU of its own for every rank.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from semmoe.profiles.errors import InputError
+from semmoe.runtime.ranks.failures import SharedRefusal, is_out_of_memory, naming, short_reason
+
+BACKENDS = ("auto", "nccl", "gloo")
+
+Shared = TypeVar("Shared")
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """This process in the group of all ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+    backend: str
+    handle: dist.ProcessGroup
+    mesh: DeviceMesh  # of all ranks, one axis
+    alone: DeviceMesh  # of this rank only: its batch is shared with nobody
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """The device of a rank: `device` is "auto", "cpu", "cuda" or "cuda:N". Raises InputError where it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {device}: this machine has no GPU that PyTorch can use")
+        index = local_rank % torch.cuda.device_count() if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs")
+        return torch.device("cuda", index)
+    if chosen.type != "cpu":
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    return chosen
+
+
+def choose_backend(backend: str, device: torch.device, local_size: int) -> str:
+    """nccl or gloo. Raises InputError for NCCL without a GPU for each of this machine's `local_size` ranks."""
+    if backend not in BACKENDS:
+        raise InputError(f"--backend {backend}: expected one of {', '.join(BACKENDS)}")
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if backend == "nccl":
+        if device.type != "cuda" or not dist.is_nccl_available():
+            raise InputError("--backend nccl needs GPUs and a PyTorch with NCCL: on CPUs use --backend gloo")
+        if local_size > gpus:
+            raise InputError(f"--backend nccl: {local_size} ranks on this machine, but {gpus} GPUs: one rank per GPU")
+    if backend == "auto":
+        return "nccl" if device.type == "cuda" and local_size <= gpus and dist.is_nccl_available() else "gloo"
+    return backend
+
+
+def read_environment() -> tuple[int, int, int, int]:
+    """Rank, world size, rank on this machine and ranks on this machine. Raises InputError outside torchrun."""
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        raise InputError("RANK and WORLD_SIZE are not set: start the ranks with torchrun, or with --nproc") from None
+    return rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+
+@contextmanager
+def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float = 300.0) -> Iterator[Group]:
+    """The group of all ranks; a collective that waits longer than `timeout_s` seconds raises.
+
+    Running out of memory inside the block becomes one line that names the rank.
+    """
+    rank, size, local_rank, local_size = read_environment()
+    try:
+        chosen = choose_device(device, local_rank)
+        backend = choose_backend(backend, chosen, local_size)
+    except InputError as error:
+        raise SharedRefusal(str(error)) from None
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # kernels, events and streams of libraries follow the current device
+    if backend == "nccl":
+        options["device_id"] = chosen
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=size, **options)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"rank {rank} cannot join the group of {size}: {short_reason(str(error))}") from None
+    mesh_device = "cuda" if backend == "nccl" else "cpu"
+    mesh = DeviceMesh(mesh_device, torch.arange(size).reshape(size, 1), mesh_dim_names=("ranks", "alone"))
+    group = mesh.get_group("ranks")
+    try:
+        yield Group(rank, size, chosen, backend, group, mesh["ranks"], mesh["alone"])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"rank {rank} is out of memory: {short_reason(str(error))}") from error
+    # Not after an exception: with peers gone, an orderly end can block.
+    dist.destroy_process_group()
+
+
+def share(make: Callable[[], Shared], group: Group) -> Shared:
+    """What `make` returns on rank 0, on every rank; any picklable object. Its InputError is raised on every rank, as SharedRefusal."""
+    shared: list[Any] = [None, ""]
+    if group.rank == 0:
+        try:
+            shared = [make(), ""]
+        except InputError as error:
+            shared = [None, str(error)]
+    device = group.device if group.backend == "nccl" else None
+    with naming(group.rank, "the exchange of what rank 0 has read"):
+        dist.broadcast_object_list(shared, src=0, group=group.handle, device=device)
+    value, refusal = shared
+    if refusal:
+        raise SharedRefusal(refusal)
+    return value
+
+
+def together(make: Callable[[], Shared], group: Group) -> Shared:
+    """What `make` returns on this rank, once it has returned on all of them.
+
+    `make` must not need the others. The InputError of one rank is raised on every rank, as SharedRefusal.
+    """
+    made, refusal = None, ""
+    try:
+        made = make()
+    except InputError as error:
+        refusal = str(error)
+    refusals = [""] * group.size
+    with naming(group.rank, "the agreement that all ranks are ready"):
+        dist.all_gather_object(refusals, refusal, group=group.handle)
+    if told := [each for each in refusals if each]:
+        raise SharedRefusal(told[0])
+    return made  # pyright: ignore

@@ -1,0 +1,136 @@
+"""semmoe.json beside a resharded checkpoint: what was done, and what is needed to take it back.
+
+It names the plan, the permutation of each layer, and for every safetensors file the hash of the source's header, the
+hash of the written one and checksums of the written data. Nothing in it depends on the time or the machine.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from semmoe.profiles.errors import InputError
+from semmoe.runtime.reshard.copy import FilePlan, Written, checksums, run_tasks
+from semmoe.runtime.reshard.source import Checkpoint
+from semmoe.solvers.plan import Plan
+
+SIDECAR = "semmoe.json"
+FORMAT = "semmoe-reshard"
+VERSION = 1
+LAYOUTS = ("permuted", "ranks")
+THREADS = 4  # copies wait for the disk and for memory, not for processors
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
+
+def hash_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """What the sidecar keeps of a plan."""
+    return {
+        "fingerprint": plan.fingerprint,
+        "model": plan.model.model,
+        "method": plan.method,
+        "seed": plan.seed,
+        "ranks": plan.topology.num_ranks,
+        "nodes": plan.topology.num_nodes,
+        "made_by": plan.made_by,
+    }
+
+
+def file_entries(source: Checkpoint, files: Sequence[FilePlan], sums: Mapping[str, list[list[int]]]) -> dict[str, Any]:
+    """Hashes of each safetensors file: of the source's header, and of what was written."""
+    entries = {}
+    for shard, file in zip(source.shards, files, strict=True):
+        with shard.path.open("rb") as stream:
+            header = stream.read(shard.header_bytes)
+        entry: dict[str, Any] = {
+            "bytes": file.size,
+            "source_header_bytes": shard.header_bytes,
+            "source_header_sha256": hash_bytes(header),
+        }
+        blob = shard.path.resolve().name  # the hub's cache names files by their SHA-256
+        if len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
+            entry["source_sha256"] = blob
+        if file.link:
+            entry["linked"] = True
+        else:
+            entry["header_sha256"] = hash_bytes(file.header)
+            entry["checksums"] = sums.get(file.name, [])
+        entries[file.name] = entry
+    return entries
+
+
+def header_notes(files: Sequence[FilePlan], source_hashes: Mapping[str, str]) -> tuple[str, ...]:
+    """Files whose header could not be restored to the letter, told from the source's; their tensors are the same all the same."""
+    return tuple(
+        f"{file.name}: same tensors, but the header is laid out differently from the original file's"
+        for file in files
+        if file.name in source_hashes and hash_bytes(file.header) != source_hashes[file.name]
+    )
+
+
+def write_sidecar(target: Path, facts: dict[str, Any]) -> None:
+    """One line per key of semmoe.json, so that people find their way, and a hash of all of them last."""
+    facts = {"format": FORMAT, "version": VERSION, **facts}
+    facts["sha256"] = hash_facts(facts)
+    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
+    (target / SIDECAR).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def hash_facts(facts: dict[str, Any]) -> str:
+    """What semmoe.json says of itself: an order of experts that was changed would be taken back to another model."""
+    return hash_bytes(json.dumps({key: facts[key] for key in facts if key != "sha256"}, sort_keys=True).encode())
+
+
+def read_sidecar(checkpoint: Path) -> dict[str, Any]:
+    """semmoe.json of a reshard. Raises InputError where there is none, or it is of another kind."""
+    where = checkpoint / SIDECAR
+    try:
+        facts = json.loads(where.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{checkpoint} is not a reshard: it holds no {SIDECAR}") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("version") != VERSION:
+        raise InputError(f"{where} is not a {FORMAT} file of version {VERSION}")
+    if facts.get("layout") not in LAYOUTS or not isinstance(facts.get("files"), dict):
+        raise InputError(f"{where} is damaged: it lacks the layout or the files")
+    needed = {
+        "permuted": ("plan", "num_experts", "new2old"),
+        "ranks": ("plan", "num_experts", "model_layers", "placement"),
+    }
+    if missing := [key for key in needed[facts["layout"]] if key not in facts]:
+        raise InputError(f"{where} is damaged: it lacks {missing[0]}")
+    if facts.get("sha256", hash_facts(facts)) != hash_facts(facts):
+        raise InputError(f"{where} was changed after it was written")
+    return facts
+
+
+def check_unchanged(checkpoint: Path, facts: dict[str, Any], progress: Progress | None) -> None:
+    """Raise InputError where a file is not the one that the sidecar describes."""
+    want = {
+        (name, *entry[:2]): entry[2] for name, file in facts["files"].items() for entry in file.get("checksums", [])
+    }
+    for name, file in facts["files"].items():
+        path = checkpoint / name
+        if not path.exists() or path.stat().st_size != file["bytes"]:
+            raise InputError(f"{path} is missing or has another size than when it was written")
+    total, done = sum(num_bytes for _, _, num_bytes in want), 0
+
+    def keep(found: Written) -> None:
+        nonlocal done
+        name, offset, num_bytes, checksum = found
+        if want[name, offset, num_bytes] != checksum:
+            raise InputError(f"{checkpoint / name} was changed after it was written (bytes from {offset:,} on)")
+        done += num_bytes
+        if progress:
+            progress("checking", done, total)
+
+    tasks = (
+        task for name, file in facts["files"].items() for task in checksums(checkpoint, name, file.get("checksums", []))
+    )
+    run_tasks(tasks, threads=THREADS, done=keep)

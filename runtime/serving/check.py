@@ -1,0 +1,108 @@
+"""--check: the same prompts through plain Transformers in one process, greedy, one at a time; tokens must be equal.
+
+In a narrow number type two tokens can have logits that are equal, or differ by less than sums in another order do. Such a difference is a
+tie, not a mismatch: it is reported, the generated token is taken, and the comparison goes on behind it. Tie: the model puts its own token
+above the generated one by at most TIE_STEPS rounding steps of its largest logit (2e-6 of it in float32, 1.6 % in float16, 12.5 % in
+bfloat16). Sums in another order move a logit by 1 or 2 steps in most places, and by up to 12 where a router's choice lay at an edge and
+falls otherwise (measured on the 16M model).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from semmoe.profiles.capture.loading import ModelSource, load_model
+from semmoe.profiles.errors import InputError
+from semmoe.runtime.serving.engine import Prompt
+from semmoe.runtime.transformers.kv_cache import cache_name
+
+MOST_REPORTED = 10
+TIE_STEPS = 16
+
+
+class Compared(NamedTuple):
+    """Differences of one continuation: {"position", "expected", "got", "logit_gap"} each."""
+
+    ties: list[dict[str, Any]]
+    mismatch: dict[str, Any] | None
+
+
+def check_completions(
+    source: ModelSource,
+    prompts: list[Prompt],
+    lines: list[dict[str, Any]],
+    *,
+    dtype: str,
+    device: torch.device,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    tell: Callable[[str], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """{"ok", "compared", "mismatches", "ties"}, differences as {"id", "position", "expected", "got", "logit_gap"}, at most 10 of each.
+
+    `logit_gap`: how far the model puts its own token above the one that was generated. `ok`: there is no mismatch.
+    """
+    transformers_logging.disable_progress_bar()
+    model = load_model(source, dtype=dtype, device=device)
+    mismatches, ties = [], []
+    for number, (prompt, line) in enumerate(zip(prompts, lines, strict=True)):
+        progress(number, len(prompts))
+        found = compare_greedy(model, prompt, line["token_ids"], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        ties += [{"id": prompt.request_id, **tie} for tie in found.ties]
+        if wrong := found.mismatch:
+            mismatches.append({"id": prompt.request_id, **wrong})
+            tell(
+                f"check: request {prompt.request_id} differs at generated token {wrong['position']}: expected {wrong['expected']}, "
+                f"got {wrong['got']}, logit gap {wrong['logit_gap']:.3g}"
+            )
+    if ties:
+        dtype_name = str(model.dtype).removeprefix("torch.")
+        tell(f"check: {len(ties)} differences are ties: logits within {TIE_STEPS} rounding steps of {dtype_name}")
+    return {
+        "ok": not mismatches,
+        "compared": len(prompts),
+        "mismatches": mismatches[:MOST_REPORTED],
+        "ties": ties[:MOST_REPORTED],
+    }
+
+
+def compare_greedy(
+    model: Any, prompt: Prompt, got: list[int], *, max_new_tokens: int, stop_ids: frozenset[int]
+) -> Compared:
+    """Where `got` leaves the model's own greedy continuation; behind a tie the model continues `got`."""
+    ids = torch.as_tensor(prompt.token_ids, dtype=torch.int64, device=model.device)[None]
+    cache, ties, name = None, [], cache_name(model)
+    with torch.inference_mode():
+        for position in range(max_new_tokens):
+            output = model(input_ids=ids, use_cache=True, **{name: cache})
+            logits_V, cache = output.logits[0, -1].float(), getattr(output, name)
+            expected = int(logits_V.argmax())
+            if position >= len(got):
+                return Compared(ties, difference(position, expected, None, float("inf")))
+            token = got[position]
+            if token != expected:
+                gap = float(logits_V[expected] - logits_V[token])
+                found = difference(position, expected, token, gap)
+                if not gap <= TIE_STEPS * torch.finfo(model.dtype).eps * float(logits_V.abs().max()):
+                    return Compared(ties, found)
+                ties.append(found)
+            if token in stop_ids:
+                break
+            ids = torch.tensor([[token]], device=model.device)
+    if len(got) > position + 1:
+        return Compared(ties, difference(position + 1, None, got[position + 1], float("inf")))
+    return Compared(ties, None)
+
+
+def difference(position: int, expected: int | None, got: int | None, gap: float) -> dict[str, Any]:
+    """`expected` or `got` None: one of the two had ended."""
+    return {"position": position, "expected": expected, "got": got, "logit_gap": gap}
+
+
+def require_checkable(layout_is_ranks: bool, checkpoint: str) -> None:
+    """Raise InputError for a checkpoint that plain Transformers cannot load."""
+    if layout_is_ranks:
+        raise InputError(f"--check: {checkpoint} is a reshard for ranks, which plain Transformers cannot load")

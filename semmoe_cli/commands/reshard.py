@@ -1,0 +1,128 @@
+"""`semmoe reshard`: a checkpoint and a plan in, a checkpoint out that realises the plan; and back."""
+
+import enum
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semmoe.options import Json, command_line
+from semmoe.terminal.trace_progress import clock
+
+
+class Layout(enum.StrEnum):
+    """Choices of --layout; a test keeps them equal to semmoe.runtime.reshard.sidecar.LAYOUTS."""
+
+    permuted = "permuted"
+    ranks = "ranks"
+
+
+class Verify(enum.StrEnum):
+    """Choices of --verify; a test keeps them equal to semmoe.runtime.reshard.reshard.VERIFY."""
+
+    none = "none"
+    bytes = "bytes"
+    logits = "logits"
+
+
+def reshard(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint directory with safetensors files.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Checkpoint directory to write.")],
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="PLAN", help="Plan of `semmoe place`; none with --undo.")
+    ] = None,
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            help="permuted: a normal checkpoint with relabelled experts, for any engine; ranks: a directory per rank."
+        ),
+    ] = Layout.permuted,
+    link: Annotated[bool, typer.Option("--link/--copy", help="Hard-link the files that do not change.")] = False,
+    verify: Annotated[
+        Verify, typer.Option(help="bytes: read everything again and compare; logits: also run both models (in memory).")
+    ] = Verify.bytes,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Give back the checkpoint that CHECKPOINT was made from.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is a reshard already.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a checkpoint whose experts lie as a plan places them, bit for bit the same model.
+
+    Example: semmoe reshard Qwen3-30B-A3B p -o Qwen3-30B-A3B-placed; semmoe reshard --undo Qwen3-30B-A3B-placed -o back
+    """
+    if undo == (plan is not None):
+        raise typer.BadParameter("--undo takes CHECKPOINT alone" if undo else "PLAN is missing", param_hint="PLAN")
+    if undo and (link or layout is not Layout.permuted or verify is Verify.logits):
+        raise typer.BadParameter(
+            "--undo goes with -o, --verify none|bytes, --force and --json only", param_hint="--undo"
+        )
+    from dataclasses import asdict
+
+    from semmoe.profiles.demo.paths import demo_model_path
+    from semmoe.runtime.reshard.reshard import reshard_checkpoint, undo_reshard
+    from semmoe.solvers.plan import Plan
+    from semmoe.terminal.tables import note, print_json
+
+    if checkpoint == Path("demo") and not (checkpoint / "config.json").exists():
+        checkpoint = demo_model_path()
+    with progress_lines() as progress:
+        if plan is None:
+            result = undo_reshard(checkpoint, output, verify=verify.value, force=force, progress=progress)
+        else:
+            result = reshard_checkpoint(
+                checkpoint,
+                Plan.load(plan),
+                output,
+                layout=layout.value,
+                link=link,
+                verify=verify.value,
+                force=force,
+                made_by=command_line(checkpoint, plan, output),
+                progress=progress,
+            )
+    for name in result.left_out:
+        note(f"left out {name}: weights in another format or place, and links to directories, are not carried over")
+    for line in result.notes:
+        note(line)
+    if json_:
+        print_json({**asdict(result), "checkpoint": str(checkpoint), "plan": str(plan) if plan else None, "undo": undo})
+    linked = f", {result.bytes_linked / 1e9:.2f} GB linked" if result.bytes_linked else ""
+    checked = {"none": "not verified", "bytes": "bytes compared", "logits": "bytes and logits compared"}[
+        result.verified
+    ]
+    note(
+        f"wrote {output} ({result.num_layers} layers, {result.files} files, {result.bytes_written / 1e9:.2f} GB{linked}; {checked})"
+    )
+
+
+@contextmanager
+def progress_lines() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A function that shows how many of how many bytes are done, and the time left: one line per task on a terminal, else None.
+
+    The line is written over, and ended before anything else is said.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    started: dict[str, float] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if started and what not in started:
+            print(file=sys.stderr)
+        seconds = time.monotonic() - started.setdefault(what, time.monotonic())
+        left = f", {clock(seconds * (total - done) / done)} left" if 0 < done < total else ""
+        line = f"{what} {done / 1e9:.2f} of {total / 1e9:.2f} GB{left}"
+        print(f"\r{line:<60}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if started:
+            print(file=sys.stderr)

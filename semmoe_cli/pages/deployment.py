@@ -1,0 +1,114 @@
+"""How to bring a plan into each engine: the exact commands, from the launch lines that `semmoe export` prints.
+
+Heavy modules are imported inside.
+"""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from semmoe.pages.page import Commands
+
+if TYPE_CHECKING:
+    from semmoe.solvers.plan import Plan
+
+UNNAMED = ("", "unknown")  # what a trace says of a model that nobody named
+
+LINE = 90  # characters of a command on one line
+
+
+class Engine(NamedTuple):
+    """An engine that reads a map: its name, `--to` and `--format` of export, the file, and the program that the launch flags follow."""
+
+    name: str
+    kind: str
+    format: str
+    file: str
+    program: str
+
+
+ENGINES = (
+    Engine("SGLang", "sglang", "", "sglang.json", "python -m sglang.launch_server --model-path"),
+    Engine("TensorRT-LLM", "trtllm", "", "trtllm.yaml", "trtllm-serve"),
+    Engine("vLLM (a build with pull request 41141; no release has it)", "vllm", "pr41141", "vllm.jsonl", "vllm serve"),
+    Engine("vLLM-Ascend (model runner 1)", "vllm-ascend", "", "ascend.json", "vllm serve"),
+)
+
+
+def named_model(name: str) -> str:
+    """The model's name for people; "" where the trace does not say it."""
+    return "" if name in UNNAMED else name
+
+
+def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
+    """Commands for every engine that reads a map, and for those that only split experts in checkpoint order."""
+    from semmoe.solvers.maps.write import launch_lines
+
+    where = shlex.quote(plan_path)
+    model = named_model(plan.model.model) or "CHECKPOINT"
+    # A map for SGLang and TensorRT-LLM names every layer of the model, dense ones too.
+    layers = "" if plan.model.num_model_layers else f" --model {shlex.quote(model)}"
+    found = []
+    for engine in ENGINES:
+        option = f" --format {engine.format}" if engine.format else ""
+        extra = layers if engine.kind in ("sglang", "trtllm") else ""
+        export = f"semmoe export {where} --to {engine.kind}{option}{extra} -o {engine.file}"
+        said = launch_lines(plan, engine.kind, Path(engine.file), format=engine.format)
+        start, notes = _start(engine, model, plan, said)
+        found.append(Commands(engine.name, [export, *map(_wrapped, start)], [_sentence(line) for line in notes]))
+    if not plan.placement.num_replicas:
+        ranks = plan.topology.num_ranks
+        source = shlex.quote(model)
+        placed = shlex.quote(Path(model).name + "-placed")
+        found.append(
+            Commands(
+                "Any other engine that splits experts in order (vLLM's releases, Transformers, Megatron, torchtitan)",
+                [
+                    f"semmoe reshard {source} {where} -o {placed}",
+                    _wrapped(
+                        f"vllm serve {placed} --data-parallel-size {ranks} --enable-expert-parallel "
+                        "--all2all-backend deepep_high_throughput"
+                    ),
+                ],
+                [
+                    f"An ordinary checkpoint: the same model, experts and router relabelled, to be served with expert parallelism over "
+                    f"{ranks} ranks. Its outputs are those of the original. "
+                    f"{source} is the directory of the checkpoint."
+                ],
+            )
+        )
+    return found
+
+
+def _start(engine: Engine, model: str, plan: "Plan", said: list[str]) -> tuple[list[str], list[str]]:
+    """Command lines that start the engine, and what else the launch lines say."""
+    source, first, rest = shlex.quote(model), said[0], said[1:]
+    if engine.kind == "trtllm":
+        ranks = plan.topology.num_ranks
+        options = ("enable_attention_dp: true", f"moe_config: {{backend: WIDEEP, load_balancer: {engine.file}}}")
+        return [
+            f"printf '%s\\n' {shlex.join(options)} > extra.yaml",
+            f"{engine.program} {source} --tp_size {ranks} --ep_size {ranks} --extra_llm_api_options extra.yaml",
+        ], ["add the two lines to your own extra.yaml where you have one", *rest]
+    _, colon, flags = first.partition(" with: --")
+    if not colon:  # the engine cannot run this model's map, and says so
+        return [], said
+    parallel = f"--data-parallel-size {plan.topology.num_ranks} --enable-expert-parallel "
+    flags = f"{parallel if engine.kind == 'vllm-ascend' else ''}--{flags}"
+    return [f"{engine.program} {source} {flags}"], rest
+
+
+def _wrapped(command: str) -> str:
+    """The command over lines that a page and a terminal show whole, broken before options."""
+    first, *options = command.split(" --")
+    lines = [first]
+    for option in options:
+        if len(lines[-1]) + len(option) > LINE:
+            lines.append("  --" + option)
+        else:
+            lines[-1] += " --" + option
+    return " \\\n".join(lines)
+
+
+def _sentence(line: str) -> str:
+    return line[0].upper() + line[1:]

@@ -1,0 +1,192 @@
+"""PlanReport: everything that a report of a plan says, computed once for the screen, for JSON and for a page.
+
+Heavy modules are imported inside.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from semmoe.profiles.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.evaluate.pictures import Details, Scored
+    from semmoe.solvers.plan import Plan
+    from semmoe.solvers.schedule.simulate import Setting
+
+ASSUMED_HIDDEN_SIZE = 4096
+COMBINE_BYTES = 2.0  # of a value on its way back
+WHAT_IF_HOLDOUT = 0.2
+
+
+@dataclass(frozen=True)
+class PlanReportOptions:
+    """What was asked for beyond the scores."""
+
+    what_if: list[int]
+    hidden_size: int
+    dispatch_bytes: float
+    bandwidth: str  # of the links (solvers/time/links.py), "" = no times
+    latency: str
+    tokenizer: Path | None
+    pictures: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PlanReport:
+    """Scores of a plan on a trace, and what else was asked for. `details` is there where pictures are."""
+
+    plan: "Plan"
+    report: dict[str, Any]
+    notes: list[str]
+    plan_path: str
+    details: "Details | None" = None
+    what_if: dict[str, Any] | None = None
+    tokens: list[dict[str, Any]] | None = None
+    costs: dict[str, Any] | None = None
+    times: dict[str, Any] | None = None
+    left_out: list[str] = field(default_factory=list)  # what was asked for and cannot be had, with the reason
+
+    def to_json(self) -> dict[str, Any]:
+        """The report object (docs/formats.md)."""
+        extra = {"what_if": self.what_if, "predictable_tokens": self.tokens, "costs": self.costs}
+        extra |= {"times": self.times}
+        return self.report | {name: value for name, value in extra.items() if value is not None}
+
+
+def make_plan_report(
+    plan: "Plan", trace: "RoutingTrace", options: PlanReportOptions, setting: "Setting", *, plan_path: str
+) -> PlanReport:
+    """The report of the plan on the trace. Raises InputError where there is nothing to score honestly."""
+    from semmoe.solvers.evaluate.pictures import best_schedule, report_details, scored_requests
+    from semmoe.solvers.make_plan import score_plan
+    from semmoe.solvers.time.links import parse_links
+    from semmoe.terminal.progress import steps
+
+    links = parse_links(options.bandwidth, options.latency, plan.topology) if options.bandwidth else None
+    with steps("report") as progress:
+        progress(0, 4)
+        report, notes = score_plan(plan, trace, setting=setting)
+        progress(1, 4)
+        details = scored = what_if = tokens = costs = times = rows = None
+        left_out: list[str] = []
+        if options.pictures or options.what_if or options.tokenizer or (links and not links.is_uniform):
+            scored = scored_requests(plan, trace, processes=os.cpu_count() or 1)
+            progress(2, 4)
+        if scored and options.pictures:
+            details = report_details(plan, trace, report, scored)
+            progress(3, 4)
+        if scored and options.what_if:
+            what_if = _what_if(plan, trace, scored, options.what_if, setting.seed)
+        if scored and options.tokenizer:
+            tokens = _predictable_tokens(trace, scored, options.tokenizer, setting.seed)
+            if not tokens:
+                left_out.append(
+                    "predictable tokens are left out: no token id is frequent enough on both sides of the split"
+                )
+        if scored and links and not links.is_uniform:
+            from semmoe.solvers.time.row_times import rows_between_ranks
+
+            rows = rows_between_ranks(plan, trace, scored, report)
+    if options.hidden_size or options.bandwidth or options.pictures:
+        from semmoe.solvers.evaluate.volume import dispatch_costs
+
+        hidden_size, assumption = _hidden_size(plan, options)
+        costs = dispatch_costs(
+            report,
+            schedule=best_schedule(report),
+            top_k=plan.model.top_k,
+            hidden_size=hidden_size,
+            dispatch_bytes=options.dispatch_bytes,
+        ) | {"assumption": assumption}
+        if links:
+            from semmoe.solvers.time.row_times import report_times
+
+            out, back = hidden_size * options.dispatch_bytes, hidden_size * COMBINE_BYTES
+            times = report_times(report, links, row_bytes=out, result_bytes=back, rows=rows)
+            times |= {"hidden_size": hidden_size, "assumption": assumption}
+    return PlanReport(plan, report, notes, plan_path, details, what_if, tokens, costs, times, left_out)
+
+
+def _hidden_size(plan: "Plan", options: PlanReportOptions) -> tuple[int, str]:
+    """Hidden size: as given, else of the model's config.json where that is a local path, else assumed; and a sentence that says so."""
+    values = f"{options.dispatch_bytes:g} bytes a value out, 2 back"
+    if options.hidden_size:
+        return options.hidden_size, f"Hidden size {options.hidden_size}; {values}."
+    from semmoe.profiles.config import read_config
+    from semmoe.profiles.demo.paths import demo_model_path
+
+    where = (demo_model_path() if plan.model.model == "demo" else Path(plan.model.model)) / "config.json"
+    if plan.model.model and where.is_file():
+        config = read_config(where)
+        size = (config.get("text_config") or config).get("hidden_size")
+        if isinstance(size, int):
+            return size, f"Hidden size {size} of {plan.model.model}; {values}."
+    size = ASSUMED_HIDDEN_SIZE
+    return size, f"Hidden size {size} is assumed (give --hidden-size): shares do not depend on it; {values}."
+
+
+def _sides(plan: "Plan", trace: "RoutingTrace", scored: "Scored") -> "tuple[np.ndarray, np.ndarray]":
+    """Requests to learn from and others to score on, bool [B] each: the plan's own where the trace has both, else a new split."""
+    from semmoe.profiles.split import holdout_requests
+
+    if scored.held_out and scored.fit_B.any():
+        return scored.fit_B, scored.score_B
+    held_out_B = holdout_requests(trace.requests(), holdout=WHAT_IF_HOLDOUT, holdout_domains=[], seed=plan.seed)
+    return ~held_out_B, held_out_B
+
+
+def _what_if(plan: "Plan", trace: "RoutingTrace", scored: "Scored", numbers: list[int], seed: int) -> dict[str, Any]:
+    from semmoe.solvers.evaluate.what_if import what_if
+
+    fit_B, score_B = _sides(plan, trace, scored)
+    per_node = plan.topology.ranks_per_node if plan.topology.num_nodes > 1 else max(numbers)
+    return what_if(trace, fit_B, score_B, numbers, ranks_per_node=per_node, dispatch=plan.dispatch, seed=seed)
+
+
+def _predictable_tokens(trace: "RoutingTrace", scored: "Scored", tokenizer: Path, seed: int) -> list[dict[str, Any]]:
+    """Tokens with text, most predictable first; [] where no id is frequent enough."""
+    from semmoe.solvers.evaluate.pictures import scored_batch
+    from semmoe.solvers.evaluate.predictable import token_predictability
+
+    text_of = _token_texts(tokenizer)
+    if not scored.held_out or not scored.fit_B.any():
+        raise InputError(
+            f"--tokenizer: {trace.path} must hold requests that the plan was fitted on and others that it was not"
+        )
+    learn, score = (scored_batch(trace, keep_B, seed=seed) for keep_B in (scored.fit_B, scored.score_B))
+    if (learn.token_ids_T < 0).all():
+        raise InputError(f"--tokenizer: {trace.path} holds no token ids")
+    found = token_predictability(learn, score, scored.placement.hosts_LER)
+    return [
+        {"id": int(i), "text": text_of(int(i)), "tokens": int(n), "share": float(s)}
+        for i, n, s in zip(found.ids_U, found.tokens_U, found.share_U, strict=True)
+    ]
+
+
+def _token_texts(path: Path) -> Any:
+    """A function from a token id to its text, spaces and line ends made visible. Raises InputError where there is no tokenizer."""
+    from tokenizers import Tokenizer
+
+    from semmoe.profiles.demo.paths import demo_model_path
+
+    path = demo_model_path() if str(path) == "demo" else path
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"--tokenizer {path}: there is no {file.name}")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for a damaged file
+        raise InputError(f"--tokenizer {file} cannot be read: {str(error).splitlines()[0]}") from None
+
+    def text_of(token_id: int) -> str:
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        if not text or "\ufffd" in text:  # part of a character: show the vocabulary's own name
+            text = tokenizer.id_to_token(token_id) or f"id {token_id}"
+        return text.replace(" ", "\u2423").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+
+    return text_of

@@ -1,0 +1,252 @@
+"""A result as a table for people, or one JSON object for programs; notes go to stderr.
+
+Tables fit the terminal: intervals go first, then the columns that matter less. rich is imported inside: `semmoe --help` does not need it.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from semmoe.pages.page import Section
+
+COLUMNS = {
+    "lar": ("LAR", True),
+    "rem": ("REM", False),
+    "node": ("NODE", False),
+    "link": ("LINK", False),
+    "load_imbalance": ("load max/mean", False),
+    "load_imbalance_median": ("load max/median", False),
+    "token_imbalance": ("tokens max/mean", False),
+}
+NARROW_COLUMNS = ("lar", "rem", "node", "link", "load_imbalance")
+LEAST_COLUMNS = ("rem", "load_imbalance")
+PIPE_WIDTH = 220  # columns where stdout is no terminal: a table is then read by a program or a pager
+SCORE_CAPTION = "* best of its column, oracles left out; in brackets: 95% bootstrap interval over requests"
+
+
+def note(line: str) -> None:
+    """A line for people on stderr."""
+    print(f"semmoe: {line}", file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout; with escapes where stdout cannot write its text (another encoding, a path that is not UTF-8)."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")  # a text buffer has none
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
+
+
+def print_report(report: dict[str, Any], *, as_json: bool) -> None:
+    """A report (docs/formats.md) as JSON, or as a table with the better value of each column marked."""
+    if as_json:
+        print_json(report)
+        return
+    console = wide_console()
+    tables = [_score_table(report, shown, intervals) for shown, intervals in layouts(report["nodes"])]
+    print_fitting(console, tables, title=_title(report), caption=SCORE_CAPTION)
+    if verdict := report.get("verdict"):
+        console.print(
+            f"\n{verdict['sentence']}",
+            style={"good": "green", "bad": "red"}.get(verdict["level"], "yellow"),
+            markup=False,
+        )
+        more = verdict.get("with_schedule")
+        if more and more["sentence"] != verdict["sentence"] and more["schedule"] != verdict["schedule"]:
+            console.print(more["sentence"], markup=False)
+    if report["dispatch"] == "gather":
+        console.print("Placement cannot reduce traffic here, only balance load.")
+
+
+def layouts(num_nodes: int) -> list[tuple[list[str], bool]]:
+    """Columns of a table of scores and whether they have intervals: all there is, then less and less for narrow terminals."""
+    metrics = [m for m in COLUMNS if m != "node" or num_nodes > 1]
+    narrow = [m for m in metrics if m in NARROW_COLUMNS]
+    return [(metrics, True), (narrow, True), (metrics, False), (narrow, False), (list(LEAST_COLUMNS), False)]
+
+
+def wide_console() -> "Console":
+    """A console on stdout: the terminal's width, a fixed one elsewhere; colours only on a terminal, and not with NO_COLOR."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def print_fitting(console: "Console", tables: list["Table"], *, title: str, caption: str) -> None:
+    """The first table that fits the console, the last where none does, between a title and a caption."""
+    unbounded = console.options.update(width=1000)
+    fitting = [t for t in tables if console.measure(t, options=unbounded).maximum <= console.width]
+    console.print(title, style="bold", markup=False)
+    console.print((fitting or tables[-1:])[0])
+    console.print(caption, style="dim", markup=False)
+
+
+def new_table() -> "Table":
+    """An empty table in the house style."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+
+
+def _score_table(report: dict[str, Any], metrics: list[str], intervals: bool) -> "Table":
+    table = new_table()
+    for heading in ("placement", "schedule"):
+        table.add_column(heading, overflow="fold")
+    for metric in metrics:
+        table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
+    rows = report["rows"]
+    for row in rows:
+        cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
+        style = "dim" if "oracle" in row["schedule"] else None
+        table.add_row(row["placement"], row["schedule"], *cells, style=style)
+    uniform = report["uniform"]
+    widths = {m: max(len(f"{row[m]:.3f}") for row in rows) for m in metrics}
+    cells = (f"{uniform[m]:{widths[m]}.3f}" if m in uniform else "" for m in metrics)
+    table.add_row("uniform", "random", *cells, style="dim")
+    return table
+
+
+def _title(report: dict[str, Any]) -> str:
+    nodes = "one node" if report["nodes"] == 1 else f"{report['nodes']} nodes"
+    return (
+        f"{report['model'] or 'model'}: {report['ranks']} ranks on {nodes}, {report['dispatch']} dispatch; "
+        f"{report['requests']} held-out requests, {report['tokens']:,} tokens; mean over {len(report['layers'])} layers"
+    )
+
+
+def score_cell(row: dict[str, Any], metric: str, rows: list[dict[str, Any]], *, intervals: bool) -> str:
+    """A value, marked where it is the best of `rows`, and its interval; digits are aligned in a left-justified column."""
+    low, high = row["ci"][metric]
+    better = max if COLUMNS[metric][1] else min
+    values = [round(r[metric], 3) for r in rows if "oracle" not in r["schedule"]]
+    value = round(row[metric], 3)
+    best = "oracle" not in row["schedule"] and len(set(values)) > 1 and value == better(values)
+    width = max(len(f"{r[metric]:.3f}") for r in rows)
+    text = f"{value:{width}.3f}{'*' if best else ' '}"
+    # An interval without width (a value that does not depend on the data) is left out.
+    interval = f" \\[{low:.3f}, {high:.3f}]" if intervals and high - low > 5e-4 else ""
+    return f"[bold]{text}[/bold]{interval}" if best else f"{text}{interval}"
+
+
+def print_times(times: dict[str, Any]) -> None:
+    """Predicted communication time of every row, under the table of a report."""
+    title = f"\nPredicted dispatch and combine of a batch of {times['batch_tokens']:,} tokens over all ranks: {times['network']}"
+    tables = [_times_table(times, shown) for shown in (range(3), (0, 2))]
+    print_fitting(wide_console(), tables, title=title, caption=times["assumption"])
+
+
+def _times_table(times: dict[str, Any], shown: Sequence[int]) -> "Table":
+    """`shown`: which of milliseconds per layer, of all layers, and their share."""
+    table = new_table()
+    for heading in ("placement", "schedule"):
+        table.add_column(heading, overflow="fold")
+    headings = ("ms per\nlayer", "ms, all\nlayers", "of\ncontiguous")
+    for number in shown:
+        table.add_column(headings[number], justify="right", no_wrap=True)
+    for placement, schedule, *values in times_cells(times):
+        table.add_row(placement, schedule, *(values[n] for n in shown), style="dim" if "oracle" in schedule else None)
+    return table
+
+
+def print_section(section: "Section") -> None:
+    """A section of a page in the terminal: its title, texts and tables, without pictures."""
+    from rich.markup import escape
+
+    from semmoe.pages.page import Grid, Text
+
+    console = wide_console()
+    console.print(f"\n{section.title}", style="bold", markup=False)
+    for block in section.blocks:
+        if isinstance(block, Text):
+            console.print(block.text, style="dim", markup=False)
+        elif isinstance(block, Grid):
+            table = new_table()
+            for number, heading in enumerate(block.headings):
+                table.add_column(heading, justify="left" if number in block.names_at else "right", overflow="fold")
+            for row in block.rows:
+                table.add_row(*map(escape, row))
+            console.print(table)
+
+
+def times_cells(times: dict[str, Any]) -> list[list[str]]:
+    """Placement, schedule, milliseconds per layer and of all layers, and their share of contiguous experts with random homes."""
+    keys = [(row["placement"], row["schedule"]) for row in times["rows"]]
+    before = times["rows"][keys.index(("contiguous", "random"))]["ms_per_layer"]
+    totals = [sum(row["ms_layers"]) for row in times["rows"]]
+    digits, total_digits = _decimals([row["ms_per_layer"] for row in times["rows"]]), _decimals(totals)
+    cells = []
+    for (placement, schedule), row, total in zip(keys, times["rows"], totals, strict=True):
+        share = f"{row['ms_per_layer'] / before:.2f}" if before else "-"
+        cells.append([placement, schedule, f"{row['ms_per_layer']:,.{digits}f}", f"{total:,.{total_digits}f}", share])
+    return cells
+
+
+def _decimals(values: Sequence[float]) -> int:
+    """Decimals that show three figures of the least of the values, so that a column's points are aligned."""
+    from math import floor, log10
+
+    least = min((value for value in values if value > 0), default=1.0)
+    return min(max(2 - floor(log10(least)), 0), 9)
+
+
+def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
+    """Named facts as JSON, or one a line."""
+    if as_json:
+        print_json(facts)
+        return
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        if isinstance(value, list):
+            value = _shortened(value)
+        elif isinstance(value, float):
+            value = f"{value:.3f}"
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        print(f"{name.replace('_', ' '):<{width}}  {value}")
+
+
+def _shortened(values: list[Any]) -> str:
+    texts = [str(v) for v in values]
+    if len(texts) > 12:
+        texts = [*texts[:8], "...", *texts[-2:]]
+    return " ".join(texts)
+
+
+def print_health(health: dict[str, Any], *, as_json: bool) -> None:
+    """The health of a trace as JSON, or its findings and its learning curve as tables."""
+    if as_json:
+        print_json(health)
+        return
+    from rich.markup import escape
+
+    console = wide_console()
+    colours = {"good": "green", "watch": "yellow", "bad": "red"}
+    table = new_table()
+    for heading in ("question", "", "answer"):
+        table.add_column(heading, overflow="fold")
+    for found in health["findings"]:
+        level = found["level"]
+        table.add_row(found["topic"], f"[{colours[level]}]{level}[/]", escape(found["text"]))
+    title = f"{health['model'] or 'model'}: {health['requests']:,} requests, {health['tokens']:,} tokens"
+    print_fitting(
+        console, [table], title=title, caption="good: nothing to do; watch: a limit to know; bad: act before placing"
+    )
+    if learning := health["learning"]:
+        curve = new_table()
+        for heading in ("training tokens", "REM", ""):
+            curve.add_column(heading, justify="left" if not heading else "right")
+        for point in learning["points"]:
+            curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "")
+        for point in learning["forecast"]:
+            curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "expected", style="dim")
+        title = f"\nHeld-out REM on {health['ranks']} ranks by training tokens; contiguous experts: {learning['contiguous_rem']:.3f}"
+        caption = "quick METIS on some layers; expected: read off a power law through the points"
+        print_fitting(console, [curve], title=title, caption=caption)

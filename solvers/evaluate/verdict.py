@@ -1,0 +1,114 @@
+"""Verdict: is a plan worth deploying? Decided from the interval of the share of bytes that it saves under the declared dispatch kind.
+
+Bytes follow REM, K (1 - LAR) or NODE (`semmoe.solvers.evaluate.metrics.DISPATCH_KINDS`). Both placements are resampled with the same requests, because
+what counts is their difference on the same traffic: the paired interval is several times narrower than the difference of two intervals.
+With few requests the bootstrap itself cannot be trusted, and the answer is that more is needed.
+
+Shape letters: G groups of requests, X resamples.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from semmoe.solvers.evaluate.metrics import TrafficSums, metrics_XL, resamples_XG
+from semmoe.solvers.placement import Topology
+
+LEARNING_PAYS = 0.01  # share of the cost; less is noise between orders of arrival
+WORTH = 0.05  # share of bytes that a change of placement has to save
+MIN_REQUESTS = 20  # groups of requests that a bootstrap needs
+MAX_FACTOR = 1_000  # of the tokens at hand: beyond that no trace will decide
+
+RECOMMEND, NOT_WORTH_IT, INSUFFICIENT = "recommend", "not worth it", "insufficient evidence"
+LEVELS = {RECOMMEND: "good", NOT_WORTH_IT: "bad", INSUFFICIENT: "watch"}
+
+
+def traffic_cost(row: dict[str, Any], dispatch: str) -> float:
+    """What the bytes of a report's row (or a row's metrics) follow under the dispatch kind; REM where they follow nothing."""
+    return {"per-expert": 1 - row["lar"], "per-node": row["node"]}.get(dispatch, row["rem"])
+
+
+def best_row(rows: list[dict[str, Any]], dispatch: str) -> dict[str, Any]:
+    """The row that sends least, oracles left out. Learning is no run's default: it has to save LEARNING_PAYS more than the others."""
+    fair = [row for row in rows if "oracle" not in row["schedule"]]
+    plain = min((r for r in fair if r["schedule"] != "tp-learning"), key=lambda row: traffic_cost(row, dispatch))
+    learning = [row for row in fair if row["schedule"] == "tp-learning"]
+    limit = traffic_cost(plain, dispatch) * (1 - LEARNING_PAYS)
+    return next((row for row in learning if traffic_cost(row, dispatch) <= limit), plain)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Share of bytes saved, and its 95 % interval; negative where the plan sends more."""
+
+    share: float
+    low: float
+    high: float
+    requests: int  # groups of requests with tokens
+    tokens: int
+
+
+def bytes_XL(sums: TrafficSums, topology: Topology, dispatch: str) -> np.ndarray:
+    """What the dispatch sends per token and layer, in rows, float64 [X, L]; up to a factor that does not depend on the placement."""
+    metrics = metrics_XL(sums, topology, dispatch)
+    if dispatch == "per-rank":
+        return metrics["rem"]
+    if dispatch == "per-node":
+        return metrics["node"]
+    return 1 - metrics["lar"] if dispatch == "per-expert" else np.ones_like(metrics["rem"])
+
+
+def saving(
+    before: TrafficSums, after: TrafficSums, topology: Topology, *, dispatch: str, seed: int, num_resamples: int = 1000
+) -> Saving:
+    """Share of bytes that `after` saves on the same groups of requests; the interval is a paired percentile bootstrap."""
+    num_groups = len(before.tokens_G)
+    assert num_groups == len(after.tokens_G), "both are summed over the same requests"
+    weights_XG = np.concatenate([np.ones((1, num_groups)), resamples_XG(before.tokens_G, num_resamples, seed)])
+    sent = [bytes_XL(sums.resampled(weights_XG), topology, dispatch).mean(axis=1) for sums in (before, after)]
+    shares_X = 1 - sent[1] / np.maximum(sent[0], 1e-300) if sent[0][0] > 0 else np.zeros(len(weights_XG))
+    low, high = np.quantile(shares_X[1:], [0.025, 0.975])
+    return Saving(
+        float(shares_X[0]), float(low), float(high), int((before.tokens_G > 0).sum()), int(before.tokens_G.sum())
+    )
+
+
+def verdict(saved: Saving, *, dispatch: str, schedule: str = "random", worth: float = WORTH) -> dict[str, Any]:
+    """Decision, level and sentence for a report, with the tokens needed to decide where the evidence does not.
+
+    `schedule`: under which the plan was scored. The interval narrows with the square root of the tokens.
+    """
+    needed: int | None = None
+    if dispatch == "gather":
+        decision, reason = NOT_WORTH_IT, "gather dispatch sends the same bytes whatever the placement"
+    elif saved.requests < MIN_REQUESTS:
+        decision = INSUFFICIENT
+        needed = round(saved.tokens * MIN_REQUESTS / max(saved.requests, 1))
+        reason = f"{saved.requests} held-out requests are too few for an interval"
+    elif saved.low >= worth:
+        decision, reason = RECOMMEND, f"at least {worth:.0%} is saved"
+    elif saved.high < worth:
+        decision, reason = NOT_WORTH_IT, f"less than {worth:.0%} is saved"
+    else:
+        decision, reason = INSUFFICIENT, f"the interval holds {worth:.0%}, from which on it is worth it"
+        half_width = (saved.high - saved.low) / 2
+        factor = (half_width / max(abs(saved.share - worth), 1e-12)) ** 2
+        needed = round(saved.tokens * max(factor, 1.1)) if factor <= MAX_FACTOR else None
+    under = "placement alone" if schedule == "random" else f"placement with {schedule}"
+    sentence = f"{decision[0].upper()}{decision[1:]}: {reason}"
+    if dispatch != "gather":
+        sentence += f" ({under} saves {saved.share:.1%} of the bytes, interval {saved.low:.1%} to {saved.high:.1%})"
+    if decision == INSUFFICIENT:
+        more = f"about {needed:,} held-out tokens" if needed else "more tokens than any trace will have"
+        sentence += f"; to decide, {more} would be needed"
+    return {
+        "decision": decision,
+        "level": LEVELS[decision],
+        "sentence": f"{sentence}.",
+        "saved": saved.share,
+        "ci": [saved.low, saved.high],
+        "schedule": schedule,
+        "tokens": saved.tokens,
+        "tokens_needed": needed,
+    }

@@ -1,0 +1,225 @@
+"""Homes of tokens under each schedule, as the runtime would choose them: the rows of a report.
+
+Only what is known at that moment is read: a DP home from the prompt, a TP home at layer l from earlier layers. The oracles, which read the
+answer, bound what any predictor could reach under the same capacities. Attention-TP: the rows of a trace are mixed over requests into
+batches of at most `batch_tokens`, and every rank gets an equal slice of each. A predictor that goes on learning scores every token by
+weights that saw earlier requests only; slices are then cut in the same batches, so that rows compare. Attention-DP: requests arrive in a
+random order in windows of at most `window`, which are balanced in tokens; the number of tokens a request brings is taken as known (an
+offline batch with a fixed budget), its content is not.
+
+Shape letters: T tokens, B requests, Q tokens of prompts, L MoE layers, K top-k, E experts, R ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.trace import TraceBatch
+from semmoe.solvers.placement import Placement
+from semmoe.solvers.schedule.context import context_scores_TR, previous_experts_TLK
+from semmoe.solvers.schedule.features import batch_position_ids_TC
+from semmoe.solvers.schedule.learning import (
+    learned_depth,
+    learned_ids_TX,
+    learned_scores_TR,
+    num_learned_features,
+    request_groups,
+)
+from semmoe.solvers.schedule.paper_table import needed_rank_T, paper_scores_TR, served_TR
+from semmoe.solvers.schedule.request_scorer import request_shares_BR
+from semmoe.solvers.schedule.schedule import Schedule
+from semmoe.solvers.schedule.slices import WINDOW, assign_equal_slices, assign_masked_round_robin, assign_requests
+from semmoe.solvers.schedule.token_table import previous_token_ids_T
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of their order."""
+
+    batch_tokens: int = 512
+    window: int = WINDOW
+    seed: int = 0
+
+
+class Simulation(NamedTuple):
+    homes_TL: np.ndarray  # int16 [T, L]
+    token_imbalance: float  # busiest rank over mean, averaged over batches (TP) or windows (DP)
+
+
+LayerScores = Callable[[int], np.ndarray]  # layer -> float [T, R]
+
+
+def available_schedules(schedule: Schedule) -> list[str]:
+    """Names of SCHEDULES that the schedule's tables allow, in order of a report."""
+    needs = {
+        "dp-scorer": schedule.has_requests,
+        "dp-paper": schedule.has_requests and schedule.has_token_ids,
+        "tp-table": schedule.has_token_ids,
+        "tp-paper": schedule.has_token_ids,
+    }
+    return [name for name in SCHEDULES if needs.get(name, True)]
+
+
+def simulate(
+    name: str, batch: TraceBatch, placement: Placement, schedule: Schedule, *, batch_tokens: int, window: int, seed: int
+) -> Simulation:
+    """Homes of the batch's tokens under one of SCHEDULES. Raises InputError for another name, or sizes under 1."""
+    if name not in SCHEDULES:
+        raise InputError(f"schedule {name!r} is none of {', '.join(SCHEDULES)}")
+    if batch_tokens < 1 or window < 1:
+        raise InputError(f"{batch_tokens} tokens a batch, {window} requests a window: both must be at least 1")
+    rng = np.random.default_rng(seed)
+    if name.startswith("dp-"):
+        return _by_request(DP_SCHEDULES[name], batch, placement, schedule, window, rng)
+    return _by_token(TP_SCHEDULES[name](batch, placement, schedule, rng), batch, placement, batch_tokens, rng)
+
+
+def _by_token(
+    scores: LayerScores, batch: TraceBatch, placement: Placement, batch_tokens: int, rng: np.random.Generator
+) -> Simulation:
+    """Equal slices of batches mixed over requests, at every layer by the scores of that layer."""
+    num_ranks, num_tokens = placement.num_ranks, batch.num_tokens
+    homes_TL = np.zeros((num_tokens, placement.num_layers), np.int16)
+    batches = _parts(rng.permutation(num_tokens), batch_tokens)
+    imbalance = []
+    for layer in range(placement.num_layers):
+        scores_TR = scores(layer)
+        for rows in batches:
+            rank_of_T = assign_equal_slices(scores_TR[rows])
+            homes_TL[rows, layer] = rank_of_T
+            imbalance.append(np.bincount(rank_of_T, minlength=num_ranks).max() * num_ranks / max(len(rows), 1))
+    return Simulation(homes_TL, float(np.mean(imbalance)) if imbalance else 1.0)
+
+
+def _by_request(
+    prepare: Callable[..., Callable[[np.ndarray], np.ndarray]],
+    batch: TraceBatch,
+    placement: Placement,
+    schedule: Schedule,
+    window: int,
+    rng: np.random.Generator,
+) -> Simulation:
+    """One home per request, window by window."""
+    tokens_B = np.diff(batch.starts_B1)
+    rank_of_B = np.zeros(batch.num_requests, np.int64)
+    imbalance = []
+    windows = _parts(rng.permutation(batch.num_requests), window)
+    homes = prepare(batch, placement, schedule, tokens_B)
+    for requests in windows:
+        rank_of_B[requests] = homes(requests)
+        load_R = np.bincount(rank_of_B[requests], tokens_B[requests], placement.num_ranks)
+        if load_R.any():
+            imbalance.append(load_R.max() / load_R.mean())
+    homes_TL = np.broadcast_to(
+        np.repeat(rank_of_B, tokens_B).astype(np.int16)[:, None], (batch.num_tokens, placement.num_layers)
+    )
+    return Simulation(homes_TL, float(np.mean(imbalance)) if imbalance else 1.0)
+
+
+def _parts(order: np.ndarray, size: int) -> list[np.ndarray]:
+    """The order cut into nearly equal parts of at most `size`."""
+    return np.array_split(order, max(1, -(-len(order) // size)))
+
+
+def _random(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+    return lambda layer: rng.random((batch.num_tokens, placement.num_ranks), np.float32)
+
+
+def _table(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+    lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
+    return lambda layer: schedule.token.scores_TR(layer, lookup)
+
+
+def _paper(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+    # The paper's table knows ids only, not what they follow.
+    row_T = schedule.token.own.index(batch.token_ids_T)
+    sequence, hosts_LER = schedule.sequence, placement.hosts_LER
+
+    def scores(layer: int) -> np.ndarray:
+        shares_TR = schedule.token.own.shares_TR(layer, row_T, schedule.token.rare_LR[layer])
+        rank_T, confidence_T = np.zeros(len(row_T), np.int64), np.full(len(row_T), -1.0)
+        if layer >= 2:
+            last_T, before_T = (needed_rank_T(batch.expert_ids_TLK[:, i], hosts_LER[i]) for i in (layer - 1, layer - 2))
+            rank_T = sequence.rank_LRR[layer, last_T, before_T].astype(np.int64)
+            confidence_T = sequence.confidence_LRR[layer, last_T, before_T].astype(np.float64)
+        return paper_scores_TR(shares_TR, row_T >= 0, rank_T, confidence_T)
+
+    return scores
+
+
+def _context(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+    return _context_scores(batch, schedule, _seen(batch, placement))
+
+
+def _seen(batch: TraceBatch, placement: Placement) -> tuple[np.ndarray, ...]:
+    """What features are made of: choices [T, L, K], those of the token before, whether a token is of a prompt, position ids."""
+    previous_TLK = previous_experts_TLK(batch, placement.num_experts)
+    return batch.expert_ids_TLK, previous_TLK, batch.is_prompt_T, batch_position_ids_TC(batch)
+
+
+def _context_scores(batch: TraceBatch, schedule: Schedule, seen: tuple[np.ndarray, ...]) -> LayerScores:
+    lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
+    return lambda layer: context_scores_TR(schedule.context, layer, schedule.token.shares_TR(layer, lookup), *seen)
+
+
+def _learning(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+    seen, groups, num_experts = _seen(batch, placement), request_groups(batch, rng), placement.num_experts
+    plan_scores, depth = _context_scores(batch, schedule, seen), learned_depth(schedule.context.depth, num_experts)
+    return lambda layer: learned_scores_TR(
+        plan_scores(layer),
+        learned_ids_TX(layer, *seen, depth=depth, num_experts=num_experts),
+        served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer]),
+        num_learned_features(depth, num_experts),
+        groups,
+    )
+
+
+def _tp_oracle(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+    return lambda layer: served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer])
+
+
+def _dp_round_robin(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
+    return lambda requests: np.arange(len(requests)) % placement.num_ranks
+
+
+def _dp_scorer(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
+    scores_BR = schedule.request.scores_BR([batch.prompt(b) for b in range(batch.num_requests)])
+    return lambda requests: assign_requests(scores_BR[requests], tokens_B[requests])
+
+
+def _dp_paper(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
+    token = schedule.token
+    prompts = [batch.prompt(b) for b in range(batch.num_requests)]
+    request_Q = np.repeat(np.arange(batch.num_requests), [len(prompt) for prompt in prompts])
+    row_Q = token.own.index(np.concatenate(prompts)) if prompts else np.zeros(0, np.int64)
+    request_Q, row_Q = request_Q[row_Q >= 0], row_Q[row_Q >= 0]
+    scores_BR = np.zeros((batch.num_requests, placement.num_ranks))
+    for layer in range(placement.num_layers):
+        shares_QR = token.own.shares_TR(layer, row_Q, token.rare_LR[layer])
+        scores_BR += np.stack([np.bincount(request_Q, share_Q, len(scores_BR)) for share_Q in shares_QR.T], axis=1)
+    return lambda requests: assign_masked_round_robin(scores_BR[requests])
+
+
+def _dp_oracle(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
+    scores_BR = request_shares_BR(batch, placement.hosts_LER)
+    return lambda requests: assign_requests(scores_BR[requests], tokens_B[requests])
+
+
+DP_SCHEDULES: dict[str, Callable[..., Callable]] = {
+    "dp-roundrobin": _dp_round_robin,
+    "dp-paper": _dp_paper,
+    "dp-scorer": _dp_scorer,
+    "dp-oracle": _dp_oracle,
+}
+TP_SCHEDULES: dict[str, Callable[..., LayerScores]] = {
+    "random": _random,
+    "tp-table": _table,
+    "tp-paper": _paper,
+    "tp-context": _context,
+    "tp-learning": _learning,
+    "tp-oracle": _tp_oracle,
+}
+SCHEDULES = ("random", *DP_SCHEDULES, *(name for name in TP_SCHEDULES if name != "random"))

@@ -1,0 +1,233 @@
+"""The trace format: what is written comes back, parts survive a kill, damage is one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semmoe.profiles import trace_writer as writer_module
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.trace import RoutingTrace, TraceInfo, integers
+from semmoe.profiles.trace_writer import TraceWriter
+
+INFO = TraceInfo("tiny", num_layers=2, num_experts=8, top_k=3, model_layers=(1, 2), num_model_layers=3)
+
+
+def random_ids(rng: np.random.Generator, tokens: int, info: TraceInfo = INFO) -> np.ndarray:
+    return rng.integers(0, info.num_experts, (tokens, info.num_layers, info.top_k))
+
+
+def write(path, lengths=(5, 0, 7), info=INFO, **options) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    rows = [random_ids(rng, n, info) for n in lengths]
+    with TraceWriter(path, info, **options) as writer:
+        for i, ids in enumerate(rows):
+            sequence = np.arange(len(ids) + 4) + 100 * i
+            writer.add(f"r{i}", ids, domain=f"d{i % 2}", token_ids=sequence, num_prompt_tokens=5, first_position=3)
+    return rows
+
+
+def test_round_trip_keeps_ids_tokens_and_phases(tmp_path):
+    rows = write(tmp_path / "t")
+    trace = RoutingTrace.open(tmp_path / "t")
+    assert (trace.num_requests, trace.num_tokens, trace.info) == (3, 12, INFO)
+    batch = trace.load()
+    assert batch.request_ids == ["r0", "r1", "r2"] and batch.domains == ["d0", "d1", "d0"]
+    np.testing.assert_array_equal(batch.expert_ids_TLK, np.concatenate(rows))
+    assert batch.expert_ids_TLK.dtype == np.uint8
+    np.testing.assert_array_equal(batch.token_ids_T, [3, 4, 5, 6, 7, *range(203, 210)])
+    np.testing.assert_array_equal(batch.is_prompt_T, [1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch.prompt(2), [200, 201, 202, 203, 204])
+    np.testing.assert_array_equal(batch.request_of_T, [0] * 5 + [2] * 7)
+
+
+def test_unknown_tokens_are_minus_one_and_kept_requests_are_filtered(tmp_path):
+    with TraceWriter(tmp_path / "t", INFO) as writer:
+        for name in "abc":
+            writer.add(name, random_ids(np.random.default_rng(0), 4))
+    batch = RoutingTrace.open(tmp_path / "t").load(np.array([True, False, True]))
+    assert batch.request_ids == ["a", "c"] and (batch.token_ids_T == -1).all() and batch.sequence(1).size == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    experts=st.sampled_from([4, 256, 300]),
+    values_per_part=st.integers(1, 60),
+)
+def test_any_cut_into_parts_and_row_groups_reads_the_same(tmp_path_factory, lengths, experts, values_per_part):
+    path = tmp_path_factory.mktemp("traces") / "t"
+    info = TraceInfo("m", 2, experts, 3, (0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer_module, "PART_VALUES", values_per_part)
+        patch.setattr(writer_module, "ROW_GROUP_VALUES", 7)
+        rows = write(path, lengths, info)
+        batches = list(RoutingTrace.open(path).batches())
+    np.testing.assert_array_equal(np.concatenate([b.expert_ids_TLK for b in batches]), np.concatenate(rows))
+    assert [r for b in batches for r in b.request_ids] == [f"r{i}" for i in range(len(lengths))]
+    assert batches[0].expert_ids_TLK.dtype == (np.uint8 if experts <= 256 else np.uint16)
+
+
+def test_ids_of_a_batch_are_a_view_of_the_file_buffer(tmp_path):
+    write(tmp_path / "t")
+    ids = next(RoutingTrace.open(tmp_path / "t").batches()).expert_ids_TLK
+    assert not ids.flags.owndata and not ids.flags.writeable
+
+
+def test_a_trace_is_read_without_pandas(tmp_path):
+    """Its import, inside pyarrow's to_numpy, loses a Ctrl-C that comes meanwhile: the command went on to its end."""
+    write(tmp_path / "t")
+    code = (
+        "import sys; from semmoe.profiles.trace import RoutingTrace; from semmoe.profiles.counts import profile_traces;"
+        f"profile_traces([RoutingTrace.open({str(tmp_path / 't')!r})]); print('pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    array = pa.array([3, None, 5, 250, 7], pa.uint8())
+    assert integers(array).tolist() == [3, 0, 5, 250, 7] and integers(array[2:]).tolist() == [5, 250, 7]
+    assert integers(pa.chunked_array([array[3:], array[:1]])).tolist() == [250, 7, 3]
+    assert integers(pa.array([], pa.int32())).dtype == np.int32
+
+
+def test_other_tools_read_the_parts(tmp_path):
+    import datasets
+    import duckdb
+    import polars
+
+    rows = write(tmp_path / "t")
+    pattern = str(tmp_path / "t" / "part-*.parquet")
+    total = duckdb.sql(f"select sum(num_tokens), sum(len(expert_ids)) from '{pattern}'").fetchall()[0]
+    assert total == (12, 12 * 6)
+    frame = polars.read_parquet(pattern)
+    np.testing.assert_array_equal(frame["expert_ids"][2].to_numpy().reshape(-1, 2, 3), rows[2])
+    loaded = datasets.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(tmp_path / "cache"))
+    assert np.array(loaded[0]["expert_ids"]).reshape(-1, 2, 3).tolist() == rows[0].tolist()
+
+
+def test_reading_through_a_url(tmp_path):
+    import fsspec
+
+    write(tmp_path / "t")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "t"), "/traces/t", recursive=True)
+    assert RoutingTrace.open("memory://traces/t").load().num_tokens == 12
+    with pytest.raises(InputError, match="cannot be opened"):
+        RoutingTrace.open("nosuchscheme://x/t")
+
+
+def test_resume_adds_only_what_is_missing(tmp_path):
+    write(tmp_path / "t", (5, 6))
+    with pytest.raises(InputError, match="there already"):
+        TraceWriter(tmp_path / "t", INFO)
+    first = RoutingTrace.open(tmp_path / "t").fingerprint
+    write(tmp_path / "t", (5, 6), resume=True)
+    assert RoutingTrace.open(tmp_path / "t").fingerprint == first
+    write(tmp_path / "t", (5, 6, 3), resume=True)
+    trace = RoutingTrace.open(tmp_path / "t")
+    assert (trace.num_requests, trace.num_tokens) == (3, 14) and trace.fingerprint != first
+    with pytest.raises(InputError, match="another model or run: num_experts 9 against 8"):
+        TraceWriter(tmp_path / "t", TraceInfo("tiny", 2, 9, 3, (1, 2)), resume=True)
+
+
+def test_a_killed_writer_loses_only_the_current_part(tmp_path):
+    script = f"""
+import numpy as np, time
+from semmoe.profiles import trace
+from semmoe.profiles import trace_writer
+trace_writer.PART_VALUES = 60
+writer = trace_writer.TraceWriter({str(tmp_path / "t")!r}, trace.TraceInfo("tiny", 2, 8, 3, (1, 2)))
+for i in range(100000):
+    writer.add(f"r{{i}}", np.zeros((5, 2, 3), int))
+    time.sleep(0.002)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while len(list((tmp_path / "t").glob("part-*.parquet"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(InputError, match="unfinished trace"):
+        RoutingTrace.open(tmp_path / "t")
+    (tmp_path / "t" / ".part-99999.parquet.tmp").write_bytes(b"half a part")
+    with TraceWriter(tmp_path / "t", INFO, resume=True) as writer:
+        assert len(writer.request_ids) >= 6
+        for i in range(len(writer.request_ids) + 5):
+            writer.add(f"r{i}", np.zeros((5, 2, 3), int))
+    batch = RoutingTrace.open(tmp_path / "t").load()
+    assert sorted(batch.request_ids) == sorted({f"r{i}" for i in range(batch.num_requests)})
+    assert not list((tmp_path / "t").glob(".part*"))
+
+
+def test_the_same_requests_give_the_same_bytes(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    for name in ("trace.json", "part-00000.parquet"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.zeros((3, 2, 2), int), r"shape \[3, 2, 2\], expected \[T, 2, 3\]"),
+        (np.full((1, 2, 3), 8), "expert id 8 is outside 0..7"),
+        (np.full((1, 2, 3), -1), "expert id -1 is outside 0..7"),
+    ],
+)
+def test_bad_requests_are_refused(tmp_path, ids, message):
+    writer = TraceWriter(tmp_path / "t", INFO)
+    with pytest.raises(InputError, match=message):
+        writer.add("r", ids)
+
+
+def test_damage_is_one_line(tmp_path):
+    write(tmp_path / "t")
+    part, facts = tmp_path / "t" / "part-00000.parquet", tmp_path / "t" / "trace.json"
+    whole, text = part.read_bytes(), facts.read_text()
+    part.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="part-00000.parquet cannot be read as Parquet"):
+        RoutingTrace.open(tmp_path / "t").load()
+    middle = bytearray(whole)
+    middle[20:200] = bytes(180)
+    part.write_bytes(bytes(middle))
+    with pytest.raises(InputError, match="part-00000.parquet"):
+        RoutingTrace.open(tmp_path / "t").load()
+    part.unlink()
+    with pytest.raises(InputError, match="part-00000.parquet"):
+        RoutingTrace.open(tmp_path / "t").load()
+    part.write_bytes(whole)
+    for broken, message in [
+        (text[:50], "is not JSON"),
+        ("[]", "its format is not"),
+        (text.replace('"version": 1', '"version": 99'), "has version 99"),
+        (json.dumps({**json.loads(text), "top_k": 4}), "expected 5 tokens x 2 layers x top-4"),
+        (json.dumps({**json.loads(text), "num_experts": 2}), "holds expert id"),
+    ]:
+        facts.write_text(broken)
+        with pytest.raises(InputError, match=message):
+            RoutingTrace.open(tmp_path / "t").load()
+    with pytest.raises(InputError, match="holds no trace.json"):
+        RoutingTrace.open(tmp_path / "nowhere")
+
+
+def test_counts_are_kept_apart_from_tokens(tmp_path):
+    info = TraceInfo("tiny", 2, 8, 3, (0, 1), kind="counts")
+    load = np.arange(48).reshape(3, 2, 8)
+    with TraceWriter(tmp_path / "t", info) as writer:
+        writer.add_counts(["a", "b", "c"], load)
+    windows, read = RoutingTrace.open(tmp_path / "t").load_counts()
+    assert windows == ["a", "b", "c"]
+    np.testing.assert_array_equal(read, load)
+    with pytest.raises(InputError, match="holds only expert loads"):
+        RoutingTrace.open(tmp_path / "t").load()
+
+
+def test_routing_groups_divide_the_experts():
+    with pytest.raises(InputError, match="60 experts do not divide into 8 routing groups"):
+        TraceInfo("m", 1, 60, 4, (0,), n_group=8, topk_group=4)

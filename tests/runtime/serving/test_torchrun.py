@@ -1,0 +1,128 @@
+"""semmoe run as its own processes: under torchrun, on one and on two nodes, and with a rank that is killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import rank_cases
+from random_plans import random_plan
+
+from semmoe.profiles.counts import profile_traces
+from semmoe.profiles.demo.paths import demo_model_path
+from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.trace import RoutingTrace
+from semmoe.runtime.ranks.failures import short_reason
+from semmoe.runtime.ranks.launch import free_port
+from semmoe.solvers.schedule.schedule import fit_schedule
+
+SEMMOE = ["-m", "semmoe", "run"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+MOST_S = 240.0  # for starting processes on a busy machine
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with plan `p` for 2 ranks, 5 prompts, and 300 prompts that take a while."""
+    root = tmp_path_factory.mktemp("torchrun")
+    write_synthetic(root / "t", num_layers=4, num_experts=32, top_k=4, num_requests=40, vocab_size=4000)
+    sample = profile_traces([RoutingTrace.open(root / "t")], seed=0).sample
+    plan = rank_cases.with_replicas(random_plan(demo_model_path(), ranks=2), 2)
+    replace(plan, tables=fit_schedule(sample, plan.placement, seed=0).to_tables()).save(root / "p")
+    few = ["a", "word " * 400, "def f(x):\n    return", "Die Katze", "Once upon a time there was"]
+    for name, texts in (("few", few), ("many", [f"{i} {'word ' * (20 + i % 50)}" for i in range(300)])):
+        lines = [json.dumps({"id": f"r{i}", "text": text}) for i, text in enumerate(texts)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def start(words: list[str], folder: Path) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def run_words(prompts: str, output: str, *more: str) -> list[str]:
+    words = ["demo", "--plan", "p", "--prompts", f"{prompts}.jsonl", "--dtype", "float32", "--batch-tokens", "600"]
+    return [*SEMMOE, *words, "-o", output, "--json", *more]
+
+
+def test_torchrun_gives_what_locally_started_ranks_give(demo: Path) -> None:
+    few = ("--max-new-tokens", "4")
+    local = start([sys.executable, *run_words("few", "local.jsonl", *few)], demo)
+    one_node = start([*TORCHRUN, "--nproc-per-node", "2", *run_words("few", "one.jsonl", "--check", *few)], demo)
+    where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    nodes = [
+        start([*TORCHRUN, *where, "--node-rank", str(node), *run_words("few", "two.jsonl", *few)], demo)
+        for node in range(2)
+    ]
+    outputs = {}
+    for name, process in (("local", local), ("one", one_node), ("two", nodes[0]), ("other node", nodes[1])):
+        outputs[name], errors = process.communicate(timeout=MOST_S)
+        assert process.returncode == 0, errors
+    assert outputs.pop("other node") == ""  # rank 0 speaks
+    metrics = {name: json.loads(output) for name, output in outputs.items()}
+    assert metrics["one"].pop("check") == {"ok": True, "compared": 5, "mismatches": [], "ties": []}
+    lines = (demo / "local.jsonl").read_text()
+    assert len(lines.splitlines()) == 5
+    for name in ("one", "two"):
+        assert (demo / f"{name}.jsonl").read_text() == lines
+        for key in ("ranks", "requests", "lar", "rem", "rows_sent", "bytes_sent", "layers"):
+            assert metrics[name][key] == metrics["local"][key], key
+
+
+def test_a_mistake_is_told_once_under_torchrun(demo: Path) -> None:
+    words = run_words("few", "no.jsonl", "--prompts", "/nowhere.jsonl")
+    process = start([*TORCHRUN, "--nproc-per-node", "2", *words], demo)
+    _, errors = process.communicate(timeout=MOST_S)
+    told = [line for line in errors.splitlines() if line.startswith("semmoe: ")]
+    assert process.returncode == 1 and len(told) == 1, errors
+    assert told[0].startswith("semmoe: /nowhere.jsonl is neither a file nor a directory")
+    assert not list(demo.glob("no.jsonl*"))
+
+
+def children(pid: int) -> list[int]:
+    found = [file.read_text().split() for file in Path(f"/proc/{pid}/task").glob("*/children")]
+    return sorted(int(word) for words in found for word in words)
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds ranks in /proc")
+@pytest.mark.parametrize("starter", ["local", "torchrun"])
+def test_a_killed_rank_ends_the_run_and_keeps_what_is_finished(demo: Path, starter: str) -> None:
+    before = [*TORCHRUN, "--nproc-per-node", "2"] if starter == "torchrun" else [sys.executable]
+    process = start([*before, *run_words("many", f"killed-{starter}.jsonl", "--max-new-tokens", "40")], demo)
+    partial, deadline = demo / f"killed-{starter}.jsonl.partial", time.monotonic() + MOST_S
+    while not (partial.exists() and partial.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < deadline, "no request was finished"
+        time.sleep(0.05)
+    ranks = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid) or "semmoe" in command_of(pid)]
+    assert len(ranks) == 2, [command_of(pid) for pid in children(process.pid)]
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=MOST_S)
+    assert process.returncode == 1, errors
+    kept = partial.read_text().splitlines()
+    assert 0 < len(kept) < 300 and not (demo / f"killed-{starter}.jsonl").exists()
+    assert {tuple(json.loads(line)) for line in kept} == {("id", "rank", "text", "token_ids", "finish_reason")}
+    told = [line for line in errors.splitlines() if line.startswith("semmoe: rank")]
+    assert len(told) == 1 and f"{len(kept)} finished requests are in killed-{starter}.jsonl.partial" in told[0], errors
+    if starter == "local":
+        assert told[0].startswith("semmoe: rank 1 was killed by SIGKILL: the run is over")
+
+
+def test_reasons_are_short() -> None:
+    text = (
+        "[/__w/third_party/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:21140: Connection reset by peer. "
+        "This is typically caused by a remote worker hanging.\nmore"
+    )
+    assert short_reason(text) == "Read error [127.0.0.1]:21140: Connection reset by peer"
+    assert short_reason("Timed out waiting 3000ms for recv") == "Timed out waiting 3000ms for recv"

@@ -1,0 +1,237 @@
+"""A plan comes back from disk as it was, the same input gives the same bytes, and nobody is scored on what was learned from."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from semmoe.profiles.counts import profile_traces
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.trace import RoutingTrace
+from semmoe.solvers.evaluate.metrics import MAX_GROUPS, resampling_groups
+from semmoe.solvers.make_plan import certificate_of, make_plan, score_plan, split_requests
+from semmoe.solvers.place.solve import Demands
+from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.plan import Plan
+from semmoe.solvers.schedule.simulate import Setting
+
+SETTING = Setting(batch_tokens=128, window=8)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "t"
+    write_synthetic(path, num_requests=60)
+    return RoutingTrace.open(path)
+
+
+def plan_of(trace, **options) -> Plan:
+    usual = {
+        "method": "spectral",
+        "holdout": 0.25,
+        "holdout_domains": [],
+        "refit": True,
+        "certify": False,
+        "made_by": "semmoe place",
+    }
+    return make_plan([trace], Topology(4), Demands(load_cap=1.2), setting=SETTING, **{**usual, **options})
+
+
+def test_a_plan_round_trips_and_repeats_to_the_byte(trace, tmp_path):
+    plan = plan_of(trace)
+    plan.save(tmp_path / "a")
+    plan_of(trace).save(tmp_path / "b")
+    for name in ("plan.json", "tables.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    read = Plan.load(tmp_path / "a")
+    assert read.to_json() == json.loads((tmp_path / "a" / "plan.json").read_text()) == plan.to_json()
+    np.testing.assert_array_equal(read.load_LE, plan.load_LE)
+    assert read.fingerprint == plan.fingerprint
+
+
+def test_scores_are_held_out_and_refitting_changes_only_the_placement(trace, tmp_path):
+    refitted, scored = plan_of(trace), plan_of(trace, refit=False)
+    assert refitted.scores == scored.scores and refitted.scores["requests"] == 15
+    assert refitted.load_LE.sum() == 60 * 64 * 4 * 4 and scored.load_LE.sum() == 45 * 64 * 4 * 4
+    again, notes = score_plan(scored, trace, setting=SETTING)
+    assert again["rows"] == scored.scores["rows"] and "45 requests" in notes[0]
+    again, notes = score_plan(refitted, trace, setting=SETTING)
+    assert again == refitted.scores and "15 held-out requests" in notes[0]
+
+
+def test_a_trace_that_was_learned_from_is_never_scored(trace, tmp_path):
+    write_synthetic(tmp_path / "more", num_requests=90)  # its first 60 requests are those of the trace
+    report, notes = score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "more"), setting=SETTING)
+    assert report["requests"] == 30 and "60 requests" in notes[0]
+    write_synthetic(tmp_path / "fewer", num_requests=20)
+    with pytest.raises(InputError, match="fitted on every request"):
+        score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "fewer"), setting=SETTING)
+
+
+def test_the_planted_structure_pays_on_held_out_requests(trace):
+    rows = {row["placement"]: row for row in plan_of(trace).scores["rows"]}
+    assert rows["plan"]["rem"] < 0.75 * min(rows["contiguous"]["rem"], rows["load"]["rem"])
+    assert rows["plan"]["ci"]["rem"][1] < rows["load"]["ci"]["rem"][0]
+    assert rows["load"]["lar"] == pytest.approx(0.25)
+
+
+def test_a_request_is_given_once(trace):
+    with pytest.raises(InputError, match="60 requests are in more than one of the traces"):
+        split_requests([trace, trace], holdout=0.2, holdout_domains=[], seed=0)
+
+
+def test_domains_can_be_held_out(trace):
+    domain = trace.requests().column("domain")[0].as_py()
+    plan = plan_of(trace, holdout_domains=[domain])
+    assert plan.split["holdout_domains"] == [domain]
+    held_out = sum(d == domain for d in trace.requests().column("domain").to_pylist())
+    assert plan.scores["requests"] == held_out == plan.split["held_out_requests"]
+
+
+def test_a_plan_for_another_model_or_a_damaged_one_is_one_line(trace, tmp_path):
+    plan = plan_of(trace)
+    write_synthetic(tmp_path / "other", num_requests=5, num_experts=16)
+    with pytest.raises(InputError, match="num_experts 16, the plan is for num_experts 32"):
+        score_plan(plan, RoutingTrace.open(tmp_path / "other"), setting=SETTING)
+    plan.save(tmp_path / "p")
+    text = (tmp_path / "p" / "plan.json").read_text()
+    facts = json.loads(text)
+    for broken, message in [
+        (text[: len(text) // 2], "is not JSON"),
+        (json.dumps({**facts, "format": "x"}), "is not a plan"),
+        (json.dumps({**facts, "version": 7}), "has version 7"),
+        (json.dumps({k: v for k, v in facts.items() if k != "split"}), "lacks 'split'"),
+        (json.dumps({**facts, "placement": [[[0]]]}), "is on no rank"),
+        (json.dumps({**facts, "placement": "abc"}), "damaged"),
+        (json.dumps({**facts, "topology": {"ranks": 2, "nodes": 1}}), "4 ranks, its topology 2"),
+    ]:
+        (tmp_path / "p" / "plan.json").write_text(broken)
+        with pytest.raises(InputError, match=message):
+            Plan.load(tmp_path / "p")
+    (tmp_path / "p" / "plan.json").write_text(text)
+    tables = tmp_path / "p" / "tables.safetensors"
+    tables.write_bytes(tables.read_bytes()[:40])
+    with pytest.raises(InputError, match="tables.safetensors is damaged"):
+        Plan.load(tmp_path / "p")
+    tables.unlink()
+    with pytest.raises(InputError, match="no tables.safetensors"):
+        Plan.load(tmp_path / "p")
+
+
+def test_a_plan_says_which_outputs_can_express_it(trace, tmp_path):
+    plan = plan_of(trace, method="contiguous", refit=False)
+    possible = {"engine_map": True, "ranks_checkpoint": True, "permuted_checkpoint": True, "why_not": ""}
+    assert plan.outputs == possible
+    grouped = replace(plan.model, n_group=8, topk_group=2)  # 32 experts on 4 ranks: two whole groups on each
+    assert replace(plan, model=grouped).outputs == possible
+    experts_LRS = plan.placement.experts_LRS.copy()
+    experts_LRS[0, 0, 0], experts_LRS[0, 3, 7] = experts_LRS[0, 3, 7], experts_LRS[0, 0, 0]
+    split = replace(plan, model=grouped, placement=Placement(experts_LRS, 32))
+    split.save(tmp_path / "p")
+    found = json.loads((tmp_path / "p" / "plan.json").read_text())["outputs"]
+    assert not found["permuted_checkpoint"]
+    assert found["why_not"] == "the router picks 2 of 8 groups of experts, and 1 of 4 layers split a group"
+    assert replace(split, model=replace(grouped, topk_group=8)).outputs == possible  # a choice of all groups is free
+    more_LRS = np.concatenate([experts_LRS, np.roll(experts_LRS, 1, axis=1)[:, :, :1]], axis=2)
+    assert replace(plan, placement=Placement(more_LRS, 32)).outputs["why_not"] == "1 replica slots per rank"
+
+
+def test_saving_never_overwrites_something_else(trace, tmp_path):
+    plan = plan_of(trace)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("keep me")
+    with pytest.raises(InputError, match="is not a plan: choose another name"):
+        plan.save(tmp_path / "notes")
+    with pytest.raises(InputError, match="does not exist"):
+        plan.save(tmp_path / "nowhere" / "p")
+    plan.save(tmp_path / "p")
+    plan.save(tmp_path / "p")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "p"]
+
+
+def test_scores_by_domain_add_up(trace):
+    scores = plan_of(trace, method="metis", refit=False).scores
+    domains = scores["domains"]
+    assert len(domains) > 1 and {d["domain"] for d in domains} == set(trace.requests().column("domain").to_pylist())
+    assert sum(d["tokens"] for d in domains) == scores["tokens"]
+    assert sum(d["requests"] for d in domains) == scores["requests"]
+    for i, whole in enumerate(scores["rows"]):
+        rows = [d["rows"][i] for d in domains]
+        assert {(r["placement"], r["schedule"]) for r in rows} == {(whole["placement"], whole["schedule"])}
+        mean = np.average([r["rem"] for r in rows], weights=[d["tokens"] for d in domains])
+        assert mean == pytest.approx(whole["rem"])
+        assert all(r["ci"]["rem"][0] <= r["rem"] <= r["ci"]["rem"][1] for r in rows)
+
+
+def test_groups_of_many_requests_are_of_one_domain():
+    domain_of_B = np.random.default_rng(0).integers(0, 3, 2_000) * 2  # the domains 1 and 3 have no request
+    domain_of_B[5] = 5
+    group_of_B, domain_of_G = resampling_groups(domain_of_B)
+    np.testing.assert_array_equal(domain_of_G[group_of_B], domain_of_B)
+    assert len(domain_of_G) <= MAX_GROUPS + 1 and np.bincount(group_of_B).min() > 0
+    few = np.array([1, 0, 1])
+    assert [part.tolist() for part in resampling_groups(few)] == [[0, 1, 2], [1, 0, 1]]
+
+
+def test_schedules_and_the_certificate_are_in_the_scores(trace):
+    plan = plan_of(trace, method="semmoe", certify=True, refit=False)
+    rows = {row["schedule"]: row for row in plan.scores["rows"] if row["placement"] == "plan"}
+    assert set(rows) >= {"random", "dp-roundrobin", "dp-scorer", "dp-oracle", "tp-table", "tp-paper", "tp-context"}
+    assert rows["random"]["lar"] == pytest.approx(0.25)
+    assert 0.3 < rows["tp-table"]["lar"] <= rows["tp-oracle"]["lar"]
+    verdict = plan.scores["verdict"]
+    assert (verdict["decision"], verdict["schedule"]) == ("insufficient evidence", "random")  # 15 requests
+    assert verdict["saved"] > 0.2 and verdict["with_schedule"]["saved"] > verdict["saved"]
+    assert rows["tp-context"]["token_imbalance"] == pytest.approx(1.0)
+    certificate = plan.scores["certificate"]
+    assert 0 <= certificate["gap"] < 0.3 and len(certificate["layers"]) == 4
+    assert all(entry["co_activation"] <= entry["co_activation_bound"] for entry in certificate["layers"])
+    assert any(name.startswith("schedule.") for name in plan.tables)
+
+
+def oracle_rem(plan: Plan) -> float:
+    return next(row["rem"] for row in plan.scores["rows"] if row["schedule"] == "tp-oracle")
+
+
+def test_bounds_are_for_the_load_that_a_placement_has(trace):
+    # Contiguous placement does not look at the cap: what it reaches must be under a bound that allows its load.
+    profile = profile_traces([trace])
+    placement = Placement.from_ranks(np.repeat(np.arange(4), 8)[None].repeat(4, axis=0), 4)
+    load_LR = profile.load_LE.reshape(4, 4, 8).sum(2)
+    loosest = [certificate_of(profile, placement, Demands(load_cap=cap)) for cap in (1.0, 1.05, 3.0)]
+    assert (load_LR.max(1) > 1.05 * load_LR.mean(1)).all()
+    for entries in zip(*(found["layers"] for found in loosest), strict=True):
+        assert entries[0] == entries[1]
+        assert entries[0]["lar_bound"] < entries[2]["lar_bound"] or entries[0]["lar_bound"] == 1
+
+
+def test_replicas_are_placed_and_scored_but_have_no_certificate(trace):
+    more = make_plan(
+        [trace],
+        Topology(4),
+        Demands(load_cap=1.2, replicas=2),
+        method="semmoe",
+        holdout=0.25,
+        holdout_domains=[],
+        refit=True,
+        certify=False,
+        setting=SETTING,
+        made_by="",
+    )
+    assert more.placement.slots_per_rank == 10
+    assert oracle_rem(more) < oracle_rem(plan_of(trace, method="semmoe"))
+    with pytest.raises(InputError, match="--certify bounds placements without replicas"):
+        make_plan(
+            [trace],
+            Topology(4),
+            Demands(replicas=1),
+            method="metis",
+            holdout=0.25,
+            holdout_domains=[],
+            refit=True,
+            certify=True,
+            setting=SETTING,
+            made_by="",
+        )

@@ -1,0 +1,331 @@
+"""What the ranks of a runtime test do: real processes with gloo, each with a tiny model of its
+own, compared with Transformers alone."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from random_plans import random_plan
+
+from semmoe.solvers.placement import Placement
+from semmoe.solvers.plan import Plan
+
+TIMEOUT_S = 300.0
+
+
+def with_replicas(plan: Plan, replicas: int) -> Plan:
+    """The plan with the first `replicas` experts that a rank lacks added to each rank."""
+    experts_LRS, num_experts = plan.placement.experts_LRS, plan.placement.num_experts
+    rows = [
+        [[*own, *np.setdiff1d(np.arange(num_experts), own)[:replicas]] for own in experts_RS]
+        for experts_RS in experts_LRS.tolist()
+    ]
+    return replace(plan, placement=Placement(np.array(rows, np.int32), num_experts))
+
+
+def open_case(folder: Path, size: int, replicas: int, group: Any, dtype: str = "float32") -> Any:
+    """The placed model of `folder` under a random placement that ignores router groups."""
+    from semmoe.profiles.capture.loading import find_model
+    from semmoe.runtime.transformers.placed_model import load_placed
+    from semmoe.runtime.transformers.rank_weights import find_placed
+    from semmoe.solvers.place.replicas import serving_LRE
+
+    plan = random_plan(folder, ranks=size, grouped=False, seed=size)
+    if replicas:
+        plan = with_replicas(plan, replicas)
+    serving = serving_LRE(plan.placement.hosts_LER, plan.load_LE, plan.topology)
+    return load_placed(find_model(str(folder)), find_placed(folder, plan), plan, serving, group, dtype=dtype)
+
+
+def run_cases(
+    root: str,
+    families: list[str],
+    generating: list[str],
+    shuffled: list[str],
+    refused: list[str],
+    other_shapes: list[tuple[str, str]],
+    size: int,
+    replicas: int,
+    lengths: list[int],
+) -> dict[str, Any]:
+    """All cases of a number of ranks in one group: starting processes takes longer than running
+    them."""
+    import torch
+
+    from semmoe.runtime.ranks.group import open_group
+
+    with open_group(timeout_s=TIMEOUT_S) as group, torch.inference_mode():
+        return {
+            "exchange": compare_exchange(group),
+            "logits": {family: compare_logits(Path(root) / family, size, replicas, group) for family in families},
+            "tokens": {family: generate(Path(root) / family, size, lengths, group) for family in generating},
+            "tp": {family: generate_shuffled(Path(root) / family, size, lengths, group) for family in shuffled},
+            "refused": {family: refusal(Path(root) / family, size, group) for family in refused},
+            "other": {case: shuffled_refusal(Path(root), size, *case, group) for case in other_shapes},
+        }
+
+
+def refusal(folder: Path, size: int, group: Any) -> str:
+    """Why the family does not run, "" where it does."""
+    from semmoe.profiles.errors import InputError
+
+    try:
+        open_case(folder, size, 0, group)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def shuffled_refusal(root: Path, size: int, family: str, dtype: str, group: Any) -> str:
+    """Why the family does not run with Attention-TP in a number type, "" where it does."""
+    from semmoe.profiles.errors import InputError
+    from semmoe.runtime.serving.tensor_parallel import install_tensor_parallel
+    from semmoe.runtime.serving.token_homes import make_homes
+
+    plan = random_plan(root / family, ranks=size, grouped=False, seed=size)
+    placed = open_case(root / family, size, 0, group, dtype)
+    try:
+        homes = make_homes("none", plan, relabelled=False, device=group.device)
+        install_tensor_parallel(placed, homes, plan.model.model_layers, family)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def compare_exchange(group: Any) -> dict[str, float]:
+    """Largest difference of the exchange to dense arithmetic on any rank. Expert e multiplies by
+    its own matrix; 2 slots per rank."""
+    import torch
+    import torch.distributed as dist
+
+    from semmoe.runtime.ranks.stopwatch import Stopwatch
+    from semmoe.runtime.transformers.ep import Counters, ExpertLayer, LayerTables, RankState, dispatch_layer, join_empty
+
+    num_experts, hidden, top_k = 2 * group.size, 16, 2
+    weight_EDD = torch.randn(num_experts, hidden, hidden, generator=torch.Generator().manual_seed(0))
+    expert_E = torch.arange(num_experts)
+    # Experts are dealt out in turn, so that no rank's experts are neighbours.
+    tables = LayerTables(0, "layer 0", expert_E % group.size, expert_E // group.size, 2)
+    state = RankState(Stopwatch(group.device), Counters.zeros(1, group.size))
+    layer = ExpertLayer(tables, group.rank, group.size, group.handle, state, hidden, torch.float32, top_k)
+    own_SDD = weight_EDD[group.rank :: group.size]
+
+    def run_experts(rows_PD: Any, slot_P1: Any, weight_P1: Any) -> Any:
+        return torch.einsum("pd,pdf->pf", rows_PD, own_SDD[slot_P1[:, 0]]) * weight_P1
+
+    random = torch.Generator().manual_seed(group.rank)
+    last = group.size - 1
+    cases = {
+        "random": torch.rand(33, num_experts, generator=random).argsort(1)[:, :top_k],
+        "one token": torch.rand(1, num_experts, generator=random).argsort(1)[:, :top_k],
+        "all to one rank": torch.tensor([[last, last + group.size]]).repeat(17, 1),
+        "all stay": torch.tensor([[group.rank, group.rank + group.size]]).repeat(5 + group.rank, 1),
+        "only rank 0 has tokens": torch.rand(9 if group.rank == 0 else 0, num_experts, generator=random).argsort(1)[
+            :, :top_k
+        ],
+    }
+    found = {}
+    for name, ids_TK in cases.items():
+        hidden_TD = torch.randn(len(ids_TK), hidden, generator=random)
+        weight_TK = torch.rand(len(ids_TK), top_k, generator=random)
+        expected_TD = torch.einsum("td,tkdf,tk->tf", hidden_TD, weight_EDD[ids_TK], weight_TK)
+        got_TD = dispatch_layer(layer, run_experts, hidden_TD, ids_TK, weight_TK)
+        worst = torch.tensor((got_TD - expected_TD).abs().max() if len(ids_TK) else 0.0)
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=group.handle)
+        found[name] = float(worst)
+    join_empty(layer, run_experts)  # nobody has tokens
+    return found
+
+
+def compare_logits(folder: Path, size: int, replicas: int, group: Any) -> list[float]:
+    """Largest logit differences to Transformers alone on rank 0: of a batch, of one token, and
+    where only rank 0 has tokens.
+
+    The other ranks have batches of other sizes; the last of several has none at all.
+    """
+    from tiny_models import tiny_input_ids
+
+    from semmoe.profiles.capture.loading import find_model, load_model
+
+    placed = open_case(folder, size, replicas, group)
+    batches = [
+        tiny_input_ids(folder.name, batch=2 + group.rank, seed=group.rank),
+        tiny_input_ids(folder.name, batch=1, length=1, seed=group.rank),
+        tiny_input_ids(folder.name, batch=1, length=40, seed=7),
+    ]
+    reference = load_model(find_model(str(folder)), dtype="float32", device=group.device) if group.rank == 0 else None
+    found = []
+    for number, ids in enumerate(batches):
+        if size > 1 and (group.rank == size - 1 or (number == 2 and group.rank)):
+            placed.join_empty()
+            continue
+        logits = placed.model(input_ids=ids, use_cache=False).logits
+        if reference is not None:
+            found.append(float((logits - reference(input_ids=ids, use_cache=False).logits).abs().max()))
+    return found
+
+
+def generate_shuffled(folder: Path, size: int, lengths: list[int], group: Any) -> list[Any]:
+    """The same with Attention-TP and consecutive slices: where the tokens differ from
+    Transformers alone."""
+    import torch
+
+    from semmoe.profiles.capture.loading import find_model, load_model
+    from semmoe.runtime.serving.check import compare_greedy
+    from semmoe.runtime.serving.engine import Completion, Limits, Prompt, serve
+    from semmoe.runtime.serving.tensor_parallel import install_tensor_parallel
+    from semmoe.runtime.serving.token_homes import make_homes
+
+    placed, plan = open_case(folder, size, 1, group), random_plan(folder, ranks=size, grouped=False, seed=size)
+    homes = make_homes("none", plan, relabelled=False, device=group.device)
+    shuffled = install_tensor_parallel(placed, homes, plan.model.model_layers, folder.name)
+    random = np.random.default_rng(4)
+    prompts = [Prompt(i, str(i), random.integers(5, 100, n).astype(np.int32)) for i, n in enumerate(lengths)]
+    limits = Limits(5, 100, frozenset([3]), max_running=3)
+    done: list[Completion] = []
+    serve(placed, prompts, limits, deliver=done.extend, shuffled=shuffled)
+    if group.rank:
+        return []
+    model = load_model(find_model(str(folder)), dtype="float32", device=torch.device("cpu"))
+    got = {completion.index: completion for completion in done}
+    return [
+        compare_greedy(model, p, got[p.index].token_ids, max_new_tokens=5, stop_ids=limits.stop_ids).mismatch
+        for p in prompts
+    ]
+
+
+def generate(folder: Path, size: int, lengths: list[int], group: Any) -> dict[str, Any]:
+    """Greedy continuations of prompts of the given lengths, dealt out in turn, and where they
+    differ from Transformers alone."""
+    import torch
+
+    from semmoe.profiles.capture.loading import find_model, load_model
+    from semmoe.runtime.serving.check import compare_greedy
+    from semmoe.runtime.serving.engine import Completion, Limits, Prompt, serve
+
+    placed = open_case(folder, size, 1, group)
+    random = np.random.default_rng(3)
+    prompts = [Prompt(i, str(i), random.integers(5, 100, n).astype(np.int32)) for i, n in enumerate(lengths)]
+    limits = Limits(6, 100, frozenset([3]), max_running=3)
+    done: list[Completion] = []
+    serve(placed, prompts[group.rank :: size], limits, deliver=done.extend)
+    if group.rank:
+        return {}
+    model = load_model(find_model(str(folder)), dtype="float32", device=torch.device("cpu"))
+    got = {completion.index: completion for completion in done}
+    completions = [got[i] for i in range(len(prompts))]
+    return {
+        "ranks": [c.rank for c in completions],
+        "reasons": [c.finish_reason for c in completions],
+        "counts": [len(c.token_ids) for c in completions],
+        "mismatches": [
+            compare_greedy(model, p, c.token_ids, max_new_tokens=6, stop_ids=limits.stop_ids).mismatch
+            for p, c in zip(prompts, completions, strict=True)
+        ],
+        "tokens": int(placed.state.counters.tokens_L[0]),
+    }
+
+
+def compare_layouts(root: str, families: list[str]) -> dict[str, float]:
+    """Logits of `permuted` and `ranks` reshards on this rank against Transformers on the
+    original, on rank 0."""
+    import torch
+    from tiny_models import tiny_input_ids
+
+    from semmoe.profiles.capture.loading import find_model, load_model
+    from semmoe.runtime.ranks.group import open_group
+    from semmoe.runtime.serving.run import find_source
+    from semmoe.runtime.transformers.placed_model import load_placed
+    from semmoe.runtime.transformers.rank_weights import find_placed
+    from semmoe.solvers.place.replicas import serving_LRE
+
+    found = {}
+    with open_group(timeout_s=TIMEOUT_S) as group, torch.inference_mode():
+        for family in families:
+            reference = load_model(find_model(f"{root}/{family}"), dtype="float32", device=group.device)
+            ids = tiny_input_ids(family, seed=group.rank)
+            expected = reference(input_ids=ids, use_cache=False).logits
+            for layout, plan_name in (("permuted", f"{family}-plan"), ("ranks", f"{family}-ranks-plan")):
+                source, folder = find_source(f"{root}/{family}-{layout}")
+                plan = Plan.load(f"{root}/{plan_name}")
+                placed = find_placed(folder, plan)
+                assert placed.layout == layout
+                serving = serving_LRE(placed.placement.hosts_LER, plan.load_LE, plan.topology)
+                model = load_placed(source, placed, plan, serving, group, dtype="float32").model
+                found[f"{family}-{layout}"] = float(
+                    (model(input_ids=ids, use_cache=False).logits - expected).abs().max()
+                )
+    return found
+
+
+def exchange_forever(group: Any, before: Any) -> None:
+    """Empty exchanges of a layer named "layer 7"; `before(number)` runs before each."""
+    import torch
+
+    from semmoe.runtime.ranks.stopwatch import Stopwatch
+    from semmoe.runtime.transformers.ep import Counters, ExpertLayer, LayerTables, RankState, join_empty
+
+    nobody = torch.zeros(3, dtype=torch.int64)
+    state = RankState(Stopwatch(group.device), Counters.zeros(1, group.size))
+    tables = LayerTables(0, "layer 7", nobody, nobody, 2)
+    layer = ExpertLayer(tables, group.rank, group.size, group.handle, state, 8, torch.float32, 2)
+    for number in range(10_000):
+        before(number)
+        join_empty(layer, lambda rows_PD, slot_P1, weight_P1: rows_PD)
+
+
+def kill_itself(rank: int) -> None:
+    """Rank `rank` is killed in the middle of a run."""
+    import os
+    import signal
+
+    from semmoe.runtime.ranks.group import open_group
+
+    with open_group(timeout_s=TIMEOUT_S) as group:
+        exchange_forever(
+            group, lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == 5 and group.rank == rank else None
+        )
+
+
+def hang(rank: int, timeout_s: float) -> None:
+    """Rank `rank` stops taking part."""
+    import time
+
+    from semmoe.runtime.ranks.group import open_group
+
+    with open_group(timeout_s=timeout_s) as group:
+        exchange_forever(group, lambda n: time.sleep(60) if n == 5 and group.rank == rank else None)
+
+
+def refuse_together(rank: int) -> list[str]:
+    """What every rank is told where one of them refuses, on rank 0."""
+    import torch.distributed as dist
+
+    from semmoe.profiles.errors import InputError
+    from semmoe.runtime.ranks.failures import SharedRefusal
+    from semmoe.runtime.ranks.group import open_group, together
+
+    def make() -> int:
+        if group.rank == rank:
+            raise InputError(f"rank {rank} lacks a file")
+        return group.rank
+
+    with open_group(timeout_s=TIMEOUT_S) as group:
+        told = ""
+        try:
+            together(make, group)
+        except SharedRefusal as error:
+            told = str(error)
+        found = [""] * group.size
+        dist.all_gather_object(found, told, group=group.handle)
+        return found
+
+
+def write_rank_and_wait(folder: str) -> None:
+    """Say that the rank is there, then do nothing for long."""
+    import os
+    import time
+
+    (Path(folder) / os.environ["RANK"]).touch()
+    time.sleep(600)
