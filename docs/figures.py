@@ -1,7 +1,9 @@
-"""The figures of docs/concepts.md: `python docs/figures.py [DEMO]` writes docs/images/*.svg; DEMO is what `semmoe demo` wrote.
+"""The figures of docs/concepts.md: `python docs/figures.py [DEMO]` writes docs/images/*.svg; DEMO
+is what `semmoe demo` wrote.
 
-Every figure has a white ground, so that it can be read on a dark page too. The diagrams are drawn from the few numbers below, and what
-they say (LAR, REM, NODE) is computed from them; co-activation.svg shows the demo model and is drawn only when DEMO is given.
+Every figure has a white ground, so that it can be read on a dark page too. The diagrams are drawn
+from the few numbers below, and what they say (LAR, REM, NODE) is computed from them;
+co-activation.svg shows the demo model and is drawn only when DEMO is given.
 
 Shape letters: E experts, R ranks.
 """
@@ -26,7 +28,8 @@ CHOSEN = (1, 9, 10, 14)  # the experts that the router chose for the token of me
 CONTIGUOUS = tuple(e // (EXPERTS // RANKS) for e in range(EXPERTS))
 PLACED = (1, 0, 2, 3, 2, 1, 3, 2, 1, 0, 0, 3, 2, 3, 1, 0)  # rank of each expert
 
-# Attention-TP: (token, predicted rank, rank where most of its experts are); the last but one is predicted wrongly.
+# Attention-TP: (token, predicted rank, rank where most of its experts are); the last but one is
+# predicted wrongly.
 TOKENS = ((0, 2, 2), (1, 0, 0), (2, 3, 3), (3, 1, 1), (4, 0, 0), (5, 2, 2), (6, 1, 3), (7, 3, 3))
 # Attention-DP: (name, tokens of the prompt, rank with the best score, rank that has room).
 REQUESTS = (
@@ -44,7 +47,8 @@ def token_scores(rank_of_E: tuple[int, ...], home: int) -> tuple[float, int, int
 
 
 def draw_metrics(axes: Any) -> None:
-    """One token, the same four experts: contiguous at a random home, and placed with the token scheduled to its rank."""
+    """One token, the same four experts: contiguous at a random home, and placed with the token
+    scheduled to its rank."""
     axes.set(xlim=(0, 86), ylim=(0, 46))
     sides = (
         (0, "before: experts in order, token at a random home", CONTIGUOUS, 1),
@@ -129,7 +133,8 @@ def draw_dp(axes: Any) -> None:
 
 
 def draw_tp(axes: Any) -> None:
-    """A layer under Attention-TP: heads shared over ranks, tokens scattered to predicted homes, gathered in order again."""
+    """A layer under Attention-TP: heads shared over ranks, tokens scattered to predicted homes,
+    gathered in order again."""
     axes.set(xlim=(0, 86), ylim=(-3, 43))
     heads = (
         (6, "attention", "a share of the heads,\nall tokens: partial sums"),
@@ -190,7 +195,8 @@ def diagram_svg(name: str) -> str:
 
 
 def co_activation_svg(demo: Path) -> str:
-    """The text of docs/images/co-activation.svg, from the trace and plan that `semmoe demo` wrote."""
+    """The text of docs/images/co-activation.svg, from the trace and plan that `semmoe demo`
+    wrote."""
     from semmoe.pages.figures.plan import co_activation
     from semmoe.pages.plan_report import PlanReportOptions, make_plan_report
     from semmoe.profiles.trace import RoutingTrace

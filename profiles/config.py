@@ -1,9 +1,11 @@
-"""The facts of a Mixture-of-Experts model that its config.json states, whatever the family calls them.
+"""The facts of a Mixture-of-Experts model that its config.json states, whatever the family calls
+them.
 
-Families spell the same facts differently (num_experts, num_local_experts, n_routed_experts, ...), nest them
-(text_config, thinker_config, ffn_config), and say in a dozen ways which layers are dense. The spellings are those of
-the configuration classes of Transformers 5.23, and of older files that these classes still read. A key that a file
-leaves out has the default of its class, FAMILY_DEFAULTS; a key that is null does not.
+Families spell the same facts differently (num_experts, num_local_experts, n_routed_experts, ...),
+nest them (text_config, thinker_config, ffn_config), and say in a dozen ways which layers are dense.
+The spellings are those of the configuration classes of Transformers 5.23, and of older files that
+these classes still read. A key that a file leaves out has the default of its class,
+FAMILY_DEFAULTS; a key that is null does not.
 """
 
 from pathlib import Path
@@ -66,9 +68,11 @@ LAYERS_UNDER_NUM_LAYERS = ("longcat_flash",)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model: a file, a directory that holds one (a checkpoint), the id of a model of the hub, or "demo".
+    """config.json of a model: a file, a directory that holds one (a checkpoint), the id of a model
+    of the hub, or "demo".
 
-    Only a hub id imports transformers. Raises InputError where there is none or it is not a JSON object.
+    Only a hub id imports transformers. Raises InputError where there is none or it is not a JSON
+    object.
     """
     file = demo_model_path() if str(path) == "demo" else Path(path)
     if file.is_dir():
@@ -107,7 +111,8 @@ def _hub_config(name: str) -> Path:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that names the experts of the language model; with the outer keys beneath it."""
+    """The part of a configuration that names the experts of the language model; with the outer
+    keys beneath it."""
     if any(config.get(key) for key in NUM_EXPERTS):
         return config
     for key in NESTED:
@@ -122,10 +127,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
     """What TraceInfo wants of a model: `TraceInfo(model=..., made_by=..., **moe_facts(config))`.
 
-    Keys: model_type (the outermost), num_layers (MoE layers), num_experts, top_k, model_layers (number of each MoE
-    layer in the model, encoder before decoder), num_model_layers, vocab_size (0 = unknown), n_group, topk_group (1 where
-    the router has no groups), empty_slots (the router can choose no routed expert: identity experts or a skip class).
-    Raises InputError where the file lacks a fact, or the model has no experts.
+    Keys: model_type (the outermost), num_layers (MoE layers), num_experts, top_k, model_layers
+    (number of each MoE layer in the model, encoder before decoder), num_model_layers, vocab_size (0
+    = unknown), n_group, topk_group (1 where the router has no groups), empty_slots (the router can
+    choose no routed expert: identity experts or a skip class). Raises InputError where the file
+    lacks a fact, or the model has no experts.
     """
     inner = text_config(config)
     model_type = str(config.get("model_type") or inner.get("model_type") or "")
@@ -156,7 +162,8 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _family(*model_types: str) -> str:
-    """The family of FAMILY_DEFAULTS and of the special rules: qwen3_omni_moe_thinker_text belongs to no entry, fine."""
+    """The family of FAMILY_DEFAULTS and of the special rules: qwen3_omni_moe_thinker_text
+    belongs to no entry, fine."""
     names = [n for t in model_types for n in (t, t.removesuffix("_text"), t.removesuffix("_text").removesuffix("_vl"))]
     special = (*FAMILY_DEFAULTS, *LAYERS_UNDER_NUM_LAYERS, "zaya", "llama4", "deepseek_v4")
     return next((n for n in names if n in special), names[0] if names else "")
@@ -167,7 +174,8 @@ def _integer(value: Any, default: int) -> int:
 
 
 def _uniform(facts: dict[str, Any], keys: tuple[str, ...], what: str, *, first_of_list: bool = False) -> int:
-    """The first of `keys` that is set. A list holds equal values per layer, or (Ernie VL) text experts first."""
+    """The first of `keys` that is set. A list holds equal values per layer, or (Ernie VL) text
+    experts first."""
     value = next((facts[key] for key in keys if facts.get(key) is not None), None)
     if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
         if len(set(value)) > 1 and not first_of_list:
@@ -179,7 +187,8 @@ def _uniform(facts: dict[str, Any], keys: tuple[str, ...], what: str, *, first_o
 
 
 def _group(facts: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> int:
-    """A group count: the file's own key in any spelling, else the family's default; null means no groups, 1."""
+    """A group count: the file's own key in any spelling, else the family's default; null means
+    no groups, 1."""
     value = next((given[key] for key in keys if key in given), facts.get(keys[0]))
     return max(1, _integer(value, 1))
 
@@ -197,7 +206,8 @@ def _model_layers(facts: dict[str, Any], family: str, name: str) -> tuple[int, l
 
 
 def _is_moe_layer(facts: dict[str, Any], layer: int, num_layers: int) -> bool:
-    """Whether one layer routes: an explicit list decides; the rules that a family has must all hold."""
+    """Whether one layer routes: an explicit list decides; the rules that a family has must all
+    hold."""
     kinds = facts.get("mlp_layer_types")
     if isinstance(kinds, list):
         return layer < len(kinds) and kinds[layer] != "dense"

@@ -1,8 +1,10 @@
-"""RoutingProfile: what a solver needs of a trace, counted once. Load, co-activation, token x expert, request x expert.
+"""RoutingProfile: what a solver needs of a trace, counted once. Load, co-activation, token x
+expert, request x expert.
 
-Counts are integers and additive over batches, parts and traces, so a trace larger than memory is counted part by part. What cannot be
-kept whole (which token chose which experts) is kept for a bounded random sample of the requests, layer by layer in a file that worker
-processes map (`semmoe.profiles.mapped`).
+Counts are integers and additive over batches, parts and traces, so a trace larger than memory is
+counted part by part. What cannot be kept whole (which token chose which experts) is kept for a
+bounded random sample of the requests, layer by layer in a file that worker processes map
+(`semmoe.profiles.mapped`).
 
 Shape letters: T tokens, L MoE layers, E experts, K top-k, U token ids seen, B requests.
 """
@@ -32,7 +34,8 @@ def load_E(expert_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def co_activation_EE(expert_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
-    """Tokens that chose both experts, symmetric int64 [E, E]; the diagonal is the load. Empty slots are not counted.
+    """Tokens that chose both experts, symmetric int64 [E, E]; the diagonal is the load. Empty slots
+    are not counted.
 
     One bincount per column with all later ones: K * K / 2 keys per token and no sparse matrix.
     """
@@ -51,7 +54,8 @@ def co_activation_EE(expert_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
 def token_expert_UE(
     token_index_T: np.ndarray, expert_ids_TK: np.ndarray, num_ids: int, num_experts: int
 ) -> "csr_array":
-    """How often token id u chose expert e, sparse int32 [U, E]. Rows of index -1 (unknown token) are left out."""
+    """How often token id u chose expert e, sparse int32 [U, E]. Rows of index -1 (unknown token)
+    are left out."""
     from scipy.sparse import coo_array
 
     known = token_index_T >= 0
@@ -84,7 +88,8 @@ class RoutingProfile:
     sample: TraceBatch  # every request where the trace is small enough
 
     def token_index(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of the sample in ascending order, int32 [U], and each sample row's index among them, int64 [T] (-1 unknown)."""
+        """Token ids of the sample in ascending order, int32 [U], and each sample row's index
+        among them, int64 [T] (-1 unknown)."""
         known_T = self.sample.token_ids_T >= 0
         ids_U, index = np.unique(self.sample.token_ids_T[known_T], return_inverse=True)
         index_T = np.full(len(known_T), -1, np.int64)
@@ -121,7 +126,8 @@ class _Counts:
 
 
 def count_batches(batches: Iterable[TraceBatch], info: TraceInfo) -> tuple[int, np.ndarray, np.ndarray]:
-    """Tokens, load int64 [L, E] and co-activation int64 [L, E, E] over batches; additive over any split of them."""
+    """Tokens, load int64 [L, E] and co-activation int64 [L, E, E] over batches; additive over
+    any split of them."""
     counts = _Counts(info)
     for batch in batches:
         counts.add(batch.expert_ids_TLK)
@@ -131,7 +137,8 @@ def count_batches(batches: Iterable[TraceBatch], info: TraceInfo) -> tuple[int, 
 def profile_traces(
     traces: list[RoutingTrace], keep: list[np.ndarray] | None = None, *, seed: int = 0, sample_ids: int = SAMPLE_IDS
 ) -> RoutingProfile:
-    """Profile of the requests of `keep` (bool [B] per trace; all where None) over several traces of one model.
+    """Profile of the requests of `keep` (bool [B] per trace; all where None) over several traces of
+    one model.
 
     Raises InputError where a trace is of another model or holds no request to count.
     """
@@ -150,10 +157,11 @@ def profile_split(
     sample_ids: int = SAMPLE_IDS,
     progress: Progress | None = None,
 ) -> tuple[RoutingProfile, RoutingProfile, RoutingProfile]:
-    """Profiles of the requests that are not held out (bool [B] per trace), of those that are, and of all; from one reading.
+    """Profiles of the requests that are not held out (bool [B] per trace), of those that are, and
+    of all; from one reading.
 
-    Counts are additive, and the sample of all requests is the other two one after the other in one file: nothing is kept twice.
-    Raises InputError as `profile_traces` does.
+    Counts are additive, and the sample of all requests is the other two one after the other in one
+    file: nothing is kept twice. Raises InputError as `profile_traces` does.
     """
     (fitted, rest), ids_LTK = _profile_parts(
         traces, [[~h for h in held_out], held_out], seed=seed, sample_ids=sample_ids, progress=progress
@@ -180,7 +188,8 @@ def _profile_parts(
     sample_ids: int,
     progress: Progress | None = None,
 ) -> tuple[list[RoutingProfile], np.ndarray]:
-    """Profiles of disjoint sets of requests (bool [B] per trace each), and the expert ids of their samples, [L, T, K]."""
+    """Profiles of disjoint sets of requests (bool [B] per trace each), and the expert ids of
+    their samples, [L, T, K]."""
     info = traces[0].info
     for trace in traces:
         trace.require_tokens("a profile")
@@ -268,7 +277,8 @@ def select_requests(batch: TraceBatch, keep_B: np.ndarray) -> TraceBatch:
 
 
 def sample_requests(traces: list[RoutingTrace], keep: list[np.ndarray], *, max_tokens: int, seed: int) -> TraceBatch:
-    """Requests of `keep` (bool [B] per trace) as one batch: all, or a random choice of about `max_tokens` tokens."""
+    """Requests of `keep` (bool [B] per trace) as one batch: all, or a random choice of about
+    `max_tokens` tokens."""
     tokens_B = [integers(trace.requests().column("num_tokens")) for trace in traces]
     chosen = _sample_requests(tokens_B, keep, max_tokens, seed)
     batches = [b for trace, chosen_B in zip(traces, chosen, strict=True) for b in trace.batches(chosen_B)]

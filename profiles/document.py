@@ -1,4 +1,5 @@
-"""JSON: values whatever text they are in, and documents with a format name and a version: one reader, one set of refusals."""
+"""JSON: values whatever text they are in, and documents with a format name and a version: one
+reader, one set of refusals."""
 
 import json
 import re
@@ -13,7 +14,8 @@ HALVES_OF_BYTES = re.compile(HALVES.pattern.encode(), re.IGNORECASE)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of JSON text. Raises ValueError alone, also where it nests too deep or holds text that no file can take."""
+    """The value of JSON text. Raises ValueError alone, also where it nests too deep or holds
+    text that no file can take."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -30,9 +32,11 @@ def parse_json(text: str | bytes) -> Any:
 def read_document(
     read: Callable[[], Any], folder: str, name: str, *, kind: str, format: str, version: int
 ) -> dict[str, Any]:
-    """The object that `read` returns as JSON text or bytes: file `name` of `folder`, which makes the folder a `kind`.
+    """The object that `read` returns as JSON text or bytes: file `name` of `folder`, which makes
+    the folder a `kind`.
 
-    Raises InputError where the file is missing, unreadable, not JSON, of another format or of another version.
+    Raises InputError where the file is missing, unreadable, not JSON, of another format or of
+    another version.
     """
     where = f"{folder.rstrip('/')}/{name}"
     try:

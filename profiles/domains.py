@@ -13,8 +13,8 @@ OTHER = "other"
 def domain_groups(domains_B: list[str], *, most: int = 12) -> tuple[list[str], np.ndarray]:
     """At most `most` names, ascending, and each request's index among them, int64 [B].
 
-    Where there are more domains, they are taken by what stands before the first "/" (data set/subject), and beyond that the rare ones
-    become "other".
+    Where there are more domains, they are taken by what stands before the first "/" (data
+    set/subject), and beyond that the rare ones become "other".
     """
     names_B = [name or "(none)" for name in domains_B]
     if len(set(names_B)) > most:

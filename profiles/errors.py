@@ -1,4 +1,5 @@
-"""InputError: input that cannot be used. The command line prints it as one line and exits with 1."""
+"""InputError: input that cannot be used. The command line prints it as one line and exits with
+1."""
 
 
 class InputError(Exception):

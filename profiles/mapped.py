@@ -1,7 +1,9 @@
-"""Large arrays in a temporary file that this process and its workers map: one copy in memory, however many look at it.
+"""Large arrays in a temporary file that this process and its workers map: one copy in memory,
+however many look at it.
 
-A worker process that is sent an array gets a copy of it; one that is sent a `MappedView` maps the same pages of the file, and a
-view's own strides go along. Where the system allows it (/proc) the file has no name, so nothing is left even by a kill.
+A worker process that is sent an array gets a copy of it; one that is sent a `MappedView` maps the
+same pages of the file, and a view's own strides go along. Where the system allows it (/proc) the
+file has no name, so nothing is left even by a kill.
 """
 
 import os
@@ -28,7 +30,8 @@ class MappedView(NamedTuple):
 
 
 def mapped_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array to fill, zeros at first: mapped from a temporary file that goes when the array does, or in memory where it is small.
+    """An array to fill, zeros at first: mapped from a temporary file that goes when the array does,
+    or in memory where it is small.
 
     Raises InputError where the temporary directory has no room for it.
     """

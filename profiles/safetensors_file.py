@@ -1,10 +1,13 @@
-"""What is read from a checkpoint's safetensors files without loading the model: where tensors lie, and hash routing tables.
+"""What is read from a checkpoint's safetensors files without loading the model: where tensors lie,
+and hash routing tables.
 
-DeepSeek-V4 routes its first MoE layers by a table from token id to experts (`gate.tid2eid`, [V, K]). The table is exact for every
-token, seen or not, so `semmoe trace MODEL --hash-layers` copies it to a file of its own:
+DeepSeek-V4 routes its first MoE layers by a table from token id to experts (`gate.tid2eid`, [V,
+K]). The table is exact for every token, seen or not, so `semmoe trace MODEL --hash-layers` copies
+it to a file of its own:
 
-    safetensors, one tensor "layer.{l}" per hash layer, l counted over MoE layers from 0: uint8 or uint16 [V, K], expert ids by token id;
-    metadata: format "semmoe-hash-layers", version "1", model, num_experts, model_layers (JSON list, the model's numbers of those layers)
+    safetensors, one tensor "layer.{l}" per hash layer, l counted over MoE layers from 0:
+    uint8 or uint16 [V, K], expert ids by token id; metadata: format "semmoe-hash-layers",
+    version "1", model, num_experts, model_layers (JSON list, the model's numbers of those layers)
 
 Shape letters: V vocabulary, K top-k.
 """
@@ -35,7 +38,8 @@ EMBEDDING_BLOCK = 8192  # rows of an embedding in memory at a time
 
 
 def checkpoint_files(folder: Path) -> dict[str, str]:
-    """File name of every tensor in a checkpoint folder, from its index or its files' headers; empty where it holds no safetensors."""
+    """File name of every tensor in a checkpoint folder, from its index or its files' headers;
+    empty where it holds no safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -65,9 +69,11 @@ def tensor_shape(file: Path, key: str) -> list[int]:
 def embedding_reference(
     checkpoint: str, folder: Path, revision: str | None, name: str, shape: list[int]
 ) -> dict[str, Any] | None:
-    """Where the input embedding [V, D] of a model lies: checkpoint, revision, file, key and shape. None where no tensor fits.
+    """Where the input embedding [V, D] of a model lies: checkpoint, revision, file, key and shape.
+    None where no tensor fits.
 
-    `name`: the parameter's name in the loaded model, `shape` its shape; a file may use another name for it.
+    `name`: the parameter's name in the loaded model, `shape` its shape; a file may use another name
+    for it.
     """
     files = checkpoint_files(folder)
     candidates = [key for key in files if key == name] or [key for key in files if key.endswith(EMBEDDING_ENDS)]
@@ -79,10 +85,11 @@ def embedding_reference(
 
 
 def input_embedding(reference: dict[str, Any] | None) -> np.ndarray | None:
-    """The input embedding that a trace refers to, float32 [V, F]; None where it refers to none, or the file is not here.
+    """The input embedding that a trace refers to, float32 [V, F]; None where it refers to none, or
+    the file is not here.
 
-    More than MAX_FEATURES columns are projected at random to that many, which keeps distances (Johnson and Lindenstrauss, 1984) and
-    bounds what a ridge regression on them costs.
+    More than MAX_FEATURES columns are projected at random to that many, which keeps distances
+    (Johnson and Lindenstrauss, 1984) and bounds what a ridge regression on them costs.
     """
     if reference is None or not reference.get("file"):
         return None
@@ -103,7 +110,8 @@ def input_embedding(reference: dict[str, Any] | None) -> np.ndarray | None:
 
 
 def _map_matrix(file: Path, key: str, rows: int, columns: int) -> np.ndarray:
-    """A matrix of a safetensors file, mapped and not read: float32 or float16 [V, D], or bfloat16 as uint16."""
+    """A matrix of a safetensors file, mapped and not read: float32 or float16 [V, D], or
+    bfloat16 as uint16."""
     try:
         with open(file, "rb") as data:
             size = int.from_bytes(data.read(8), "little")
@@ -125,7 +133,8 @@ def _as_float32(block: np.ndarray) -> np.ndarray:
 
 
 def read_hash_layers(folder: Path) -> dict[int, np.ndarray]:
-    """Token-to-experts tables of the hash-routed layers of a checkpoint by model layer number: int64 [V, K] each; empty without any."""
+    """Token-to-experts tables of the hash-routed layers of a checkpoint by model layer number:
+    int64 [V, K] each; empty without any."""
     from semmoe.profiles.capture.layers import layer_number
 
     files = checkpoint_files(folder)
@@ -141,7 +150,8 @@ def read_hash_layers(folder: Path) -> dict[int, np.ndarray]:
 def write_hash_layers(
     path: Path, tables: dict[int, np.ndarray], model_layers: list[int], num_experts: int, model: str
 ) -> None:
-    """Write the tables of a model with MoE layers `model_layers` to `path`; raises InputError where it exists or an id is out of range."""
+    """Write the tables of a model with MoE layers `model_layers` to `path`; raises InputError
+    where it exists or an id is out of range."""
     if path.exists():
         raise InputError(f"{path} is there already: choose another name")
     dtype = np.uint8 if num_experts <= 256 else np.uint16

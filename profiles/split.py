@@ -1,4 +1,5 @@
-"""Which requests are held out. A split is by request, never by token: tokens of one request are not independent.
+"""Which requests are held out. A split is by request, never by token: tokens of one request are not
+independent.
 
 Shape letter: B requests.
 """
@@ -14,8 +15,8 @@ from semmoe.profiles.errors import InputError
 def holdout_requests(requests: pa.Table, *, holdout: float, holdout_domains: list[str], seed: int) -> np.ndarray:
     """Requests to score on and not to learn from, bool [B].
 
-    A share `holdout` of the requests, drawn at random; with `holdout_domains`, all requests of those domains instead.
-    Raises InputError where a domain is unknown or one side would be empty.
+    A share `holdout` of the requests, drawn at random; with `holdout_domains`, all requests of
+    those domains instead. Raises InputError where a domain is unknown or one side would be empty.
     """
     num_requests = requests.num_rows
     if holdout_domains:
@@ -40,7 +41,8 @@ def holdout_requests(requests: pa.Table, *, holdout: float, holdout_domains: lis
 
 
 def request_keys(requests: pa.Table) -> np.ndarray:
-    """A key for each request, uint64 [B], equal for the same request in any trace: what a plan keeps of the requests it was fitted on.
+    """A key for each request, uint64 [B], equal for the same request in any trace: what a plan
+    keeps of the requests it was fitted on.
 
     `requests`: the table of RoutingTrace.requests().
     """

@@ -1,11 +1,14 @@
-"""Synthetic traces with a known best placement: the answer is planted, so a method can be checked against it.
+"""Synthetic traces with a known best placement: the answer is planted, so a method can be checked
+against it.
 
-Every layer splits its experts into equal groups under its own random labels. A token's identity decides its group for
-the whole depth of the model, a domain prefers the tokens of some groups, and a row picks its experts inside the group
-of its token. Ranks that each host whole groups are then the best placement, as long as `noise` is small. Experts of a
-group are not equally popular, so that balance is a question as well.
+Every layer splits its experts into equal groups under its own random labels. A token's identity
+decides its group for the whole depth of the model, a domain prefers the tokens of some groups, and
+a row picks its experts inside the group of its token. Ranks that each host whole groups are then
+the best placement, as long as `noise` is small. Experts of a group are not equally popular, so that
+balance is a question as well.
 
-Shape letters: L MoE layers, E experts, K top-k, T tokens (rows), V vocabulary, G planted groups, D domains.
+Shape letters: L MoE layers, E experts, K top-k, T tokens (rows), V vocabulary, G planted groups, D
+domains.
 """
 
 from collections.abc import Iterator
@@ -44,7 +47,8 @@ class SyntheticRequest(NamedTuple):
 def plant_structure(
     *, num_layers: int, num_experts: int, num_groups: int, vocab_size: int, num_domains: int, seed: int
 ) -> PlantedStructure:
-    """Groups of experts and tokens, popularity, domains. Raises InputError where experts do not split evenly."""
+    """Groups of experts and tokens, popularity, domains. Raises InputError where experts do not
+    split evenly."""
     if num_groups < 1 or num_experts % num_groups:
         raise InputError(f"{num_experts} experts do not divide into {num_groups} groups")
     if vocab_size < num_groups or num_domains < 1:
@@ -53,7 +57,8 @@ def plant_structure(
     template_E = np.repeat(np.arange(num_groups, dtype=np.int32), num_experts // num_groups)
     group_of_LE = np.stack([rng.permutation(template_E) for _ in range(num_layers)])
     zipf_V = 1 / (np.arange(vocab_size) + 2.7)
-    # Most frequent token first, each to the lightest group: whole groups of tokens then weigh about the same.
+    # Most frequent token first, each to the lightest group: whole groups of tokens then weigh about
+    # the same.
     group_of_V, mass_G = np.empty(vocab_size, np.int32), np.zeros(num_groups)
     for token in range(vocab_size):
         group_of_V[token] = np.argmin(mass_G)
@@ -73,7 +78,8 @@ def route(
 ) -> np.ndarray:
     """Expert ids int32 [T, L, K] of a run of tokens, distinct and ascending within a row.
 
-    With probability `noise` a row follows a random group instead of its token's, and each pick leaves the group.
+    With probability `noise` a row follows a random group instead of its token's, and each pick
+    leaves the group.
     """
     num_layers, num_experts = structure.group_of_LE.shape
     num_tokens = len(token_ids_T)
@@ -99,7 +105,8 @@ def route(
 def synthetic_requests(
     structure: PlantedStructure, *, top_k: int, num_requests: int, tokens_per_request: int, noise: float, seed: int
 ) -> Iterator[SyntheticRequest]:
-    """Requests one by one: request i depends on seed and i only, domains take turns, half of it is prompt."""
+    """Requests one by one: request i depends on seed and i only, domains take turns, half of it
+    is prompt."""
     num_experts = structure.group_of_LE.shape[1]
     if not 1 <= top_k <= num_experts:
         raise InputError(f"top-{top_k} of {num_experts} experts is not possible")

@@ -1,9 +1,10 @@
 """RoutingTrace: the one trace format and its reader (`semmoe.profiles.trace_writer` writes it).
 
-A trace is a directory: `trace.json` with the facts, and Parquet parts with one row per request (docs/formats.md). It may be
-read through any URL that fsspec knows.
+A trace is a directory: `trace.json` with the facts, and Parquet parts with one row per request
+(docs/formats.md). It may be read through any URL that fsspec knows.
 
-Shape letters: T tokens (rows of routing), L MoE layers, K top-k, B requests, E experts, W windows of counts.
+Shape letters: T tokens (rows of routing), L MoE layers, K top-k, B requests, E experts, W windows
+of counts.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ COUNTS_FILE = "counts.parquet"
 
 @dataclass(frozen=True)
 class TraceInfo:
-    """What trace.json says of the model: enough to place, check and reshard without the model itself."""
+    """What trace.json says of the model: enough to place, check and reshard without the model
+    itself."""
 
     model: str
     num_layers: int  # MoE layers
@@ -77,7 +79,8 @@ class TraceInfo:
 
 @dataclass(frozen=True, eq=False)
 class TraceBatch:
-    """Consecutive requests: B of them with T rows in all. Row t of request b is starts_B1[b] <= t < starts_B1[b + 1]."""
+    """Consecutive requests: B of them with T rows in all. Row t of request b is starts_B1[b] <=
+    t < starts_B1[b + 1]."""
 
     request_ids: list[str]
     domains: list[str]
@@ -126,9 +129,11 @@ def trace_schema(id_dtype: np.dtype, weights: bool) -> pa.Schema:
 
 
 def integers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """The values of a column of integers, one after the other over the column's own buffer where it is one piece; a null is 0.
+    """The values of a column of integers, one after the other over the column's own buffer where it
+    is one piece; a null is 0.
 
-    Not by pyarrow's to_numpy: its first call imports pandas where that is installed, and loses a Ctrl-C that comes meanwhile.
+    Not by pyarrow's to_numpy: its first call imports pandas where that is installed, and loses a
+    Ctrl-C that comes meanwhile.
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if array.null_count:
@@ -181,7 +186,8 @@ class RoutingTrace:
 
     @classmethod
     def open(cls, path: str | Path) -> "RoutingTrace":
-        """Open a trace directory or any URL that fsspec knows (hf://, s3://). Raises InputError where it is none, or unfinished."""
+        """Open a trace directory or any URL that fsspec knows (hf://, s3://). Raises InputError
+        where it is none, or unfinished."""
         try:
             filesystem, root = fsspec.core.url_to_fs(str(path))
         except (ImportError, ValueError) as error:
@@ -225,7 +231,8 @@ class RoutingTrace:
             yield name, file
 
     def requests(self) -> pa.Table:
-        """One row per request with its small columns: request_id, domain, num_prompt_tokens, first_position, num_tokens."""
+        """One row per request with its small columns: request_id, domain, num_prompt_tokens,
+        first_position, num_tokens."""
         self.require_tokens("a list of requests")
         columns = ["request_id", "domain", "num_prompt_tokens", "first_position", "num_tokens"]
         tables = [_read(file, name, columns) for name, file in self._parts()]
@@ -236,7 +243,8 @@ class RoutingTrace:
         )
 
     def batches(self, keep_B: np.ndarray | None = None) -> Iterator[TraceBatch]:
-        """Batches of requests in stored order, a row group at a time. `keep_B`: bool [all requests], which to yield.
+        """Batches of requests in stored order, a row group at a time. `keep_B`: bool [all
+        requests], which to yield.
 
         The ids of a batch are one array over the file's own buffer: nothing is copied per request.
         """
@@ -260,7 +268,8 @@ class RoutingTrace:
         return concat_batches(list(self.batches(keep_B)), self.info)
 
     def load_counts(self) -> tuple[list[str], np.ndarray]:
-        """Windows and their activations per expert, int64 [W, L, E], of a trace that holds counts."""
+        """Windows and their activations per expert, int64 [W, L, E], of a trace that holds
+        counts."""
         if self.info.kind != "counts":
             raise InputError(f"{self.path} holds routing per token, not counts per window")
         name, file = next(self._parts())
@@ -280,7 +289,8 @@ def _read(file: pq.ParquetFile, name: str, columns: list[str], group: int | None
 
 
 def _flat_list(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets int64 [B + 1] from 0, and the flat values that they cut, of a list column. A null is an empty list."""
+    """Offsets int64 [B + 1] from 0, and the flat values that they cut, of a list column. A null
+    is an empty list."""
     array = table.column(column).combine_chunks()
     lengths = integers(array.value_lengths()).astype(np.int64)
     return np.concatenate([[0], np.cumsum(lengths)]), integers(array.flatten())

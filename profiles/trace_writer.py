@@ -1,6 +1,8 @@
-"""TraceWriter: writes a trace part by part, so that whatever stops it, whole parts remain and a later writer can go on from them.
+"""TraceWriter: writes a trace part by part, so that whatever stops it, whole parts remain and a
+later writer can go on from them.
 
-Parts are written under a temporary name and renamed when complete; trace.json says whether the trace is finished.
+Parts are written under a temporary name and renamed when complete; trace.json says whether the
+trace is finished.
 
 Shape letters: T tokens (rows of routing), L MoE layers, K top-k, E experts, W windows of counts.
 """
@@ -56,9 +58,10 @@ def _list_array(pieces: list[np.ndarray | None], dtype: np.dtype) -> pa.ListArra
 class TraceWriter:
     """Writes requests to a trace directory, part by part. Use as a context manager.
 
-    With `resume` an existing trace of the same model is continued: `request_ids` then holds the requests that are complete, and `add`
-    ignores those ids. Several processes may write one trace when each has its own `prefix`; one of them closes it last.
-    Leaving the block by an exception keeps complete parts and leaves the trace unfinished.
+    With `resume` an existing trace of the same model is continued: `request_ids` then holds the
+    requests that are complete, and `add` ignores those ids. Several processes may write one trace
+    when each has its own `prefix`; one of them closes it last. Leaving the block by an exception
+    keeps complete parts and leaves the trace unfinished.
     """
 
     def __init__(self, path: str | Path, info: TraceInfo, *, resume: bool = False, prefix: str = "part") -> None:
@@ -87,7 +90,8 @@ class TraceWriter:
         facts, info = read_facts(self.path.as_posix())
         if wrong := info.mismatch(self.info):
             raise InputError(f"{self.path} is the trace of another model or run: {wrong}")
-        # The first writer's facts stay, but a slot of a later run may be empty: the stored type must hold that too.
+        # The first writer's facts stay, but a slot of a later run may be empty: the stored type
+        # must hold that too.
         if self.info.id_dtype != info.id_dtype:
             raise InputError(f"{self.path} stores ids as {info.id_dtype}, this run needs {self.info.id_dtype}")
         self._hashes = {part["file"]: part["sha256"] for part in facts.get("parts", [])}
@@ -107,8 +111,9 @@ class TraceWriter:
     ) -> bool:
         """Append one request; False where its id is in the trace already.
 
-        `expert_ids_TLK`: integers [T, L, K]. `token_ids`: the whole known sequence, with row i of the ids at token first_position + i.
-        Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its rows.
+        `expert_ids_TLK`: integers [T, L, K]. `token_ids`: the whole known sequence, with row i of
+        the ids at token first_position + i. Raises InputError for a wrong shape, an id out of
+        range, or a sequence shorter than its rows.
         """
         if request_id in self.request_ids:
             return False
@@ -179,9 +184,11 @@ class TraceWriter:
         self._rows, self._values = [], 0
 
     def add_counts(self, windows: list[str], load_WLE: np.ndarray) -> None:
-        """Store activations per expert for each window (a step, a pass, an iteration): integers [W, L, E]. Kind "counts" only.
+        """Store activations per expert for each window (a step, a pass, an iteration): integers [W,
+        L, E]. Kind "counts" only.
 
-        A trace that is continued keeps its windows; of the new ones those are added whose names it does not have.
+        A trace that is continued keeps its windows; of the new ones those are added whose names it
+        does not have.
         """
         load = np.asarray(load_WLE)
         expected = (len(windows), self.info.num_layers, self.info.num_experts)
@@ -244,7 +251,8 @@ class TraceWriter:
 
 
 def refuse_existing_trace(path: Path, *, resume: bool = False) -> None:
-    """Raise InputError where a trace cannot be written to `path`, for callers that want to know before long work."""
+    """Raise InputError where a trace cannot be written to `path`, for callers that want to know
+    before long work."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

@@ -1,6 +1,7 @@
 """What starts: the installed `semmoe`, `python -m semmoe`, and that under torchrun.
 
-Imports hardly anything, so that Ctrl-C while the command line is still being imported is one line too.
+Imports hardly anything, so that Ctrl-C while the command line is still being imported is one line
+too.
 """
 
 import sys

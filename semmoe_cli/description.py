@@ -73,7 +73,8 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
 
 
 def _load_skew(load_LE: Any) -> dict[str, Any]:
-    """Load skew over the experts of a layer: mean over layers of busiest / mean, and the share of experts never used."""
+    """Load skew over the experts of a layer: mean over layers of busiest / mean, and the share
+    of experts never used."""
     import numpy as np
 
     mean_L = np.maximum(load_LE.mean(1), 1e-12)

@@ -1,6 +1,7 @@
 """The `semmoe` command: one Typer app whose subcommands live in the commands_* files.
 
-Nothing heavy is imported here: `semmoe --help` must answer at once. Each command imports what it needs when it runs.
+Nothing heavy is imported here: `semmoe --help` must answer at once. Each command imports what it
+needs when it runs.
 """
 
 import errno
@@ -59,7 +60,8 @@ def main() -> None:
         print(f"semmoe: {error}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
-        # Typer turns Ctrl-C into exit code 130 without a word; a command that has spoken for itself leaves no such cause.
+        # Typer turns Ctrl-C into exit code 130 without a word; a command that has spoken for itself
+        # leaves no such cause.
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             print("semmoe: interrupted", file=sys.stderr)
         raise

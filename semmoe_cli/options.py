@@ -26,7 +26,8 @@ class Method(enum.StrEnum):
 
 
 class Dispatch(enum.StrEnum):
-    """Choices of --dispatch; a test keeps them equal to semmoe.solvers.evaluate.metrics.DISPATCH_KINDS."""
+    """Choices of --dispatch; a test keeps them equal to
+    semmoe.solvers.evaluate.metrics.DISPATCH_KINDS."""
 
     per_rank = "per-rank"
     per_expert = "per-expert"
@@ -79,7 +80,8 @@ MessagesField = Annotated[
 
 
 def command_line(*path_values: Path | str) -> str:
-    """The command line as typed, without what cannot change the result: where files lie, how many processes work, how it is printed."""
+    """The command line as typed, without what cannot change the result: where files lie, how
+    many processes work, how it is printed."""
     hidden = {str(p) for p in path_values}
     words, skip = [], False
     for word in sys.argv[1:]:

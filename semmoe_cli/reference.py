@@ -1,4 +1,5 @@
-"""docs/cli.md from the commands' own help: `python -m semmoe.reference > docs/cli.md`. A test keeps the file equal to it."""
+"""docs/cli.md from the commands' own help: `python -m semmoe.reference > docs/cli.md`. A test
+keeps the file equal to it."""
 
 from typer.testing import CliRunner
 

@@ -1,7 +1,8 @@
-"""make_plan and score_plan: the whole way from traces to a plan with held-out scores, and from a plan to scores on another trace.
+"""make_plan and score_plan: the whole way from traces to a plan with held-out scores, and from a
+plan to scores on another trace.
 
-Scores always come from requests that the scored placement was not fitted on. The plan that is written may then be fitted on all
-requests: more data only helps it, and plan.json says so.
+Scores always come from requests that the scored placement was not fitted on. The plan that is
+written may then be fitted on all requests: more data only helps it, and plan.json says so.
 
 Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
@@ -49,9 +50,11 @@ def make_plan(
     made_by: str,
     progress: Stages | None = None,
 ) -> Plan:
-    """The plan for the traces' model, with scores on held-out requests beside the baselines (see `score_placements`).
+    """The plan for the traces' model, with scores on held-out requests beside the baselines (see
+    `score_placements`).
 
-    `certify`: bound what any placement could reach on the requests that were fitted for scoring (`certificate_of`).
+    `certify`: bound what any placement could reach on the requests that were fitted for scoring
+    (`certificate_of`).
     """
     if demands.dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {demands.dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
@@ -150,8 +153,9 @@ def _fitted(
 def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[dict[str, Any], list[str]]:
     """A report of the plan on a trace, and notes on which requests were scored.
 
-    Requests that the plan was fitted on are never scored. Where that leaves none of a trace that the plan was made from, its own
-    held-out scores are the answer. Raises InputError where another trace holds nothing else.
+    Requests that the plan was fitted on are never scored. Where that leaves none of a trace that
+    the plan was made from, its own held-out scores are the answer. Raises InputError where another
+    trace holds nothing else.
     """
     trace.require_tokens("a report")
     plan.model.check(trace.info, trace.path)
@@ -194,10 +198,12 @@ def _notes_on_own_scores(plan: Plan, setting: Setting) -> list[str]:
 def certificate_of(
     profile: RoutingProfile, placement: Placement, demands: Demands, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """How far the placement is, at most, from the best under the same constraints, on the profile it was fitted on.
+    """How far the placement is, at most, from the best under the same constraints, on the profile
+    it was fitted on.
 
-    Per layer the co-activation within ranks, its upper bound and the gap; and bounds on REM with random homes and on LAR with a token
-    table that follow (docs/formats.md). Raises InputError for a placement with replicas.
+    Per layer the co-activation within ranks, its upper bound and the gap; and bounds on REM with
+    random homes and on LAR with a token table that follow (docs/formats.md). Raises InputError for
+    a placement with replicas.
     """
     info, num_ranks = profile.info, placement.num_ranks
     if placement.num_replicas:
@@ -236,7 +242,8 @@ def split_requests(
 ) -> list[np.ndarray]:
     """Held-out requests over all traces together, bool [B] per trace (see `holdout_requests`).
 
-    Raises InputError where a request is in two of the traces: it would be learned from and scored on.
+    Raises InputError where a request is in two of the traces: it would be learned from and scored
+    on.
     """
     tables = [trace.requests() for trace in traces]
     keys = np.concatenate([request_keys(table) for table in tables])

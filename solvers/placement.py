@@ -13,7 +13,8 @@ from semmoe.profiles.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """Ranks on nodes: rank r is on node r // (R / N). `cost_RR` (float, optional): cost of one row from rank to rank."""
+    """Ranks on nodes: rank r is on node r // (R / N). `cost_RR` (float, optional): cost of one
+    row from rank to rank."""
 
     num_ranks: int
     num_nodes: int = 1
@@ -46,7 +47,8 @@ class Topology:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which experts each rank hosts at each layer, in slot order. The array's shape makes slots per rank equal."""
+    """Which experts each rank hosts at each layer, in slot order. The array's shape makes slots
+    per rank equal."""
 
     experts_LRS: np.ndarray  # int32 [L, R, S]
     num_experts: int
@@ -69,7 +71,8 @@ class Placement:
 
     @classmethod
     def from_ranks(cls, rank_of_LE: np.ndarray, num_ranks: int) -> "Placement":
-        """Placement without replicas from each expert's rank, [L, E]; slots in ascending expert order."""
+        """Placement without replicas from each expert's rank, [L, E]; slots in ascending expert
+        order."""
         num_layers, num_experts = rank_of_LE.shape
         counts_LR = (rank_of_LE[:, :, None] == np.arange(num_ranks)).sum(1)
         assert (counts_LR * num_ranks == num_experts).all(), "every rank must get the same number of experts"
@@ -112,5 +115,6 @@ class Placement:
 
     @property
     def physical_to_logical_LP(self) -> np.ndarray:
-        """Expert in every slot, ranks one after the other, int32 [L, R * S]: the map that serving engines read."""
+        """Expert in every slot, ranks one after the other, int32 [L, R * S]: the map that
+        serving engines read."""
         return self.experts_LRS.reshape(self.num_layers, -1)

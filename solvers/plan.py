@@ -1,8 +1,9 @@
 """Plan: a placement with where it came from, and its directory on disk (docs/formats.md).
 
-The directory holds plan.json, which people and engines read, and tables.safetensors with the arrays that schedules and evaluation need.
-It is written beside its name and renamed, so a plan is there whole or not at all. Same input and seed give the same bytes: nothing in
-it depends on the time, the machine or a path.
+The directory holds plan.json, which people and engines read, and tables.safetensors with the arrays
+that schedules and evaluation need. It is written beside its name and renamed, so a plan is there
+whole or not at all. Same input and seed give the same bytes: nothing in it depends on the time, the
+machine or a path.
 
 Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 """
@@ -112,7 +113,8 @@ class Plan:
         }
 
     def save(self, path: Path) -> None:
-        """Write the plan directory; a plan that is there already is replaced. Raises InputError for any other file or directory."""
+        """Write the plan directory; a plan that is there already is replaced. Raises InputError
+        for any other file or directory."""
         from safetensors.numpy import save
 
         check_plan_target(path)
@@ -120,14 +122,16 @@ class Plan:
         replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
         try:
             temporary.mkdir(parents=True)
-            # One line per key: people find their way, and a placement of 58 x 256 experts does not become 15,000 lines.
+            # One line per key: people find their way, and a placement of 58 x 256 experts does not
+            # become 15,000 lines.
             lines = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.to_json().items()]
             (temporary / "plan.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
             arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
             tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
             (temporary / "tables.safetensors").write_bytes(tables)
             if path.exists():
-                # The old plan is moved aside, not deleted first: whatever stops us here, one of the two is whole.
+                # The old plan is moved aside, not deleted first: whatever stops us here, one of the
+                # two is whole.
                 path.rename(replaced)
             temporary.rename(path)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -179,9 +183,9 @@ class Plan:
 
     @property
     def outputs(self) -> dict[str, Any]:
-        """Which outputs can express the placement, as far as the traces told: a router that chooses among groups of
-        consecutive experts keeps its choices only under permutations of whole groups, and a permutation has no replicas.
-        """
+        """Which outputs can express the placement, as far as the traces told: a router that chooses
+        among groups of consecutive experts keeps its choices only under permutations of whole
+        groups, and a permutation has no replicas."""
         why_not, model = "", self.model
         if self.placement.num_replicas:
             why_not = f"{self.placement.num_replicas} replica slots per rank"
@@ -203,7 +207,8 @@ class Plan:
 
 
 def check_plan_target(path: Path) -> None:
-    """Raise InputError where writing a plan to `path` would overwrite something that is not a plan."""
+    """Raise InputError where writing a plan to `path` would overwrite something that is not a
+    plan."""
     if path.exists() and not (path / "plan.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} is there and is not a plan: choose another name")
     if not path.absolute().parent.exists():

@@ -1,7 +1,8 @@
-"""Topology from a file: a JSON matrix of rank-to-rank costs, or the text that `nvidia-smi topo -m` prints.
+"""Topology from a file: a JSON matrix of rank-to-rank costs, or the text that `nvidia-smi topo -m`
+prints.
 
-The text's link names become costs in the order of their speed (NVLink, one PCIe switch, several, host bridge, socket,
-another socket). GPUs are taken as ranks in their order.
+The text's link names become costs in the order of their speed (NVLink, one PCIe switch, several,
+host bridge, socket, another socket). GPUs are taken as ranks in their order.
 
 Shape letter: R ranks.
 """
@@ -15,15 +16,15 @@ from semmoe.profiles.document import parse_json
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.placement import Topology
 
-# Cost of a row over each link of the legend, relative to NVLink of one lane; more lanes are proportionally cheaper.
+# Cost of a row over each link of the legend, relative to NVLink of one lane; more lanes are
+# proportionally cheaper.
 LINK_COST = {"PIX": 4.0, "PXB": 5.0, "PHB": 6.0, "NODE": 8.0, "SYS": 10.0}
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def read_topology(path: str | Path, *, num_ranks: int, num_nodes: int = 1) -> Topology:
-    """Topology of `num_ranks` ranks with the file's costs. Raises InputError where the file is neither form or of
-    another size.
-    """
+    """Topology of `num_ranks` ranks with the file's costs. Raises InputError where the file is
+    neither form or of another size."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

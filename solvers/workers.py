@@ -1,4 +1,5 @@
-"""Worker processes for layers: a map in order, with bounded work in flight, that ends at once when the work is interrupted."""
+"""Worker processes for layers: a map in order, with bounded work in flight, that ends at once
+when the work is interrupted."""
 
 import multiprocessing
 import os
@@ -21,8 +22,9 @@ LayerMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 def layer_map(processes: int, num_experts: int) -> Iterator[LayerMap]:
     """A `map` over layers, in order, in worker processes with one BLAS thread each.
 
-    Small layers run in this process when one is asked for: their arithmetic is too small for BLAS threads to matter. Where the block is
-    left by an exception (Ctrl-C), workers are ended in the middle of their work.
+    Small layers run in this process when one is asked for: their arithmetic is too small for BLAS
+    threads to matter. Where the block is left by an exception (Ctrl-C), workers are ended in the
+    middle of their work.
     """
     if processes <= 1 and num_experts <= 64:
         yield map
@@ -46,9 +48,11 @@ def layer_map(processes: int, num_experts: int) -> Iterator[LayerMap]:
 
 @contextmanager
 def step_file(progress: Callable[[int, int], None] | None, total: int) -> Iterator[str | None]:
-    """A file that worker processes tell their steps to (`tell_step`), and that is read for `progress` while the block runs.
+    """A file that worker processes tell their steps to (`tell_step`), and that is read for
+    `progress` while the block runs.
 
-    None where nobody asks, or where the system has no /proc to name a file that leaves nothing behind.
+    None where nobody asks, or where the system has no /proc to name a file that leaves nothing
+    behind.
     """
     if progress is None or not os.path.exists("/proc/self/fd"):
         yield None
@@ -79,9 +83,11 @@ def tell_step(path: str | None) -> None:
 
 
 def compute_on_one_thread() -> None:
-    """This process computes on one BLAS thread, as its workers do, if called before numpy is imported.
+    """This process computes on one BLAS thread, as its workers do, if called before numpy is
+    imported.
 
-    Sums are then added in one order whatever the machine: the same input gives the same bytes on 2 cores and on 64.
+    Sums are then added in one order whatever the machine: the same input gives the same bytes on 2
+    cores and on 64.
     """
     os.environ.update(dict.fromkeys(THREADS, "1"))
 
@@ -103,7 +109,8 @@ def _one_thread_each() -> Iterator[None]:
 
 @contextmanager
 def _held_interrupts() -> Iterator[None]:
-    """Ctrl-C in the block waits for its end, and never comes to processes that start in it: they inherit the mask.
+    """Ctrl-C in the block waits for its end, and never comes to processes that start in it: they
+    inherit the mask.
 
     Without it a worker that is interrupted before it can ignore that would print a traceback.
     """
@@ -118,7 +125,8 @@ def _held_interrupts() -> Iterator[None]:
 
 
 def _start_worker() -> None:
-    """Ctrl-C is the main process's to handle; where that ends without a word, so does its worker."""
+    """Ctrl-C is the main process's to handle; where that ends without a word, so does its
+    worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

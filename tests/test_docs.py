@@ -1,4 +1,5 @@
-"""README and docs/: links lead somewhere, command lines parse, figures are what their script draws."""
+"""README and docs/: links lead somewhere, command lines parse, figures are what their script
+draws."""
 
 import json
 import re

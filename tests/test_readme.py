@@ -11,7 +11,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_ci_runs_the_commands_of_the_readme():
-    """`.ci/run` takes both commands from the README by their last words; tests/test_wheel.py runs the demo from a wheel."""
+    """`.ci/run` takes both commands from the README by their last words; tests/test_wheel.py
+    runs the demo from a wheel."""
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     patterns = re.findall(r"\$\(grep -E '(.+)' README.md\)", script)
     found = [[line for line in README.splitlines() if re.search(pattern, line)] for pattern in patterns]

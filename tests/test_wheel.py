@@ -1,6 +1,8 @@
-"""The wheel: complete, small, described, and at home in an environment that holds what it declares and nothing else.
+"""The wheel: complete, small, described, and at home in an environment that holds what it declares
+and nothing else.
 
-The environment is made without network: the declared dependencies, and theirs, are linked into it from the one that runs the tests.
+The environment is made without network: the declared dependencies, and theirs, are linked into it
+from the one that runs the tests.
 """
 
 import os
@@ -23,13 +25,19 @@ pytest.importorskip("build", reason="the test extra's build is not installed")
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"semmoe_cli": "semmoe", "profiles": "semmoe/profiles", "solvers": "semmoe/solvers", "runtime": "semmoe/runtime"}
+FOLDERS = {
+    "semmoe_cli": "semmoe",
+    "profiles": "semmoe/profiles",
+    "solvers": "semmoe/solvers",
+    "runtime": "semmoe/runtime",
+}
 MEGABYTES = 25
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with wheel and sdist, and the build's output as log.txt; built from a copy: a build writes beside its sources."""
+    """A folder with wheel and sdist, and the build's output as log.txt; built from a copy: a
+    build writes beside its sources."""
     root = tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "semmoe-demo")
     shutil.copytree(ROOT, root / "source", ignore=ignored)
@@ -73,7 +81,8 @@ def bare(wheel, described, tmp_path_factory) -> Path:
 
 
 def declared(requirements: list[str]) -> list[Distribution]:
-    """The installed distributions that the requirements name, and theirs, without extras of the wheel."""
+    """The installed distributions that the requirements name, and theirs, without extras of the
+    wheel."""
     found: dict[str, Distribution] = {}
     open_ = [(Requirement(text), "") for text in requirements]
     while open_:
@@ -102,13 +111,15 @@ def installed_paths() -> list[str]:
 
 
 def tops(installed: Distribution) -> set[str]:
-    """The names in site-packages that a distribution owns; without programs, and without what hooks into every start of Python."""
+    """The names in site-packages that a distribution owns; without programs, and without what
+    hooks into every start of Python."""
     names = {Path(str(file)).parts[0] for file in installed.files or []}
     return {name for name in names if name not in ("..", "__pycache__") and not name.endswith(".pth")}
 
 
 def outside(bare: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A program of the environment, in another folder and without this process's Python variables."""
+    """A program of the environment, in another folder and without this process's Python
+    variables."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COVERAGE", "VIRTUAL_ENV"))}
     return subprocess.run([str(bare / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, env=environment)
 
@@ -168,7 +179,8 @@ def test_declared_dependencies_are_enough_for_every_module(bare, tmp_path):
 
 
 def test_the_installed_wheel_runs_the_demo(bare, tmp_path):
-    """What the README's first command ends in; `.ci/run` runs that command itself and leaves this test out."""
+    """What the README's first command ends in; `.ci/run` runs that command itself and leaves
+    this test out."""
     done = outside(bare, "semmoe", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"plan .* random .* 0\.250", done.stdout) and "semmoe-demo/plan" in done.stderr

@@ -1,13 +1,15 @@
-"""Records which experts the routers of a model choose, while the model reads (and continues) requests in batches.
+"""Records which experts the routers of a model choose, while the model reads (and continues)
+requests in batches.
 
-Hooks keep each layer's chosen ids where they were computed; after a forward pass they are stacked, narrowed to 8 or 16 bits and
-copied to the host at once. Requests are read ahead in a window, sorted by length and cut into batches of about equal lengths under a
-budget of tokens, so little padding is computed, none is recorded, and memory depends on the window only.
+Hooks keep each layer's chosen ids where they were computed; after a forward pass they are stacked,
+narrowed to 8 or 16 bits and copied to the host at once. Requests are read ahead in a window, sorted
+by length and cut into batches of about equal lengths under a budget of tokens, so little padding is
+computed, none is recorded, and memory depends on the window only.
 
-Reading pads on the right. In a causal model (one that can generate) nothing before the padding sees it, so no attention mask is
-given, which leaves the attention kernels their causal fast path; other models get the mask.
-Generating pads on the left with the attention mask, as `generate` expects. tests/profiles/test_families.py holds both equal to one request at a
-time for every family.
+Reading pads on the right. In a causal model (one that can generate) nothing before the padding sees
+it, so no attention mask is given, which leaves the attention kernels their causal fast path; other
+models get the mask. Generating pads on the left with the attention mask, as `generate` expects.
+tests/profiles/test_families.py holds both equal to one request at a time for every family.
 
 Shape letters: T tokens, L MoE layers, K top-k, B requests of a batch, E experts.
 """
@@ -41,7 +43,8 @@ class TokenRequest:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """One request with its routing. Row t of the ids belongs to token_ids[t]; a generated last token has no row."""
+    """One request with its routing. Row t of the ids belongs to token_ids[t]; a generated last
+    token has no row."""
 
     request_id: str
     domain: str
@@ -53,7 +56,8 @@ class Recorded:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """How to record a model: its MoE layers that take part in reading text, their top-k, and whether weights are kept."""
+    """How to record a model: its MoE layers that take part in reading text, their top-k, and
+    whether weights are kept."""
 
     layers: tuple[MoeLayer, ...]
     top_k: int
@@ -80,10 +84,11 @@ class AllChosen(Exception):
 def hooked(
     layers: Iterable[MoeLayer], *, stop: bool = False, check: Callable[[], None] = lambda: None
 ) -> Iterator[list[list[Any]]]:
-    """Within the block, every forward pass appends each layer's choice to that layer's list of the yielded lists.
+    """Within the block, every forward pass appends each layer's choice to that layer's list of the
+    yielded lists.
 
-    With `stop` a pass ends in AllChosen as soon as the last layer's router has chosen. What `check`, called at every router,
-    raises ends a pass too.
+    With `stop` a pass ends in AllChosen as soon as the last layer's router has chosen. What
+    `check`, called at every router, raises ends a pass too.
     """
     layers = list(layers)
     choices: list[list[Any]] = [[] for _ in layers]
@@ -99,7 +104,8 @@ def hooked(
             return layer.module.register_forward_hook(keep, with_kwargs=True)
         return layer.module.register_forward_pre_hook(keep, with_kwargs=True)
 
-    # GPT-OSS in MXFP4 fuses router and experts unless its experts say that they are hooked; then they take the router's choice.
+    # GPT-OSS in MXFP4 fuses router and experts unless its experts say that they are hooked; then
+    # they take the router's choice.
     fused = [m for m in (layer.module for layer in layers) if hasattr(m, "forward_routed")]
     handles = [attach(layer, into) for layer, into in zip(layers, choices, strict=True)]
     for module in fused:
@@ -116,7 +122,8 @@ def hooked(
 def start_recording(model: Any, name: str, *, weights: bool = False) -> Recording:
     """Find the MoE layers that read text, and their top-k, by reading a few tokens.
 
-    Towers for images and layers that only other inputs reach are left out. Raises InputError where nothing is routed.
+    Towers for images and layers that only other inputs reach are left out. Raises InputError where
+    nothing is routed.
     """
     layers = find_moe_layers(model)
     if not layers:
@@ -138,12 +145,14 @@ def start_recording(model: Any, name: str, *, weights: bool = False) -> Recordin
 
 
 def read_batch(model: Any, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None) -> None:
-    """One forward pass without the output head: logits of a long batch would take more memory than the rest."""
+    """One forward pass without the output head: logits of a long batch would take more memory
+    than the rest."""
     model.base_model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
 
 
 def take_choices(choices: list[list[Any]], recording: Recording, step: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-    """Ids [T, L, K] and weights (float16, or None) of one forward pass, in one copy per device; that pass is then forgotten."""
+    """Ids [T, L, K] and weights (float16, or None) of one forward pass, in one copy per device;
+    that pass is then forgotten."""
     index = [taken[step][0] for taken in choices]
     weights = [taken[step][1] for taken in choices] if recording.weights else None
     narrow = _stack_on_host([_as_rows(i, recording.top_k, recording.num_experts) for i in index], recording.dtype)
@@ -174,10 +183,12 @@ def _stack_on_host(layers_TK: list[torch.Tensor], dtype: torch.dtype) -> np.ndar
 def length_batches(
     requests: Iterable[TokenRequest], batch_tokens: int, *, extra_tokens: int = 0
 ) -> Iterator[list[TokenRequest]]:
-    """Batches of requests of similar lengths, at most `batch_tokens` tokens each after padding (one request may be longer).
+    """Batches of requests of similar lengths, at most `batch_tokens` tokens each after padding (one
+    request may be longer).
 
-    `extra_tokens`: tokens that each request will grow by. Windows of the input are sorted, longest first; requests of a window
-    change places, windows do not. Nothing of a later window is read before its turn.
+    `extra_tokens`: tokens that each request will grow by. Windows of the input are sorted, longest
+    first; requests of a window change places, windows do not. Nothing of a later window is read
+    before its turn.
     """
     window: list[TokenRequest] = []
     tokens = 0
@@ -216,10 +227,12 @@ def pad_batch(batch: list[TokenRequest], *, left: bool) -> tuple[np.ndarray, np.
 def record_prefill(
     model: Any, recording: Recording, batch: list[TokenRequest], *, check: Callable[[], None] = lambda: None
 ) -> list[Recorded]:
-    """Read a batch once and return every request's routing. What `check`, called at every router, raises ends the pass.
+    """Read a batch once and return every request's routing. What `check`, called at every router,
+    raises ends the pass.
 
-    The pass ends at the last router: the experts behind it, whose output nobody needs, are not computed. A model that is spread
-    over devices runs to its end, since hooks of its own move weights after each module.
+    The pass ends at the last router: the experts behind it, whose output nobody needs, are not
+    computed. A model that is spread over devices runs to its end, since hooks of its own move
+    weights after each module.
     """
     ids, mask = pad_batch(batch, left=False)
     needs_mask = not (mask.all() or model.can_generate())
@@ -256,10 +269,12 @@ def record_generation(
     seed: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> list[Recorded]:
-    """Continue every request of a batch by up to `num_tokens` tokens with a KV cache, and return the routing of all its tokens.
+    """Continue every request of a batch by up to `num_tokens` tokens with a KV cache, and return
+    the routing of all its tokens.
 
-    Temperature 0 takes the likeliest token, else tokens are drawn from the softmax of logits / temperature, with random numbers that
-    depend on the seed, the request's id and the place only, not on the batch. A request ends at an end-of-sequence token.
+    Temperature 0 takes the likeliest token, else tokens are drawn from the softmax of logits /
+    temperature, with random numbers that depend on the seed, the request's id and the place only,
+    not on the batch. A request ends at an end-of-sequence token.
     """
     ids, mask = pad_batch(batch, left=True)
     sampler = [Sampler(batch, temperature, seed, model.device)] if temperature > 0 else []
@@ -291,7 +306,8 @@ def record_generation(
 
 
 def _rows_of(b: int, steps: tuple, shape: tuple[int, ...], num_prompt: int, num_generated: int) -> np.ndarray | None:
-    """Rows of request b: the unpadded end of the prompt's pass, then one row of each later pass but for the last token."""
+    """Rows of request b: the unpadded end of the prompt's pass, then one row of each later pass
+    but for the last token."""
     if steps[0] is None:
         return None
     prompt = steps[0].reshape(*shape, *steps[0].shape[1:])[b, shape[1] - num_prompt :]
@@ -299,7 +315,8 @@ def _rows_of(b: int, steps: tuple, shape: tuple[int, ...], num_prompt: int, num_
 
 
 class Sampler:
-    """A logits processor that turns "take the likeliest" into sampling: it adds Gumbel noise to logits / temperature.
+    """A logits processor that turns "take the likeliest" into sampling: it adds Gumbel noise to
+    logits / temperature.
 
     Each request has its own generator, so what is drawn for it does not depend on its batch.
     """

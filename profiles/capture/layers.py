@@ -1,9 +1,12 @@
-"""Where a model of Transformers keeps its routed experts, how to read the router's choice there, and the facts of a trace.
+"""Where a model of Transformers keeps its routed experts, how to read the router's choice there,
+and the facts of a trace.
 
-Almost every family hands the router's choice to a module `experts(hidden_states, top_k_index, top_k_weights)` once per MoE layer, so
-a forward pre-hook on that module sees the choice itself: correction biases, groups of experts and hash tables are in it already
-(top-k of the logits is not the choice for such routers). Two families differ and are read at the router: Llama 4 returns scores
-that are zero except at the chosen experts, JetMoE the order in which it sorts its (token, choice) pairs.
+Almost every family hands the router's choice to a module `experts(hidden_states, top_k_index,
+top_k_weights)` once per MoE layer, so a forward pre-hook on that module sees the choice itself:
+correction biases, groups of experts and hash tables are in it already (top-k of the logits is not
+the choice for such routers). Two families differ and are read at the router: Llama 4 returns scores
+that are zero except at the chosen experts, JetMoE the order in which it sorts its (token, choice)
+pairs.
 
 Shape letters: T tokens of a forward pass, K top-k, E experts.
 """
@@ -35,7 +38,8 @@ Choice = tuple[torch.Tensor, torch.Tensor]  # expert ids [T, K] and their weight
 
 @dataclass(frozen=True, eq=False)
 class MoeLayer:
-    """One MoE layer of a loaded model: the module to hook, and how to read the choice from what the hook sees."""
+    """One MoE layer of a loaded model: the module to hook, and how to read the choice from what
+    the hook sees."""
 
     name: str  # path of the hooked module
     module: nn.Module
@@ -47,7 +51,8 @@ class MoeLayer:
 
 
 def find_moe_layers(model: Any) -> list[MoeLayer]:
-    """The MoE layers of `model` in layer order; an empty list for a dense model. Works on weights of device meta too."""
+    """The MoE layers of `model` in layer order; an empty list for a dense model. Works on
+    weights of device meta too."""
     layers = []
     if model.config.model_type in UNSUPPORTED:
         return layers
@@ -110,7 +115,8 @@ def _read_llama4(output: tuple, top_k: int) -> Choice:
 
 
 def _read_jetmoe(output: tuple, top_k: int) -> Choice:
-    """JetMoE's router returns the order that sorts its T * K choices by expert, and how many each expert got."""
+    """JetMoE's router returns the order that sorts its T * K choices by expert, and how many
+    each expert got."""
     order, _token, weights, expert_size, _logits = output
     sizes = torch.as_tensor(expert_size, device=order.device)
     by_expert = torch.repeat_interleave(torch.arange(len(sizes), device=order.device), sizes)
@@ -137,7 +143,8 @@ def explain_unsupported(model: Any, name: str) -> InputError:
 def trace_info(
     model: Any, layers: list[MoeLayer], top_k: int, *, name: str, embedding: dict[str, Any] | None, made_by: str
 ) -> TraceInfo:
-    """The facts of a trace of `layers`, those that take part in reading text. Raises InputError where their shapes differ."""
+    """The facts of a trace of `layers`, those that take part in reading text. Raises InputError
+    where their shapes differ."""
     config = model.config.get_text_config()
     counts = sorted({layer.num_experts for layer in layers})
     if len(counts) > 1:

@@ -1,4 +1,5 @@
-"""Loads a model of Transformers and its tokenizer by hub id or directory, refusing what cannot be traced before weights are read."""
+"""Loads a model of Transformers and its tokenizer by hub id or directory, refusing what cannot
+be traced before weights are read."""
 
 import os
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, eq=False)
 class ModelSource:
-    """A model before its weights are read: what was asked for, its configuration, and where its files lie."""
+    """A model before its weights are read: what was asked for, its configuration, and where its
+    files lie."""
 
     name: str  # as the user gave it
     path: str  # hub id or directory
@@ -33,7 +35,8 @@ class ModelSource:
 
 
 def find_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
-    """Read the configuration of a hub id, a directory, or "demo". Raises InputError where there is no model."""
+    """Read the configuration of a hub id, a directory, or "demo". Raises InputError where there
+    is no model."""
     path = name
     if name == "demo":
         from semmoe.profiles.demo.paths import demo_model_path
@@ -83,14 +86,16 @@ def load_tokenizer(source: ModelSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    # Some families make a tokenizer of special tokens alone where a directory holds no tokenizer files.
+    # Some families make a tokenizer of special tokens alone where a directory holds no tokenizer
+    # files.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{source.name} has no tokenizer: it knows special tokens only")
     return tokenizer
 
 
 def model_class(source: ModelSource) -> Any:
-    """The class that the checkpoint names, so that a multimodal checkpoint finds its weights; else the causal model of its type."""
+    """The class that the checkpoint names, so that a multimodal checkpoint finds its weights;
+    else the causal model of its type."""
     for name in getattr(source.config, "architectures", None) or []:
         named = getattr(transformers, name, None)
         if named is not None and getattr(named, "config_class", None) is type(source.config):
@@ -112,7 +117,8 @@ def refuse_untraceable(source: ModelSource) -> None:
 
 
 def choose_device(device: str, local_rank: int | None = None) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:N" as a device that is there; under torchrun "cuda" is the GPU of the local rank."""
+    """ "auto", "cpu", "cuda" or "cuda:N" as a device that is there; under torchrun "cuda" is the
+    GPU of the local rank."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -157,7 +163,8 @@ def load_model(source: ModelSource, *, dtype: str = "auto", device: torch.device
 
 
 def find_embedding(source: ModelSource, model: Any) -> dict[str, Any] | None:
-    """Where the checkpoint keeps the input embedding of `model`; None where no safetensors file holds it."""
+    """Where the checkpoint keeps the input embedding of `model`; None where no safetensors file
+    holds it."""
     vectors = model.get_input_embeddings().weight
     name = next((n for n, p in model.named_parameters() if p is vectors), "")
     return embedding_reference(source.path, source.folder, source.revision, name, list(vectors.shape))

@@ -1,6 +1,7 @@
 """The requests in a source of text: files, standard input, or a data set of the Hugging Face hub.
 
-A source is a stream of records (profiles/capture/sources.py); what of a record is the prompt is chosen from its first record, and said aloud.
+A source is a stream of records (profiles/capture/sources.py); what of a record is the prompt is
+chosen from its first record, and said aloud.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,7 +55,8 @@ class Fields:
 
 @dataclass(frozen=True)
 class RequestSource:
-    """Where requests are read from: exactly one of `data` (files, "-" or "demo") and `dataset` (of the hub), and which fields."""
+    """Where requests are read from: exactly one of `data` (files, "-" or "demo") and `dataset`
+    (of the hub), and which fields."""
 
     data: str | None = None
     dataset: str | None = None
@@ -72,7 +74,8 @@ class RequestSource:
 def open_requests(
     source: RequestSource, progress: ReadProgress | None = None, *, tell: Callable[[str], None] = lambda line: None
 ) -> Iterator[TextRequest]:
-    """The requests of `source` in order, at most `max_requests`. Raises InputError as open_source, open_dataset and read_requests do."""
+    """The requests of `source` in order, at most `max_requests`. Raises InputError as
+    open_source, open_dataset and read_requests do."""
     records = (
         open_source(source.data, progress)
         if source.data is not None
@@ -106,8 +109,9 @@ def read_requests(
 ) -> Iterator[TextRequest]:
     """The requests of `records` in order, each with an id of its own.
 
-    The id is the record's `request_id` or `id` where it has one, else its place in the source, so that a later run finds the same.
-    `tell` gets one line that says which fields are read. Raises InputError for a field that is missing or of the wrong type.
+    The id is the record's `request_id` or `id` where it has one, else its place in the source, so
+    that a later run finds the same. `tell` gets one line that says which fields are read. Raises
+    InputError for a field that is missing or of the wrong type.
     """
     fields: Fields | None = None
     seen: set[str] = set()
@@ -130,7 +134,8 @@ def read_requests(
 def choose_fields(
     record: Record, *, text_field: str | None, messages_field: str | None, domain_field: str | None
 ) -> Fields:
-    """What of the records like `record` is read: the fields asked for, else the common ones in a fixed order."""
+    """What of the records like `record` is read: the fields asked for, else the common ones in a
+    fixed order."""
     value = record.value
     if text_field and messages_field:
         raise InputError("--text-field and --messages-field exclude each other")
@@ -197,7 +202,8 @@ def _question(question: str, choices: Any, record: Record) -> str:
 
 
 def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
-    """Messages with roles of chat templates, from the usual shapes: role and content, or ShareGPT's from and value."""
+    """Messages with roles of chat templates, from the usual shapes: role and content, or
+    ShareGPT's from and value."""
     if not isinstance(value, list) or not value:
         raise InputError(
             f"{where}: {'an empty list' if value == [] else type(value).__name__}, expected a list of messages"
@@ -215,7 +221,8 @@ def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
 
 
 def encode_requests(requests: list[TextRequest], tokenizer: Any, *, answer: bool = False) -> list[np.ndarray]:
-    """Token ids of each request, int32. Messages go through the chat template; with `answer` their last reply is left to the model.
+    """Token ids of each request, int32. Messages go through the chat template; with `answer` their
+    last reply is left to the model.
 
     Raises InputError where the tokenizer has no chat template, or the template refuses a request.
     """

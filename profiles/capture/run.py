@@ -1,8 +1,10 @@
-"""`semmoe trace`: a model reads the requests of a source, and its routing is written as a trace while it runs.
+"""`semmoe trace`: a model reads the requests of a source, and its routing is written as a trace
+while it runs.
 
-The order of work is set by what can go wrong: the target, the first request and the model's type are checked before any weight is
-read. Requests are taken in the order of the source; which of them a trace holds depends on the source and the limits only, not on
-batches, ranks, or where an earlier run of the same command stopped.
+The order of work is set by what can go wrong: the target, the first request and the model's type
+are checked before any weight is read. Requests are taken in the order of the source; which of them
+a trace holds depends on the source and the limits only, not on batches, ranks, or where an earlier
+run of the same command stopped.
 """
 
 import itertools
@@ -109,10 +111,12 @@ def trace_model(
     made_by: str = "",
     tell: Callable[[str], None] = lambda line: None,
 ) -> TraceInfo:
-    """Trace `requests` through the model `name` into the trace `out`, and return its facts. `progress` is updated batch by batch.
+    """Trace `requests` through the model `name` into the trace `out`, and return its facts.
+    `progress` is updated batch by batch.
 
-    Ctrl-C (or SIGTERM) ends the run early with a finished trace of what is complete. Any other end keeps complete parts, and the
-    same call with `resume` goes on. Raises InputError for all that the user can mend.
+    Ctrl-C (or SIGTERM) ends the run early with a finished trace of what is complete. Any other end
+    keeps complete parts, and the same call with `resume` goes on. Raises InputError for all that
+    the user can mend.
     """
     if ranks.rank == 0:
         refuse_existing_trace(out, resume=resume)
@@ -160,7 +164,8 @@ def trace_model(
 
 
 def default_batch_tokens(recording: Recording, device: Any) -> int:
-    """Tokens of a batch that fill the device: on a CPU about 64 rows per expert, beyond which activations leave its caches."""
+    """Tokens of a batch that fill the device: on a CPU about 64 rows per expert, beyond which
+    activations leave its caches."""
     if device.type != "cpu":
         return 16384
     return max(1024, 64 * recording.num_experts // recording.top_k)
@@ -206,7 +211,8 @@ def encoded_requests(
     *,
     answer: bool,
 ) -> Iterator[TokenRequest]:
-    """Requests as token ids, within the limits. A text over `longest` is cut where max_length asks for that, else an InputError."""
+    """Requests as token ids, within the limits. A text over `longest` is cut where max_length
+    asks for that, else an InputError."""
     tokens = count = 0
     while chunk := list(itertools.islice(requests, ENCODE_REQUESTS)):
         for request, ids in zip(chunk, encode_requests(chunk, tokenizer, answer=answer), strict=True):
@@ -242,7 +248,8 @@ def _new_requests(requests: Iterator[TokenRequest], known: set[str], progress: T
 
 
 def _longest_input(source: ModelSource, model: Any, generated: int, max_length: int | None) -> int | None:
-    """Prompt tokens of a request at most: max_length, else what the model's positions leave; None where there is no end."""
+    """Prompt tokens of a request at most: max_length, else what the model's positions leave;
+    None where there is no end."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not limit:
         return max_length
@@ -256,8 +263,8 @@ def _longest_input(source: ModelSource, model: Any, generated: int, max_length: 
 def writing(out: Path, info: TraceInfo, ranks: Ranks, *, resume: bool) -> Iterator[TraceWriter]:
     """The trace's writer of this rank. Rank 0 opens the trace first and finishes it last.
 
-    A KeyboardInterrupt in the block ends it like its end. After an InputError everything recorded is written first, and the
-    trace stays unfinished.
+    A KeyboardInterrupt in the block ends it like its end. After an InputError everything recorded
+    is written first, and the trace stays unfinished.
     """
     if ranks.size == 1:
         writer = TraceWriter(out, info, resume=resume)
@@ -284,8 +291,9 @@ def writing(out: Path, info: TraceInfo, ranks: Ranks, *, resume: bool) -> Iterat
 def interruptible(progress: TraceProgress) -> Iterator[tuple[Callable[[], Any], Callable[[], None]]]:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt in the block, once. Yields `hold` and `check`.
 
-    In `with hold()` it is raised at the end only, or at a call of `check`. So reading, which may wait for its source, ends at
-    once; a model's pass ends at its next router, never inside a kernel; and the trace is never left between two states.
+    In `with hold()` it is raised at the end only, or at a call of `check`. So reading, which may
+    wait for its source, ends at once; a model's pass ends at its next router, never inside a
+    kernel; and the trace is never left between two states.
     """
     holding = False
 

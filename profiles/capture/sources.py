@@ -1,6 +1,8 @@
-"""Records of a source of text: local files, directories, standard input, or a data set of the Hugging Face hub, as a stream.
+"""Records of a source of text: local files, directories, standard input, or a data set of the
+Hugging Face hub, as a stream.
 
-Lines of JSON, CSV rows, Parquet rows and hub rows are records with fields; a line of plain text is a record that is a string.
+Lines of JSON, CSV rows, Parquet rows and hub rows are records with fields; a line of plain text is
+a record that is a string.
 """
 
 import csv
@@ -46,10 +48,12 @@ class ReadProgress:
 
 
 def open_source(source: str, progress: ReadProgress | None = None) -> Iterator[Record]:
-    """Records of `source`: a file, a directory of files, "-" for standard input, "demo" for the embedded prompts.
+    """Records of `source`: a file, a directory of files, "-" for standard input, "demo" for the
+    embedded prompts.
 
-    A file's type is its suffix, .gz after it allowed. Plain text is one record per line that is not blank. Raises InputError, at
-    once for a source that is not there and while reading for one that is damaged, with file and line.
+    A file's type is its suffix, .gz after it allowed. Plain text is one record per line that is not
+    blank. Raises InputError, at once for a source that is not there and while reading for one that
+    is damaged, with file and line.
     """
     if source == "-":
         return _stdin_records()
@@ -74,7 +78,8 @@ def open_source(source: str, progress: ReadProgress | None = None) -> Iterator[R
 
 
 def open_dataset(name: str, *, subset: str | None = None, split: str | None = None) -> Iterator[Record]:
-    """Rows of a data set of the hub (or a folder that `datasets` can read), streamed. Raises InputError with the library's reason."""
+    """Rows of a data set of the hub (or a folder that `datasets` can read), streamed. Raises
+    InputError with the library's reason."""
     import datasets
 
     try:
@@ -174,7 +179,8 @@ def _json_lines(stream: Iterable[bytes], where: str) -> Iterator[tuple[int, dict
 
 
 def _json_document(stream: BinaryIO, where: str) -> Iterator[tuple[int, Any]]:
-    """A list of objects, an object that holds one list, or lines of objects under the wrong suffix."""
+    """A list of objects, an object that holds one list, or lines of objects under the wrong
+    suffix."""
     content = stream.read()
     try:
         value = parse_json(content)

@@ -1,7 +1,8 @@
 """Where the embedded demo model and its prompts lie, in a checkout and in an installed wheel alike.
 
-Both are ordinary package data beside this file: a Hugging Face checkpoint folder, and JSON lines with one object
-{"id", "domain", "text"} per request. `demo` as MODEL or SOURCE of a command means these two paths.
+Both are ordinary package data beside this file: a Hugging Face checkpoint folder, and JSON lines
+with one object {"id", "domain", "text"} per request. `demo` as MODEL or SOURCE of a command means
+these two paths.
 """
 
 from pathlib import Path

@@ -1,16 +1,18 @@
-"""Train a small Mixture-of-Experts language model on labelled text, so that its routing is learned and not random.
+"""Train a small Mixture-of-Experts language model on labelled text, so that its routing is learned
+and not random.
 
     python -m semmoe.profiles.demo.train TEXTS OUT --size 4m --steps 2400
     python -m semmoe.profiles.demo.train TEXTS OUT --size 16m --minutes 65
 
-TEXTS is a folder of UTF-8 files, one per domain and named for it; OUT becomes a checkpoint that Transformers loads:
-Qwen3-MoE, 16-bit weights, a byte-level BPE tokenizer, and training.json with the facts of the run. Every step draws its
-sequences from the domains with equal chance, so small domains count as much as large ones. The last tenth of every file
-is seen neither by the tokenizer nor by the model; its loss is printed for each domain at the end.
+TEXTS is a folder of UTF-8 files, one per domain and named for it; OUT becomes a checkpoint that
+Transformers loads: Qwen3-MoE, 16-bit weights, a byte-level BPE tokenizer, and training.json with
+the facts of the run. Every step draws its sequences from the domains with equal chance, so small
+domains count as much as large ones. The last tenth of every file is seen neither by the tokenizer
+nor by the model; its loss is printed for each domain at the end.
 
-The load-balancing term is the one of Switch Transformers (Fedus et al., 2021, arXiv:2101.03961, section 2.2), in
-Transformers' form for top-k routing. With --steps the same texts, size, seed and software give the same weights; with
---minutes the clock decides how many steps there are.
+The load-balancing term is the one of Switch Transformers (Fedus et al., 2021, arXiv:2101.03961,
+section 2.2), in Transformers' form for top-k routing. With --steps the same texts, size, seed and
+software give the same weights; with --minutes the clock decides how many steps there are.
 
 Axis letters: B sequences of a batch, P positions of a sequence, T tokens of a domain.
 """
@@ -60,19 +62,22 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train: a number of steps, or minutes of wall-clock time; exactly one of the two is set."""
+    """How long to train: a number of steps, or minutes of wall-clock time; exactly one of the
+    two is set."""
 
     steps: int | None
     minutes: float | None
 
     def share_used(self, step: int, seconds: float) -> float:
-        """The share of the budget used after `step` steps and `seconds`, 1.0 or more when it is spent."""
+        """The share of the budget used after `step` steps and `seconds`, 1.0 or more when it is
+        spent."""
         return step / self.steps if self.steps is not None else seconds / (60 * (self.minutes or 0.0))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands; `loss` is a running mean over about 30 steps, with the balance term."""
+    """Where training stands; `loss` is a running mean over about 30 steps, with the balance
+    term."""
 
     step: int
     tokens: int
@@ -80,11 +85,12 @@ class Progress:
     loss: float
 
 
-# ---- text ----------------------------------------------------------------------------------------------------------
+# ---- text
 
 
 def read_texts(folder: Path, max_characters: int) -> dict[str, str]:
-    """The text of each domain, by file name without its ending; raises InputError for what cannot be trained on."""
+    """The text of each domain, by file name without its ending; raises InputError for what
+    cannot be trained on."""
     files = sorted(f for f in folder.iterdir() if f.is_file()) if folder.is_dir() else []
     if not files:
         raise InputError(f"{folder}: expected a folder with one text file per domain")
@@ -114,7 +120,8 @@ def chunks(text: str, size: int) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens; token 0 is begin, end and padding at once."""
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens; token 0 is begin, end and
+    padding at once."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -124,7 +131,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # At most a million characters of each domain: the frequent pairs are known by then, and none drowns the others.
+    # At most a million characters of each domain: the frequent pairs are known by then, and none
+    # drowns the others.
     bpe.train_from_iterator((piece for text in texts for piece in chunks(text[:1_000_000], 2000)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
@@ -144,7 +152,7 @@ def check_lengths(ids_T_of_domain: dict[str, np.ndarray], length: int) -> None:
             raise InputError(f"domain {domain}: {len(ids_T)} tokens to train on, expected at least {length}")
 
 
-# ---- model and training --------------------------------------------------------------------------------------------
+# ---- model and training
 
 
 def build_model(size: Size, seed: int) -> Qwen3MoeForCausalLM:
@@ -210,7 +218,8 @@ def train(
     peak_rate: float,
     report_every: int,
 ) -> Progress:
-    """Trains the model in place until the budget is spent, with a progress line every `report_every` steps."""
+    """Trains the model in place until the budget is spent, with a progress line every
+    `report_every` steps."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     model.train()
@@ -227,7 +236,8 @@ def train(
 
 
 def held_out_loss(model: Qwen3MoeForCausalLM, ids_T: np.ndarray, length: int) -> float:
-    """The mean loss per token, in nats and without the balance term, over the first held-out sequences of a domain.
+    """The mean loss per token, in nats and without the balance term, over the first held-out
+    sequences of a domain.
 
     NaN where the held-out part has fewer than two tokens, for then there is nothing to predict.
     """
@@ -241,7 +251,7 @@ def held_out_loss(model: Qwen3MoeForCausalLM, ids_T: np.ndarray, length: int) ->
         return model(input_ids=ids_BP, labels=ids_BP, use_cache=False).loss.item()
 
 
-# ---- results -------------------------------------------------------------------------------------------------------
+# ---- results
 
 
 def say(line: str) -> None:
@@ -272,7 +282,8 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: 
 
 
 def train_folder(options: argparse.Namespace) -> dict:
-    """Reads the texts, trains, measures the held-out loss, saves; returns the facts of training.json."""
+    """Reads the texts, trains, measures the held-out loss, saves; returns the facts of
+    training.json."""
     size, budget, length = SIZES[options.size], Budget(options.steps, options.minutes), options.length
     if options.out.exists():
         raise InputError(f"{options.out}: exists already, expected a new folder")

@@ -1,8 +1,10 @@
-"""From what an engine recorded to what a trace holds: which layers route, how many columns count, what to leave out.
+"""From what an engine recorded to what a trace holds: which layers route, how many columns count,
+what to leave out.
 
-Engines record every layer of the model; a dense layer is a row of zeros (or of -1) and is dropped by its number, never
-counted as expert 0. The ids of a row are distinct, so with top-k > 1 one row that repeats an id tells a dense layer;
-with top-1 only a whole file of zeros does. Rows in which every layer says the same are warm-up dummies: no prompt ran.
+Engines record every layer of the model; a dense layer is a row of zeros (or of -1) and is dropped
+by its number, never counted as expert 0. The ids of a row are distinct, so with top-k > 1 one row
+that repeats an id tells a dense layer; with top-1 only a whole file of zeros does. Rows in which
+every layer says the same are warm-up dummies: no prompt ran.
 
 Shape letters: T rows, L layers (of the record, or kept), K top-k, E experts.
 """
@@ -147,7 +149,8 @@ def find_rows(
     facts: dict[str, Any] | None,
     dense: set[int] | None,
 ) -> Rows:
-    """The rows that route: by `dense` (model layer numbers) if given, else by `facts`, else those that were seen to."""
+    """The rows that route: by `dense` (model layer numbers) if given, else by `facts`, else
+    those that were seen to."""
     names = np.array(layer_ids if layer_ids is not None else range(num_rows))
     num_model_layers = num_rows if layer_ids is None else 0
     routed: tuple[int, ...] = ()
@@ -181,7 +184,8 @@ def find_rows(
 
 
 def plausible_num_experts(largest: int) -> int:
-    """The number of experts where nothing but the ids tells it: the next of 2, 4, 60 and the multiples of 8."""
+    """The number of experts where nothing but the ids tells it: the next of 2, 4, 60 and the
+    multiples of 8."""
     seen = largest + 1
     if seen <= 4:
         return 2 if seen <= 2 else 4
@@ -189,7 +193,8 @@ def plausible_num_experts(largest: int) -> int:
 
 
 def find_layout(survey: Survey, facts: dict[str, Any] | None, dense: set[int] | None) -> Layout:
-    """The layout of the surveyed records. With `facts` of the model, the survey may be of one record."""
+    """The layout of the surveyed records. With `facts` of the model, the survey may be of one
+    record."""
     rows = find_rows(survey.num_rows, survey.layer_ids, survey.routes_L, facts, dense)
     if facts is not None:
         top_k, num_experts, empty = facts["top_k"], facts["num_experts"], facts["empty_slots"]
@@ -215,9 +220,11 @@ def find_layout(survey: Survey, facts: dict[str, Any] | None, dense: set[int] | 
 
 
 def kept_runs(request: EngineRequest, layout: Layout, dtype: np.dtype) -> tuple[list[tuple[int, np.ndarray]], int]:
-    """Runs of rows to keep, as (first row, ids of `dtype` [T, L, K]), and how many dummy rows were left out.
+    """Runs of rows to keep, as (first row, ids of `dtype` [T, L, K]), and how many dummy rows were
+    left out.
 
-    One run, unless dummy rows lie inside. Raises InputError that names the row, layer and value of an id that cannot be.
+    One run, unless dummy rows lie inside. Raises InputError that names the row, layer and value of
+    an id that cannot be.
     """
     _check_shape(request, layout.num_rows, layout.width, layout.layer_ids)
     ids = request.expert_ids_TLK

@@ -1,8 +1,10 @@
-"""Routing that serving engines wrote, made into a trace: `semmoe trace --from KIND FILE... -o TRACE`.
+"""Routing that serving engines wrote, made into a trace: `semmoe trace --from KIND FILE... -o
+TRACE`.
 
-Every kind of file has a reader (KINDS) that yields requests or loads as the engine wrote them. Without a config.json the
-files are read twice: a first pass finds the number of experts, the top-k and the dense layers, and checks every line
-before anything is written. Both passes stream: memory does not grow with the number of requests, but for their ids.
+Every kind of file has a reader (KINDS) that yields requests or loads as the engine wrote them.
+Without a config.json the files are read twice: a first pass finds the number of experts, the top-k
+and the dense layers, and checks every line before anything is written. Both passes stream: memory
+does not grow with the number of requests, but for their ids.
 
 Shape letters: T rows, L MoE layers, K top-k, E experts, W windows.
 """
@@ -67,11 +69,12 @@ def import_trace(
 ) -> ImportSummary:
     """Write the trace `out` of files of one kind of engine.
 
-    `model_config`: config.json, checkpoint or hub id; it gives experts, top-k, groups and dense layers, and saves a pass.
-    `dense_layers`: `0,1` or `0-2`, in place of what the config says or the rows show. `repetition`: "drop" leaves out
-    requests marked as loops. `domain`: the domain of every request, in place of the file's. `max_tokens`: rows in all; the
-    last request is cut there. `resume`: go on with an unfinished trace, skipping the requests that it holds.
-    Ids that come again get the suffix #2, #3, ... Raises InputError with file, line and value for what cannot be.
+    `model_config`: config.json, checkpoint or hub id; it gives experts, top-k, groups and dense
+    layers, and saves a pass. `dense_layers`: `0,1` or `0-2`, in place of what the config says or
+    the rows show. `repetition`: "drop" leaves out requests marked as loops. `domain`: the domain of
+    every request, in place of the file's. `max_tokens`: rows in all; the last request is cut there.
+    `resume`: go on with an unfinished trace, skipping the requests that it holds. Ids that come
+    again get the suffix #2, #3, ... Raises InputError with file, line and value for what cannot be.
     """
     if kind not in KINDS:
         raise InputError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")

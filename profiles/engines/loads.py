@@ -1,9 +1,10 @@
 """Loads of experts without tokens: TensorRT-LLM's statistics and the matrices that EPLB takes.
 
-TensorRT-LLM (EXPERT_STATISTIC_ITER_RANGE, EXPERT_STATISTIC_PATH): meta_info.json and rank{r}.safetensors with keys
-"{iteration}_{layer}", counts of logical ids [E], to be summed over ranks; layers have their numbers in the model.
-EPLB (`rebalance_experts(weight, ...)`): a matrix [L, E] of counts, or windows of them [W, L, E], as .npy, .pt or .json; a
-JSON or .pt dictionary with "logical_count" (SGLang's --init-expert-location takes it) is the same.
+TensorRT-LLM (EXPERT_STATISTIC_ITER_RANGE, EXPERT_STATISTIC_PATH): meta_info.json and
+rank{r}.safetensors with keys "{iteration}_{layer}", counts of logical ids [E], to be summed over
+ranks; layers have their numbers in the model. EPLB (`rebalance_experts(weight, ...)`): a matrix [L,
+E] of counts, or windows of them [W, L, E], as .npy, .pt or .json; a JSON or .pt dictionary with
+"logical_count" (SGLang's --init-expert-location takes it) is the same.
 
 Shape letters: W windows, L layers, E experts.
 """
@@ -114,7 +115,8 @@ def read_eplb(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[
 
 
 def _nested(value: Any) -> Any:
-    """A nested list down to its first elements: enough to count its axes even where its rows are uneven."""
+    """A nested list down to its first elements: enough to count its axes even where its rows are
+    uneven."""
     return [_nested(value[0])] if isinstance(value, list) and value else value
 
 

@@ -1,9 +1,10 @@
 """Router traces of Megatron-Core (`--moe-routing-trace-path DIR`, transformer/moe/router_trace.py).
 
-One file a rank, router_trace_rank{r}.jsonl, one line for each step and MoE layer, with the ids of all tokens of the step.
-Dense layers have no lines. A step (a micro-batch of it in training) becomes one request: Megatron names neither requests
-nor tokens, and interleaves the sequences of a batch. Lines of multi-token-prediction layers are left out: those layers
-serve drafts and are not placed. Ranks of a pipeline hold different layers of the same tokens and cannot be joined.
+One file a rank, router_trace_rank{r}.jsonl, one line for each step and MoE layer, with the ids of
+all tokens of the step. Dense layers have no lines. A step (a micro-batch of it in training) becomes
+one request: Megatron names neither requests nor tokens, and interleaves the sequences of a batch.
+Lines of multi-token-prediction layers are left out: those layers serve drafts and are not placed.
+Ranks of a pipeline hold different layers of the same tokens and cannot be joined.
 
 Shape letters: T tokens of a step, L MoE layers of the rank, K top-k.
 """
@@ -33,7 +34,8 @@ def trace_files(files: list[Path]) -> list[Path]:
 
 
 def read_megatron(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineRequest]:
-    """One request for each step of each rank; a layer that comes again in a step opens the next micro-batch."""
+    """One request for each step of each rank; a layer that comes again in a step opens the next
+    micro-batch."""
     for file in trace_files(files):
         layers: dict[int, np.ndarray] = {}
         key: tuple[int, int] | None = None

@@ -1,15 +1,19 @@
-"""Dumps of SGLang's expert distribution recorder (srt/eplb/expert_distribution.py): .pt files, loaded with weights only.
+"""Dumps of SGLang's expert distribution recorder (srt/eplb/expert_distribution.py): .pt files,
+loaded with weights only.
 
-stat, stat_approx: {"logical_count" [steps, layers, E]}, summed over ranks already; unused steps of the circular buffer are
-zeros. per_pass: a list of records with `global_physical_count` [layers, S], one file a rank, summed here by pass.
-per_token: records with `topk_ids_of_layer` [layers, T, 8] (-1 padded), one file a rank.
+stat, stat_approx: {"logical_count" [steps, layers, E]}, summed over ranks already; unused steps of
+the circular buffer are zeros. per_pass: a list of records with `global_physical_count` [layers, S],
+one file a rank, summed here by pass. per_token: records with `topk_ids_of_layer` [layers, T, 8] (-1
+padded), one file a rank.
 
-Ids and counts of the last two are of physical slots: `last_physical_to_logical_map` [layers, S] takes them back to
-experts. It is the map at the end of the recording; with a rebalance in between, earlier passes had another one.
+Ids and counts of the last two are of physical slots: `last_physical_to_logical_map` [layers, S]
+takes them back to experts. It is the map at the end of the recording; with a rebalance in between,
+earlier passes had another one.
 
-Requests have no ids there. A prefill pass is cut by `extend_seq_lens` into one fragment for each request of its batch; a
-decode pass, one token of each running request, stays one fragment. Where attention is tensor parallel, ranks record the
-same tokens: a pass that another rank recorded alike is left out.
+Requests have no ids there. A prefill pass is cut by `extend_seq_lens` into one fragment for each
+request of its batch; a decode pass, one token of each running request, stays one fragment. Where
+attention is tensor parallel, ranks record the same tokens: a pass that another rank recorded alike
+is left out.
 
 Shape letters: L layers of the record, E experts, S physical slots, T tokens, K columns (8).
 """
@@ -168,7 +172,8 @@ def _fragments(
 
 
 def _logical_ids(where: str, slots_LTK: np.ndarray, map_LS: np.ndarray) -> np.ndarray:
-    """Expert ids of slots; rows of a dense layer (all 0, or all padding) and padding stay what they are."""
+    """Expert ids of slots; rows of a dense layer (all 0, or all padding) and padding stay what
+    they are."""
     if slots_LTK.size == 0:
         return slots_LTK
     if slots_LTK.min() < -1 or slots_LTK.max() >= map_LS.shape[1]:

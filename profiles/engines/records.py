@@ -1,10 +1,12 @@
-"""What the readers of engine files share: the two records that they yield, and lines of JSON that know where they stand.
+"""What the readers of engine files share: the two records that they yield, and lines of JSON that
+know where they stand.
 
-A reader turns the files of one kind of engine into EngineRequests (routing per token) or EngineLoads (activations per
-expert and window), as the engine wrote them: all layers, dense ones too, padding and all. profiles/engines/columns.py makes of
-them what a trace holds.
+A reader turns the files of one kind of engine into EngineRequests (routing per token) or
+EngineLoads (activations per expert and window), as the engine wrote them: all layers, dense ones
+too, padding and all. profiles/engines/columns.py makes of them what a trace holds.
 
-Shape letters: T tokens (rows), L layers of the record (dense ones included), K columns of the record, E experts.
+Shape letters: T tokens (rows), L layers of the record (dense ones included), K columns of the
+record, E experts.
 """
 
 import base64
@@ -70,7 +72,8 @@ def open_input(path: Path) -> Any:
 
 
 def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of a file that are not blank. Raises InputError where a gzip file is cut or damaged."""
+    """Numbered lines of a file that are not blank. Raises InputError where a gzip file is cut or
+    damaged."""
     number = 0
     with open_input(path) as file:
         try:
@@ -84,7 +87,8 @@ def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a file with one JSON value a line, each with its place: a line may hold one object or a list of them.
+    """Objects of a file with one JSON value a line, each with its place: a line may hold one object
+    or a list of them.
 
     A file that is one JSON document over many lines is read as a whole.
     """
@@ -154,7 +158,8 @@ def token_list(where: str, record: dict[str, Any], *keys: str) -> np.ndarray | N
 
 
 def integer_array(where: str, name: str, value: Any, ndim: int) -> np.ndarray:
-    """An array of integers with `ndim` axes, of nested lists or an array; a whole float counts as an integer."""
+    """An array of integers with `ndim` axes, of nested lists or an array; a whole float counts
+    as an integer."""
     try:
         array = np.asarray(value)
     except ValueError:

@@ -1,12 +1,14 @@
 """Responses of SGLang and vLLM servers that returned the routed experts of every token.
 
-SGLang (`--enable-return-routed-experts`, srt/state_capturer/routed_experts.py): base64 of raw little-endian int32
-[rows, layers, k] in `meta_info.routed_experts` of /generate, or in `choices[i].sglext.routed_experts` (older: sgl_ext).
-vLLM (config/aux_output.py): base64 of a .npy array of the same shape, uint8 or uint16, in `choices[i].routed_experts`
-over HTTP, or in `outputs[i].routed_experts` of an offline RequestOutput written as JSON.
+SGLang (`--enable-return-routed-experts`, srt/state_capturer/routed_experts.py): base64 of raw
+little-endian int32 [rows, layers, k] in `meta_info.routed_experts` of /generate, or in
+`choices[i].sglext.routed_experts` (older: sgl_ext). vLLM (config/aux_output.py): base64 of a .npy
+array of the same shape, uint8 or uint16, in `choices[i].routed_experts` over HTTP, or in
+`outputs[i].routed_experts` of an offline RequestOutput written as JSON.
 
-Both give logical ids of prompt and generated tokens; the last sampled token was never routed and has no row, so there are
-sequence length - 1 - start rows. `prompt_routed_experts`, where given, holds the rows of the prompt and comes first.
+Both give logical ids of prompt and generated tokens; the last sampled token was never routed and
+has no row, so there are sequence length - 1 - start rows. `prompt_routed_experts`, where given,
+holds the rows of the prompt and comes first.
 
 Shape letters: T rows, L layers of the record, K top-k.
 """
@@ -36,7 +38,8 @@ OUTPUT_IDS = ("output_ids", "output_token_ids", "token_ids")
 
 
 def read_sglang(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineRequest]:
-    """Requests of SGLang responses in both shapes. Without routed_experts_shape, `facts` say layers and top-k."""
+    """Requests of SGLang responses in both shapes. Without routed_experts_shape, `facts` say
+    layers and top-k."""
     shape = None if facts is None else (facts["num_model_layers"], facts["top_k"])
     for file in files:
         for where, record in json_objects(file):
@@ -98,7 +101,8 @@ def _raw_ids(where: str, part: dict[str, Any], shape: tuple[int, ...] | None) ->
 
 
 def read_vllm(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineRequest]:
-    """Requests of vLLM in both shapes: HTTP responses, and RequestOutput or CompletionOutput written as JSON."""
+    """Requests of vLLM in both shapes: HTTP responses, and RequestOutput or CompletionOutput
+    written as JSON."""
     for file in files:
         for where, record in json_objects(file):
             name = next((key for key in ("choices", "outputs") if record.get(key) is not None), None)
@@ -138,13 +142,15 @@ def _npy_ids(where: str, value: Any) -> np.ndarray:
 def _request(
     where: str, file: Path, record: dict[str, Any], part: dict[str, Any], ids_TLK: np.ndarray, start: int | None
 ) -> EngineRequest:
-    """A request of one sequence of a response: its name, ids and lengths wherever the response has them."""
+    """A request of one sequence of a response: its name, ids and lengths wherever the response
+    has them."""
     prompt = token_list(where, {**record, **part}, *PROMPT_IDS)
     output = token_list(where, part, *OUTPUT_IDS)
     usage = record["usage"] if isinstance(record.get("usage"), dict) else {}
     several = next((len(record[key]) for key in ("choices", "outputs") if isinstance(record.get(key), list)), 1) > 1
     num_prompt = len(prompt) if prompt is not None else integer(where, {**usage, **part}, "prompt_tokens")
-    # The usage of a response adds up its choices: one choice's length is known only where it is alone.
+    # The usage of a response adds up its choices: one choice's length is known only where it is
+    # alone.
     counted = part if several else {**usage, **part}
     num_output = len(output) if output is not None else integer(where, counted, "completion_tokens")
     if num_prompt is None and part.get("prompt_rows"):

@@ -1,8 +1,10 @@
-"""The all-to-alls of expert parallelism: split sizes first, then packed rows, then results the same way back.
+"""The all-to-alls of expert parallelism: split sizes first, then packed rows, then results the same
+way back.
 
-Every rank calls them in the same order, ranks without tokens too. NCCL, and gloo with tensors on a GPU, use `all_to_all_single` with split
-sizes. gloo on CPUs gets one send and one receive per pair of ranks: its own all-to-all takes 1.2 to 1.5 times as long on slow links
-(docs/experiments.md), and its reduce-scatter is an all-reduce that throws most away.
+Every rank calls them in the same order, ranks without tokens too. NCCL, and gloo with tensors on a
+GPU, use `all_to_all_single` with split sizes. gloo on CPUs gets one send and one receive per pair
+of ranks: its own all-to-all takes 1.2 to 1.5 times as long on slow links (docs/experiments.md), and
+its reduce-scatter is an all-reduce that throws most away.
 
 Shape letters: R ranks, M rows sent, N rows received, D values of a row.
 """
@@ -14,7 +16,8 @@ import torch.distributed as dist
 
 
 def exchange_sizes(sent_RX: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """What every rank announced to this one, int64 [R, X], for what this rank announces to every rank."""
+    """What every rank announced to this one, int64 [R, X], for what this rank announces to every
+    rank."""
     received_RX = torch.empty_like(sent_RX)
     dist.all_to_all_single(received_RX, sent_RX.contiguous(), group=group)
     return received_RX
@@ -23,7 +26,8 @@ def exchange_sizes(sent_RX: torch.Tensor, group: dist.ProcessGroup) -> torch.Ten
 def start_rows(
     rows_MD: torch.Tensor, sent_R: list[int], received_R: list[int], group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, list[dist.Work]]:
-    """Begin to send `sent_R[r]` rows to each rank r; [N, D] is filled once the returned work has been waited for."""
+    """Begin to send `sent_R[r]` rows to each rank r; [N, D] is filled once the returned work has
+    been waited for."""
     rows_MD = rows_MD.contiguous()
     if in_pairs(rows_MD, group):
         return start_parts(rows_MD.split(sent_R), received_R, group)
@@ -35,7 +39,8 @@ def start_rows(
 def start_parts(
     part_R: Sequence[torch.Tensor], received_R: list[int], group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, list[dist.Work]]:
-    """Begin to send part r, rows [M, D], to each rank r. Parts may be the same memory; keep them until the work is done."""
+    """Begin to send part r, rows [M, D], to each rank r. Parts may be the same memory; keep them
+    until the work is done."""
     if not in_pairs(part_R[0], group):
         return start_rows(torch.cat(list(part_R)), [len(part) for part in part_R], received_R, group)
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -55,10 +60,12 @@ def wait_for(work: list[dist.Work]) -> None:
 
 
 def ring_sum(part_R: Sequence[torch.Tensor], group: dist.ProcessGroup) -> torch.Tensor:
-    """Sum over all ranks of part `rank`, [N, D]: a reduce-scatter around the ring. gloo on CPUs only.
+    """Sum over all ranks of part `rank`, [N, D]: a reduce-scatter around the ring. gloo on CPUs
+    only.
 
-    Every rank sends to the next and receives from the one before, R - 1 times: one stream per link and direction, where all at once would
-    give every link R - 1, and queues in between overflow. Sums are rounded to the rows' dtype at each step, as NCCL's are.
+    Every rank sends to the next and receives from the one before, R - 1 times: one stream per link
+    and direction, where all at once would give every link R - 1, and queues in between overflow.
+    Sums are rounded to the rows' dtype at each step, as NCCL's are.
     """
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     sum_ND = part_R[(rank - 1) % num_ranks]
@@ -71,7 +78,8 @@ def ring_sum(part_R: Sequence[torch.Tensor], group: dist.ProcessGroup) -> torch.
 
 
 def ring_gather(rows_NB: torch.Tensor, counts_R: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """The rows of all ranks, [T, B] in order of rank: an all-gather around the ring. gloo on CPUs only."""
+    """The rows of all ranks, [T, B] in order of rank: an all-gather around the ring. gloo on
+    CPUs only."""
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     gathered_TB = rows_NB.new_empty((sum(counts_R), *rows_NB.shape[1:]))
     part_R = gathered_TB.split(counts_R)

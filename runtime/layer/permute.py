@@ -1,12 +1,17 @@
-"""What goes where: index arithmetic of de-duplicated dispatch and combine. No collectives, tested with literals.
+"""What goes where: index arithmetic of de-duplicated dispatch and combine. No collectives, tested
+with literals.
 
-A token's hidden row travels once to each other rank that serves at least one of its experts. With it go one slot and one weight for each
-of its K choices: the slot of the expert on that rank, or S ("not here") with weight 0. The receiver runs its slots and adds the weighted
-outputs, so that one row comes back, which is added to the token. Choices that the token's own rank serves never leave it.
+A token's hidden row travels once to each other rank that serves at least one of its experts. With
+it go one slot and one weight for each of its K choices: the slot of the expert on that rank, or S
+("not here") with weight 0. The receiver runs its slots and adds the weighted outputs, so that one
+row comes back, which is added to the token. Choices that the token's own rank serves never leave
+it.
 
-A packed row is D hidden values, K weights and K slots (16 bits each), as bytes, padded to whole 8 bytes.
+A packed row is D hidden values, K weights and K slots (16 bits each), as bytes, padded to whole 8
+bytes.
 
-Shape letters: T tokens of this rank, K top-k, E experts, R ranks, S slots per rank, D hidden size, M packed rows, P (row, slot) pairs.
+Shape letters: T tokens of this rank, K top-k, E experts, R ranks, S slots per rank, D hidden size,
+M packed rows, P (row, slot) pairs.
 """
 
 from typing import NamedTuple
@@ -37,7 +42,8 @@ class Rows(NamedTuple):
 def find_destinations(
     expert_ids_TK: torch.Tensor, rank_of_E: torch.Tensor, slot_of_E: torch.Tensor, num_ranks: int
 ) -> Destinations:
-    """Destinations of each choice by the serving tables of this rank at this layer. Rank `num_ranks` in a table: served by nobody."""
+    """Destinations of each choice by the serving tables of this rank at this layer. Rank
+    `num_ranks` in a table: served by nobody."""
     rank_TK, slot_TK = rank_of_E[expert_ids_TK], slot_of_E[expert_ids_TK]
     needs_RT = torch.zeros((num_ranks + 1, len(expert_ids_TK)), dtype=torch.bool, device=expert_ids_TK.device)
     needs_RT = needs_RT.scatter_(0, rank_TK.T, True)[:num_ranks]
@@ -47,7 +53,8 @@ def find_destinations(
 
 
 def remote_rows(to: Destinations, weight_TK: torch.Tensor, *, rank: int, slots_per_rank: int, num_rows: int) -> Rows:
-    """The rows that leave `rank`. `num_rows`: how many there are (known on the host from rows_R: no synchronisation here)."""
+    """The rows that leave `rank`. `num_rows`: how many there are (known on the host from rows_R:
+    no synchronisation here)."""
     needs_RT = to.needs_RT.clone()
     needs_RT[rank] = False
     rank_M, token_M = torch.nonzero_static(needs_RT, size=num_rows).unbind(1)
@@ -59,7 +66,8 @@ def remote_rows(to: Destinations, weight_TK: torch.Tensor, *, rank: int, slots_p
 def local_pairs(
     to: Destinations, weight_TK: torch.Tensor, *, rank: int, num_pairs: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choices that `rank` serves for its own tokens: token [P], slot [P] (int64) and weight [P], in token order."""
+    """Choices that `rank` serves for its own tokens: token [P], slot [P] (int64) and weight [P],
+    in token order."""
     token_P, k_P = torch.nonzero_static(to.rank_TK == rank, size=num_pairs).unbind(1)
     return token_P, to.slot_TK[token_P, k_P], weight_TK[token_P, k_P]
 

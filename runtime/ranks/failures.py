@@ -1,4 +1,5 @@
-"""What can fail while ranks run together, told apart: a mistake that all ranks know of, a collective, and memory."""
+"""What can fail while ranks run together, told apart: a mistake that all ranks know of, a
+collective, and memory."""
 
 import re
 from collections.abc import Iterator
@@ -18,13 +19,15 @@ class ExchangeError(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left (PyTorch has a type of its own for GPUs only)."""
+    """Whether a device or the host had no memory left (PyTorch has a type of its own for GPUs
+    only)."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 @contextmanager
 def naming(rank: int, step: str) -> Iterator[None]:
-    """A RuntimeError of a collective inside the block becomes an ExchangeError that names rank and step."""
+    """A RuntimeError of a collective inside the block becomes an ExchangeError that names rank
+    and step."""
     try:
         yield
     except RuntimeError as error:
@@ -34,7 +37,8 @@ def naming(rank: int, step: str) -> Iterator[None]:
 
 
 def short_reason(text: str) -> str:
-    """First line of a collective's error, without source files of gloo and advice: "Read error [1.2.3.4]:5: Connection reset by peer"."""
+    """First line of a collective's error, without source files of gloo and advice: "Read error
+    [1.2.3.4]:5: Connection reset by peer"."""
     line = text.strip().split("\n")[0]
     line = re.sub(r"\[[^\]\s]*\.(?:cc|cpp|h):\d+\]\s*", "", line)
     return re.split(r"\.?\s+This is typically", line)[0].encode("ascii", "ignore").decode().strip()

@@ -1,7 +1,8 @@
 """The process group: opened once at the edge, passed in everywhere, closed at the end.
 
-NCCL on CUDA, gloo on CPU. Rank, world size and address come from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT). Ranks that share one device, or CPU ranks, use gloo; NCCL needs a GPU of its own for every rank.
+NCCL on CUDA, gloo on CPU. Rank, world size and address come from the environment that torchrun sets
+(RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Ranks that share one device, or CPU ranks,
+use gloo; NCCL needs a GPU of its own for every rank.
 """
 
 import os
@@ -37,7 +38,8 @@ class Group:
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
-    """The device of a rank: `device` is "auto", "cpu", "cuda" or "cuda:N". Raises InputError where it is not there."""
+    """The device of a rank: `device` is "auto", "cpu", "cuda" or "cuda:N". Raises InputError
+    where it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -57,7 +59,8 @@ def choose_device(device: str, local_rank: int) -> torch.device:
 
 
 def choose_backend(backend: str, device: torch.device, local_size: int) -> str:
-    """nccl or gloo. Raises InputError for NCCL without a GPU for each of this machine's `local_size` ranks."""
+    """nccl or gloo. Raises InputError for NCCL without a GPU for each of this machine's
+    `local_size` ranks."""
     if backend not in BACKENDS:
         raise InputError(f"--backend {backend}: expected one of {', '.join(BACKENDS)}")
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -72,7 +75,8 @@ def choose_backend(backend: str, device: torch.device, local_size: int) -> str:
 
 
 def read_environment() -> tuple[int, int, int, int]:
-    """Rank, world size, rank on this machine and ranks on this machine. Raises InputError outside torchrun."""
+    """Rank, world size, rank on this machine and ranks on this machine. Raises InputError
+    outside torchrun."""
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
@@ -115,7 +119,8 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
 
 
 def share(make: Callable[[], Shared], group: Group) -> Shared:
-    """What `make` returns on rank 0, on every rank; any picklable object. Its InputError is raised on every rank, as SharedRefusal."""
+    """What `make` returns on rank 0, on every rank; any picklable object. Its InputError is
+    raised on every rank, as SharedRefusal."""
     shared: list[Any] = [None, ""]
     if group.rank == 0:
         try:
@@ -134,7 +139,8 @@ def share(make: Callable[[], Shared], group: Group) -> Shared:
 def together(make: Callable[[], Shared], group: Group) -> Shared:
     """What `make` returns on this rank, once it has returned on all of them.
 
-    `make` must not need the others. The InputError of one rank is raised on every rank, as SharedRefusal.
+    `make` must not need the others. The InputError of one rank is raised on every rank, as
+    SharedRefusal.
     """
     made, refusal = None, ""
     try:

@@ -1,4 +1,5 @@
-"""Starts R ranks on this machine, one process each, and watches them: the first that fails ends all, and its reason is told.
+"""Starts R ranks on this machine, one process each, and watches them: the first that fails ends
+all, and its reason is told.
 
 Under torchrun nothing of this is used: the agent starts and watches the ranks.
 
@@ -34,9 +35,11 @@ def free_port() -> int:
 
 
 def launch(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int) -> Any:
-    """`work(*arguments)` on every rank; what rank 0 returns. `work` must be importable, its arguments picklable.
+    """`work(*arguments)` on every rank; what rank 0 returns. `work` must be importable, its
+    arguments picklable.
 
-    Raises InputError with the reason of the rank that failed first; the others are stopped within seconds.
+    Raises InputError with the reason of the rank that failed first; the others are stopped within
+    seconds.
     """
     context = multiprocessing.get_context("spawn")
     port = free_port()
@@ -48,7 +51,8 @@ def launch(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int)
             process = context.Process(
                 target=_rank_main, args=(sending, work, arguments, rank, num_ranks, port), daemon=True
             )
-            # Ranks inherit the mask: Ctrl-C reaches this process alone, which ends them without a traceback from each.
+            # Ranks inherit the mask: Ctrl-C reaches this process alone, which ends them without a
+            # traceback from each.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             try:
                 process.start()
@@ -103,7 +107,8 @@ def _receive(pipe: Connection, process: Any, rank: int) -> tuple[str, Any]:
 
 
 def _stop(processes: list[Any], ways: tuple[str, ...]) -> None:
-    """End the processes: `ways` in turn, each with some time to work. Rank 0, which serves the group's store, is told last."""
+    """End the processes: `ways` in turn, each with some time to work. Rank 0, which serves the
+    group's store, is told last."""
     for stop in ways:
         for process in reversed(processes):
             if stop != "join" and process.is_alive():

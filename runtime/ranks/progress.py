@@ -1,6 +1,8 @@
-"""How a rank tells how far it is: a function that the command line gives, and one that shows nothing.
+"""How a rank tells how far it is: a function that the command line gives, and one that shows
+nothing.
 
-A rank runs in a process of its own, so what is passed must be picklable: a function of a module, as semmoe.terminal.progress.steps is.
+A rank runs in a process of its own, so what is passed must be picklable: a function of a module, as
+semmoe.terminal.progress.steps is.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,11 @@
-"""Where the time of a rank goes, by phase: clock marks on a CPU, CUDA events on a GPU (read once, after the run).
+"""Where the time of a rank goes, by phase: clock marks on a CPU, CUDA events on a GPU (read once,
+after the run).
 
-Phases: attention (all that is not the expert layer), wait (until every rank has announced its rows), dispatch (packing, and the part
-of the transfer that local experts do not hide), experts, combine (results back, and adding them). Attention-TP has three more: homes
-(prediction of every token's rank), shuffle (sorting, permuting, packing and the way back), slices (the reduce-scatter and the all-gather,
-waiting for other ranks included).
+Phases: attention (all that is not the expert layer), wait (until every rank has announced its
+rows), dispatch (packing, and the part of the transfer that local experts do not hide), experts,
+combine (results back, and adding them). Attention-TP has three more: homes (prediction of every
+token's rank), shuffle (sorting, permuting, packing and the way back), slices (the reduce-scatter
+and the all-gather, waiting for other ranks included).
 """
 
 import time

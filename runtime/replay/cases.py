@@ -1,4 +1,5 @@
-"""What a replay runs: the rows of a trace, cut into batches, under every placement and schedule that is compared.
+"""What a replay runs: the rows of a trace, cut into batches, under every placement and schedule
+that is compared.
 
 Shape letters: T tokens, L MoE layers, K top-k, R ranks, E experts, S slots per rank.
 """
@@ -63,7 +64,8 @@ class Prepared(NamedTuple):
 
 
 def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None]) -> Prepared:
-    """Read trace and plan. Raises InputError where they do not fit each other or the ranks, and for sizes that experts cannot have."""
+    """Read trace and plan. Raises InputError where they do not fit each other or the ranks, and
+    for sizes that experts cannot have."""
     unit = 4 if options.dtype in ("auto", "float32") else 8  # grouped matrix products take rows of whole 16 bytes
     if options.expert_size and (options.hidden_size % unit or options.expert_size % unit):
         sizes = f"--hidden-size {options.hidden_size} with --expert-size {options.expert_size}"
@@ -90,7 +92,8 @@ def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None])
 
 
 def replayed_requests(plan: Plan, trace: RoutingTrace, tell: Callable[[str], None]) -> np.ndarray:
-    """Requests to replay, bool [B]: those that the plan was not fitted on; all of them, and a word about it, where there are none."""
+    """Requests to replay, bool [B]: those that the plan was not fitted on; all of them, and a
+    word about it, where there are none."""
     unseen_B = ~np.isin(request_keys(trace.requests()), plan.fitted_keys)
     if not unseen_B.any():
         tell(
@@ -115,7 +118,8 @@ def replayed_placements(plan: Plan) -> dict[str, Placement]:
 
 
 def chosen_schedules(options: ReplayOptions, plan: Plan) -> list[str]:
-    """Schedules to replay beside random homes. Raises InputError where the plan lacks the tables of one that was asked for."""
+    """Schedules to replay beside random homes. Raises InputError where the plan lacks the tables
+    of one that was asked for."""
     schedule = Schedule.from_tables(plan.tables)
     available = available_schedules(schedule) if schedule else []
     if options.scheduler is None:
@@ -149,7 +153,8 @@ def make_case(
             own = order[homes_TL[order, 0] == rank]
             batch_of_T[own] = np.arange(len(own)) * num_batches // max(len(own), 1)
     else:
-        # The batches that equal slices were made in (solvers/schedule/simulate.py): the same order, cut into the same parts.
+        # The batches that equal slices were made in (solvers/schedule/simulate.py): the same order,
+        # cut into the same parts.
         for number, rows in enumerate(np.array_split(order, num_batches)):
             batch_of_T[rows] = number
     serving = serving_LRE(placement.hosts_LER, plan.load_LE, plan.topology)

@@ -1,8 +1,11 @@
-"""Recorded routing through the real dispatch, experts and combine, on the user's own ranks and network, without model weights.
+"""Recorded routing through the real dispatch, experts and combine, on the user's own ranks and
+network, without model weights.
 
-Rows of a trace are cut into batches; at every layer each rank takes the rows that live on it under a schedule, with random hidden values,
-and runs the same exchange as a model would (runtime/transformers/ep.py). Rows and bytes come from its counters, milliseconds from the clock; the
-prediction comes from the evaluator's LINK and load on the same rows, and a bandwidth and latency measured just before.
+Rows of a trace are cut into batches; at every layer each rank takes the rows that live on it under
+a schedule, with random hidden values, and runs the same exchange as a model would
+(runtime/transformers/ep.py). Rows and bytes come from its counters, milliseconds from the clock;
+the prediction comes from the evaluator's LINK and load on the same rows, and a bandwidth and
+latency measured just before.
 
 Shape letters: T tokens, L MoE layers, K top-k, R ranks, E experts, S slots per rank, D hidden size.
 """
@@ -36,9 +39,11 @@ DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfl
 def replay_rank(
     options: ReplayOptions, prepared: Prepared | None, tell: Callable[[str], None], show: Show = shown_nowhere
 ) -> dict[str, Any] | None:
-    """Replay on this process's rank: the result on rank 0, None elsewhere. `prepared` None: rank 0 reads the trace.
+    """Replay on this process's rank: the result on rank 0, None elsewhere. `prepared` None: rank 0
+    reads the trace.
 
-    `show("...")` gives a function that rank 0 calls with how many of how many placements and schedules are measured.
+    `show("...")` gives a function that rank 0 calls with how many of how many placements and
+    schedules are measured.
     """
     with (
         open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group,
@@ -73,9 +78,11 @@ def replay_rank(
 
 
 def measure_network(options: ReplayOptions, top_k: int, group: Group, dtype: torch.dtype) -> Network:
-    """Bandwidth and latency of this network as the exchange sees it, equal on all ranks: packing and adding are in them.
+    """Bandwidth and latency of this network as the exchange sees it, equal on all ranks: packing
+    and adding are in them.
 
-    Every rank sends each of its rows to one other rank, in turn, in batches of some sizes; nothing is computed.
+    Every rank sends each of its rows to one other rank, in turn, in batches of some sizes; nothing
+    is computed.
     """
     num_ranks, rank = group.size, group.rank
     names, state = ["the measurement of the network"], RankState(Stopwatch(group.device), Counters.zeros(1, num_ranks))
@@ -88,7 +95,8 @@ def measure_network(options: ReplayOptions, top_k: int, group: Group, dtype: tor
     with torch.inference_mode():
         for size in sizes:
             others = (rank + 1 + np.arange(size) % max(num_ranks - 1, 1)) % num_ranks
-            # One choice per row, the rest empty slots: every expert more that a row meets costs its rank another row of arithmetic.
+            # One choice per row, the rest empty slots: every expert more that a row meets costs its
+            # rank another row of arithmetic.
             ids_TK = np.full((size, top_k), num_ranks)
             ids_TK[:, 0] = others
             ids_TK = torch.from_numpy(ids_TK).to(group.device)
@@ -129,7 +137,8 @@ def seconds_of_slowest(seconds: float, group: Group) -> float:
 
 
 def random_experts(options: ReplayOptions, slots: int, group: Group, dtype: torch.dtype) -> tuple[RunExperts, float]:
-    """A gated expert layer with random weights (nothing for size 0), and its seconds per activation on this machine, all ranks at work."""
+    """A gated expert layer with random weights (nothing for size 0), and its seconds per
+    activation on this machine, all ranks at work."""
     if options.expert_size == 0:
         return run_nothing, 0.0
     config = Qwen3MoeConfig(
@@ -162,7 +171,8 @@ def replay_case(
     group: Group,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Measured milliseconds per layer and batch, rows and bytes per token and layer, and the load of the ranks."""
+    """Measured milliseconds per layer and batch, rows and bytes per token and layer, and the
+    load of the ranks."""
     num_tokens, num_layers, top_k = expert_ids_TLK.shape
     layers = replay_layers(options, case, num_experts, top_k, group, dtype)
     num_batches = int(case.batch_of_T.max()) + 1
@@ -236,7 +246,8 @@ def predict(
     seconds_per_activation: float,
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """Milliseconds per layer and batch by the cost model, from the evaluator's LINK and load of every batch."""
+    """Milliseconds per layer and batch by the cost model, from the evaluator's LINK and load of
+    every batch."""
     top_k, num_ranks = expert_ids_TLK.shape[2], case.serving_LRE.shape[1]
     _, _, row_bytes = row_sections(options.hidden_size, top_k, dtype, torch.float32)
     seconds = []

@@ -1,9 +1,11 @@
-"""Whether the routers and the experts of a checkpoint are all there, told from names and types before anything is written.
+"""Whether the routers and the experts of a checkpoint are all there, told from names and types
+before anything is written.
 
-A checkpoint that lacks a tensor of one expert would come out lacking it under another expert's name; engines then load
-random numbers, or what memory held. What should be there is told by comparison: the experts of a layer have the same
-tensors, and so have the layers of a stack. Where some are stored in another precision than others, with other tensors,
-the types differ too: a tensor is missing only where everything that is there has the types of a fuller record.
+A checkpoint that lacks a tensor of one expert would come out lacking it under another expert's
+name; engines then load random numbers, or what memory held. What should be there is told by
+comparison: the experts of a layer have the same tensors, and so have the layers of a stack. Where
+some are stored in another precision than others, with other tensors, the types differ too: a tensor
+is missing only where everything that is there has the types of a fuller record.
 """
 
 import re
@@ -22,14 +24,16 @@ Groups = dict[tuple[str, str, str], dict[int, dict[str, str]]]  # where, kind, p
 
 
 def check_complete(checkpoint: Checkpoint, keys: Mapping[str, Key], num_experts: int, layers: set[int]) -> None:
-    """Raise InputError unless each layer of the plan has a router and all its experts, whole, in every stack."""
+    """Raise InputError unless each layer of the plan has a router and all its experts, whole, in
+    every stack."""
     check_experts(keys, num_experts, layers, checkpoint.path)
     for (where, kind, _), members in comparable_records(checkpoint, keys).items():
         check_alike(members, where, kind, checkpoint.path)
 
 
 def check_experts(keys: Mapping[str, Key], num_experts: int, layers: set[int], path: Path) -> None:
-    """Raise InputError unless each layer of the plan has a router and something of every expert, in every stack."""
+    """Raise InputError unless each layer of the plan has a router and something of every expert,
+    in every stack."""
     experts, routers, fused = defaultdict(set), set(), set()
     for name, key in keys.items():
         place = key.stack, key.layer
@@ -54,7 +58,8 @@ def check_experts(keys: Mapping[str, Key], num_experts: int, layers: set[int], p
 
 
 def comparable_records(checkpoint: Checkpoint, keys: Mapping[str, Key]) -> Groups:
-    """Names and types of tensors, by member (expert or layer) of groups whose members should have the same."""
+    """Names and types of tensors, by member (expert or layer) of groups whose members should
+    have the same."""
     groups: Groups = defaultdict(lambda: defaultdict(dict))
     for tensor in (tensor for shard in checkpoint.shards for tensor in shard.tensors):
         key = keys[tensor.name]

@@ -1,13 +1,16 @@
-"""Write files made of pieces of other files, and compare what was written, at the speed of the disk and in little memory.
+"""Write files made of pieces of other files, and compare what was written, at the speed of the disk
+and in little memory.
 
-Bytes are moved by the kernel (copy_file_range: blocks are shared where the file system can, else copied without a way
-through this process) in parallel over files and parts of files. Every output is allocated in whole before it is
-filled: parallel writers then do not fight over its blocks, and a full disk shows at once.
+Bytes are moved by the kernel (copy_file_range: blocks are shared where the file system can, else
+copied without a way through this process) in parallel over files and parts of files. Every output
+is allocated in whole before it is filled: parallel writers then do not fight over its blocks, and a
+full disk shows at once.
 
-A few megabytes are copied, then read again from both files and compared while they are still in the processor's cache:
-so a comparison of every byte costs a third of the copy. The same reading gives a checksum of what was written, a
-multilinear hash modulo 2**64 (Lemire and Kaser, "Strongly universal string hashing is fast", 2014): words times fixed
-odd numbers, summed. It is meant to notice damage, not forgery, and is four times as fast as CRC-32 of zlib.
+A few megabytes are copied, then read again from both files and compared while they are still in the
+processor's cache: so a comparison of every byte costs a third of the copy. The same reading gives a
+checksum of what was written, a multilinear hash modulo 2**64 (Lemire and Kaser, "Strongly universal
+string hashing is fast", 2014): words times fixed odd numbers, summed. It is meant to notice damage,
+not forgery, and is four times as fast as CRC-32 of zlib.
 """
 
 import errno
@@ -43,7 +46,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Edit:
-    """Bytes at `offset` of an output file that are computed: `make` gives them, `check` judges what was written."""
+    """Bytes at `offset` of an output file that are computed: `make` gives them, `check` judges
+    what was written."""
 
     offset: int
     num_bytes: int
@@ -107,7 +111,8 @@ def batches(parts: Sequence[Part], size: int) -> Iterator[list[Part]]:
 
 
 def run_tasks(tasks: Iterable[Callable[[], T]], *, threads: int, done: Callable[[T], None]) -> None:
-    """Run the tasks on threads, a few ahead at a time; `done` gets each result. The first error stops the rest."""
+    """Run the tasks on threads, a few ahead at a time; `done` gets each result. The first error
+    stops the rest."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: set[Future[T]] = set()
         try:
@@ -125,7 +130,8 @@ def run_tasks(tasks: Iterable[Callable[[], T]], *, threads: int, done: Callable[
 
 
 class Written(NamedTuple):
-    """A stretch of an output file that was written; `checksum` is -1 where it was not read again."""
+    """A stretch of an output file that was written; `checksum` is -1 where it was not read
+    again."""
 
     name: str
     offset: int
@@ -141,7 +147,8 @@ def write_files(
     verify: bool,
     done: Callable[[Written], None] = lambda written: None,
 ) -> None:
-    """Write the files under `root`; with `verify`, raise InputError where a byte is not what it should be."""
+    """Write the files under `root`; with `verify`, raise InputError where a byte is not what it
+    should be."""
 
     def tasks() -> Iterator[Callable[[], Written]]:
         for file in files:
@@ -216,7 +223,8 @@ def pwrite_all(output: int, data: bytes, offset: int) -> None:
 
 
 def copy_range(source: int, output: int, piece: Piece) -> None:
-    """Copy a piece between two open files: by the kernel, or through a buffer where the file systems do not let it."""
+    """Copy a piece between two open files: by the kernel, or through a buffer where the file
+    systems do not let it."""
     done = 0
     kernel = KERNEL_COPY
     while done < piece.num_bytes:
@@ -246,7 +254,8 @@ def compare(
     checksum: int,
     buffers: tuple[bytearray, bytearray],
 ) -> int:
-    """Read parts of an output and their sources; the checksum, continued. Raises InputError where they differ."""
+    """Read parts of an output and their sources; the checksum, continued. Raises InputError
+    where they differ."""
     if isinstance(edit := parts[0], Edit):
         data = read_range(output, edit.offset, edit.num_bytes, path)
         check_edit(path, edit, data)
@@ -300,7 +309,8 @@ def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> Non
 
 
 def check_parts(path: Path, expected: Sequence[Part], parts: Sequence[Part]) -> None:
-    """Raise InputError unless `parts`, which were copied and compared, are what a file should consist of."""
+    """Raise InputError unless `parts`, which were copied and compared, are what a file should
+    consist of."""
 
     def pieces(some: Sequence[Part]) -> list[Piece]:
         return [part for part in some if isinstance(part, Piece)]
@@ -320,7 +330,8 @@ def check_parts(path: Path, expected: Sequence[Part], parts: Sequence[Part]) -> 
 
 
 def checksums(root: Path, name: str, entries: Iterable[Sequence[int]]) -> Iterator[Callable[[], Written]]:
-    """Tasks that give the checksums of stretches of root/name; entries begin with offset and number of bytes."""
+    """Tasks that give the checksums of stretches of root/name; entries begin with offset and
+    number of bytes."""
     for offset, num_bytes, *_ in entries:
         yield lambda offset=offset, size=num_bytes: Written(name, offset, size, checksum_of(root / name, offset, size))
 

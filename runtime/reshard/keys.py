@@ -1,12 +1,14 @@
-"""What each key of a checkpoint is to its experts: the names of every family of Transformers 5.23, in both layouts.
+"""What each key of a checkpoint is to its experts: the names of every family of Transformers 5.23,
+in both layouts.
 
-A key is read in three steps: the stack of layers it belongs to ("model.layers." 3 "mlp.experts.5.up_proj.weight"),
-the place inside the layer, and the role. Roles are recognised by name and held to by shape: a tensor of experts or of a
-router with an unknown name, or with a shape that does not fit the number of experts, is an error, so that nothing of an
-expert is left behind silently (a scale that does not move with its weight ruins a model without any message).
+A key is read in three steps: the stack of layers it belongs to ("model.layers." 3
+"mlp.experts.5.up_proj.weight"), the place inside the layer, and the role. Roles are recognised by
+name and held to by shape: a tensor of experts or of a router with an unknown name, or with a shape
+that does not fit the number of experts, is an error, so that nothing of an expert is left behind
+silently (a scale that does not move with its weight ruins a model without any message).
 
-The names: hub layouts in transformers/conversion_mapping.py; quantised suffixes of compressed-tensors, FP8, MXFP4,
-GPTQ, AWQ and ModelOpt checkpoints.
+The names: hub layouts in transformers/conversion_mapping.py; quantised suffixes of
+compressed-tensors, FP8, MXFP4, GPTQ, AWQ and ModelOpt checkpoints.
 """
 
 import enum
@@ -30,7 +32,8 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A tensor with its role in a layer; where the key names an expert, its number and the place of that number."""
+    """A tensor with its role in a layer; where the key names an expert, its number and the place
+    of that number."""
 
     role: Role
     stack: str = ""
@@ -49,8 +52,8 @@ class Key:
 KEEP = Key(Role.KEEP)
 
 LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|blocks|h))\.(?P<layer>\d+)\.(?P<rest>.+)$")
-# Stacks that no plan speaks of: towers of other modalities, MTP heads, the talker of the omni models. Left as they are,
-# experts, router and all, which keeps them right.
+# Stacks that no plan speaks of: towers of other modalities, MTP heads, the talker of the omni
+# models. Left as they are, experts, router and all, which keeps them right.
 SIDE_STACK = re.compile(
     r"(?:^|[._])(?:vision|visual|audio|vit|sam_model|qwen2_model|image_encoder|talker|code2wav|token2wav|mtp|nextn)"
     r"(?:$|[._\d])"
@@ -70,7 +73,8 @@ FUSED_PROJECTION = (
     r"fc[123]|w13|w[123]|input_linear|output_linear)"
 )
 FUSED = re.compile(rf"^(?:{MOE}\.)?experts\.{FUSED_PROJECTION}{QUANT}$")
-# Without a module named experts: Granite and JetMoE (linear layers with an expert axis), Step 3 (one per projection).
+# Without a module named experts: Granite and JetMoE (linear layers with an expert axis), Step 3
+# (one per projection).
 FUSED_IN_BLOCK = re.compile(
     rf"^(?:(?:block_sparse_moe|mlp)\.(?:input|output)_linear|moe\.(?:gate|up|down)_proj){QUANT}$"
 )
@@ -86,14 +90,16 @@ VECTOR = re.compile(
     r"(?:e_score_correction_bias|expert_bias|balancing_biases|per_expert_scale|router_bias)$"
 )
 VALUES = re.compile(rf"^(?:{MOE}\.)?gate\.tid2eid$")
-# Tensors of a router that have no expert axis: input scales and norms, the trunk of Zaya's router, Inkling's scale.
+# Tensors of a router that have no expert axis: input scales and norms, the trunk of Zaya's router,
+# Inkling's scale.
 ROUTER_KEEPS = re.compile(
     rf"^(?:{MOE}\.)?(?:gate|router)\."
     r"(?:scale|global_scale|norm\.weight|input_scale|router_states_scale|down_proj\.(?:weight|bias)|"
     r"router_mlp\.(?:fc\d|norm)\.(?:weight|bias))$"
 )
 ROUTER_LIKE = re.compile(rf"^(?:{MOE}\.)?(?:gate|router)(?:\.|_(?!proj|up_proj)|$)|tid2eid|moe_statics")
-# A further router of a block, of another modality say: told from other gates by its axis of experts.
+# A further router of a block, of another modality say: told from other gates by its axis of
+# experts.
 FURTHER_ROUTER = re.compile(rf"^{MOE}\.\w+_(?:gate|router)(?:\.|$)")
 EXPERT_LIKE = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 TEXT_AND_VISION = "ernie4_5_vl_moe"  # one list of experts on disk, the first half for text; routers [H, E]
@@ -106,7 +112,8 @@ def split_key(name: str) -> tuple[str, int, str]:
 
 
 def is_side(name: str) -> bool:
-    """Whether the key belongs to a tower, an MTP head or another stack that plans do not speak of."""
+    """Whether the key belongs to a tower, an MTP head or another stack that plans do not speak
+    of."""
     stack, layer, rest = split_key(name)
     return bool(SIDE_STACK.search(stack if layer >= 0 else rest))
 
@@ -123,8 +130,8 @@ def has_experts(tensor: Tensor) -> bool:
 def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: str, where: str) -> Key:
     """The role of a tensor in a layer whose experts a plan permutes.
 
-    `extra_rows`: classes of the router after the routed experts (zero experts, shared sinks, skip), which stay.
-    Raises InputError for a tensor of an expert or a router that cannot be moved.
+    `extra_rows`: classes of the router after the routed experts (zero experts, shared sinks, skip),
+    which stay. Raises InputError for a tensor of an expert or a router that cannot be moved.
     """
     stack, layer, rest = split_key(tensor.name)
     shape = tensor.shape
@@ -141,7 +148,8 @@ def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: s
     if found := PER_EXPERT.match(rest):
         expert = int(found["expert"])
         if expert >= num_experts:
-            # Identity experts that some writers store, and the vision experts of Ernie: they stay where they are.
+            # Identity experts that some writers store, and the vision experts of Ernie: they stay
+            # where they are.
             if expert < num_experts + extra_rows or (model_type == TEXT_AND_VISION and expert < 2 * num_experts):
                 return KEEP
             raise InputError(f"{tensor.name} is expert {expert}, expected 0..{num_experts - 1}: {where}")

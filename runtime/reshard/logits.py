@@ -1,7 +1,7 @@
 """Run a checkpoint and its relabelled form on the same tokens and compare what they say.
 
-A relabelled model does the same arithmetic but for the order in which experts are summed, so logits in float32 differ
-by rounding only; a router or a scale that was left behind shows at once.
+A relabelled model does the same arithmetic but for the order in which experts are summed, so logits
+in float32 differ by rounding only; a router or a scale that was left behind shows at once.
 """
 
 import json
@@ -16,7 +16,8 @@ TOLERANCE = 1e-4  # of the larger of 1 and the largest logit
 
 
 def compare_logits(source: Path, relabelled: Path, *, seed: int = 0) -> float:
-    """Largest absolute difference of the logits on random prompts. Raises InputError where it is not rounding."""
+    """Largest absolute difference of the logits on random prompts. Raises InputError where it is
+    not rounding."""
     import torch
 
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -34,7 +35,8 @@ def compare_logits(source: Path, relabelled: Path, *, seed: int = 0) -> float:
 
 
 def logits_of(path: Path, ids: Any) -> Any:
-    """float32 logits [prompts, length, vocabulary] of a checkpoint. Raises InputError where it cannot be loaded and run."""
+    """float32 logits [prompts, length, vocabulary] of a checkpoint. Raises InputError where it
+    cannot be loaded and run."""
     import torch
     from transformers.utils import logging as transformers_logging
 

@@ -1,7 +1,7 @@
 """A directory that appears whole or not at all.
 
-It is filled as `.NAME.partial` beside its name and renamed at the end. A lock in it tells a run that is going on from
-what a killed run left: the latter is removed and written afresh.
+It is filled as `.NAME.partial` beside its name and renamed at the end. A lock in it tells a run
+that is going on from what a killed run left: the latter is removed and written afresh.
 """
 
 import fcntl
@@ -17,9 +17,11 @@ SPARE_BYTES = 32 << 20  # room for configs, indices and the sidecar
 
 
 class OutputDirectory:
-    """Context manager: fill `partial`, then call `finish`. Without it, or after an error, nothing is left.
+    """Context manager: fill `partial`, then call `finish`. Without it, or after an error, nothing
+    is left.
 
-    `marker`: the file by which a directory that `force` may replace is known. `source` is what is being read.
+    `marker`: the file by which a directory that `force` may replace is known. `source` is what is
+    being read.
     """
 
     def __init__(self, out: Path, source: Path, *, marker: str, force: bool) -> None:

@@ -1,15 +1,16 @@
 """Layout "ranks": one directory per rank with its experts only, and the rest of the model once.
 
-    OUT/semmoe.json               plan, placement [L][R][S] and model layers, hashes
-    OUT/semmoe-source.json        headers of the source's files: with them the source can be put together again
-    OUT/shared/                   config, tokenizer, ...; safetensors files of the source's names with all that is not
-                                  a routed expert; routers and their biases are unchanged, in the model's own numbering
-    OUT/rank-000/, rank-001/ ...  safetensors files of the source's names with the experts of that rank (replicas too)
+    OUT/semmoe.json         plan, placement [L][R][S] and model layers, hashes
+    OUT/semmoe-source.json  headers of the source: from them it is put together again
+    OUT/shared/             config, tokenizer, ...; files of the source's names, all that is not a
+                            routed expert; routers and biases stay in the model's own numbering
+    OUT/rank-000/ ...       files of the source's names with the experts of that rank (replicas too)
 
-Keys are the source's. A per-expert key keeps the number that the model gives its expert; a fused tensor holds the
-rank's experts along its expert axis in slot order. Each directory with more than one file has an index. A loader reads
-`shared` and its own rank, numbers the experts of layer l by their slots in placement[l][rank], and routes with
-logical ids, so that replicas and grouped routers are exact.
+Keys are the source's. A per-expert key keeps the number that the model gives its expert; a fused
+tensor holds the rank's experts along its expert axis in slot order. Each directory with more than
+one file has an index. A loader reads `shared` and its own rank, numbers the experts of layer l by
+their slots in placement[l][rank], and routes with logical ids, so that replicas and grouped routers
+are exact.
 
 Shape letters: L MoE layers, R ranks, S slots per rank.
 """
@@ -70,7 +71,8 @@ def write_ranks(
     made_by: str,
     progress: Progress | None,
 ) -> ReshardResult:
-    """Write the layout above. Raises InputError where the plan is for another model or a file is damaged."""
+    """Write the layout above. Raises InputError where the plan is for another model or a file is
+    damaged."""
     source = open_checkpoint(checkpoint)
     model = check_plan(source, plan)
     layers, experts_LRS = plan.model.model_layers, plan.placement.experts_LRS
@@ -163,7 +165,8 @@ def pack_file(
 
 
 def source_parts(shard: Shard, tensor: Tensor, key: Key, slots: Slots, num_experts: int) -> list[Piece]:
-    """The bytes that a tensor has in a file of the layout, in order; their offsets are set by `lay`."""
+    """The bytes that a tensor has in a file of the layout, in order; their offsets are set by
+    `lay`."""
     begin = shard.header_bytes + tensor.begin
     if key.role is Role.ROWS and not key.router:
         block, _ = block_bytes(tensor, key, num_experts, shard.path)
@@ -199,7 +202,8 @@ def written_parts(
     files: Sequence[FilePlan],
     root: Path,
 ) -> dict[str, list[Part]]:
-    """What every written file must hold, told from its own header. Raises InputError where a tensor is not anywhere."""
+    """What every written file must hold, told from its own header. Raises InputError where a
+    tensor is not anywhere."""
     tensors = {tensor.name: (shard, tensor) for shard in source.shards for tensor in shard.tensors}
     due = {(SHARED, name) for name, key in keys.items() if not is_expert(key)}
     for rank, mine in enumerate(slots):
@@ -314,7 +318,8 @@ def joined_file(
 def joined_parts(
     tensor: Tensor, index: Mapping[str, Mapping[str, tuple[Shard, Tensor]]], homes: Mapping[int, list[tuple[int, int]]]
 ) -> list[Piece]:
-    """Where the bytes of a tensor of the source are now: whole in one directory, or expert by expert on the ranks."""
+    """Where the bytes of a tensor of the source are now: whole in one directory, or expert by
+    expert on the ranks."""
     holders = [directory for directory, tensors in index.items() if tensor.name in tensors]
     if not holders:
         raise InputError(f"{tensor.name} is in no directory: the reshard is not complete")

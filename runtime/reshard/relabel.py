@@ -1,9 +1,11 @@
-"""Relabel the experts of a checkpoint: which bytes and which names each output file gets, computed from headers alone.
+"""Relabel the experts of a checkpoint: which bytes and which names each output file gets, computed
+from headers alone.
 
-`orders` maps a model layer to new2old_E: position e of the output holds the expert that the source calls new2old_E[e].
-A per-expert key is renamed and its bytes stay; fused tensors, router rows and per-expert vectors are gathered along
-the expert axis; tables of expert ids get new values. Reading the output back (`expected_parts`) goes the other way, from
-the names in the written header to the source, so that a mistake in one direction shows in the comparison.
+`orders` maps a model layer to new2old_E: position e of the output holds the expert that the source
+calls new2old_E[e]. A per-expert key is renamed and its bytes stay; fused tensors, router rows and
+per-expert vectors are gathered along the expert axis; tables of expert ids get new values. Reading
+the output back (`expected_parts`) goes the other way, from the names in the written header to the
+source, so that a mistake in one direction shows in the comparison.
 
 Shape letters: E experts.
 """
@@ -41,7 +43,8 @@ class RoutedModel:
 
 
 def classify_checkpoint(checkpoint: Checkpoint, model: RoutedModel, layers: set[int]) -> dict[str, Key]:
-    """The role of every tensor. Raises InputError where something of an expert would be left behind, or is not there."""
+    """The role of every tensor. Raises InputError where something of an expert would be left
+    behind, or is not there."""
     keys: dict[str, Key] = {}
     for shard in checkpoint.shards:
         for tensor in shard.tensors:
@@ -72,7 +75,8 @@ def classify_one(tensor: Tensor, model: RoutedModel, layers: set[int], where: Pa
 def relabel_shard(
     shard: Shard, keys: Mapping[str, Key], orders: Orders, *, link: bool, header_bytes: int = 0
 ) -> FilePlan:
-    """One output file. `header_bytes`: length its header should have; default that of the source."""
+    """One output file. `header_bytes`: length its header should have; default that of the
+    source."""
     if link and all(keys[tensor.name].role is Role.KEEP for tensor in shard.tensors):
         return FilePlan(shard.name, b"", shard.size, (), shard.path)
     old2new = {layer: np.argsort(order) for layer, order in orders.items()}
@@ -90,7 +94,8 @@ def relabel_shard(
 
 
 def tensor_parts(shard: Shard, tensor: Tensor, key: Key, order_E: np.ndarray | None, offset: int) -> list[Part]:
-    """Where the bytes of a tensor, relabelled, come from; `offset` is their place in the output file."""
+    """Where the bytes of a tensor, relabelled, come from; `offset` is their place in the output
+    file."""
     begin = shard.header_bytes + tensor.begin
     if key.role in (Role.KEEP, Role.EXPERT) or order_E is None:
         return [Piece(shard.path, begin, offset, tensor.num_bytes)]
@@ -130,7 +135,8 @@ def relabelled_bytes(data: bytes, tensor: Tensor, key: Key, order_E: np.ndarray)
             raise InputError(f"{tensor.name} names expert {ids.max()}, expected 0..{len(order_E) - 1}")
         return np.argsort(order_E).astype(ids.dtype)[ids].tobytes()
     if key.role is Role.COLUMNS:
-        # Ernie 4.5: a router [H, E], a bias [1, E], or [2, E] whose second row belongs to the vision experts.
+        # Ernie 4.5: a router [H, E], a bias [1, E], or [2, E] whose second row belongs to the
+        # vision experts.
         table = np.frombuffer(data, np.uint8).reshape(tensor.shape[0], tensor.shape[1], -1).copy()
         rows = slice(0, 1) if tensor.shape[0] == 2 else slice(None)
         table[rows] = table[rows][:, order_E]
@@ -150,9 +156,11 @@ def read_bytes(path: Path, offset: int, num_bytes: int) -> bytes:
 
 
 def expected_parts(shard: Shard, source: Shard, model: RoutedModel, orders: Orders) -> list[Part]:
-    """What a written file must hold, told from its own header: parts of the source that cover its data region.
+    """What a written file must hold, told from its own header: parts of the source that cover its
+    data region.
 
-    Raises InputError where its names, types, shapes or metadata are not those of the source under the permutation.
+    Raises InputError where its names, types, shapes or metadata are not those of the source under
+    the permutation.
     """
     written = shard.path
     sources = {tensor.name: tensor for tensor in source.tensors}
@@ -173,7 +181,8 @@ def expected_parts(shard: Shard, source: Shard, model: RoutedModel, orders: Orde
 
 
 def relabelled_config(text: str, orders: Orders) -> str:
-    """A configuration file whose lists of modules (kept in high precision, say) name single experts, renamed likewise."""
+    """A configuration file whose lists of modules (kept in high precision, say) name single
+    experts, renamed likewise."""
     old2new = {layer: np.argsort(order) for layer, order in orders.items()}
 
     def rename(found: re.Match[str]) -> str:

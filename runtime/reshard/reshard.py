@@ -1,13 +1,15 @@
 """Reshard: a checkpoint and a plan in, a checkpoint out that realises the plan.
 
-Layout "permuted" is a normal Hugging Face checkpoint whose experts are relabelled, router and all, so that an engine
-that gives rank r the r-th run of E/R experts (all of them do, unless told otherwise) realises the placement. Relabelling
-changes nothing that the model computes, but for routers with groups: these choose among consecutive experts, so only
-permutations that map groups onto groups are accepted there. Layout "ranks" is in reshard_ranks.py.
+Layout "permuted" is a normal Hugging Face checkpoint whose experts are relabelled, router and all,
+so that an engine that gives rank r the r-th run of E/R experts (all of them do, unless told
+otherwise) realises the placement. Relabelling changes nothing that the model computes, but for
+routers with groups: these choose among consecutive experts, so only permutations that map groups
+onto groups are accepted there. Layout "ranks" is in reshard_ranks.py.
 
-The work is done on keys and bytes (relabel.py, checkpoint_copy.py); tensors are never loaded. OUT is written as
-`.OUT.partial` beside its name, compared with the source byte by byte, and renamed: it appears whole or not at all, and
-what a killed run left is removed by the next. semmoe.json in OUT says what was done, and `undo_reshard` takes it back.
+The work is done on keys and bytes (relabel.py, checkpoint_copy.py); tensors are never loaded. OUT
+is written as `.OUT.partial` beside its name, compared with the source byte by byte, and renamed: it
+appears whole or not at all, and what a killed run left is removed by the next. semmoe.json in OUT
+says what was done, and `undo_reshard` takes it back.
 
 Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 """
@@ -94,9 +96,10 @@ def reshard_checkpoint(
 ) -> ReshardResult:
     """Write `checkpoint` as `out` so that the placement of `plan` holds in it.
 
-    `link`: hard-link safetensors files that do not change instead of copying. `verify`: "bytes" reads everything again
-    and compares, "logits" also runs both models, "none" trusts the disk. `force`: replace an `out` that is a reshard.
-    Raises InputError where the placement, the model or the files do not allow it; then `out` is not there.
+    `link`: hard-link safetensors files that do not change instead of copying. `verify`: "bytes"
+    reads everything again and compares, "logits" also runs both models, "none" trusts the disk.
+    `force`: replace an `out` that is a reshard. Raises InputError where the placement, the model or
+    the files do not allow it; then `out` is not there.
     """
     if layout not in LAYOUTS or verify not in VERIFY:
         raise InputError(f"layout {layout!r} and verify {verify!r}: expected one of {LAYOUTS} and of {VERIFY}")
@@ -120,9 +123,11 @@ def reshard_checkpoint(
 def undo_reshard(
     checkpoint: Path, out: Path, *, verify: str = "bytes", force: bool = False, progress: Progress | None = None
 ) -> ReshardResult:
-    """Write as `out` the checkpoint that `checkpoint`, a reshard of either layout, was made from: the same bytes.
+    """Write as `out` the checkpoint that `checkpoint`, a reshard of either layout, was made from:
+    the same bytes.
 
-    With `verify`, the checksums of semmoe.json are tested first: a reshard that was changed since is refused.
+    With `verify`, the checksums of semmoe.json are tested first: a reshard that was changed since
+    is refused.
     """
     facts = read_sidecar(checkpoint)
     if facts["layout"] == "ranks":
@@ -152,7 +157,8 @@ def undo_reshard(
 
 
 def permutation_of(plan: Plan) -> dict[int, np.ndarray]:
-    """new2old_E int64 [E] of each model layer. Raises InputError where the placement has replicas."""
+    """new2old_E int64 [E] of each model layer. Raises InputError where the placement has
+    replicas."""
     placement = plan.placement
     if placement.num_replicas:
         raise InputError(
@@ -179,7 +185,8 @@ def check_plan(source: Checkpoint, plan: Plan) -> RoutedModel:
     for what, mine, theirs in pairs:
         if mine != theirs:
             raise InputError(f"{source.path} has {mine} {what}, the plan is for a model with {theirs}: {wanted.model}")
-    # A trace may name the language model inside a multimodal one ("qwen3_5_moe_text"); both names are in config.json.
+    # A trace may name the language model inside a multimodal one ("qwen3_5_moe_text"); both names
+    # are in config.json.
     names = {
         str(name).removesuffix("_text") for name in (facts["model_type"], text_config(config).get("model_type")) if name
     }
@@ -202,7 +209,8 @@ def routed_model(config: dict[str, Any], num_experts: int) -> RoutedModel:
 
 
 def check_groups(config: dict[str, Any], orders: Orders) -> None:
-    """Raise InputError where the router chooses among groups of experts and a permutation breaks them."""
+    """Raise InputError where the router chooses among groups of experts and a permutation breaks
+    them."""
     facts, inner = moe_facts(config), text_config(config)
     num_groups, chosen = facts["n_group"], facts["topk_group"]
     family = str(inner.get("model_type") or facts["model_type"]).removesuffix("_text")
@@ -234,7 +242,8 @@ def write_permuted(
     progress: Progress | None,
     undo: dict[str, Any] | None = None,
 ) -> ReshardResult:
-    """The relabelled checkpoint; with `undo` (a sidecar) headers get their former length and no sidecar is written."""
+    """The relabelled checkpoint; with `undo` (a sidecar) headers get their former length and no
+    sidecar is written."""
     keys = classify_checkpoint(source, model, set(orders))
     lengths = {name: entry["source_header_bytes"] for name, entry in undo["files"].items()} if undo else {}
     files = [
@@ -286,7 +295,8 @@ def write_permuted(
 def write_all(
     files: Sequence[FilePlan], root: Path, *, verify: str, progress: Progress | None
 ) -> dict[str, list[list[int]]]:
-    """Write the files, telling `progress` how far it is; checksums [offset, bytes, checksum] by file name."""
+    """Write the files, telling `progress` how far it is; checksums [offset, bytes, checksum] by
+    file name."""
     sums: dict[str, list[list[int]]] = defaultdict(list)
     total, done = sum(part.num_bytes for file in files for part in file.parts), 0
 
@@ -305,7 +315,8 @@ def write_all(
 def check_written(
     source: Checkpoint, model: RoutedModel, orders: Orders, files: Sequence[FilePlan], root: Path
 ) -> None:
-    """Raise InputError unless the headers and the index on the disk ask for just the bytes that were copied."""
+    """Raise InputError unless the headers and the index on the disk ask for just the bytes that
+    were copied."""
     shards = {shard.name: shard for shard in source.shards}
     index = read_index(root / INDEX_NAME)["weight_map"] if source.index else {}
     for file in files:
@@ -325,7 +336,8 @@ def other_bytes(source: Checkpoint) -> int:
 
 
 def copy_others(source: Checkpoint, target: Path, *, skip: tuple[str, ...]) -> None:
-    """Carry over config, tokenizer, generation config, custom code and whatever else is not weights."""
+    """Carry over config, tokenizer, generation config, custom code and whatever else is not
+    weights."""
     for name in source.others:
         if name not in skip:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -336,7 +348,8 @@ def copy_others(source: Checkpoint, target: Path, *, skip: tuple[str, ...]) -> N
 
 
 def relabel_configs(source: Checkpoint, orders: Orders, target: Path) -> None:
-    """Quantisation settings may name experts: config.json, hf_quant_config.json, quantize_config.json, ..."""
+    """Quantisation settings may name experts: config.json, hf_quant_config.json,
+    quantize_config.json, ..."""
     for name in source.others:
         if "/" not in name and name.endswith(".json") and ("config" in name or "quant" in name):
             text = (target / name).read_bytes().decode("utf-8", errors="surrogateescape")

@@ -1,7 +1,8 @@
 """semmoe.json beside a resharded checkpoint: what was done, and what is needed to take it back.
 
-It names the plan, the permutation of each layer, and for every safetensors file the hash of the source's header, the
-hash of the written one and checksums of the written data. Nothing in it depends on the time or the machine.
+It names the plan, the permutation of each layer, and for every safetensors file the hash of the
+source's header, the hash of the written one and checksums of the written data. Nothing in it
+depends on the time or the machine.
 """
 
 import hashlib
@@ -65,7 +66,8 @@ def file_entries(source: Checkpoint, files: Sequence[FilePlan], sums: Mapping[st
 
 
 def header_notes(files: Sequence[FilePlan], source_hashes: Mapping[str, str]) -> tuple[str, ...]:
-    """Files whose header could not be restored to the letter, told from the source's; their tensors are the same all the same."""
+    """Files whose header could not be restored to the letter, told from the source's; their
+    tensors are the same all the same."""
     return tuple(
         f"{file.name}: same tensors, but the header is laid out differently from the original file's"
         for file in files
@@ -74,7 +76,8 @@ def header_notes(files: Sequence[FilePlan], source_hashes: Mapping[str, str]) ->
 
 
 def write_sidecar(target: Path, facts: dict[str, Any]) -> None:
-    """One line per key of semmoe.json, so that people find their way, and a hash of all of them last."""
+    """One line per key of semmoe.json, so that people find their way, and a hash of all of them
+    last."""
     facts = {"format": FORMAT, "version": VERSION, **facts}
     facts["sha256"] = hash_facts(facts)
     lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
@@ -82,7 +85,8 @@ def write_sidecar(target: Path, facts: dict[str, Any]) -> None:
 
 
 def hash_facts(facts: dict[str, Any]) -> str:
-    """What semmoe.json says of itself: an order of experts that was changed would be taken back to another model."""
+    """What semmoe.json says of itself: an order of experts that was changed would be taken back
+    to another model."""
     return hash_bytes(json.dumps({key: facts[key] for key in facts if key != "sha256"}, sort_keys=True).encode())
 
 

@@ -1,9 +1,11 @@
-"""A checkpoint as bytes on disk: safetensors headers, the index, and the other files; tensors are never loaded.
+"""A checkpoint as bytes on disk: safetensors headers, the index, and the other files; tensors are
+never loaded.
 
-A safetensors file is 8 bytes of length (little endian), a JSON header of that length, and one data region in which the
-tensors lie end to end (https://github.com/huggingface/safetensors). A tensor is renamed by writing another header in
-front of the same data. Headers are written as the safetensors library writes them, compact JSON padded with blanks,
-so that a file which is renamed and renamed back is the same file.
+A safetensors file is 8 bytes of length (little endian), a JSON header of that length, and one data
+region in which the tensors lie end to end (https://github.com/huggingface/safetensors). A tensor is
+renamed by writing another header in front of the same data. Headers are written as the safetensors
+library writes them, compact JSON padded with blanks, so that a file which is renamed and renamed
+back is the same file.
 """
 
 import json
@@ -19,7 +21,8 @@ from semmoe.profiles.errors import InputError
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 PAGE_BYTES = 4096
-# Weights in other formats: a copy of them beside permuted tensors would be another model under the same name.
+# Weights in other formats: a copy of them beside permuted tensors would be another model under the
+# same name.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".ckpt", ".ot", ".npz")
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -47,7 +50,8 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One safetensors file: its tensors in the order of their bytes, and where the data region starts."""
+    """One safetensors file: its tensors in the order of their bytes, and where the data region
+    starts."""
 
     path: Path
     header_bytes: int  # length word and JSON together: the offset of the data region
@@ -62,7 +66,8 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint directory: its safetensors files, its index (None for a single file), all else by name."""
+    """A checkpoint directory: its safetensors files, its index (None for a single file), all
+    else by name."""
 
     path: Path
     shards: tuple[Shard, ...]
@@ -76,7 +81,8 @@ class Checkpoint:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read and check the header of a safetensors file. Raises InputError where the file is damaged or cut short."""
+    """Read and check the header of a safetensors file. Raises InputError where the file is
+    damaged or cut short."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -116,7 +122,8 @@ def read_shard(path: Path) -> Shard:
 
 
 def check_offsets(shard: Shard) -> None:
-    """Raise InputError unless the tensors cover the data region without gaps and the file holds all of it."""
+    """Raise InputError unless the tensors cover the data region without gaps and the file holds
+    all of it."""
     place = 0
     for tensor in shard.tensors:
         bits = DTYPE_BITS.get(tensor.dtype)
@@ -136,8 +143,9 @@ def check_offsets(shard: Shard) -> None:
 def make_header(tensors: tuple[Tensor, ...], metadata: dict[str, str], *, header_bytes: int = 0) -> bytes:
     """Length word and JSON of a file with these tensors.
 
-    Padded with blanks to `header_bytes` where the JSON fits, so that the data keeps its offset; else to whole pages
-    more, so that the data keeps its place in a page and a file system may still share its blocks.
+    Padded with blanks to `header_bytes` where the JSON fits, so that the data keeps its offset;
+    else to whole pages more, so that the data keeps its place in a page and a file system may still
+    share its blocks.
     """
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     for tensor in tensors:
@@ -158,7 +166,8 @@ def make_header(tensors: tuple[Tensor, ...], metadata: dict[str, str], *, header
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers and the index of a checkpoint directory.
 
-    Raises InputError where there is none, a shard of the index is missing, or index and headers disagree.
+    Raises InputError where there is none, a shard of the index is missing, or index and headers
+    disagree.
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a directory: expected a checkpoint with safetensors files")
@@ -210,7 +219,8 @@ def check_index(weight_map: dict[str, str], shards: dict[str, Shard], path: Path
 
 
 def other_files(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Relative paths of the files to carry over, and of what is not: weights in other formats or places, links to directories."""
+    """Relative paths of the files to carry over, and of what is not: weights in other formats or
+    places, links to directories."""
     others, left_out = [], []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")

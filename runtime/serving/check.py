@@ -1,10 +1,12 @@
-"""--check: the same prompts through plain Transformers in one process, greedy, one at a time; tokens must be equal.
+"""--check: the same prompts through plain Transformers in one process, greedy, one at a time;
+tokens must be equal.
 
-In a narrow number type two tokens can have logits that are equal, or differ by less than sums in another order do. Such a difference is a
-tie, not a mismatch: it is reported, the generated token is taken, and the comparison goes on behind it. Tie: the model puts its own token
-above the generated one by at most TIE_STEPS rounding steps of its largest logit (2e-6 of it in float32, 1.6 % in float16, 12.5 % in
-bfloat16). Sums in another order move a logit by 1 or 2 steps in most places, and by up to 12 where a router's choice lay at an edge and
-falls otherwise (measured on the 16M model).
+In a narrow number type two tokens can have logits that are equal, or differ by less than sums in
+another order do. Such a difference is a tie, not a mismatch: it is reported, the generated token is
+taken, and the comparison goes on behind it. Tie: the model puts its own token above the generated
+one by at most TIE_STEPS rounding steps of its largest logit (2e-6 of it in float32, 1.6 % in
+float16, 12.5 % in bfloat16). Sums in another order move a logit by 1 or 2 steps in most places, and
+by up to 12 where a router's choice lay at an edge and falls otherwise (measured on the 16M model).
 """
 
 from collections.abc import Callable
@@ -41,9 +43,11 @@ def check_completions(
     tell: Callable[[str], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """{"ok", "compared", "mismatches", "ties"}, differences as {"id", "position", "expected", "got", "logit_gap"}, at most 10 of each.
+    """{"ok", "compared", "mismatches", "ties"}, differences as {"id", "position", "expected",
+    "got", "logit_gap"}, at most 10 of each.
 
-    `logit_gap`: how far the model puts its own token above the one that was generated. `ok`: there is no mismatch.
+    `logit_gap`: how far the model puts its own token above the one that was generated. `ok`: there
+    is no mismatch.
     """
     transformers_logging.disable_progress_bar()
     model = load_model(source, dtype=dtype, device=device)
@@ -72,7 +76,8 @@ def check_completions(
 def compare_greedy(
     model: Any, prompt: Prompt, got: list[int], *, max_new_tokens: int, stop_ids: frozenset[int]
 ) -> Compared:
-    """Where `got` leaves the model's own greedy continuation; behind a tie the model continues `got`."""
+    """Where `got` leaves the model's own greedy continuation; behind a tie the model continues
+    `got`."""
     ids = torch.as_tensor(prompt.token_ids, dtype=torch.int64, device=model.device)[None]
     cache, ties, name = None, [], cache_name(model)
     with torch.inference_mode():

@@ -1,8 +1,10 @@
-"""Lockstep continuous batching: every rank serves its own requests, and all ranks go through the expert layers together.
+"""Lockstep continuous batching: every rank serves its own requests, and all ranks go through the
+expert layers together.
 
-In each step the ranks agree on one phase. A step reads prompts where any rank has room for some; otherwise it extends every running
-request by one token. A rank without work in a step still joins the collectives of every expert layer (PlacedModel.join_empty), so
-requests may differ in length and ranks in number of requests. Batches are padded on the left; padding is never dispatched. A request
+In each step the ranks agree on one phase. A step reads prompts where any rank has room for some;
+otherwise it extends every running request by one token. A rank without work in a step still joins
+the collectives of every expert layer (PlacedModel.join_empty), so requests may differ in length and
+ranks in number of requests. Batches are padded on the left; padding is never dispatched. A request
 stays on its rank until it is finished, for its keys and values are there.
 
 Shape letters: B requests of a batch, S positions (padding included), R ranks.
@@ -90,9 +92,9 @@ def serve(
 ) -> PhaseTimes:
     """Serve this rank's prompts in step with the other ranks; every rank calls it.
 
-    `deliver` gets the completions of all ranks on rank 0, soon after they are there. With `shuffled` (Attention-TP) all ranks serve the
-    same prompts, and rank 0 speaks for all.
-    Raises ExchangeError where a collective fails, InputError where memory runs out.
+    `deliver` gets the completions of all ranks on rank 0, soon after they are there. With
+    `shuffled` (Attention-TP) all ranks serve the same prompts, and rank 0 speaks for all. Raises
+    ExchangeError where a collective fails, InputError where memory runs out.
     """
     group, watch = placed.group, placed.state.stopwatch
     speaks = shuffled is None or group.rank == 0
@@ -159,7 +161,8 @@ def has_room(batch: Batch | None, limits: Limits) -> bool:
 
 
 def take_prompts(pending: deque[Prompt], batch: Batch | None, limits: Limits) -> list[Prompt]:
-    """The next prompts, in order, that fit one forward pass together; removed from `pending`. At least one."""
+    """The next prompts, in order, that fit one forward pass together; removed from `pending`. At
+    least one."""
     free = limits.max_running - (0 if batch is None else len(batch))
     chosen, longest = [], 0
     while pending and len(chosen) < free:
@@ -234,7 +237,8 @@ def end_batch(placed: PlacedModel, shuffled: ShuffledModel | None) -> None:
 
 
 def forward(placed: PlacedModel, ids_BQ: torch.Tensor, mask_BS: torch.Tensor, cache: Any) -> tuple[list[int], Any]:
-    """One forward pass over the last Q of S positions: the most likely next token of each request, and the cache."""
+    """One forward pass over the last Q of S positions: the most likely next token of each
+    request, and the cache."""
     position_BS = (mask_BS.cumsum(1) - 1).clamp_(min=0)
     name = cache_name(placed.model)
     arguments = {

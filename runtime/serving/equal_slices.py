@@ -1,12 +1,16 @@
-"""Equal slices of a batch on the model's device: the arithmetic of solvers/schedule/slices.py in torch, without a word to the host.
+"""Equal slices of a batch on the model's device: the arithmetic of solvers/schedule/slices.py in
+torch, without a word to the host.
 
-Every rank gets ceil(T / R) places, so that shapes are known before the scores are; places that no token takes repeat token 0 and are
-ignored. Shapes depend on T and R only, and nothing is read back: prices in a fixed number of sweeps, overflow in a fixed number of rounds.
-Scores are first taken relative to each token's best and divided by their spread; prices and homes do not depend on either.
+Every rank gets ceil(T / R) places, so that shapes are known before the scores are; places that no
+token takes repeat token 0 and are ignored. Shapes depend on T and R only, and nothing is read back:
+prices in a fixed number of sweeps, overflow in a fixed number of rounds. Scores are first taken
+relative to each token's best and divided by their spread; prices and homes do not depend on either.
 
-All ranks compute the homes of all tokens from the same numbers, so they must round alike: one kind of device per group.
+All ranks compute the homes of all tokens from the same numbers, so they must round alike: one kind
+of device per group.
 
-Shape letters: T tokens of the batch (the same on every rank), R ranks, P places (R times those of a slice).
+Shape letters: T tokens of the batch (the same on every rank), R ranks, P places (R times those of a
+slice).
 """
 
 from typing import NamedTuple
@@ -38,7 +42,8 @@ def places_of_slice(num_tokens: int, num_ranks: int) -> int:
 
 
 def equal_slices(scores_TR: torch.Tensor) -> Slices:
-    """Every token at its best rank net of prices, overflow at the next best; higher scores are better."""
+    """Every token at its best rank net of prices, overflow at the next best; higher scores are
+    better."""
     num_tokens, num_ranks = scores_TR.shape
     places = places_of_slice(num_tokens, num_ranks)
     unit_RT = unit_scores_RT(scores_TR, num_empty=num_ranks * places - num_tokens)
@@ -53,7 +58,8 @@ def contiguous_slices(num_tokens: int, num_ranks: int, device: torch.device) -> 
 
 
 def slices_by_home(home_T: torch.Tensor, num_ranks: int) -> Slices:
-    """Tokens by home, int64 [T] with at most ceil(T / R) of a kind; inside a slice in their own order."""
+    """Tokens by home, int64 [T] with at most ceil(T / R) of a kind; inside a slice in their own
+    order."""
     num_tokens, places = len(home_T), places_of_slice(len(home_T), num_ranks)
     rank_R1 = torch.arange(num_ranks, device=home_T.device)[:, None]
     before_RT = (home_T == rank_R1).cumsum(1, dtype=torch.int32)
@@ -67,7 +73,8 @@ def slices_by_home(home_T: torch.Tensor, num_ranks: int) -> Slices:
 
 
 def unit_scores_RT(scores_TR: torch.Tensor, *, num_empty: int) -> torch.Tensor:
-    """Scores below each token's best in units of their spread (best over mean, on average), float32 [R, T]; 0 where all are equal.
+    """Scores below each token's best in units of their spread (best over mean, on average), float32
+    [R, T]; 0 where all are equal.
 
     One column more where places stay empty: zeros.
     """
@@ -79,7 +86,8 @@ def unit_scores_RT(scores_TR: torch.Tensor, *, num_empty: int) -> torch.Tensor:
 
 
 def prices_R(unit_RT: torch.Tensor, num_tokens: int, *, sweeps: int = SWEEPS) -> torch.Tensor:
-    """Price of each rank at which every rank is wanted equally, up to a constant, float32 [R] (semmoe.solvers.schedule.slices.slice_prices)."""
+    """Price of each rank at which every rank is wanted equally, up to a constant, float32 [R]
+    (semmoe.solvers.schedule.slices.slice_prices)."""
     num_ranks, rows = unit_RT.shape
     places = num_ranks * places_of_slice(num_tokens, num_ranks)
     weight_T = torch.full((rows,), 1 / places, device=unit_RT.device)
@@ -95,7 +103,8 @@ def prices_R(unit_RT: torch.Tensor, num_tokens: int, *, sweeps: int = SWEEPS) ->
 
 
 def fill_slices(net_RT: torch.Tensor, places: int) -> torch.Tensor:
-    """Rank of each token, int64 [T], at most `places` of a kind (semmoe.solvers.schedule.slices.fill_slices)."""
+    """Rank of each token, int64 [T], at most `places` of a kind
+    (semmoe.solvers.schedule.slices.fill_slices)."""
     num_ranks, num_tokens = net_RT.shape
     device = net_RT.device
     rank_R1 = torch.arange(num_ranks, device=device)[:, None]
@@ -106,7 +115,8 @@ def fill_slices(net_RT: torch.Tensor, places: int) -> torch.Tensor:
         open_RT = net_RT.masked_fill(free_R1 <= 0, NONE)
         best_T, rank_T = open_RT.max(0)
         regret_T = best_T - open_RT.scatter_(0, rank_T[None], NONE).amax(0)  # infinite for all with one rank left
-        # 2. A rank takes those that would lose most elsewhere, in their own order where they lose the same.
+        # 2. A rank takes those that would lose most elsewhere, in their own order where they lose
+        # the same.
         order_T = regret_T.argsort(descending=True, stable=True)
         asks_T = torch.where(home_T == num_ranks, rank_T, num_ranks).index_select(0, order_T)
         asks_RT = asks_T == rank_R1

@@ -1,9 +1,12 @@
-"""A schedule's tables on the model's device, and the scores of ranks as homes: solvers/{token_table,context,sequence_table}.py in torch.
+"""A schedule's tables on the model's device, and the scores of ranks as homes:
+solvers/{token_table,context,sequence_table}.py in torch.
 
-The one-hot features of the context predictor lie in one table per layer, so that their sum is one `embedding_bag`. Nothing is read back
-and no shape depends on a value. Ids that the host knows (rows of the token table, positions) come with `Known`, once per batch.
+The one-hot features of the context predictor lie in one table per layer, so that their sum is one
+`embedding_bag`. Nothing is read back and no shape depends on a value. Ids that the host knows (rows
+of the token table, positions) come with `Known`, once per batch.
 
-Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, U ids with a row, C candidates, F features, X columns of ids.
+Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, U ids with a row, C candidates,
+F features, X columns of ids.
 """
 
 from dataclasses import dataclass
@@ -140,10 +143,12 @@ class HomeTables:
         return self.shares_TR(layer, known) - self.prices_LR[layer]
 
     def context_ids_TX(self, layer: int, known: Known, chosen: Chosen, *, is_prompt: bool) -> torch.Tensor:
-        """Places of every token's features in `weight_LFR[layer]`, int32 [T, X], for tokens of one phase."""
+        """Places of every token's features in `weight_LFR[layer]`, int32 [T, X], for tokens of
+        one phase."""
         depth, top_k, num_tokens = min(self.depth, layer), self.top_k, len(chosen.own_TLK)
         own_TX = chosen.own_TLK[:, layer - depth : layer].reshape(num_tokens, depth * top_k)
-        # A prompt's tokens see the layer before of the token before them, which is in the same pass; see Chosen.previous_TLK.
+        # A prompt's tokens see the layer before of the token before them, which is in the same
+        # pass; see Chosen.previous_TLK.
         nothing_TK = chosen.previous_TLK[:, 0]
         prompt_TK, generated_TK = chosen.previous_TLK[:, layer], chosen.previous_TLK[:, layer + 1]
         previous = (prompt_TK, nothing_TK) if is_prompt else (nothing_TK, generated_TK)
@@ -156,7 +161,8 @@ class HomeTables:
         return scores_TR.add_(embedding_bag(ids_TX, self.weight_LFR[layer], mode="sum"))
 
     def paper_scores_TR(self, layer: int, known: Known, chosen: Chosen) -> torch.Tensor:
-        """semmoe.solvers.schedule.paper_table.paper_scores_TR: the table knows ids only, not what they follow."""
+        """semmoe.solvers.schedule.paper_table.paper_scores_TR: the table knows ids only, not
+        what they follow."""
         table_TR = self.own.shares_TR(layer, known.row_T, known.has_row_T1, self.rare_LR[layer])
         if layer < 2:  # the table of sequences begins at the third layer: confidence -1
             return table_TR
@@ -172,15 +178,16 @@ class HomeTables:
 
 
 def feature_weights(context: ContextPredictor) -> np.ndarray:
-    """Weights of all one-hot features, float32 [L, F, R]: choices of the layer farthest back first, then those of the token before
-    (prompt, generated), then positions."""
+    """Weights of all one-hot features, float32 [L, F, R]: choices of the layer farthest back first,
+    then those of the token before (prompt, generated), then positions."""
     num_layers, num_ranks = context.bias_LR.shape
     parts = (context.own_LDER[:, ::-1], context.previous_LPER, context.position_LQR)
     return np.concatenate([part.reshape(num_layers, -1, num_ranks) for part in parts], axis=1).astype(np.float32)
 
 
 def first_features(context: ContextPredictor, top_k: int) -> np.ndarray:
-    """Where the features of each column of ids begin, int32 [X]: (depth + 2) * K choices, then the columns of positions."""
+    """Where the features of each column of ids begin, int32 [X]: (depth + 2) * K choices, then
+    the columns of positions."""
     num_ids, groups = context.own_LDER.shape[2], context.depth + 2
     choices_X = np.repeat(np.arange(groups) * num_ids, top_k)
     return np.append(choices_X, np.full(3, groups * num_ids)).astype(np.int32)

@@ -17,9 +17,11 @@ def stacked(counters: list[Counters]) -> dict[str, np.ndarray]:
 
 
 def traffic_metrics(counters: list[Counters], model_layers: tuple[int, ...]) -> dict[str, Any]:
-    """LAR, REM and balance as executed (means over layers), rows and bytes in all and per layer and link.
+    """LAR, REM and balance as executed (means over layers), rows and bytes in all and per layer and
+    link.
 
-    Rows are those of dispatch (as many come back); bytes count both ways. `links`[a][b]: rows from rank a to rank b.
+    Rows are those of dispatch (as many come back); bytes count both ways. `links`[a][b]: rows from
+    rank a to rank b.
     """
     all_ranks = stacked(counters)
     tokens_L = np.maximum(all_ranks["tokens_L"].sum(0), 1)

@@ -1,4 +1,5 @@
-"""Completions of a run on disk: each is appended to `OUT.partial` when it is finished, so that a run that fails keeps it.
+"""Completions of a run on disk: each is appended to `OUT.partial` when it is finished, so that a
+run that fails keeps it.
 
 At the end they are written in input order beside OUT and renamed.
 """
@@ -77,7 +78,8 @@ def partial_state(output: Path) -> tuple[int, int, int] | None:
 
 
 def kept_results(output: Path, before: tuple[int, int, int] | None) -> str:
-    """Where the finished requests of a failed run are, for its message. `before`: the state of `OUT.partial` when the run began."""
+    """Where the finished requests of a failed run are, for its message. `before`: the state of
+    `OUT.partial` when the run began."""
     if partial_state(output) in (None, before):
         return ""
     with partial_path(output).open(encoding="utf-8") as file:

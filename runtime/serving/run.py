@@ -1,4 +1,5 @@
-"""One run of a placed model: prompts in, completions and metrics out. What each rank does, and what rank 0 does besides.
+"""One run of a placed model: prompts in, completions and metrics out. What each rank does, and what
+rank 0 does besides.
 
 Rank 0 reads the prompts, assigns them and writes results (runtime/serving/results.py).
 
@@ -56,7 +57,8 @@ class RunOptions:
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """Of rank 0: completions in input order as output lines, metrics, and the prompts they answer."""
+    """Of rank 0: completions in input order as output lines, metrics, and the prompts they
+    answer."""
 
     lines: list[dict[str, Any]]
     metrics: dict[str, Any]
@@ -65,7 +67,8 @@ class RunResult:
 
 
 def find_source(checkpoint: str) -> tuple[ModelSource, Path]:
-    """The model to run and the directory of its checkpoint; a `ranks` reshard keeps its configuration in `shared`."""
+    """The model to run and the directory of its checkpoint; a `ranks` reshard keeps its
+    configuration in `shared`."""
     path = Path(checkpoint)
     if (path / SHARED / "config.json").is_file():
         return find_model(str(path / SHARED)), path
@@ -86,7 +89,8 @@ class Assigned(NamedTuple):
 
 
 def assign_prompts(options: RunOptions, plan: Plan, requests: list[TextRequest]) -> Assigned:
-    """Encode and assign the requests. Raises InputError where they, the model and the plan do not fit each other."""
+    """Encode and assign the requests. Raises InputError where they, the model and the plan do
+    not fit each other."""
     prompts = encode_prompts(options, requests)
     ids = [prompt.token_ids for prompt in prompts]
     if options.scheduler == "tp":  # every rank serves every request; refuse before ranks start
@@ -129,7 +133,8 @@ def prepare(options: RunOptions, num_ranks: int, tell: Callable[[str], None]) ->
 
 
 def stop_token_ids(source: ModelSource) -> frozenset[int]:
-    """Ids that end a generation, from generation_config.json or config.json. Raises InputError where that cannot be read."""
+    """Ids that end a generation, from generation_config.json or config.json. Raises InputError
+    where that cannot be read."""
     ids = source.config.get_text_config().eos_token_id
     if (source.folder / "generation_config.json").is_file():
         with refusals(f"{source.name} has a generation_config.json that cannot be read"):
@@ -140,9 +145,11 @@ def stop_token_ids(source: ModelSource) -> frozenset[int]:
 def run_rank(
     options: RunOptions, assigned: Assigned | None, tell: Callable[[str], None], show: Show = shown_nowhere
 ) -> RunResult | None:
-    """Run this process's rank; the result on rank 0, None elsewhere. `assigned` None: rank 0 reads the prompts.
+    """Run this process's rank; the result on rank 0, None elsewhere. `assigned` None: rank 0 reads
+    the prompts.
 
-    `show("...")` gives a function that rank 0 calls with how many of how many requests are finished.
+    `show("...")` gives a function that rank 0 calls with how many of how many requests are
+    finished.
     """
     transformers_logging.disable_progress_bar()  # one bar per rank would be noise, and one table of what a checkpoint lacks
     transformers_logging.set_verbosity_error()

@@ -1,7 +1,9 @@
-"""Which rank serves which request (Attention-DP): decided before prefill, kept for decode, where the keys and values are.
+"""Which rank serves which request (Attention-DP): decided before prefill, kept for decode, where
+the keys and values are.
 
-`none` deals requests out in turn. `dp` asks the plan's request scorer, window by window, under a cap on tokens per rank
-(solvers/schedule/slices.py); a request counts as its prompt and the most it may generate.
+`none` deals requests out in turn. `dp` asks the plan's request scorer, window by window, under a
+cap on tokens per rank (solvers/schedule/slices.py); a request counts as its prompt and the most it
+may generate.
 
 Shape letters: B requests, R ranks.
 """
@@ -43,7 +45,8 @@ def assign_by_scorer(prompts: Sequence[np.ndarray], plan: Plan, *, max_new_token
 
 
 def assign(scheduler: str, prompts: Sequence[np.ndarray], plan: Plan, *, max_new_tokens: int) -> np.ndarray:
-    """Rank of each request under "none" or "dp"; with "tp" every rank serves every request. Raises InputError for another name."""
+    """Rank of each request under "none" or "dp"; with "tp" every rank serves every request.
+    Raises InputError for another name."""
     if scheduler == "dp":
         return assign_by_scorer(prompts, plan, max_new_tokens=max_new_tokens)
     if scheduler == "none":

@@ -1,13 +1,17 @@
-"""Attention-TP around a placed model: heads over ranks, and between attention and the next layer every rank works on its slice of tokens.
+"""Attention-TP around a placed model: heads over ranks, and between attention and the next layer
+every rank works on its slice of tokens.
 
-Decoder layers of the usual pre-norm shape (norm, attention, residual, norm, feed-forward, residual) get a forward of their own:
+Decoder layers of the usual pre-norm shape (norm, attention, residual, norm, feed-forward, residual)
+get a forward of their own:
 
-    full hidden -> norm -> this rank's heads -> shuffled reduce-scatter -> + residual -> norm -> router, experts, shared experts
-                -> + residual -> shuffled all-gather -> full hidden
+    full hidden -> norm -> this rank's heads -> shuffled reduce-scatter -> + residual
+    -> norm -> router, experts, shared experts -> + residual -> shuffled all-gather -> full hidden
 
-Other shapes show at once: `install_tensor_parallel` compares the logits of a short text with those of the untouched model.
+Other shapes show at once: `install_tensor_parallel` compares the logits of a short text with those
+of the untouched model.
 
-Shape letters: T tokens, D hidden size, K top-k, P places of all slices, N places of this rank's slice.
+Shape letters: T tokens, D hidden size, K top-k, P places of all slices, N places of this rank's
+slice.
 """
 
 from collections.abc import Iterator
@@ -32,14 +36,16 @@ PROBE_TOKENS = 24
 
 
 class ShuffledModel:
-    """What the decoder layers of a rank share: the homes, and which rows of the batch are tokens."""
+    """What the decoder layers of a rank share: the homes, and which rows of the batch are
+    tokens."""
 
     def __init__(self, placed: PlacedModel, homes: TokenHomes) -> None:
         self.placed, self.homes = placed, homes
         self.valid_T: torch.Tensor | None = None  # int64 rows of the batch that are tokens; None: all are
 
     def begin(self, ids_BQ: np.ndarray, kept_T: np.ndarray | None, requests: list[int], *, is_prompt: bool) -> None:
-        """Before a forward pass: its ids, which rows are tokens (None: all), and the request of each row of the batch."""
+        """Before a forward pass: its ids, which rows are tokens (None: all), and the request of
+        each row of the batch."""
         ids_T, request_T = ids_BQ.reshape(-1), np.repeat(np.asarray(requests), ids_BQ.shape[1])
         self.valid_T = None if kept_T is None else put(kept_T, self.placed.group.device)
         if kept_T is not None:
@@ -55,7 +61,8 @@ class ShuffledModel:
         hidden_BSD: torch.Tensor,
         named: dict[str, Any],
     ) -> torch.Tensor:
-        """The forward of one decoder layer. `expert`: number, exchange and experts of a MoE layer."""
+        """The forward of one decoder layer. `expert`: number, exchange and experts of a MoE
+        layer."""
         group, watch = self.placed.group, self.placed.state.stopwatch
         partial = layer.self_attn(hidden_states=layer.input_layernorm(hidden_BSD), **named)
         partial_TD = (partial[0] if isinstance(partial, tuple) else partial).reshape(-1, hidden_BSD.shape[-1])
@@ -98,7 +105,8 @@ class ShuffledModel:
 def install_tensor_parallel(
     placed: PlacedModel, homes: TokenHomes, model_layers: tuple[int, ...], name: str
 ) -> ShuffledModel:
-    """Change a placed model's decoder layers; all ranks call it. Raises InputError for a family whose layers have another shape."""
+    """Change a placed model's decoder layers; all ranks call it. Raises InputError for a family
+    whose layers have another shape."""
     shuffled = ShuffledModel(placed, homes)
     stack = decoder_layers(placed.model, name)
     ids_BQ = np.arange(PROBE_TOKENS)[None] % 50 + 5
@@ -135,9 +143,11 @@ def install_tensor_parallel(
 
 
 def relative_difference(found_TV: torch.Tensor, expected_TV: torch.Tensor, dtype: torch.dtype) -> float:
-    """How far logits are off, in units of the largest: at the worst token in float32, at the lower quartile in 16 bits.
+    """How far logits are off, in units of the largest: at the worst token in float32, at the lower
+    quartile in 16 bits.
 
-    There rounding alone turns some routers' choices, and those tokens' logits with them; layers of another shape miss all tokens.
+    There rounding alone turns some routers' choices, and those tokens' logits with them; layers of
+    another shape miss all tokens.
     """
     off_T = (found_TV - expected_TV).abs().amax(1) / expected_TV.abs().max().clamp(min=1)
     return float(off_T.max() if dtype == torch.float32 else off_T.quantile(0.25))
@@ -152,7 +162,8 @@ def other_shape(name: str, how: str) -> InputError:
 
 @contextmanager
 def refusing_other_shapes(name: str) -> Iterator[None]:
-    """What a model's own code raises where its attention is not what its parts' names promise becomes a refusal, alike on all ranks."""
+    """What a model's own code raises where its attention is not what its parts' names promise
+    becomes a refusal, alike on all ranks."""
     try:
         yield
     except InputError as error:

@@ -1,10 +1,13 @@
-"""The online half of Attention-TP: the rank of every token at every layer, from what is known before the layer's router runs.
+"""The online half of Attention-TP: the rank of every token at every layer, from what is known
+before the layer's router runs.
 
-Keeps, for the batch that is running, the experts chosen so far, and for every running request the id and experts of its last token, which
-predict its next one (solvers/schedule/context.py). Slices are equal: runtime/serving/equal_slices.py settles the overflow.
+Keeps, for the batch that is running, the experts chosen so far, and for every running request the
+id and experts of its last token, which predict its next one (solvers/schedule/context.py). Slices
+are equal: runtime/serving/equal_slices.py settles the overflow.
 
-All of it stays on the model's device: a batch's ids and positions are looked up on the host and copied once, in `begin`; between the
-layers nothing is read back, and no shape depends on a value. Cost per layer: that of solvers/schedule/context.py with weights in float32, and of
+All of it stays on the model's device: a batch's ids and positions are looked up on the host and
+copied once, in `begin`; between the layers nothing is read back, and no shape depends on a value.
+Cost per layer: that of solvers/schedule/context.py with weights in float32, and of
 solvers/schedule/slices.py; about 230 small kernels, 144 of them the sweeps of the prices.
 
 Shape letters: T tokens of the batch, L MoE layers, K top-k, E experts, R ranks, B requests.
@@ -39,7 +42,8 @@ class LastToken(NamedTuple):
 
 
 class TokenHomes:
-    """Predicts slices for one batch at a time: `begin`, then per layer `slices` and `record`, then `finish`.
+    """Predicts slices for one batch at a time: `begin`, then per layer `slices` and `record`, then
+    `finish`.
 
     Where weights learn, all ranks call `finish` together.
     """
@@ -70,7 +74,8 @@ class TokenHomes:
         self.memory: dict[int, LastToken] = {}  # by request
 
     def begin(self, token_ids_T: np.ndarray, request_T: np.ndarray, *, is_prompt: bool) -> None:
-        """Start a batch: the ids of its tokens and the request of each; a request's tokens are consecutive, a prompt is whole."""
+        """Start a batch: the ids of its tokens and the request of each; a request's tokens are
+        consecutive, a prompt is whole."""
         num_tokens = len(token_ids_T)
         self._plain = contiguous_slices(num_tokens, self._placement.num_ranks, self._device)
         if self._tables is None:
@@ -114,7 +119,8 @@ class TokenHomes:
         self._chosen = Chosen(own_TLK, previous_TLK)
 
     def slices(self, layer: int | None) -> Slices:
-        """Which token goes where at MoE layer `layer`, in equal slices; None: a layer without experts."""
+        """Which token goes where at MoE layer `layer`, in equal slices; None: a layer without
+        experts."""
         if layer is None or self._tables is None:
             return self._plain
         return equal_slices(self.scores_TR(layer))
@@ -134,7 +140,8 @@ class TokenHomes:
         return scores_TR
 
     def record(self, layer: int, chosen_TK: torch.Tensor) -> None:
-        """The experts that all tokens chose at a layer, in the checkpoint's numbers; integers, on the device."""
+        """The experts that all tokens chose at a layer, in the checkpoint's numbers; integers,
+        on the device."""
         if self._tables is None:
             return
         chosen_TK = chosen_TK.to(torch.int32)
@@ -167,7 +174,8 @@ class TokenHomes:
 
 
 def find_schedule(predict: str, plan: Plan) -> Schedule | None:
-    """The tables that a way to predict needs; None where it needs none. Raises InputError where the plan lacks them."""
+    """The tables that a way to predict needs; None where it needs none. Raises InputError where
+    the plan lacks them."""
     if predict not in PREDICT:
         raise InputError(f"--predict {predict}: expected one of {', '.join(PREDICT)}")
     if predict == "none":
@@ -185,7 +193,8 @@ def find_schedule(predict: str, plan: Plan) -> Schedule | None:
 def make_homes(
     predict: str, plan: Plan, *, relabelled: bool, device: torch.device, group: Group | None = None
 ) -> TokenHomes:
-    """Homes by a plan's tables; "learning" needs the group. Raises InputError for a choice that the tables do not allow.
+    """Homes by a plan's tables; "learning" needs the group. Raises InputError for a choice that the
+    tables do not allow.
 
     `relabelled`: the checkpoint is a permuted one.
     """

@@ -1,12 +1,15 @@
-"""Weights of the context predictor that go on learning while a model serves: solvers/schedule/learning.py on the ranks of a run.
+"""Weights of the context predictor that go on learning while a model serves:
+solvers/schedule/learning.py on the ranks of a run.
 
-All ranks see the experts of all tokens, and must cut the same slices. So each layer's equations are kept and solved by one rank only, in
-turn, and the weights are gathered: a sum in another order on another rank cannot make ranks disagree. That also shares out time and memory,
-4 F^2 bytes for each of L / R layers (11 MB per rank for 26 layers of 64 experts at 4 ranks, 24 MB for 58 layers of 256 at 8). A step after
-at least LEARN_EVERY tokens sends L * F * R * 4 bytes. Nothing is read back to the host.
+All ranks see the experts of all tokens, and must cut the same slices. So each layer's equations are
+kept and solved by one rank only, in turn, and the weights are gathered: a sum in another order on
+another rank cannot make ranks disagree. That also shares out time and memory, 4 F^2 bytes for each
+of L / R layers (11 MB per rank for 26 layers of 64 experts at 4 ranks, 24 MB for 58 layers of 256
+at 8). A step after at least LEARN_EVERY tokens sends L * F * R * 4 bytes. Nothing is read back to
+the host.
 
-Shape letters: T tokens of a batch, L MoE layers, N layers of this rank (the last may be none), K top-k, E experts, R ranks, F features
-that learn, X columns of their ids.
+Shape letters: T tokens of a batch, L MoE layers, N layers of this rank (the last may be none), K
+top-k, E experts, R ranks, F features that learn, X columns of their ids.
 """
 
 from typing import NamedTuple
@@ -38,7 +41,8 @@ class Predicted(NamedTuple):
 
 
 class WeightLearner:
-    """`begin` a batch, then `predicted` and `chose` at every layer, then `finish`, which all ranks call together."""
+    """`begin` a batch, then `predicted` and `chose` at every layer, then `finish`, which all
+    ranks call together."""
 
     def __init__(self, tables: HomeTables, group: Group) -> None:
         num_layers, num_experts, num_ranks = tables.num_layers, tables.num_experts, tables.num_ranks
@@ -63,10 +67,12 @@ class WeightLearner:
         self._served: dict[int, torch.Tensor] = {}
 
     def predicted(self, layer: int, ids_TX: torch.Tensor, scores_TR: torch.Tensor) -> None:
-        """The features of all tokens at a layer, as places in the layer's table of weights, and the scores that they got."""
+        """The features of all tokens at a layer, as places in the layer's table of weights, and
+        the scores that they got."""
         if layer not in self._layers:
             return
-        # The features that learn are the last ones of the table, and their columns the last of the ids.
+        # The features that learn are the last ones of the table, and their columns the last of the
+        # ids.
         others = (min(self._tables.depth, layer) - min(self._depth, layer)) * self._tables.top_k
         own_TX = ids_TX[:, others:].long() - (self._tables.weight_LFR.shape[1] - self._features)
         self._predicted[layer] = Predicted(own_TX, scores_TR)
@@ -110,7 +116,8 @@ class WeightLearner:
         weight_NFR = self._plan_NFR.new_zeros((self._places, *self._plan_NFR.shape[1:]))
         ridge_FF = RIDGE * torch.eye(self._features, device=weight_NFR.device)
         for place in range(len(self._layers)):
-            # Without a look at the outcome, which would make the host wait: the ridge keeps the matrix positive.
+            # Without a look at the outcome, which would make the host wait: the ridge keeps the
+            # matrix positive.
             factor_FF = torch.linalg.cholesky_ex(self._gram_NFF[place] + ridge_FF).L
             self._learned_NFR[place] = torch.cholesky_solve(self._right_NFR[place], factor_FF)
             weight_NFR[place] = self._plan_NFR[place] + self._trust_N[place] * self._learned_NFR[place]

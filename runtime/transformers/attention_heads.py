@@ -1,7 +1,9 @@
-"""Heads of an attention module shared out over ranks: projections cut, the output projection left with this rank's columns.
+"""Heads of an attention module shared out over ranks: projections cut, the output projection left
+with this rank's columns.
 
-Two shapes of attention: q/k/v/o projections (with grouped key-value heads, biases, sinks, norms per head or over all heads), and latent
-attention (DeepSeek), whose latents stay whole and whose per-head projections are cut. The output of the cut module is a partial sum.
+Two shapes of attention: q/k/v/o projections (with grouped key-value heads, biases, sinks, norms per
+head or over all heads), and latent attention (DeepSeek), whose latents stay whole and whose
+per-head projections are cut. The output of the cut module is a partial sum.
 
 Shape letters: R ranks.
 """
@@ -23,7 +25,8 @@ def heads_of_rank(num_heads: int, rank: int, num_ranks: int) -> list[int]:
 def key_heads(query_heads: list[int], queries_per_key: int) -> tuple[list[int], int]:
     """Key-value heads that these query heads need, in order, and how many query heads share each.
 
-    Where they do not share evenly every query head gets a copy of its own: [0, 1, 2] of 2 per key -> ([0, 0, 1], 1).
+    Where they do not share evenly every query head gets a copy of its own: [0, 1, 2] of 2 per key
+    -> ([0, 0, 1], 1).
     """
     needed = [head // queries_per_key for head in query_heads]
     distinct = sorted(set(needed))
@@ -32,7 +35,8 @@ def key_heads(query_heads: list[int], queries_per_key: int) -> tuple[list[int], 
 
 
 class SelectedHeads(nn.Module):
-    """A norm over all heads, followed by the choice of this rank's: such a norm needs every head."""
+    """A norm over all heads, followed by the choice of this rank's: such a norm needs every
+    head."""
 
     def __init__(self, norm: nn.Module, columns: torch.Tensor) -> None:
         super().__init__()
@@ -44,7 +48,8 @@ class SelectedHeads(nn.Module):
 
 
 def keep_heads(attention: Any, rank: int, num_ranks: int, where: str) -> None:
-    """Cut an attention module down to the heads of `rank`. Raises InputError for attention of another shape."""
+    """Cut an attention module down to the heads of `rank`. Raises InputError for attention of
+    another shape."""
     if hasattr(attention, "kv_b_proj") and hasattr(attention, "o_proj"):
         _keep_latent_heads(attention, rank, num_ranks, where)
     elif all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim")):

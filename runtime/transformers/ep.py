@@ -1,8 +1,10 @@
-"""SemmoeEP: the expert-parallel implementation "semmoe" of Transformers, for any placement with or without replicas.
+"""SemmoeEP: the expert-parallel implementation "semmoe" of Transformers, for any placement with or
+without replicas.
 
-Transformers (5.23, distributed/expert_parallel.py) hands an implementation the batch of this rank with global expert ids, and the experts'
-own forward on local ids; families differ only inside that forward (biases, interleaved or transposed weights, clamped activations), so one
-implementation serves all of them, and the router stays in the model's own order.
+Transformers (5.23, distributed/expert_parallel.py) hands an implementation the batch of this rank
+with global expert ids, and the experts' own forward on local ids; families differ only inside that
+forward (biases, interleaved or transposed weights, clamped activations), so one implementation
+serves all of them, and the router stays in the model's own order.
 
 A layer in five steps, all shapes known on the host after one small exchange:
 1. where each choice is served (runtime/layer/permute.py), and the split sizes;
@@ -11,7 +13,8 @@ A layer in five steps, all shapes known on the host after one small exchange:
 4. received rows run, their weighted outputs are added, one row each goes back;
 5. what comes back is added to the tokens, in float32.
 
-Shape letters: T tokens of this rank, K top-k, E experts, R ranks, S slots per rank, D hidden size, M rows sent, N rows received, L layers.
+Shape letters: T tokens of this rank, K top-k, E experts, R ranks, S slots per rank, D hidden size,
+M rows sent, N rows received, L layers.
 """
 
 from collections.abc import Callable
@@ -72,7 +75,8 @@ class Counters:
 
 @dataclass(eq=False)
 class RankState:
-    """What the expert layers of a rank share: the clock, the counts, and which rows of the current batch are tokens."""
+    """What the expert layers of a rank share: the clock, the counts, and which rows of the
+    current batch are tokens."""
 
     stopwatch: Stopwatch
     counters: Counters
@@ -102,7 +106,8 @@ RunExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def layer_tables(
     placement: Placement, serving_LRE: np.ndarray, rank: int, names: list[str], device: torch.device
 ) -> list[LayerTables]:
-    """Tables of `rank` for every layer. `serving_LRE`: rank that serves expert e for tokens of rank r."""
+    """Tables of `rank` for every layer. `serving_LRE`: rank that serves expert e for tokens of
+    rank r."""
     slot_LRE = np.zeros(serving_LRE.shape, np.int64)
     layer, ranks, slot = np.indices(placement.experts_LRS.shape)
     slot_LRE[layer, ranks, placement.experts_LRS] = slot
@@ -129,7 +134,8 @@ def dispatch_layer(
     expert_ids_TK: torch.Tensor,
     weight_TK: torch.Tensor,
 ) -> torch.Tensor:
-    """Weighted expert output of each token, [T, D], in the dtype of the hidden rows; 0 for padding."""
+    """Weighted expert output of each token, [T, D], in the dtype of the hidden rows; 0 for
+    padding."""
     state = layer.state
     state.stopwatch.mark("attention")
     rows_TD, weight_TK = hidden_TD.to(layer.dtype), weight_TK.float()
@@ -168,7 +174,8 @@ def _exchange(
     def run_pairs(rows_PD: torch.Tensor, slot_P: torch.Tensor, weight_P: torch.Tensor) -> torch.Tensor:
         return run_experts(rows_PD, slot_P[:, None], weight_P[:, None]).float()
 
-    # 1. Who serves what. The one read-back to the host: rows and pairs to and from every rank, and how many rows are tokens.
+    # 1. Who serves what. The one read-back to the host: rows and pairs to and from every rank, and
+    # how many rows are tokens.
     to = find_destinations(expert_ids_TK, tables.rank_of_E, tables.slot_of_E, layer.num_ranks)
     tokens_R = torch.full_like(to.rows_R, len(hidden_TD))
     if layer.state.empty_T is not None:
@@ -225,8 +232,8 @@ def _exchange(
 class SemmoeEP(EPImplementation):
     """Transformers' view of an expert layer: built once for every experts module.
 
-    The loader sets `experts.semmoe_layer`. A module without it holds the contiguous share of a plain `DistributedConfig(ep_size=R,
-    ep_implementation="semmoe")`.
+    The loader sets `experts.semmoe_layer`. A module without it holds the contiguous share of a
+    plain `DistributedConfig(ep_size=R, ep_implementation="semmoe")`.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:

@@ -1,8 +1,11 @@
-"""Families whose expert layers are not called like the others', and what makes them so: experts(hidden_states, top_k_index, top_k_weights).
+"""Families whose expert layers are not called like the others', and what makes them so:
+experts(hidden_states, top_k_index, top_k_weights).
 
-Llama 4 runs all experts on all tokens, scaled by scores that are 0 except at the chosen ones: its blocks pick the chosen ones instead; the
-weight scales what goes into an expert, not what comes out. LongCat and Zaya choose "no expert" for some slots: these reach the dispatch as
-the empty slot E, and LongCat's identity experts are added where the token lives. DBRX's experts add an axis to what they return.
+Llama 4 runs all experts on all tokens, scaled by scores that are 0 except at the chosen ones: its
+blocks pick the chosen ones instead; the weight scales what goes into an expert, not what comes out.
+LongCat and Zaya choose "no expert" for some slots: these reach the dispatch as the empty slot E,
+and LongCat's identity experts are added where the token lives. DBRX's experts add an axis to what
+they return.
 
 Shape letters: T tokens, K top-k, E experts, S experts held, P (token, choice) pairs, D hidden size.
 """
@@ -19,7 +22,8 @@ from semmoe.runtime.transformers.ep import RunExperts
 
 
 def choose_explicitly(model: nn.Module) -> None:
-    """Give Llama 4's blocks and experts forwards that name their choice; other families are left alone."""
+    """Give Llama 4's blocks and experts forwards that name their choice; other families are left
+    alone."""
     for module in model.modules():
         if type(module).__name__ == "Llama4TextMoe":
             experts: Any = module.experts
@@ -51,7 +55,8 @@ def _llama4_experts(
 def _longcat_experts(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted sum of the chosen experts' outputs, [T, D]; Transformers' own fails for one choice per row."""
+    """Weighted sum of the chosen experts' outputs, [T, D]; Transformers' own fails for one
+    choice per row."""
 
     def expert(number: int, rows_PD: torch.Tensor, weight_P1: torch.Tensor) -> torch.Tensor:
         gate, up = linear(rows_PD, self.gate_up_proj[number]).chunk(2, dim=-1)
@@ -82,7 +87,8 @@ def _expert_by_expert(
 
 
 def leave_out_empty_slots(module: Any, num_experts: int) -> None:
-    """Choices of no expert go to the dispatch as the id E; LongCat's identity experts cost one multiplication here."""
+    """Choices of no expert go to the dispatch as the id E; LongCat's identity experts cost one
+    multiplication here."""
     dispatch, identities = module.forward, getattr(module, "zero_expert_num", 0)
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

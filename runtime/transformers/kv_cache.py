@@ -1,7 +1,9 @@
-"""Key-value caches of a batch padded on the left: join two batches, drop requests, trim padding nobody needs.
+"""Key-value caches of a batch padded on the left: join two batches, drop requests, trim padding
+nobody needs.
 
-Works on the growing attention layers of Transformers, full and sliding. Other layers (linear attention, compressed or indexed keys) are
-left alone: `is_joinable` says so, and the engine then finishes a batch before it starts the next.
+Works on the growing attention layers of Transformers, full and sliding. Other layers (linear
+attention, compressed or indexed keys) are left alone: `is_joinable` says so, and the engine then
+finishes a batch before it starts the next.
 
 Shape letters: B requests, S positions (padding included).
 """
@@ -15,7 +17,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 
 def cache_name(model: Any) -> str:
-    """What the model's forward calls its cache, as an argument and in its output: `cache` from Transformers 5.24 on."""
+    """What the model's forward calls its cache, as an argument and in its output: `cache` from
+    Transformers 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -27,7 +30,8 @@ def is_joinable(cache: Any) -> bool:
 
 
 def join_caches(first: Any, second: Any) -> Any:
-    """`first` with the requests of `second` after its own; both padded on the left to the longer of the two. Changes `first`."""
+    """`first` with the requests of `second` after its own; both padded on the left to the longer
+    of the two. Changes `first`."""
     length = max(cache_length(first), cache_length(second))
     pad_cache(first, length)
     pad_cache(second, length)
@@ -58,7 +62,8 @@ def kept_positions(layer: Any, length: int) -> int:
 
 
 def keep_requests(cache: Any, mask_BS: torch.Tensor, kept_B: torch.Tensor) -> torch.Tensor:
-    """Drop all requests but `kept_B` (int64), and padding that all of them have; the mask [B, S] of what is left. Changes the cache."""
+    """Drop all requests but `kept_B` (int64), and padding that all of them have; the mask [B, S]
+    of what is left. Changes the cache."""
     mask_BS = mask_BS[kept_B]
     used_S = mask_BS.any(0)
     begin = int(used_S.to(torch.int8).argmax()) if len(kept_B) else mask_BS.shape[1]

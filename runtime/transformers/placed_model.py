@@ -1,7 +1,9 @@
-"""A model of Transformers on one rank: dense weights whole, its own experts only, and the exchange in between.
+"""A model of Transformers on one rank: dense weights whole, its own experts only, and the exchange
+in between.
 
-The family's own class is built with expert tensors of S slots instead of E experts, filled with the rank's tensors
-(runtime/transformers/rank_weights.py), and its experts modules get SemmoeEP through Transformers' `ep_dispatch_experts` style.
+The family's own class is built with expert tensors of S slots instead of E experts, filled with the
+rank's tensors (runtime/transformers/rank_weights.py), and its experts modules get SemmoeEP through
+Transformers' `ep_dispatch_experts` style.
 
 Shape letters: L MoE layers, R ranks, S slots per rank, E experts.
 """
@@ -55,7 +57,8 @@ class PlacedModel:
 def load_placed(
     source: ModelSource, placed: PlacedCheckpoint, plan: Plan, serving_LRE: np.ndarray, group: Group, *, dtype: str
 ) -> PlacedModel:
-    """Load what `group.rank` holds of the model. Raises InputError where the family or the checkpoint does not allow it."""
+    """Load what `group.rank` holds of the model. Raises InputError where the family or the
+    checkpoint does not allow it."""
     placement = placed.placement
     chosen: Any = model_class(source)
     if chosen is AutoModelForCausalLM:
@@ -106,7 +109,8 @@ def built_with(chosen: type, finish: Callable[[nn.Module], None]) -> Any:
 
 
 def placed_layers(model: nn.Module, plan: Plan, name: str) -> list[MoeLayer]:
-    """The expert modules that the plan places. Raises InputError for a family that cannot be split by experts."""
+    """The expert modules that the plan places. Raises InputError for a family that cannot be
+    split by experts."""
     layers: dict[int, MoeLayer] = {}
     for layer in find_moe_layers(model):
         other = layers.get(layer.model_layer)
@@ -153,7 +157,8 @@ def hold_slots(layer: MoeLayer, num_experts: int, slots: int, name: str) -> None
 
 
 def row_width(experts: nn.Module) -> int:
-    """Values of a row that the experts take, from the shape of their last projection: [S, D, I], or [S, I, D] where transposed."""
+    """Values of a row that the experts take, from the shape of their last projection: [S, D, I],
+    or [S, I, D] where transposed."""
     weight: Any = getattr(experts, "down_proj", None)
     if weight is None:
         return int(experts.hidden_size)  # pyright: ignore

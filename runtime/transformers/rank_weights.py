@@ -1,9 +1,11 @@
-"""The tensors of a checkpoint as one rank needs them: the dense part, and its own experts numbered by slot; nothing else is read.
+"""The tensors of a checkpoint as one rank needs them: the dense part, and its own experts numbered
+by slot; nothing else is read.
 
-Three sources: a plain checkpoint of the hub (per-expert keys or fused tensors, cut to slices inside safetensors), a `permuted` reshard
-(the same, with the contiguous placement that it was made for), and a `ranks` reshard (the rank's own directory beside the shared one).
-Tensors are handed to Transformers as lazy slices under the names of the checkpoint, so its own conversions (fusing, renaming,
-dequantising) do the rest.
+Three sources: a plain checkpoint of the hub (per-expert keys or fused tensors, cut to slices inside
+safetensors), a `permuted` reshard (the same, with the contiguous placement that it was made for),
+and a `ranks` reshard (the rank's own directory beside the shared one). Tensors are handed to
+Transformers as lazy slices under the names of the checkpoint, so its own conversions (fusing,
+renaming, dequantising) do the rest.
 
 Shape letters: L MoE layers, R ranks, S slots per rank.
 """
@@ -41,7 +43,8 @@ class PlacedCheckpoint:
 
 
 class ExpertRows:
-    """Some rows of a tensor's first axis, read when asked for: what Transformers' loader takes for a tensor."""
+    """Some rows of a tensor's first axis, read when asked for: what Transformers' loader takes
+    for a tensor."""
 
     def __init__(self, whole: Any, rows: list[int]) -> None:
         self._whole, self._rows = whole, rows
@@ -67,7 +70,8 @@ def runs(rows: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def find_placed(path: Path, plan: Plan) -> PlacedCheckpoint:
-    """What lies at `path`, checked against the plan. Raises InputError where the two do not belong together."""
+    """What lies at `path`, checked against the plan. Raises InputError where the two do not
+    belong together."""
     layers, placement = plan.model.model_layers, plan.placement
     if not (path / SIDECAR).is_file():
         check_plan(open_checkpoint(path), plan)
@@ -124,7 +128,8 @@ def _tensors_of_whole(checkpoint: Checkpoint, num_experts: int, slots: dict[int,
 
 
 def _tensors_of_directory(checkpoint: Checkpoint, slots: dict[int, list[int]]) -> dict[str, Any]:
-    """A rank's own directory: per-expert keys are renumbered, fused tensors are in slot order already."""
+    """A rank's own directory: per-expert keys are renumbered, fused tensors are in slot order
+    already."""
     tensors: dict[str, Any] = {}
     for name, lazy in lazy_tensors(checkpoint):
         _, layer, rest = split_key(name)

@@ -33,7 +33,8 @@ def compare(
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Score plans side by side on requests that none of them saw, and count the experts to move from one to another.
+    """Score plans side by side on requests that none of them saw, and count the experts to move
+    from one to another.
 
     Example: semmoe compare p1 p2 t --expert-bytes 50000000 -o compare.html
     """

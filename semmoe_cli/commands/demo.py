@@ -1,6 +1,7 @@
 """`semmoe demo`: the whole pipeline on the model and the prompts that the package contains.
 
-Each step is the command that a user would type, printed before it runs, so that the demo is also a first lesson.
+Each step is the command that a user would type, printed before it runs, so that the demo is also a
+first lesson.
 """
 
 import io
@@ -32,7 +33,8 @@ def demo(
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Trace, place, report, reshard and run a small trained model that comes with semmoe; nothing is downloaded.
+    """Trace, place, report, reshard and run a small trained model that comes with semmoe; nothing
+    is downloaded.
 
     Example: semmoe demo --ranks 4
     """

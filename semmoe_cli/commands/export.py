@@ -60,7 +60,8 @@ def export(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Write a placement as the expert map of SGLang, TensorRT-LLM, vLLM, vLLM-Ascend or EPLB, and say how to start it.
+    """Write a placement as the expert map of SGLang, TensorRT-LLM, vLLM, vLLM-Ascend or EPLB, and
+    say how to start it.
 
     Example: semmoe export p --to sglang -o map.json
     """
@@ -117,7 +118,8 @@ def export(
 
 
 def _torch_bytes(arrays: dict) -> bytes:
-    """A .pt file of the tables; written to memory first, so that its bytes do not hold the name of a temporary file."""
+    """A .pt file of the tables; written to memory first, so that its bytes do not hold the name
+    of a temporary file."""
     import io
 
     import torch

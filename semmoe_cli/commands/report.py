@@ -1,4 +1,5 @@
-"""`semmoe report` and `semmoe show`: a plan on a trace, the health of a trace, and any trace or plan in a screen."""
+"""`semmoe report` and `semmoe show`: a plan on a trace, the health of a trace, and any trace or
+plan in a screen."""
 
 from math import isfinite
 from pathlib import Path
@@ -63,7 +64,8 @@ def report(
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Score a plan on a trace beside what engines do without one, or check the health of a trace; in a screen or as a page.
+    """Score a plan on a trace beside what engines do without one, or check the health of a trace;
+    in a screen or as a page.
 
     Example: semmoe report p t -o report.html --what-if 2,4,8,16; semmoe report t
     """
@@ -156,7 +158,8 @@ def show(
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Describe a trace or a plan in a screen: sizes, layers, load skew, and whether there is structure to use.
+    """Describe a trace or a plan in a screen: sizes, layers, load skew, and whether there is
+    structure to use.
 
     Example: semmoe show t
     """

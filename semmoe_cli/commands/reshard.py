@@ -1,4 +1,5 @@
-"""`semmoe reshard`: a checkpoint and a plan in, a checkpoint out that realises the plan; and back."""
+"""`semmoe reshard`: a checkpoint and a plan in, a checkpoint out that realises the plan; and
+back."""
 
 import enum
 import sys
@@ -55,7 +56,8 @@ def reshard(
 ) -> None:
     """Write a checkpoint whose experts lie as a plan places them, bit for bit the same model.
 
-    Example: semmoe reshard Qwen3-30B-A3B p -o Qwen3-30B-A3B-placed; semmoe reshard --undo Qwen3-30B-A3B-placed -o back
+    Example: semmoe reshard Qwen3-30B-A3B p -o Qwen3-30B-A3B-placed; semmoe reshard --undo
+    Qwen3-30B-A3B-placed -o back
     """
     if undo == (plan is not None):
         raise typer.BadParameter("--undo takes CHECKPOINT alone" if undo else "PLAN is missing", param_hint="PLAN")
@@ -104,7 +106,8 @@ def reshard(
 
 @contextmanager
 def progress_lines() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A function that shows how many of how many bytes are done, and the time left: one line per task on a terminal, else None.
+    """A function that shows how many of how many bytes are done, and the time left: one line per
+    task on a terminal, else None.
 
     The line is written over, and ended before anything else is said.
     """

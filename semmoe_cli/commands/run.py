@@ -1,4 +1,5 @@
-"""`semmoe run`: a placed model on many ranks, or with --replay a recorded routing on them without model weights."""
+"""`semmoe run`: a placed model on many ranks, or with --replay a recorded routing on them
+without model weights."""
 
 import json
 import os
@@ -107,9 +108,11 @@ def run(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Run a placed model: every rank holds its experts and serves its own requests. Or replay a trace on your own network.
+    """Run a placed model: every rank holds its experts and serves its own requests. Or replay a
+    trace on your own network.
 
-    Examples: semmoe run demo --plan p --prompts demo -o out.jsonl; semmoe run --replay t --plan p --hidden-size 2880
+    Examples: semmoe run demo --plan p --prompts demo -o out.jsonl; semmoe run --replay t --plan p
+    --hidden-size 2880
     """
     from semmoe.profiles.capture.requests import RequestSource, read_all
     from semmoe.runtime.ranks.launch import launch, under_torchrun
@@ -193,7 +196,8 @@ def run(
 
 
 def read_plan(path: Path, *, alone: bool) -> "Plan":
-    """The plan. Ranks of torchrun all read it: what is wrong with it is told once on each machine."""
+    """The plan. Ranks of torchrun all read it: what is wrong with it is told once on each
+    machine."""
     from semmoe.solvers.plan import Plan
 
     if alone:
@@ -275,7 +279,8 @@ def print_replay(result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def as_rank(work: Callable[[], Any], kept: Callable[[], str] = str) -> Any:
-    """What `work` returns on this rank under torchrun. A failure is one line, told once where all ranks see it.
+    """What `work` returns on this rank under torchrun. A failure is one line, told once where all
+    ranks see it.
 
     `kept`: what rank 0 adds to it.
     """

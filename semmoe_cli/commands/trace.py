@@ -49,7 +49,8 @@ class Dtype(enum.StrEnum):
 
 
 class Repetition(enum.StrEnum):
-    """Choices of --repetition; a test keeps them equal to semmoe.profiles.engines.imports.REPETITION."""
+    """Choices of --repetition; a test keeps them equal to
+    semmoe.profiles.engines.imports.REPETITION."""
 
     drop = "drop"
     keep = "keep"
@@ -127,7 +128,8 @@ def trace(
     domain: Annotated[str | None, typer.Option(help="With --from: the domain of every request.")] = None,
     json_: Json = False,
 ) -> None:
-    """Record which experts a model chooses for every token, or import what a serving engine recorded.
+    """Record which experts a model chooses for every token, or import what a serving engine
+    recorded.
 
     Example: semmoe trace Qwen/Qwen3-30B-A3B --data prompts.jsonl --generate 64 -o t
     """
@@ -222,7 +224,8 @@ def trace(
 
 
 def _quiet_libraries() -> None:
-    """Leave stderr to our own lines: warnings of the libraries, and bars for loading weights, say nothing that a user can act on."""
+    """Leave stderr to our own lines: warnings of the libraries, and bars for loading weights,
+    say nothing that a user can act on."""
     import warnings
 
     import transformers

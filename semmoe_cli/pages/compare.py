@@ -1,4 +1,5 @@
-"""Plans side by side as a page: quality on requests that none of them saw, differences, and the experts to move.
+"""Plans side by side as a page: quality on requests that none of them saw, differences, and the
+experts to move.
 
 The numbers are those of `semmoe compare`'s tables.
 """
@@ -13,7 +14,8 @@ from semmoe.terminal.tables import COLUMNS
 
 
 def compare_page(comparison: dict[str, Any], shown_rows: list[dict[str, Any]], notes: list[str]) -> Page:
-    """The page of a comparison object (docs/formats.md). `shown_rows`: each plan at random homes and under its best schedule."""
+    """The page of a comparison object (docs/formats.md). `shown_rows`: each plan at random homes
+    and under its best schedule."""
     model = named_model(comparison["model"])
     return Page(
         title=f"Plans for {model}" if model else "Plans side by side",
@@ -35,7 +37,8 @@ def compare_page(comparison: dict[str, Any], shown_rows: list[dict[str, Any]], n
 
 
 def compare_verdict(comparison: dict[str, Any]) -> str:
-    """Which plan reaches the fewest remote ranks with tokens at random homes, and whether that is more than chance."""
+    """Which plan reaches the fewest remote ranks with tokens at random homes, and whether that
+    is more than chance."""
     ranks = sorted({plan["ranks"] for plan in comparison["plans"]})
     if len(ranks) > 1:
         numbers = ", ".join(map(str, ranks))
@@ -116,7 +119,8 @@ def _moves(comparison: dict[str, Any]) -> Section:
 
 
 def move_cells(moves: dict[str, Any], *, sized: bool) -> list[str]:
-    """Copies to load as named, renamed and renamed per layer: their number, their share of the slots and, where `sized`, their bytes."""
+    """Copies to load as named, renamed and renamed per layer: their number, their share of the
+    slots and, where `sized`, their bytes."""
     cells = []
     for kind in ("", "_renamed", "_renamed_per_layer"):
         count = moves[f"experts{kind}"]

@@ -1,4 +1,5 @@
-"""How to bring a plan into each engine: the exact commands, from the launch lines that `semmoe export` prints.
+"""How to bring a plan into each engine: the exact commands, from the launch lines that `semmoe
+export` prints.
 
 Heavy modules are imported inside.
 """
@@ -18,7 +19,8 @@ LINE = 90  # characters of a command on one line
 
 
 class Engine(NamedTuple):
-    """An engine that reads a map: its name, `--to` and `--format` of export, the file, and the program that the launch flags follow."""
+    """An engine that reads a map: its name, `--to` and `--format` of export, the file, and the
+    program that the launch flags follow."""
 
     name: str
     kind: str
@@ -41,7 +43,8 @@ def named_model(name: str) -> str:
 
 
 def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
-    """Commands for every engine that reads a map, and for those that only split experts in checkpoint order."""
+    """Commands for every engine that reads a map, and for those that only split experts in
+    checkpoint order."""
     from semmoe.solvers.maps.write import launch_lines
 
     where = shlex.quote(plan_path)

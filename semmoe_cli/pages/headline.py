@@ -1,4 +1,5 @@
-"""The one sentence over a report: is the plan worth deploying, in the words of its verdict or from the intervals.
+"""The one sentence over a report: is the plan worth deploying, in the words of its verdict or from
+the intervals.
 
 Heavy modules are imported inside.
 """
@@ -15,7 +16,8 @@ KIND_UNIT = {
 
 
 def plan_verdict(report: dict[str, Any]) -> tuple[str, str]:
-    """Level and one sentence: the report's own verdict where it holds one, else from the intervals against contiguous experts."""
+    """Level and one sentence: the report's own verdict where it holds one, else from the
+    intervals against contiguous experts."""
     if (given := report.get("verdict")) is not None:
         return given_verdict(given, report)
     row = {r["placement"]: r for r in report["rows"] if r["schedule"] == "random"}
@@ -51,7 +53,8 @@ def plan_verdict(report: dict[str, Any]) -> tuple[str, str]:
 
 
 def given_verdict(given: dict[str, Any], report: dict[str, Any]) -> tuple[str, str]:
-    """Level and headline from a report's verdict (semmoe.solvers.evaluate.verdict); its own sentence where it does not recommend."""
+    """Level and headline from a report's verdict (semmoe.solvers.evaluate.verdict); its own
+    sentence where it does not recommend."""
     if given["decision"] != "recommend":
         return given["level"], given["sentence"]
     row = {r["placement"]: r for r in report["rows"] if r["schedule"] == "random"}
@@ -67,6 +70,7 @@ def given_verdict(given: dict[str, Any], report: dict[str, Any]) -> tuple[str, s
 
 
 def saving_interval(plan: dict[str, Any], before: dict[str, Any], metric: str) -> tuple[float, float, float]:
-    """Share saved, and a cautious interval of it: worst end of one against best end of the other."""
+    """Share saved, and a cautious interval of it: worst end of one against best end of the
+    other."""
     (plan_low, plan_high), (before_low, before_high) = plan["ci"][metric], before["ci"][metric]
     return 1 - plan[metric] / before[metric], 1 - plan_high / before_low, 1 - plan_low / before_high

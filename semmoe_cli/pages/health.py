@@ -15,7 +15,8 @@ LEVEL_WORDS = {"good": "good", "watch": "watch", "bad": "act"}
 
 
 def health_page(health: dict[str, Any]) -> Page:
-    """The page of a health object (docs/formats.md). Sections whose numbers are not there are left out."""
+    """The page of a health object (docs/formats.md). Sections whose numbers are not there are
+    left out."""
     level, sentence = health_verdict(health)
     makers = (_findings, _learning, _structure, _load, _unseen, _domains, _time)
     model = named_model(health["model"])

@@ -1,4 +1,5 @@
-"""Sections of a plan's page that are there only when asked for: other numbers of ranks, tokens, bytes, times and the certificate.
+"""Sections of a plan's page that are there only when asked for: other numbers of ranks, tokens,
+bytes, times and the certificate.
 
 Each is None where its numbers are not there.
 """

@@ -1,7 +1,9 @@
-"""A report as one file: sections of text, tables, pictures and commands, rendered as HTML, Markdown or PNG.
+"""A report as one file: sections of text, tables, pictures and commands, rendered as HTML, Markdown
+or PNG.
 
-The HTML holds everything it shows: inline SVG, no script, no font and no image from elsewhere; light and dark by the reader's setting, and
-it prints. Matplotlib is imported where a picture is drawn.
+The HTML holds everything it shows: inline SVG, no script, no font and no image from elsewhere;
+light and dark by the reader's setting, and it prints. Matplotlib is imported where a picture is
+drawn.
 """
 
 import html
@@ -24,7 +26,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of numbers, with names in the columns `names_at`, or of `words` only. `marked`: cells (row, column) in bold with a dot."""
+    """A table of numbers, with names in the columns `names_at`, or of `words` only. `marked`:
+    cells (row, column) in bold with a dot."""
 
     headings: list[str]
     rows: list[list[str]]
@@ -65,7 +68,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report. `verdict`: one sentence. `level`: "good", "watch" or "bad"; the `badge` says it in words. `facts`: name and value."""
+    """A whole report. `verdict`: one sentence. `level`: "good", "watch" or "bad"; the `badge`
+    says it in words. `facts`: name and value."""
 
     title: str
     verdict: str
@@ -77,7 +81,8 @@ class Page:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Write the page in the format of the file's ending. Raises InputError for another ending, or where it cannot be written."""
+    """Write the page in the format of the file's ending. Raises InputError for another ending,
+    or where it cannot be written."""
     from semmoe.profiles.errors import InputError
 
     check_page_target(path)

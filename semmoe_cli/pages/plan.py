@@ -79,7 +79,8 @@ def _group(ranks: int, nodes: int) -> str:
 
 
 def _scored_on(report: dict[str, Any], plan: "Plan") -> str:
-    """How many requests, and which: the plan's own held-out ones, or all that another trace holds."""
+    """How many requests, and which: the plan's own held-out ones, or all that another trace
+    holds."""
     said, split = f"{report['requests']:,} held-out requests, {report['tokens']:,} tokens", plan.split
     if split.get("held_out_requests") != report["requests"]:
         return said
@@ -118,7 +119,8 @@ def _not_evidence(about: "PlanReport") -> list[Block]:
 def score_grid(report: dict[str, Any]) -> Grid:
     """The rows of a report with intervals; the best of each column, oracles left out, is marked."""
     rows = report["rows"]
-    # A median that follows the mean, and a balance that is perfect everywhere, are not worth a column on paper.
+    # A median that follows the mean, and a balance that is perfect everywhere, are not worth a
+    # column on paper.
     same = {m for m in ("token_imbalance",) if len({round(r[m], 3) for r in rows}) == 1}
     metrics = [m for m in COLUMNS if m not in same | {"load_imbalance_median"} and (m != "node" or report["nodes"] > 1)]
     cells, marked = [], set()
@@ -126,7 +128,8 @@ def score_grid(report: dict[str, Any]) -> Grid:
         line = [row["placement"], row["schedule"]]
         for metric in metrics:
             low, high = row["ci"][metric]
-            # Balance of tokens is made within a batch or window: resampled requests do not speak of it.
+            # Balance of tokens is made within a batch or window: resampled requests do not speak of
+            # it.
             wide = high - low > 5e-4 and metric != "token_imbalance"
             line.append(f"{row[metric]:.3f} [{low:.2f}, {high:.2f}]" if wide else f"{row[metric]:.3f}")
         cells.append(line)

@@ -1,4 +1,5 @@
-"""PlanReport: everything that a report of a plan says, computed once for the screen, for JSON and for a page.
+"""PlanReport: everything that a report of a plan says, computed once for the screen, for JSON and
+for a page.
 
 Heavy modules are imported inside.
 """
@@ -38,7 +39,8 @@ class PlanReportOptions:
 
 @dataclass(frozen=True, eq=False)
 class PlanReport:
-    """Scores of a plan on a trace, and what else was asked for. `details` is there where pictures are."""
+    """Scores of a plan on a trace, and what else was asked for. `details` is there where
+    pictures are."""
 
     plan: "Plan"
     report: dict[str, Any]
@@ -61,7 +63,8 @@ class PlanReport:
 def make_plan_report(
     plan: "Plan", trace: "RoutingTrace", options: PlanReportOptions, setting: "Setting", *, plan_path: str
 ) -> PlanReport:
-    """The report of the plan on the trace. Raises InputError where there is nothing to score honestly."""
+    """The report of the plan on the trace. Raises InputError where there is nothing to score
+    honestly."""
     from semmoe.solvers.evaluate.pictures import best_schedule, report_details, scored_requests
     from semmoe.solvers.make_plan import score_plan
     from semmoe.solvers.time.links import parse_links
@@ -113,7 +116,8 @@ def make_plan_report(
 
 
 def _hidden_size(plan: "Plan", options: PlanReportOptions) -> tuple[int, str]:
-    """Hidden size: as given, else of the model's config.json where that is a local path, else assumed; and a sentence that says so."""
+    """Hidden size: as given, else of the model's config.json where that is a local path, else
+    assumed; and a sentence that says so."""
     values = f"{options.dispatch_bytes:g} bytes a value out, 2 back"
     if options.hidden_size:
         return options.hidden_size, f"Hidden size {options.hidden_size}; {values}."
@@ -131,7 +135,8 @@ def _hidden_size(plan: "Plan", options: PlanReportOptions) -> tuple[int, str]:
 
 
 def _sides(plan: "Plan", trace: "RoutingTrace", scored: "Scored") -> "tuple[np.ndarray, np.ndarray]":
-    """Requests to learn from and others to score on, bool [B] each: the plan's own where the trace has both, else a new split."""
+    """Requests to learn from and others to score on, bool [B] each: the plan's own where the
+    trace has both, else a new split."""
     from semmoe.profiles.split import holdout_requests
 
     if scored.held_out and scored.fit_B.any():
@@ -169,7 +174,8 @@ def _predictable_tokens(trace: "RoutingTrace", scored: "Scored", tokenizer: Path
 
 
 def _token_texts(path: Path) -> Any:
-    """A function from a token id to its text, spaces and line ends made visible. Raises InputError where there is no tokenizer."""
+    """A function from a token id to its text, spaces and line ends made visible. Raises
+    InputError where there is no tokenizer."""
     from tokenizers import Tokenizer
 
     from semmoe.profiles.demo.paths import demo_model_path

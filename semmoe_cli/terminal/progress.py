@@ -1,4 +1,5 @@
-"""Named steps of a long command: a bar with the time left on a terminal, a plain line now and then elsewhere. On stderr.
+"""Named steps of a long command: a bar with the time left on a terminal, a plain line now and then
+elsewhere. On stderr.
 
 rich is imported inside.
 """

@@ -1,6 +1,7 @@
 """A result as a table for people, or one JSON object for programs; notes go to stderr.
 
-Tables fit the terminal: intervals go first, then the columns that matter less. rich is imported inside: `semmoe --help` does not need it.
+Tables fit the terminal: intervals go first, then the columns that matter less. rich is imported
+inside: `semmoe --help` does not need it.
 """
 
 import json
@@ -35,7 +36,8 @@ def note(line: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout; with escapes where stdout cannot write its text (another encoding, a path that is not UTF-8)."""
+    """One JSON object on stdout; with escapes where stdout cannot write its text (another
+    encoding, a path that is not UTF-8)."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")  # a text buffer has none
@@ -45,7 +47,8 @@ def print_json(value: Any) -> None:
 
 
 def print_report(report: dict[str, Any], *, as_json: bool) -> None:
-    """A report (docs/formats.md) as JSON, or as a table with the better value of each column marked."""
+    """A report (docs/formats.md) as JSON, or as a table with the better value of each column
+    marked."""
     if as_json:
         print_json(report)
         return
@@ -66,21 +69,24 @@ def print_report(report: dict[str, Any], *, as_json: bool) -> None:
 
 
 def layouts(num_nodes: int) -> list[tuple[list[str], bool]]:
-    """Columns of a table of scores and whether they have intervals: all there is, then less and less for narrow terminals."""
+    """Columns of a table of scores and whether they have intervals: all there is, then less and
+    less for narrow terminals."""
     metrics = [m for m in COLUMNS if m != "node" or num_nodes > 1]
     narrow = [m for m in metrics if m in NARROW_COLUMNS]
     return [(metrics, True), (narrow, True), (metrics, False), (narrow, False), (list(LEAST_COLUMNS), False)]
 
 
 def wide_console() -> "Console":
-    """A console on stdout: the terminal's width, a fixed one elsewhere; colours only on a terminal, and not with NO_COLOR."""
+    """A console on stdout: the terminal's width, a fixed one elsewhere; colours only on a
+    terminal, and not with NO_COLOR."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def print_fitting(console: "Console", tables: list["Table"], *, title: str, caption: str) -> None:
-    """The first table that fits the console, the last where none does, between a title and a caption."""
+    """The first table that fits the console, the last where none does, between a title and a
+    caption."""
     unbounded = console.options.update(width=1000)
     fitting = [t for t in tables if console.measure(t, options=unbounded).maximum <= console.width]
     console.print(title, style="bold", markup=False)
@@ -123,7 +129,8 @@ def _title(report: dict[str, Any]) -> str:
 
 
 def score_cell(row: dict[str, Any], metric: str, rows: list[dict[str, Any]], *, intervals: bool) -> str:
-    """A value, marked where it is the best of `rows`, and its interval; digits are aligned in a left-justified column."""
+    """A value, marked where it is the best of `rows`, and its interval; digits are aligned in a
+    left-justified column."""
     low, high = row["ci"][metric]
     better = max if COLUMNS[metric][1] else min
     values = [round(r[metric], 3) for r in rows if "oracle" not in r["schedule"]]
@@ -177,7 +184,8 @@ def print_section(section: "Section") -> None:
 
 
 def times_cells(times: dict[str, Any]) -> list[list[str]]:
-    """Placement, schedule, milliseconds per layer and of all layers, and their share of contiguous experts with random homes."""
+    """Placement, schedule, milliseconds per layer and of all layers, and their share of
+    contiguous experts with random homes."""
     keys = [(row["placement"], row["schedule"]) for row in times["rows"]]
     before = times["rows"][keys.index(("contiguous", "random"))]["ms_per_layer"]
     totals = [sum(row["ms_layers"]) for row in times["rows"]]
@@ -190,7 +198,8 @@ def times_cells(times: dict[str, Any]) -> list[list[str]]:
 
 
 def _decimals(values: Sequence[float]) -> int:
-    """Decimals that show three figures of the least of the values, so that a column's points are aligned."""
+    """Decimals that show three figures of the least of the values, so that a column's points are
+    aligned."""
     from math import floor, log10
 
     least = min((value for value in values if value > 0), default=1.0)

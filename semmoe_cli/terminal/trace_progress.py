@@ -1,4 +1,5 @@
-"""How far a trace is: a bar with tokens per second and the time left on a terminal, plain lines elsewhere. On stderr.
+"""How far a trace is: a bar with tokens per second and the time left on a terminal, plain lines
+elsewhere. On stderr.
 
 rich is imported inside.
 """
@@ -18,7 +19,8 @@ BAR_SECONDS = 0.2
 
 
 def expected_tokens(progress: "TraceProgress", limits: "Limits", generated: int, ranks: int = 1) -> float | None:
-    """Rows that this run will have recorded at its end, from what has been read of the source so far; None while unknown."""
+    """Rows that this run will have recorded at its end, from what has been read of the source so
+    far; None while unknown."""
     if not progress.read_requests:
         return None
     fractions = [progress.read.fraction or 0.0]

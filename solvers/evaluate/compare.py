@@ -1,4 +1,5 @@
-"""compare_plans: several plans on the requests that none of them was fitted on, and what it takes to get from one to another.
+"""compare_plans: several plans on the requests that none of them was fitted on, and what it takes
+to get from one to another.
 
 Shape letters: L MoE layers, B requests.
 """
@@ -32,10 +33,11 @@ def compare_plans(
     setting: Setting,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The comparison object (docs/formats.md) and notes. `plans`: two or more, by name; the first is what the others are held against.
+    """The comparison object (docs/formats.md) and notes. `plans`: two or more, by name; the first
+    is what the others are held against.
 
-    Raises InputError where plans and trace are of different models, or where no request is new to every plan and the plans' own held-out
-    scores are not of the same requests either.
+    Raises InputError where plans and trace are of different models, or where no request is new to
+    every plan and the plans' own held-out scores are not of the same requests either.
     """
     trace.require_tokens("a comparison")
     for name, plan in plans.items():
@@ -141,7 +143,8 @@ def _split_of(plan: Plan) -> tuple[Any, ...]:
 
 
 def _differences(plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """Every other plan against the first, tokens at random homes, on the same resamples of the requests."""
+    """Every other plan against the first, tokens at random homes, on the same resamples of the
+    requests."""
     first_name, first = next(iter(plans.items()))
     batch = scored_batch(trace, unseen_B, seed=seed)
     sums = {

@@ -1,12 +1,15 @@
-"""What a placement costs on given requests: LAR, REM, NODE, LINK and load imbalance, with bootstrap intervals over requests.
+"""What a placement costs on given requests: LAR, REM, NODE, LINK and load imbalance, with bootstrap
+intervals over requests.
 
-Every metric is a ratio of sums, so sums are kept per group of requests and layer, and resampled. A token's home is the rank where it
-lives at a layer; without a schedule it is uniformly random, and expectations are exact, not sampled.
+Every metric is a ratio of sums, so sums are kept per group of requests and layer, and resampled. A
+token's home is the rank where it lives at a layer; without a schedule it is uniformly random, and
+expectations are exact, not sampled.
 
-Definitions: arXiv 2503.04398 section 2 (LAR); hypergraph connectivity with a home pin (REM, NODE); docs/concepts.md.
+Definitions: arXiv 2503.04398 section 2 (LAR); hypergraph connectivity with a home pin (REM, NODE);
+docs/concepts.md.
 
-Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, N nodes, G groups of requests, P targets of rows (ranks or nodes),
-X resamples.
+Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, N nodes, G groups of requests, P
+targets of rows (ranks or nodes), X resamples.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,7 +38,8 @@ Homes = Callable[[TraceBatch], np.ndarray]  # homes of a batch's tokens, integer
 
 @dataclass(frozen=True, eq=False)
 class TrafficSums:
-    """Sums over the tokens of each group of requests. Expectations where homes are random, hence floats."""
+    """Sums over the tokens of each group of requests. Expectations where homes are random, hence
+    floats."""
 
     tokens_G: np.ndarray  # float64 [G]
     activations_GL: np.ndarray  # float64 [G, L]
@@ -64,10 +68,11 @@ class TrafficSums:
 
 
 def resampling_groups(domain_of_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Group of every request (int64 [B]), and the domain of every group (int64 [G]): each group is of one domain.
+    """Group of every request (int64 [B]), and the domain of every group (int64 [G]): each group is
+    of one domain.
 
-    `domain_of_B`: number of each request's domain, from 0. A request is a group of its own up to MAX_GROUPS requests; of more, each domain
-    gets its share of the groups.
+    `domain_of_B`: number of each request's domain, from 0. A request is a group of its own up to
+    MAX_GROUPS requests; of more, each domain gets its share of the groups.
     """
     num_requests = len(domain_of_B)
     if num_requests <= MAX_GROUPS:
@@ -94,9 +99,11 @@ def traffic_sums(
 ) -> TrafficSums:
     """Traffic of the batches' requests under a placement.
 
-    `serving_LRE`: rank that serves expert e for a token that lives on rank r, integers [L, R, E] (`semmoe.solvers.place.replicas`); equal along R
-    without replicas. `homes` None: every token lives on a uniformly random rank. `num_requests`: of all batches together.
-    `group_of_B`: the group of every request over all batches (its domain, say), integers [num_requests], instead of its number.
+    `serving_LRE`: rank that serves expert e for a token that lives on rank r, integers [L, R, E]
+    (`semmoe.solvers.place.replicas`); equal along R without replicas. `homes` None: every token
+    lives on a uniformly random rank. `num_requests`: of all batches together. `group_of_B`: the
+    group of every request over all batches (its domain, say), integers [num_requests], instead of
+    its number.
     """
     per_node = dispatch == "per-node"
     num_targets = topology.num_nodes if per_node else topology.num_ranks
@@ -117,7 +124,8 @@ def traffic_sums(
                     sums, layer, ids_TK, serving_LRE[layer], homes_TL[:, layer], group_T, topology, dispatch, 1.0
                 )
             elif replicated:
-                # Who serves depends on where the token lives: the expectation is the mean over all homes.
+                # Who serves depends on where the token lives: the expectation is the mean over all
+                # homes.
                 for rank in range(topology.num_ranks):
                     home_T = np.full(len(ids_TK), rank)
                     share = 1 / topology.num_ranks
@@ -138,10 +146,11 @@ def _add_layer(
     dispatch: str,
     weight: float,
 ) -> None:
-    """Add one layer of one batch. `home_T` None: random homes in closed form, for a placement without replicas."""
+    """Add one layer of one batch. `home_T` None: random homes in closed form, for a placement
+    without replicas."""
     num_ranks, num_groups = topology.num_ranks, len(sums.tokens_G)
-    # Choices first: everything below then runs along the tokens. An empty slot (id E) is served by nobody: rank number R, which sorts
-    # last and is masked out.
+    # Choices first: everything below then runs along the tokens. An empty slot (id E) is served by
+    # nobody: rank number R, which sorts last and is masked out.
     ids_KT = np.ascontiguousarray(ids_TK.T).astype(np.intp)
     padded_RE = np.pad(serving_RE, ((0, 0), (0, 1)), constant_values=num_ranks).astype(np.int16)
     if home_T is not None and (padded_RE != padded_RE[0]).any():
@@ -192,7 +201,8 @@ def _add_layer(
 
 
 def _sorted_columns(values_KT: np.ndarray) -> np.ndarray:
-    """Every column in ascending order. Of a few rows, by exchanges of neighbouring rows, which run along the columns."""
+    """Every column in ascending order. Of a few rows, by exchanges of neighbouring rows, which
+    run along the columns."""
     top_k = len(values_KT)
     if top_k > EXCHANGED_ROWS:
         return np.sort(values_KT, axis=0)
@@ -211,7 +221,8 @@ def _first_of_run(sorted_KT: np.ndarray) -> np.ndarray:
 
 
 def resamples_XG(tokens_G: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """How often each group is in each resample, float64 [X, G]. Groups without a token say nothing and are never drawn."""
+    """How often each group is in each resample, float64 [X, G]. Groups without a token say
+    nothing and are never drawn."""
     telling_G = tokens_G > 0 if tokens_G.any() else np.ones(len(tokens_G), bool)
     number = int(telling_G.sum())
     draws_XG = np.zeros((num_resamples, len(tokens_G)))
@@ -222,8 +233,9 @@ def resamples_XG(tokens_G: np.ndarray, num_resamples: int, seed: int) -> np.ndar
 def metrics_XL(sums: TrafficSums, topology: Topology, dispatch: str) -> dict[str, np.ndarray]:
     """Every metric per leading entry and layer, float64 [X, L].
 
-    LINK is rows per token that lives on the busiest rank (or node): the larger of its ingress and its egress. Load that is nowhere is
-    balanced; where most ranks serve nothing, the median is no measure and the mean takes its place.
+    LINK is rows per token that lives on the busiest rank (or node): the larger of its ingress and
+    its egress. Load that is nowhere is balanced; where most ranks serve nothing, the median is no
+    measure and the mean takes its place.
     """
     tokens_X1 = np.maximum(sums.tokens_G[:, None], 1e-300)
     num_targets = sums.ingress_GLP.shape[2]
@@ -248,7 +260,8 @@ def metrics_XL(sums: TrafficSums, topology: Topology, dispatch: str) -> dict[str
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Metrics of one placement under one schedule: averages over layers, their 95 % intervals, and the values per layer."""
+    """Metrics of one placement under one schedule: averages over layers, their 95 % intervals,
+    and the values per layer."""
 
     means: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -256,10 +269,12 @@ class Scores:
 
 
 def score(sums: TrafficSums, topology: Topology, *, dispatch: str, num_resamples: int = 400, seed: int = 0) -> Scores:
-    """Scores of the summed traffic. Intervals: percentile bootstrap over groups of requests (`num_resamples` draws).
+    """Scores of the summed traffic. Intervals: percentile bootstrap over groups of requests
+    (`num_resamples` draws).
 
-    The draws are shifted by their mean deviation from the estimate: the busiest of several ranks is busier in every resample, so plain
-    percentiles of LINK and of imbalances could miss the estimate itself.
+    The draws are shifted by their mean deviation from the estimate: the busiest of several ranks is
+    busier in every resample, so plain percentiles of LINK and of imbalances could miss the estimate
+    itself.
     """
     num_groups = len(sums.tokens_G)
     if num_groups == 0:
@@ -279,7 +294,8 @@ def score(sums: TrafficSums, topology: Topology, *, dispatch: str, num_resamples
 
 
 def uniform_scores(num_experts: int, top_k: int, topology: Topology) -> dict[str, float]:
-    """What experts and homes without any structure give: each token draws K different experts uniformly. Closed form."""
+    """What experts and homes without any structure give: each token draws K different experts
+    uniformly. Closed form."""
 
     def distinct(parts: int) -> float:
         # A part is missed when all K experts lie in the other E - E / parts.
@@ -292,7 +308,8 @@ def uniform_scores(num_experts: int, top_k: int, topology: Topology) -> dict[str
 
 
 def report_rows(scores: dict[tuple[str, str], Scores]) -> list[dict[str, Any]]:
-    """The rows of a report: one per placement and schedule, with averages over layers and intervals."""
+    """The rows of a report: one per placement and schedule, with averages over layers and
+    intervals."""
     return [
         {
             "placement": placement,
@@ -314,7 +331,8 @@ def report_domains(
     dispatch: str,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """The rows of each domain that has tokens, with its numbers of requests and tokens. `names`, `requests_D`: of the domains."""
+    """The rows of each domain that has tokens, with its numbers of requests and tokens. `names`,
+    `requests_D`: of the domains."""
     found = []
     for domain, name in enumerate(names):
         parts = {key: whole.of_groups(domain_of_G == domain) for key, whole in sums.items()}

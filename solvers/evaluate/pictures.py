@@ -1,4 +1,5 @@
-"""What a report shows beside its rows: matrices of one layer, traffic between ranks, and load of each rank.
+"""What a report shows beside its rows: matrices of one layer, traffic between ranks, and load of
+each rank.
 
 Shape letters: L MoE layers, E experts, R ranks, B requests.
 """
@@ -52,9 +53,10 @@ class Details:
 def scored_requests(plan: Plan, trace: RoutingTrace, *, processes: int = 1, progress: Progress | None = None) -> Scored:
     """Which placement and requests stand behind `score_plan` on this trace.
 
-    A plan that was fitted on the whole trace after scoring is solved again on its training side, so that pictures and table speak of the
-    same thing. Where that does not give the recorded scores (several traces, another version), the stored placement is shown on the
-    requests it was fitted on, and `held_out` is False.
+    A plan that was fitted on the whole trace after scoring is solved again on its training side, so
+    that pictures and table speak of the same thing. Where that does not give the recorded scores
+    (several traces, another version), the stored placement is shown on the requests it was fitted
+    on, and `held_out` is False.
     """
     requests = trace.requests()
     unseen_B = ~np.isin(request_keys(requests), plan.fitted_keys)
@@ -123,7 +125,8 @@ def placement_sums(
 
 
 def report_details(plan: Plan, trace: RoutingTrace, report: dict[str, Any], scored: Scored) -> Details:
-    """Pictures' arrays of a report. Traffic between ranks is that of the best schedule that the report scored, oracles left out."""
+    """Pictures' arrays of a report. Traffic between ranks is that of the best schedule that the
+    report scored, oracles left out."""
     topology, dispatch = plan.topology, plan.dispatch
     setting = Setting(**report["setting"]) if "setting" in report else Setting()
     before = baselines(scored.load_LE, topology)["contiguous"]

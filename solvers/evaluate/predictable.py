@@ -1,7 +1,8 @@
 """Which tokens tell by their id alone where their experts are, and which do not.
 
-A table learned on some requests gives each token id its best rank per layer; on other requests, the share of the id's activations that this
-rank hosts says how predictable the id is. 1 / R is what no knowledge gives.
+A table learned on some requests gives each token id its best rank per layer; on other requests, the
+share of the id's activations that this rank hosts says how predictable the id is. 1 / R is what no
+knowledge gives.
 
 Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, U ids.
 """
@@ -22,7 +23,8 @@ class Predictability(NamedTuple):
 def token_predictability(
     learn: TraceBatch, scored: TraceBatch, hosts_LER: np.ndarray, *, least_tokens: int = 10
 ) -> Predictability:
-    """Predictability of every id with `least_tokens` rows in both batches, most predictable first. `hosts_LER`: bool [L, E, R]."""
+    """Predictability of every id with `least_tokens` rows in both batches, most predictable
+    first. `hosts_LER`: bool [L, E, R]."""
     ids_U = _frequent(learn.token_ids_T, least_tokens)
     ids_U = np.intersect1d(ids_U, _frequent(scored.token_ids_T, least_tokens))
     if not len(ids_U):
@@ -55,7 +57,8 @@ def _index(token_ids_T: np.ndarray, ids_U: np.ndarray) -> np.ndarray:
 def _served_UR(
     batch: TraceBatch, layer: int, index_T: np.ndarray, hosts_ER: np.ndarray, num_ids: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Activations of each id that each rank hosts, float64 [U, R], and all its activations, int64 [U]."""
+    """Activations of each id that each rank hosts, float64 [U, R], and all its activations,
+    int64 [U]."""
     num_experts = len(hosts_ER)
     known_T = index_T >= 0
     keys_TK = index_T[known_T, None] * (num_experts + 1) + batch.expert_ids_TLK[known_T, layer]

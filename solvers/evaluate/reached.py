@@ -1,4 +1,5 @@
-"""Rows between pairs of ranks, and how many ranks a token reaches: what pictures and learning curves need beside the metrics.
+"""Rows between pairs of ranks, and how many ranks a token reaches: what pictures and learning
+curves need beside the metrics.
 
 Shape letters: L MoE layers, T tokens, K top-k, E experts, R ranks.
 """
@@ -19,11 +20,13 @@ def rank_rows_LRR(
     dispatch: str,
     homes: Homes | None = None,
 ) -> np.ndarray:
-    """Rows from the rank where a token lives (first axis) to the rank that serves it (second), per token, float64 [L, R, R].
+    """Rows from the rank where a token lives (first axis) to the rank that serves it (second), per
+    token, float64 [L, R, R].
 
-    The diagonal holds what stays on a rank. `serving_LRE`: rank that serves expert e for a token of rank r, integers [L, R, E].
-    One row per token and rank, or per token and expert where `dispatch` is "per-expert". `homes` None: every token lives on a
-    uniformly random rank, and each rank sends its share of the expectation.
+    The diagonal holds what stays on a rank. `serving_LRE`: rank that serves expert e for a token of
+    rank r, integers [L, R, E]. One row per token and rank, or per token and expert where `dispatch`
+    is "per-expert". `homes` None: every token lives on a uniformly random rank, and each rank sends
+    its share of the expectation.
     """
     num_ranks = serving_LRE.shape[1]
     rows_LRR = np.zeros((info.num_layers, num_ranks, num_ranks))
@@ -57,7 +60,8 @@ def _rows_R(ids_TK: np.ndarray, serving_E: np.ndarray, num_ranks: int, dispatch:
 
 
 def rank_masks_T(ids_TK: np.ndarray, rank_of_E: np.ndarray) -> np.ndarray:
-    """Ranks that each token needs, one bit per rank, uint64 [T]; at most 64 ranks. Empty slots need none."""
+    """Ranks that each token needs, one bit per rank, uint64 [T]; at most 64 ranks. Empty slots
+    need none."""
     bit_E = np.append(np.uint64(1) << rank_of_E.astype(np.uint64), np.uint64(0))
     return np.bitwise_or.reduce(bit_E[ids_TK], axis=1)
 

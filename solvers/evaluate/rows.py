@@ -1,4 +1,5 @@
-"""What held-out tokens pay under each placement and schedule: the sums behind the rows of a report, in worker processes.
+"""What held-out tokens pay under each placement and schedule: the sums behind the rows of a report,
+in worker processes.
 
 Shape letters: T tokens, L MoE layers, E experts, R ranks.
 """
@@ -52,10 +53,11 @@ def summed_rows(
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Row, TrafficSums, float | None]]:
-    """Sums of each row in order, and the token imbalance of those with a schedule; independent of `processes`.
+    """Sums of each row in order, and the token imbalance of those with a schedule; independent of
+    `processes`.
 
-    `group_of_B`: group of every request; the sums of groups are kept apart. Schedule "random" is homes at random, exactly; of others
-    (`semmoe.solvers.schedule.simulate`), homes are simulated.
+    `group_of_B`: group of every request; the sums of groups are kept apart. Schedule "random" is
+    homes at random, exactly; of others (`semmoe.solvers.schedule.simulate`), homes are simulated.
     """
     processes = max(1, min(processes, len(rows), batch.expert_ids_TLK.size // SMALL_TASK + 1))
     tables = {} if schedule is None else schedule.to_tables()

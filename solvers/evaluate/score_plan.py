@@ -37,9 +37,8 @@ SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 t
 
 
 def baselines(load_LE: np.ndarray, topology: Topology, num_groups: int = 1) -> dict[str, Placement]:
-    """What engines do without us: contiguous experts, and packing by load (`load_LE` of the fitted requests), which packs
-    the model's routing groups onto nodes first.
-    """
+    """What engines do without us: contiguous experts, and packing by load (`load_LE` of the fitted
+    requests), which packs the model's routing groups onto nodes first."""
     num_layers, num_experts = load_LE.shape
     return {
         "contiguous": Placement.from_ranks(
@@ -60,10 +59,12 @@ def score_placements(
     schedule: Schedule | None,
     setting: Setting,
 ) -> dict[str, Any]:
-    """The report object (docs/formats.md): rows and layers of every placement on the requests of `keep` (bool [B] per trace).
+    """The report object (docs/formats.md): rows and layers of every placement on the requests of
+    `keep` (bool [B] per trace).
 
-    Every placement is scored with tokens at random homes; the one named "plan" also under what its `schedule` allows. Of very large
-    traces, a random sample of the requests is scored. `load_LE`: activations of the fitted requests, for the choice of replicas.
+    Every placement is scored with tokens at random homes; the one named "plan" also under what its
+    `schedule` allows. Of very large traces, a random sample of the requests is scored. `load_LE`:
+    activations of the fitted requests, for the choice of replicas.
     """
     info = traces[0].info
     max_tokens = SCORED_IDS // (info.num_layers * info.top_k)
@@ -88,7 +89,8 @@ def score_batch(
     processes: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """`score_placements` on the requests of one batch; independent of `processes`. Raises InputError for a batch of none."""
+    """`score_placements` on the requests of one batch; independent of `processes`. Raises
+    InputError for a batch of none."""
     if batch.num_tokens == 0:
         raise InputError("no request is left to score on")
     # Random homes are summed exactly; they are no schedule to simulate.
@@ -153,9 +155,11 @@ def _verdict(
     dispatch: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Verdict on placement alone, against the better of the baselines, and on the best schedule that needs no oracle.
+    """Verdict on placement alone, against the better of the baselines, and on the best schedule
+    that needs no oracle.
 
-    Where rows are per token and expert placement alone saves nothing, so there the schedule decides.
+    Where rows are per token and expert placement alone saves nothing, so there the schedule
+    decides.
     """
 
     metrics = {(p, s): {"schedule": s, **found.means} for (p, s), found in scores.items()}

@@ -1,8 +1,10 @@
-"""Verdict: is a plan worth deploying? Decided from the interval of the share of bytes that it saves under the declared dispatch kind.
+"""Verdict: is a plan worth deploying? Decided from the interval of the share of bytes that it saves
+under the declared dispatch kind.
 
-Bytes follow REM, K (1 - LAR) or NODE (`semmoe.solvers.evaluate.metrics.DISPATCH_KINDS`). Both placements are resampled with the same requests, because
-what counts is their difference on the same traffic: the paired interval is several times narrower than the difference of two intervals.
-With few requests the bootstrap itself cannot be trusted, and the answer is that more is needed.
+Bytes follow REM, K (1 - LAR) or NODE (`semmoe.solvers.evaluate.metrics.DISPATCH_KINDS`). Both
+placements are resampled with the same requests, because what counts is their difference on the same
+traffic: the paired interval is several times narrower than the difference of two intervals. With
+few requests the bootstrap itself cannot be trusted, and the answer is that more is needed.
 
 Shape letters: G groups of requests, X resamples.
 """
@@ -25,12 +27,14 @@ LEVELS = {RECOMMEND: "good", NOT_WORTH_IT: "bad", INSUFFICIENT: "watch"}
 
 
 def traffic_cost(row: dict[str, Any], dispatch: str) -> float:
-    """What the bytes of a report's row (or a row's metrics) follow under the dispatch kind; REM where they follow nothing."""
+    """What the bytes of a report's row (or a row's metrics) follow under the dispatch kind; REM
+    where they follow nothing."""
     return {"per-expert": 1 - row["lar"], "per-node": row["node"]}.get(dispatch, row["rem"])
 
 
 def best_row(rows: list[dict[str, Any]], dispatch: str) -> dict[str, Any]:
-    """The row that sends least, oracles left out. Learning is no run's default: it has to save LEARNING_PAYS more than the others."""
+    """The row that sends least, oracles left out. Learning is no run's default: it has to save
+    LEARNING_PAYS more than the others."""
     fair = [row for row in rows if "oracle" not in row["schedule"]]
     plain = min((r for r in fair if r["schedule"] != "tp-learning"), key=lambda row: traffic_cost(row, dispatch))
     learning = [row for row in fair if row["schedule"] == "tp-learning"]
@@ -50,7 +54,8 @@ class Saving:
 
 
 def bytes_XL(sums: TrafficSums, topology: Topology, dispatch: str) -> np.ndarray:
-    """What the dispatch sends per token and layer, in rows, float64 [X, L]; up to a factor that does not depend on the placement."""
+    """What the dispatch sends per token and layer, in rows, float64 [X, L]; up to a factor that
+    does not depend on the placement."""
     metrics = metrics_XL(sums, topology, dispatch)
     if dispatch == "per-rank":
         return metrics["rem"]
@@ -62,7 +67,8 @@ def bytes_XL(sums: TrafficSums, topology: Topology, dispatch: str) -> np.ndarray
 def saving(
     before: TrafficSums, after: TrafficSums, topology: Topology, *, dispatch: str, seed: int, num_resamples: int = 1000
 ) -> Saving:
-    """Share of bytes that `after` saves on the same groups of requests; the interval is a paired percentile bootstrap."""
+    """Share of bytes that `after` saves on the same groups of requests; the interval is a paired
+    percentile bootstrap."""
     num_groups = len(before.tokens_G)
     assert num_groups == len(after.tokens_G), "both are summed over the same requests"
     weights_XG = np.concatenate([np.ones((1, num_groups)), resamples_XG(before.tokens_G, num_resamples, seed)])
@@ -75,9 +81,11 @@ def saving(
 
 
 def verdict(saved: Saving, *, dispatch: str, schedule: str = "random", worth: float = WORTH) -> dict[str, Any]:
-    """Decision, level and sentence for a report, with the tokens needed to decide where the evidence does not.
+    """Decision, level and sentence for a report, with the tokens needed to decide where the
+    evidence does not.
 
-    `schedule`: under which the plan was scored. The interval narrows with the square root of the tokens.
+    `schedule`: under which the plan was scored. The interval narrows with the square root of the
+    tokens.
     """
     needed: int | None = None
     if dispatch == "gather":

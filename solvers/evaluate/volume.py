@@ -1,6 +1,7 @@
 """Rows and bytes that a token sends at a layer under each dispatch kind, from a report's row.
 
-What each kind counts: docs/concepts.md; a row is one hidden state, sent at dispatch and returned at combine.
+What each kind counts: docs/concepts.md; a row is one hidden state, sent at dispatch and returned at
+combine.
 """
 
 from typing import Any
@@ -9,7 +10,8 @@ from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 
 
 def rows_per_token(row: dict[str, Any], *, top_k: int, num_ranks: int) -> dict[str, float]:
-    """Remote rows per token and layer of a report's row, by dispatch kind. "gather": every other rank gets every token."""
+    """Remote rows per token and layer of a report's row, by dispatch kind. "gather": every other
+    rank gets every token."""
     rows = {
         "per-rank": row["rem"],
         "per-expert": top_k * (1 - row["lar"]),
@@ -21,7 +23,8 @@ def rows_per_token(row: dict[str, Any], *, top_k: int, num_ranks: int) -> dict[s
 
 
 def row_bytes(hidden_size: int, *, dispatch_bytes: float = 2.0, combine_bytes: float = 2.0) -> float:
-    """Bytes of one row there and back; 2 and 2 = bfloat16 both ways, 1 and 2 = float8 dispatch (scales left out)."""
+    """Bytes of one row there and back; 2 and 2 = bfloat16 both ways, 1 and 2 = float8 dispatch
+    (scales left out)."""
     return hidden_size * (dispatch_bytes + combine_bytes)
 
 
@@ -33,7 +36,8 @@ def dispatch_costs(
     hidden_size: int,
     dispatch_bytes: float,
 ) -> dict[str, Any]:
-    """Bytes that a token sends and gets back over all layers, by dispatch kind, before and after; the "costs" of a report.
+    """Bytes that a token sends and gets back over all layers, by dispatch kind, before and after;
+    the "costs" of a report.
 
     `schedule`: the one to show beside random homes.
     """

@@ -1,4 +1,5 @@
-"""The same model and traffic on other numbers of ranks: a quick placement per number, fitted and scored on different requests.
+"""The same model and traffic on other numbers of ranks: a quick placement per number, fitted and
+scored on different requests.
 
 Shape letters: B requests, R ranks.
 """
@@ -30,9 +31,11 @@ def what_if(
     dispatch: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Rows for every number of ranks: METIS, contiguous and load, scored on `score_B` and fitted on `fit_B` (bool [B]).
+    """Rows for every number of ranks: METIS, contiguous and load, scored on `score_B` and fitted on
+    `fit_B` (bool [B]).
 
-    Numbers that the experts do not divide over are left out and named. More ranks than `ranks_per_node` fill several nodes.
+    Numbers that the experts do not divide over are left out and named. More ranks than
+    `ranks_per_node` fill several nodes.
     """
     if (fit_B & score_B).any() or not fit_B.any() or not score_B.any():
         raise InputError(f"{trace.path}: what-if needs requests to learn from and other requests to score on")

@@ -1,7 +1,8 @@
 """Drift: does a placement learned on some traffic hold on other traffic, by domain and over time?
 
-Two answers beside each other: how far expert loads are apart, against what random groups of requests of the same sizes show, and what
-REM and load imbalance become where a placement is used on requests of a kind that it was not learned from.
+Two answers beside each other: how far expert loads are apart, against what random groups of
+requests of the same sizes show, and what REM and load imbalance become where a placement is used on
+requests of a kind that it was not learned from.
 
 Shape letters: L MoE layers, T tokens, K top-k, E experts, R ranks, B requests.
 """
@@ -28,7 +29,8 @@ def _drift_counts(ids_LTK: np.ndarray, batch: TraceBatch, num_experts: int) -> n
 
 
 def load_distance(first_LE: np.ndarray, second_LE: np.ndarray) -> float:
-    """Total variation between two load distributions, mean over layers: the share of activations that would have to change expert."""
+    """Total variation between two load distributions, mean over layers: the share of activations
+    that would have to change expert."""
     first = first_LE / np.maximum(first_LE.sum(1, keepdims=True), 1)
     second = second_LE / np.maximum(second_LE.sum(1, keepdims=True), 1)
     return float(np.abs(first - second).sum(1).mean() / 2)
@@ -37,7 +39,8 @@ def load_distance(first_LE: np.ndarray, second_LE: np.ndarray) -> float:
 def _distance_and_noise(
     counts_BLE: np.ndarray, in_first_B: np.ndarray, seed: int, num_draws: int = 20
 ) -> dict[str, float]:
-    """Distance between two groups of requests, and the mean and the 95th percentile of what random groups of those sizes show."""
+    """Distance between two groups of requests, and the mean and the 95th percentile of what
+    random groups of those sizes show."""
     rng = np.random.default_rng(seed)
     total_LE = counts_BLE.sum(0)
 
@@ -61,7 +64,8 @@ class Fit(NamedTuple):
 
 
 def cross_fits(ids_LTK: np.ndarray, batch: TraceBatch, num_experts: int, num_ranks: int, seed: int) -> list[Fit]:
-    """Placements learned on both sides of several random halvings of the requests; none where there are too few.
+    """Placements learned on both sides of several random halvings of the requests; none where there
+    are too few.
 
     Several, because one placement is better or worse than the next by as much as a domain may cost.
     """
@@ -73,7 +77,8 @@ def cross_fits(ids_LTK: np.ndarray, batch: TraceBatch, num_experts: int, num_ran
 
 
 def _scored(ids_LTK: np.ndarray, chosen_T: np.ndarray, fits: list[Fit], num_ranks: int) -> tuple[float, float]:
-    """REM and load imbalance (mean over layers) of chosen tokens under fits that did not learn from them, weighted by tokens."""
+    """REM and load imbalance (mean over layers) of chosen tokens under fits that did not learn
+    from them, weighted by tokens."""
     num_tokens, total = 0, np.zeros(2)
     for fit in fits:
         scored_LTK = ids_LTK[:, chosen_T & ~fit.learned_T]
@@ -92,7 +97,8 @@ def _scored(ids_LTK: np.ndarray, chosen_T: np.ndarray, fits: list[Fit], num_rank
 def domain_drift(
     ids_LTK: np.ndarray, batch: TraceBatch, fits: list[Fit], num_experts: int, num_ranks: int, seed: int
 ) -> list[dict[str, Any]] | None:
-    """Each domain against all others: distance of loads, and REM and load imbalance on it when it was left out of learning or not."""
+    """Each domain against all others: distance of loads, and REM and load imbalance on it when
+    it was left out of learning or not."""
     names, domain_B = domain_groups(batch.domains)
     if len(names) < 2 or not fits:
         return None
@@ -106,7 +112,8 @@ def domain_drift(
         member_T = member_B[request_T]
         if not member_T.any() or member_B.all() or not (member_B & looked_B).any():
             continue
-        # As many requests to learn from as for the cross fits, drawn from the other domains where they have them.
+        # As many requests to learn from as for the cross fits, drawn from the other domains where
+        # they have them.
         others = np.random.default_rng([seed, index]).permutation(np.flatnonzero(~member_B))[: batch.num_requests // 2]
         learn_B = np.zeros(batch.num_requests, bool)
         learn_B[others] = True
@@ -138,7 +145,8 @@ def time_drift(
     seed: int,
     num_windows: int = 10,
 ) -> dict[str, Any] | None:
-    """Windows of requests in stored order against all others, and and a placement of the earlier half scored on the later one.
+    """Windows of requests in stored order against all others, and and a placement of the earlier
+    half scored on the later one.
 
     "mixed": on the same later half, after learning on as many requests drawn from the whole trace.
     """

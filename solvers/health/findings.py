@@ -1,6 +1,7 @@
 """What the numbers of a health check mean, in one sentence each, and whether to act on it.
 
-Levels: "good" (nothing to do), "watch" (works, with a limit to know), "bad" (do something before placing).
+Levels: "good" (nothing to do), "watch" (works, with a limit to know), "bad" (do something before
+placing).
 """
 
 from typing import Any
@@ -16,7 +17,8 @@ Finding = tuple[str, str]  # level and sentence
 
 
 def health_findings(health: dict[str, Any]) -> list[dict[str, str]]:
-    """List of {"topic", "level", "text"} from a health object without findings (docs/formats.md)."""
+    """List of {"topic", "level", "text"} from a health object without findings
+    (docs/formats.md)."""
     questions = {
         "size": _size,
         "structure": _structure,
@@ -30,7 +32,8 @@ def health_findings(health: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def saving(health: dict[str, Any]) -> float:
-    """REM that the quick placement saves against contiguous experts on held-out requests; tiny where it is not known."""
+    """REM that the quick placement saves against contiguous experts on held-out requests; tiny
+    where it is not known."""
     learning = health["learning"]
     return max(learning["contiguous_rem"] - learning["points"][-1]["rem"], 1e-9) if learning else 1e-9
 

@@ -1,9 +1,12 @@
-"""Is a trace good enough to place experts by? Load skew, structure, drift, unseen tokens, and what more tokens would bring.
+"""Is a trace good enough to place experts by? Load skew, structure, drift, unseen tokens, and what
+more tokens would bring.
 
-All questions are put to requests that were not learned from. The placement behind the curves is METIS with few seeds on a subset of the
-layers: quick, and close enough to the final method to show where a curve goes flat.
+All questions are put to requests that were not learned from. The placement behind the curves is
+METIS with few seeds on a subset of the layers: quick, and close enough to the final method to show
+where a curve goes flat.
 
-Shape letters: L MoE layers (here: those looked at), T tokens, K top-k, E experts, R ranks, B requests, G groups of requests, N sizes.
+Shape letters: L MoE layers (here: those looked at), T tokens, K top-k, E experts, R ranks, B
+requests, G groups of requests, N sizes.
 """
 
 from collections.abc import Callable
@@ -30,7 +33,8 @@ Progress = Callable[[int, int], None]
 
 
 def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Progress | None = None) -> dict[str, Any]:
-    """The health object (docs/formats.md). `ranks` 0: 8, or the most of 4 and 2 that the experts divide over.
+    """The health object (docs/formats.md). `ranks` 0: 8, or the most of 4 and 2 that the experts
+    divide over.
 
     Raises InputError where the trace holds only counts, or no token.
     """
@@ -99,7 +103,8 @@ def _sizes(num_requests: int) -> list[int]:
 
 
 def _unseen_curve(batch: TraceBatch, seed: int) -> list[dict[str, float]] | None:
-    """Share of held-out tokens whose id was not in the training requests, by training size; None without token ids."""
+    """Share of held-out tokens whose id was not in the training requests, by training size; None
+    without token ids."""
     if (batch.token_ids_T < 0).all() or batch.num_requests < 5:
         return None
     held_out_B = random_share_B(batch, 0.2, seed)
@@ -122,7 +127,8 @@ def _unseen_curve(batch: TraceBatch, seed: int) -> list[dict[str, float]] | None
 def _learning_curve(
     ids_LTK: np.ndarray, batch: TraceBatch, num_experts: int, num_ranks: int, seed: int
 ) -> dict[str, Any] | None:
-    """Held-out REM of the quick method by training size, a power law through it, and what two, four and ten times the tokens would give."""
+    """Held-out REM of the quick method by training size, a power law through it, and what two,
+    four and ten times the tokens would give."""
     if batch.num_requests < 10 or num_ranks < 2:
         return None
     held_out_B = random_share_B(batch, 0.2, seed)
@@ -164,9 +170,11 @@ def _learning_curve(
 
 
 def fit_power_law(tokens_N: np.ndarray, rem_N: np.ndarray) -> tuple[float, float, float]:
-    """floor, scale and power of rem = floor + scale * tokens ** -power, least squares with scale and floor at least 0.
+    """floor, scale and power of rem = floor + scale * tokens ** -power, least squares with scale
+    and floor at least 0.
 
-    For each power on a grid the rest is linear; larger sizes weigh more, for the law is read beyond them.
+    For each power on a grid the rest is linear; larger sizes weigh more, for the law is read beyond
+    them.
     """
     best = (float(rem_N[-1]), 0.0, 1.0)
     least = np.inf

@@ -1,8 +1,10 @@
-"""Is there structure to use? Lift of held-out co-activation inside groups, against a degree-preserving shuffle.
+"""Is there structure to use? Lift of held-out co-activation inside groups, against a
+degree-preserving shuffle.
 
-Experts are grouped on one half of the requests; on the other half, the pairs of a token's experts that fall into one group are counted.
-The shuffle deals all choices anew over the tokens, different experts to each, so loads and top-k stay and co-activation goes; it is grouped
-and counted in the same way, so that groups found in noise do not count as structure.
+Experts are grouped on one half of the requests; on the other half, the pairs of a token's experts
+that fall into one group are counted. The shuffle deals all choices anew over the tokens, different
+experts to each, so loads and top-k stay and co-activation goes; it is grouped and counted in the
+same way, so that groups found in noise do not count as structure.
 
 Shape letters: T tokens, L MoE layers, K top-k, E experts.
 """
@@ -29,7 +31,8 @@ class Structure(NamedTuple):
 
 
 def measure_structure(batch: TraceBatch, info: TraceInfo, *, seed: int) -> Structure | None:
-    """Structure of a trace's requests; None where requests or tokens are too few to split, or experts too few to group."""
+    """Structure of a trace's requests; None where requests or tokens are too few to split, or
+    experts too few to group."""
     num_groups = next((g for g in (8, 4, 2) if info.num_experts % g == 0 and info.num_experts > g), None)
     if num_groups is None or batch.num_requests < 4 or info.top_k < 2:
         return None
@@ -53,7 +56,8 @@ def measure_structure(batch: TraceBatch, info: TraceInfo, *, seed: int) -> Struc
 
 
 def _shuffled(ids_TK: np.ndarray, rng: np.random.Generator, *, max_rounds: int = 100) -> np.ndarray:
-    """The same ids in random cells, no id twice in a row where `max_rounds` of random exchanges reach that. [T, K]."""
+    """The same ids in random cells, no id twice in a row where `max_rounds` of random exchanges
+    reach that. [T, K]."""
     cells = rng.permutation(ids_TK.reshape(-1))
     for _ in range(max_rounds):
         shuffled_TK = cells.reshape(ids_TK.shape)
@@ -69,7 +73,8 @@ def _shuffled(ids_TK: np.ndarray, rng: np.random.Generator, *, max_rounds: int =
 
 
 def _share_within(ids_TK: np.ndarray, learn_T: np.ndarray, num_experts: int, num_groups: int, seed: int) -> float:
-    """Share of held-out pairs whose experts are in one group, of groups learned on the rows of `learn_T`."""
+    """Share of held-out pairs whose experts are in one group, of groups learned on the rows of
+    `learn_T`."""
     learned_EE = co_activation_EE(ids_TK[learn_T], num_experts)
     held_out_EE = co_activation_EE(ids_TK[~learn_T], num_experts)
     start_E = spectral_starts(learned_EE, num_groups, seed=seed, num_starts=1)[0]

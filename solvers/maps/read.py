@@ -1,9 +1,11 @@
 """The way back: an expert map that an engine runs today, read into a placement and scored.
 
-Each reader takes a file as the engine itself would take it (solvers/maps/write.py lists them) and refuses what the engine would refuse or,
-worse, quietly misread. What the readers return is checked by Placement: every expert somewhere, none twice on a rank.
+Each reader takes a file as the engine itself would take it (solvers/maps/write.py lists them) and
+refuses what the engine would refuse or, worse, quietly misread. What the readers return is checked
+by Placement: every expert somewhere, none twice on a rank.
 
-Shape letters: L MoE layers, E experts, R ranks, S slots per rank, P slots of all ranks (R * S), M rows of a file, B requests.
+Shape letters: L MoE layers, E experts, R ranks, S slots per rank, P slots of all ranks (R * S), M
+rows of a file, B requests.
 """
 
 import json
@@ -30,7 +32,8 @@ TRTLLM_KEYS = {"num_slots", "initial_global_assignments", "layer_updates_per_ite
 def import_placement(kind: str, file: Path, model: ModelFacts, topology: Topology) -> Placement:
     """The placement in an engine's file, for the ranks of `topology`.
 
-    Raises InputError, one line with the file, where it is damaged, of another kind, or for another model or number of ranks.
+    Raises InputError, one line with the file, where it is damaged, of another kind, or for another
+    model or number of ranks.
     """
     readers = {
         "sglang": _read_sglang,
@@ -42,7 +45,8 @@ def import_placement(kind: str, file: Path, model: ModelFacts, topology: Topolog
     if kind not in readers:
         raise InputError(f"--import is {kind!r}, expected one of {', '.join(KINDS)}")
     where = str(file)
-    # Rows of all layers of the file are checked, under their numbers there; then those of the MoE layers are taken.
+    # Rows of all layers of the file are checked, under their numbers there; then those of the MoE
+    # layers are taken.
     rows_MP, layer_of_M, wanted_L = readers[kind](file, model, topology)
     num_slots = rows_MP.shape[1]
     if num_slots % topology.num_ranks:
@@ -58,7 +62,8 @@ def import_placement(kind: str, file: Path, model: ModelFacts, topology: Topolog
     except InputError as error:
         # Placement counts rows from 0; the file may number its layers otherwise.
         said = re.sub(r"^layer (\d+)", lambda m: f"layer {layer_of_M[int(m[1])]}", str(error))
-        # EPLB often makes such maps (its issue 22): the second slot serves nobody who could not use the first.
+        # EPLB often makes such maps (its issue 22): the second slot serves nobody who could not use
+        # the first.
         why = (
             f" of {topology.num_ranks}, which wastes the slot: a plan cannot hold that; place afresh, or name the ranks that "
             "the map was made for"
@@ -80,9 +85,11 @@ def import_plan(
     setting: Setting,
     made_by: str,
 ) -> Plan:
-    """A plan of the imported map, scored on all requests of the traces: none of them was used to make it.
+    """A plan of the imported map, scored on all requests of the traces: none of them was used to
+    make it.
 
-    The exception is a map that `semmoe export` wrote from a plan for the same trace; a note of the plan says so.
+    The exception is a map that `semmoe export` wrote from a plan for the same trace; a note of the
+    plan says so.
     """
     if dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
@@ -144,7 +151,8 @@ def import_plan(
 
 
 def exported_from(file: Path) -> dict[str, Any]:
-    """What FILE.semmoe.json says of where the file came from; empty where there is none or it is of other bytes."""
+    """What FILE.semmoe.json says of where the file came from; empty where there is none or it is
+    of other bytes."""
     try:
         origin = json.loads(sidecar_path(file).read_text(encoding="utf-8"))
         good = isinstance(origin, dict) and origin.get("format") == FORMAT and origin.get("sha256") == hash_file(file)
@@ -180,7 +188,8 @@ def _read_trtllm(file: Path, model: ModelFacts, topology: Topology) -> Rows:
 
     where = str(file)
     try:
-        # Not libyaml's loader: it is faster than this one's second, and crashes where brackets nest deep.
+        # Not libyaml's loader: it is faster than this one's second, and crashes where brackets nest
+        # deep.
         value = _object(where, yaml.load(_read_text(file), yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{where} is not YAML: {_first_line(error)}") from None
@@ -252,7 +261,8 @@ def _read_ascend(file: Path, model: ModelFacts, topology: Topology) -> Rows:
     for number, entry in enumerate(entries):
         entry = _object(f"{where}: layer {number}", entry)
         devices = entry.get("device_list")
-        # The engine takes layers and devices by their place in the list: an id that says otherwise would be misread.
+        # The engine takes layers and devices by their place in the list: an id that says otherwise
+        # would be misread.
         if entry.get("layer_id") != number or not isinstance(devices, list):
             raise InputError(
                 f"{where}: entry {number} has layer_id {entry.get('layer_id')!r}, expected {number} and a device_list"
@@ -339,7 +349,8 @@ def _object(where: str, value: Any) -> dict[Any, Any]:
 
 
 def _ids(where: str, name: str, value: Any, ndim: int) -> np.ndarray:
-    """Nested lists or a tensor as integers with `ndim` axes; nothing else passes, not even whole floats."""
+    """Nested lists or a tensor as integers with `ndim` axes; nothing else passes, not even whole
+    floats."""
     try:
         array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
     except ValueError:

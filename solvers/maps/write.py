@@ -1,12 +1,15 @@
 """The maps that serving engines read, made from a plan, and how to start the engine with them.
 
-Every engine wants the same array, experts by slot with the ranks one after the other, [layers, P]. They differ in which layers have
-rows, and in the container (docs/engines.md). Where an engine accepts no further keys, where the map came from stays in a file beside it.
+Every engine wants the same array, experts by slot with the ranks one after the other, [layers, P].
+They differ in which layers have rows, and in the container (docs/engines.md). Where an engine
+accepts no further keys, where the map came from stays in a file beside it.
 
-Read from the engines' own readers: SGLang 0.5.23 srt/eplb/expert_location.py; TensorRT-LLM llmapi/llm_args.py MoeLoadBalancerConfig;
-vLLM pull requests 41141, 49572 and 34811; vllm-ascend eplb/core/eplb_utils.py; EPLB eplb.py.
+Read from the engines' own readers: SGLang 0.5.23 srt/eplb/expert_location.py; TensorRT-LLM
+llmapi/llm_args.py MoeLoadBalancerConfig; vLLM pull requests 41141, 49572 and 34811; vllm-ascend
+eplb/core/eplb_utils.py; EPLB eplb.py.
 
-Shape letters: L MoE layers, E experts, R ranks, S slots per rank, P slots of all ranks (R * S), X most copies of an expert.
+Shape letters: L MoE layers, E experts, R ranks, S slots per rank, P slots of all ranks (R * S), X
+most copies of an expert.
 """
 
 import hashlib
@@ -29,7 +32,8 @@ FORMAT = "semmoe-export"
 VERSION = 1
 SIDECAR = ".semmoe.json"
 
-# Kinds of --to, and how the names of their files end: SGLang and others decide by the ending how to read a file.
+# Kinds of --to, and how the names of their files end: SGLang and others decide by the ending how to
+# read a file.
 KINDS = {
     "sglang": (".json",),
     "trtllm": (".yaml", ".yml"),
@@ -44,7 +48,8 @@ VLLM_FORMATS = {
 }
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 
-# Families whose model class lacks what the engine needs to move experts (SGLang: get_model_config_for_expert_location).
+# Families whose model class lacks what the engine needs to move experts (SGLang:
+# get_model_config_for_expert_location).
 NOT_MOVED = {
     "sglang": ("mixtral", "olmoe", "granitemoe", "phimoe", "deepseek", "grok-1", "llama4", "dbrx", "ernie4_5_moe"),
     "vllm": ("olmoe", "gpt_oss", "granitemoe"),
@@ -52,12 +57,14 @@ NOT_MOVED = {
 
 
 def identity_row(num_slots: int, num_experts: int) -> list[int]:
-    """Experts by slot where nothing is placed: 0, 1, ..., E - 1, and again from 0 in redundant slots."""
+    """Experts by slot where nothing is placed: 0, 1, ..., E - 1, and again from 0 in redundant
+    slots."""
     return (np.arange(num_slots) % num_experts).tolist()
 
 
 def sglang_map(placement: Placement, model: ModelFacts, num_hidden_layers: int) -> dict[str, Any]:
-    """The object of --init-expert-location: a row for every layer of the model, dense layers included, under the only key allowed."""
+    """The object of --init-expert-location: a row for every layer of the model, dense layers
+    included, under the only key allowed."""
     num_slots = placement.physical_to_logical_LP.shape[1]
     rows = [identity_row(num_slots, placement.num_experts) for _ in range(num_hidden_layers)]
     for layer, row in zip(model.model_layers, placement.physical_to_logical_LP.tolist(), strict=True):
@@ -68,7 +75,8 @@ def sglang_map(placement: Placement, model: ModelFacts, num_hidden_layers: int) 
 def trtllm_balancer(
     placement: Placement, model: ModelFacts, num_hidden_layers: int, num_mtp_layers: int
 ) -> dict[str, Any]:
-    """The three keys of MoeLoadBalancerConfig. Rows go by the number of the layer in the model; MTP layers follow the last one."""
+    """The three keys of MoeLoadBalancerConfig. Rows go by the number of the layer in the model;
+    MTP layers follow the last one."""
     num_slots = placement.physical_to_logical_LP.shape[1]
     rows = dict(zip(model.model_layers, placement.physical_to_logical_LP.tolist(), strict=True))
     mtp = {num_hidden_layers + i: identity_row(num_slots, placement.num_experts) for i in range(num_mtp_layers)}
@@ -108,7 +116,8 @@ def vllm_map(placement: Placement, *, format: str) -> Any:
 
 
 def ascend_map(placement: Placement) -> dict[str, Any]:
-    """The object of vllm-ascend's expert_map_path: devices and their experts by MoE layer, counted from 0."""
+    """The object of vllm-ascend's expert_map_path: devices and their experts by MoE layer,
+    counted from 0."""
     layers = [
         {
             "layer_id": layer,
@@ -121,7 +130,8 @@ def ascend_map(placement: Placement) -> dict[str, Any]:
 
 
 def eplb_tables(placement: Placement) -> dict[str, np.ndarray]:
-    """What EPLB's rebalance_experts returns: phy2log [L, P], log2phy [L, E, X] padded with -1, logcnt [L, E]; int64."""
+    """What EPLB's rebalance_experts returns: phy2log [L, P], log2phy [L, E, X] padded with -1,
+    logcnt [L, E]; int64."""
     phy2log_LP = placement.physical_to_logical_LP.astype(np.int64)
     num_layers, num_slots = phy2log_LP.shape
     order_LP = np.argsort(phy2log_LP, axis=1, kind="stable")
@@ -145,8 +155,9 @@ def export_map(
 ) -> Any:
     """The engine's object for a plan: a JSON value, or for eplb a dict of arrays.
 
-    `num_hidden_layers` is needed where the plan does not know it (0). `redundant`: slots beyond the experts that the server will be
-    started with, None = as many as the plan has. Raises InputError where the engine could not use the plan as it is.
+    `num_hidden_layers` is needed where the plan does not know it (0). `redundant`: slots beyond the
+    experts that the server will be started with, None = as many as the plan has. Raises InputError
+    where the engine could not use the plan as it is.
     """
     if kind not in KINDS:
         raise InputError(f"--to is {kind!r}, expected one of {', '.join(KINDS)}")
@@ -176,7 +187,8 @@ def export_map(
 
 
 def _model_depth(model: ModelFacts, given: int) -> int:
-    """Layers of the model, from the plan or the option; 0 = unknown. Checks them against the plan's MoE layers."""
+    """Layers of the model, from the plan or the option; 0 = unknown. Checks them against the
+    plan's MoE layers."""
     if given and model.num_model_layers and given != model.num_model_layers:
         raise InputError(f"--num-hidden-layers is {given}, the plan is for a model of {model.num_model_layers} layers")
     depth = model.num_model_layers or given
@@ -189,9 +201,11 @@ def _model_depth(model: ModelFacts, given: int) -> int:
 
 
 def check_config(plan: Plan, config: dict[str, Any]) -> tuple[int, int]:
-    """Layers of the model and MTP layers after them, from its config.json. Raises InputError where the plan is not for that model.
+    """Layers of the model and MTP layers after them, from its config.json. Raises InputError where
+    the plan is not for that model.
 
-    An engine that finds no row for a MoE layer stops, or takes the wrong experts: every MoE layer must be in the plan.
+    An engine that finds no row for a MoE layer stops, or takes the wrong experts: every MoE layer
+    must be in the plan.
     """
     facts, model = moe_facts(config), plan.model
     for name in ("num_experts", "top_k"):
@@ -227,7 +241,8 @@ def render(kind: str, value: Any, suffix: str) -> bytes:
 
 
 def check_export_target(path: Path, kind: str) -> None:
-    """Raise InputError where the engine would not read a file of this name, or another file would be overwritten."""
+    """Raise InputError where the engine would not read a file of this name, or another file
+    would be overwritten."""
     if path.suffix not in KINDS[kind]:
         raise InputError(f"{path}: a file for {kind} needs a name that ends in {' or '.join(KINDS[kind])}")
     if not path.absolute().parent.is_dir():
@@ -241,7 +256,8 @@ def sidecar_path(path: Path) -> Path:
 
 
 def write_export(path: Path, kind: str, content: bytes, plan: Plan, *, format: str = "", made_by: str = "") -> None:
-    """Write the file and, beside it, FILE.semmoe.json with where it came from. Each is there whole or not at all."""
+    """Write the file and, beside it, FILE.semmoe.json with where it came from. Each is there
+    whole or not at all."""
     origin = {
         "format": FORMAT,
         "version": VERSION,
@@ -275,7 +291,8 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def launch_lines(plan: Plan, kind: str, path: Path, *, format: str = "") -> list[str]:
-    """How to start the engine with the file, and what to mind: lines for people (docs/engines.md says more)."""
+    """How to start the engine with the file, and what to mind: lines for people (docs/engines.md
+    says more)."""
     placement, model = plan.placement, plan.model
     ranks, extra = placement.num_ranks, placement.physical_to_logical_LP.shape[1] - placement.num_experts
     file = str(path)

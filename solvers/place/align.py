@@ -1,8 +1,10 @@
-"""Rank labels that agree across layers, for Attention-DP: a request lives on one rank for the whole depth of the model.
+"""Rank labels that agree across layers, for Attention-DP: a request lives on one rank for the whole
+depth of the model.
 
-Each layer is solved by itself, so its rank labels are arbitrary. Labels and the request -> rank map are chosen
-together: given the map, the best labels of a layer are a linear assignment over (part, rank); given the labels, the
-map is a balanced assignment of requests. Several starts, the best kept.
+Each layer is solved by itself, so its rank labels are arbitrary. Labels and the request -> rank map
+are chosen together: given the map, the best labels of a layer are a linear assignment over (part,
+rank); given the labels, the map is a balanced assignment of requests. Several starts, the best
+kept.
 
 Shape letters: B requests, L MoE layers, E experts, R ranks.
 """
@@ -31,10 +33,11 @@ def align_labels(
     seed: int,
     starts: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The placement with its ranks renamed per layer, int64 [L, E], and the rank of every request, int64 [B].
+    """The placement with its ranks renamed per layer, int64 [L, E], and the rank of every request,
+    int64 [B].
 
-    Renaming changes no load and no co-activation, and keeps the ranks of a node together. `weight_B`: tokens of
-    each request, which the ranks share equally.
+    Renaming changes no load and no co-activation, and keeps the ranks of a node together.
+    `weight_B`: tokens of each request, which the ranks share equally.
     """
     usage_BLR = part_usage_BLR(rank_of_LE, request_expert_LBE, num_ranks)
     best: tuple[float, np.ndarray, np.ndarray] | None = None
@@ -49,9 +52,8 @@ def align_labels(
 def _align_from(
     usage_BLR: np.ndarray, weight_B: np.ndarray, num_nodes: int, rng: np.random.Generator
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Local activations reached from one random order of layers, the new label of every part [L, R], and the homes
-    [B].
-    """
+    """Local activations reached from one random order of layers, the new label of every part [L,
+    R], and the homes [B]."""
     num_requests, num_layers, num_ranks = usage_BLR.shape
     label_LR = np.tile(np.arange(num_ranks), (num_layers, 1))
     # Layers are matched one after the other to what the layers so far agree on.
@@ -80,9 +82,8 @@ def _align_from(
 
 
 def best_labels(worth_RR: np.ndarray, num_nodes: int) -> np.ndarray:
-    """New label of every part, int64 [R], at the highest summed worth[part, label]; parts of a node stay on one
-    node.
-    """
+    """New label of every part, int64 [R], at the highest summed worth[part, label]; parts of a node
+    stay on one node."""
     from scipy.optimize import linear_sum_assignment
 
     size = len(worth_RR) // num_nodes

@@ -1,12 +1,13 @@
-"""Placement by load alone: equal counts, heaviest expert first, each to the lightest rank that has room.
+"""Placement by load alone: equal counts, heaviest expert first, each to the lightest rank that has
+room.
 
-With replicas the steps are those of the Expert Parallelism Load Balancer (DeepSeek-AI, github.com/deepseek-ai/EPLB):
-routing groups are packed onto nodes, the hottest expert per slot is replicated within its node, and the physical
-experts are packed onto the node's ranks. Nothing here looks at which experts a token uses together: this is the
-baseline that engines ship.
+With replicas the steps are those of the Expert Parallelism Load Balancer (DeepSeek-AI,
+github.com/deepseek-ai/EPLB): routing groups are packed onto nodes, the hottest expert per slot is
+replicated within its node, and the physical experts are packed onto the node's ranks. Nothing here
+looks at which experts a token uses together: this is the baseline that engines ship.
 
-Shape letters: L MoE layers, E experts, R ranks, N nodes, S slots per rank, I items, P packs, J physical experts of a
-node.
+Shape letters: L MoE layers, E experts, R ranks, N nodes, S slots per rank, I items, P packs, J
+physical experts of a node.
 """
 
 import numpy as np
@@ -18,8 +19,8 @@ from semmoe.solvers.placement import Placement, Topology
 def place_load(load_LE: np.ndarray, num_ranks: int) -> np.ndarray:
     """Rank of every expert, int32 [L, E], E / R experts on each rank.
 
-    `load_LE`: activations per layer and expert, any non-negative numbers. Raises InputError where E does not divide
-    over the ranks.
+    `load_LE`: activations per layer and expert, any non-negative numbers. Raises InputError where E
+    does not divide over the ranks.
     """
     load_LE = np.asarray(load_LE, np.float64)
     num_experts = load_LE.shape[1]
@@ -29,9 +30,8 @@ def place_load(load_LE: np.ndarray, num_ranks: int) -> np.ndarray:
 
 
 def place_load_on_nodes(load_LE: np.ndarray, topology: Topology, num_groups: int) -> np.ndarray:
-    """Rank of every expert, int [L, E]: as `place_load`, on several nodes with the routing groups packed onto nodes first,
-    where they divide over them.
-    """
+    """Rank of every expert, int [L, E]: as `place_load`, on several nodes with the routing groups
+    packed onto nodes first, where they divide over them."""
     num_ranks, num_experts = topology.num_ranks, load_LE.shape[1]
     if topology.num_nodes == 1:
         return place_load(load_LE, num_ranks)
@@ -43,10 +43,12 @@ def place_load_on_nodes(load_LE: np.ndarray, topology: Topology, num_groups: int
 def place_load_replicated(
     load_LE: np.ndarray, num_slots: int, *, num_groups: int, num_nodes: int, num_ranks: int
 ) -> np.ndarray:
-    """Experts of every rank in slot order, int32 [L, R, S] with S = num_slots / R; no expert twice on one rank.
+    """Experts of every rank in slot order, int32 [L, R, S] with S = num_slots / R; no expert twice
+    on one rank.
 
-    Groups stay on a node where their number divides over the nodes; otherwise all ranks count as one node and one
-    group. Raises InputError where slots, experts, groups, nodes and ranks do not fit each other.
+    Groups stay on a node where their number divides over the nodes; otherwise all ranks count as
+    one node and one group. Raises InputError where slots, experts, groups, nodes and ranks do not
+    fit each other.
     """
     load_LE = np.asarray(load_LE, np.float64)
     num_layers, num_experts = load_LE.shape
@@ -64,7 +66,8 @@ def place_load_replicated(
 
 
 def pack(weight_I: np.ndarray, num_packs: int, label_I: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Pack of every item and its position in it, int64 [I] each: equal counts, heaviest first, to the lightest pack.
+    """Pack of every item and its position in it, int64 [I] each: equal counts, heaviest first, to
+    the lightest pack.
 
     Items of equal `label_I` go to different packs (there are at most P of each label).
     """
@@ -106,7 +109,8 @@ def pack(weight_I: np.ndarray, num_packs: int, label_I: np.ndarray | None = None
 def _make_room(
     item: int, items_P: list[list[int]], open_P: np.ndarray, weight_I: np.ndarray, label_I: np.ndarray
 ) -> tuple[int, int]:
-    """A full pack without the item's label, and its item nearest in weight that the first open pack can take."""
+    """A full pack without the item's label, and its item nearest in weight that the first open
+    pack can take."""
     target = int(np.flatnonzero(open_P)[0])
     held = {int(label_I[i]) for i in items_P[target]}
     moves = [
@@ -121,8 +125,8 @@ def _make_room(
 
 
 def replicate(weight_I: np.ndarray, num_slots: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Item of every slot, int64 [num_slots], and copies of every item, int64 [I]: one each, then to the hottest per
-    copy.
+    """Item of every slot, int64 [num_slots], and copies of every item, int64 [I]: one each, then to
+    the hottest per copy.
 
     No item gets more than `limit` copies.
     """
@@ -136,7 +140,8 @@ def replicate(weight_I: np.ndarray, num_slots: int, limit: int) -> tuple[np.ndar
 
 
 def _place_layer(load_E: np.ndarray, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int) -> np.ndarray:
-    """Experts by slot of one layer, [num_slots]: groups to nodes, replicas in the node, all copies to its ranks."""
+    """Experts by slot of one layer, [num_slots]: groups to nodes, replicas in the node, all
+    copies to its ranks."""
     num_experts = len(load_E)
     group_size = num_experts // num_groups
     node_G, position_G = pack(load_E.reshape(num_groups, group_size).sum(axis=1), num_nodes)

@@ -1,11 +1,13 @@
-"""How far from the best any placement can be: upper bounds that hold for every placement under the same constraints.
+"""How far from the best any placement can be: upper bounds that hold for every placement under the
+same constraints.
 
-Co-activation: a placement is a matrix Z (Z[e, f] = 1 where e and f share a rank) with unit diagonal, row sums E / R,
-loads Z load <= limit, Z >= 0 and 0 <= Z <= (E / R) I. The largest <co-activation, Z> over that set (a doubly non-
-negative semidefinite programme) is found by ADMM; at any iterate the multipliers y, u, v >= 0, W >= 0 give a bound that
-is safe without convergence: sum y + (E / R) sum u + limit sum v + (E / R) * (sum of the R largest eigenvalues of M), M
-= C + W - diag(y) - sym(u 1') - sym(v load'). Local activation by token tables: von Neumann's trace inequality on the
-normalised token x expert counts.
+Co-activation: a placement is a matrix Z (Z[e, f] = 1 where e and f share a rank) with unit
+diagonal, row sums E / R, loads Z load <= limit, Z >= 0 and 0 <= Z <= (E / R) I. The largest
+<co-activation, Z> over that set (a doubly non- negative semidefinite programme) is found by ADMM;
+at any iterate the multipliers y, u, v >= 0, W >= 0 give a bound that is safe without convergence:
+sum y + (E / R) sum u + limit sum v + (E / R) * (sum of the R largest eigenvalues of M), M = C + W -
+diag(y) - sym(u 1') - sym(v load'). Local activation by token tables: von Neumann's trace inequality
+on the normalised token x expert counts.
 
 Shape letters: E experts, R ranks, U token ids, K top-k.
 """
@@ -19,9 +21,8 @@ if TYPE_CHECKING:
 
 
 class Certificate(NamedTuple):
-    """One layer's co-activation within ranks: what was reached, what nothing can exceed, and the rest as a share
-    of it.
-    """
+    """One layer's co-activation within ranks: what was reached, what nothing can exceed, and the
+    rest as a share of it."""
 
     reached: float
     bound: float
@@ -40,7 +41,8 @@ def certify(
     *,
     iterations: int = 200,
 ) -> Certificate:
-    """Certificate of one layer's placement without replicas. `limit`: activations that a rank may carry."""
+    """Certificate of one layer's placement without replicas. `limit`: activations that a rank
+    may carry."""
     same_EE = rank_of_E[:, None] == rank_of_E[None, :]
     reached = float((affinity_EE * same_EE).sum() - np.trace(affinity_EE)) / 2
     bound = co_activation_bound(affinity_EE, load_E, limit, num_ranks, iterations=iterations)
@@ -50,9 +52,8 @@ def certify(
 def co_activation_bound(
     affinity_EE: np.ndarray, load_E: np.ndarray, limit: float, num_ranks: int, *, iterations: int = 200
 ) -> float:
-    """No placement of equal counts with rank loads up to `limit` has more co-activation within ranks, each pair
-    once.
-    """
+    """No placement of equal counts with rank loads up to `limit` has more co-activation within
+    ranks, each pair once."""
     num_experts = len(load_E)
     total = float(affinity_EE.sum() - np.trace(affinity_EE)) / 2
     size = num_experts // num_ranks
@@ -94,7 +95,8 @@ def _safe_bound(
     size: int,
     num_ranks: int,
 ) -> float:
-    """The bound of the module docstring from the iterate's multipliers, each made feasible first."""
+    """The bound of the module docstring from the iterate's multipliers, each made feasible
+    first."""
     y_E, u_E = _affine_multipliers(-rho * scaled[0])
     u_E = u_E + start_E
     w_EE = np.maximum(rho * (scaled[1] + scaled[1].T) / 2, 0)
@@ -121,7 +123,8 @@ def _to_affine(a_EE: np.ndarray, size: int) -> np.ndarray:
     a_EE = (a_EE + a_EE.T) / 2
     target_EE = a_EE.copy()
     np.fill_diagonal(target_EE, np.diagonal(a_EE) - 1)
-    # What must be removed has diagonal a - 1 and row sums r - size; spread the latter as diag(y) + sym(u 1').
+    # What must be removed has diagonal a - 1 and row sums r - size; spread the latter as diag(y) +
+    # sym(u 1').
     removed_E = a_EE.sum(axis=1) - size
     excess_E = np.diagonal(a_EE) - 1
     rest_E = removed_E - excess_E
@@ -155,12 +158,14 @@ def _to_spectrum(a_EE: np.ndarray, size: int) -> np.ndarray:
 def remote_rank_bound(
     co_activation: float, affinity_EE: np.ndarray, num_tokens: int, top_k: int, num_ranks: int
 ) -> float:
-    """No placement with at most this co-activation within ranks has fewer ranks per token, mean over the counted tokens.
+    """No placement with at most this co-activation within ranks has fewer ranks per token, mean
+    over the counted tokens.
 
-    `affinity_EE`: their co-activation, loads on the diagonal. A token with c experts, k_1, k_2, ... of them on the ranks
-    it touches, holds sum k (k - 1) / 2 pairs. The mean token is a mixture of all that a token can be: the mixture that
-    touches fewest ranks, at the mean experts, pairs and pairs within ranks per token (a linear programme), bounds the
-    mean. Tokens have fewer than top-k experts where slots are empty.
+    `affinity_EE`: their co-activation, loads on the diagonal. A token with c experts, k_1, k_2, ...
+    of them on the ranks it touches, holds sum k (k - 1) / 2 pairs. The mean token is a mixture of
+    all that a token can be: the mixture that touches fewest ranks, at the mean experts, pairs and
+    pairs within ranks per token (a linear programme), bounds the mean. Tokens have fewer than top-k
+    experts where slots are empty.
     """
     from scipy.optimize import linprog
 
@@ -201,14 +206,17 @@ def _integer_partitions(total: int, largest: int) -> list[tuple[int, ...]]:
 def local_activation_bound(
     token_expert_UE: "np.ndarray | csr_array", num_ranks: int, *, load_cap: float = 1.0, token_cap: float = 1.0
 ) -> float:
-    """No placement and token table within the caps have a larger share of local activations on these counts.
+    """No placement and token table within the caps have a larger share of local activations on
+    these counts.
 
-    `token_expert_UE`: counts, dense or scipy sparse. Counting noise is in the bound: on few tokens per id it is loose.
+    `token_expert_UE`: counts, dense or scipy sparse. Counting noise is in the bound: on few tokens
+    per id it is loose.
     """
     row_U = np.asarray(token_expert_UE.sum(axis=1)).reshape(-1).astype(np.float64)
     column_E = np.asarray(token_expert_UE.sum(axis=0)).reshape(-1).astype(np.float64)
     right_E = 1 / np.sqrt(np.maximum(column_E, 1))
-    # The Gram matrix of diag(row)^-1/2 N diag(column)^-1/2: its eigenvalues are squared singular values.
+    # The Gram matrix of diag(row)^-1/2 N diag(column)^-1/2: its eigenvalues are squared singular
+    # values.
     weight_U = 1 / np.maximum(row_U, 1)
     if isinstance(token_expert_UE, np.ndarray):
         gram_EE = (token_expert_UE * weight_U[:, None]).T @ token_expert_UE

@@ -1,7 +1,9 @@
-"""What requests activate, expert by expert, in bounded memory: for request homes, and for loads of clusters of requests.
+"""What requests activate, expert by expert, in bounded memory: for request homes, and for loads of
+clusters of requests.
 
-Counts of every request at every expert grow with the requests, where everything else about a trace is bounded. So homes and labels are
-learned from a random choice of requests, as many as MAX_COUNTS numbers allow, and loads of clusters are summed block by block.
+Counts of every request at every expert grow with the requests, where everything else about a trace
+is bounded. So homes and labels are learned from a random choice of requests, as many as MAX_COUNTS
+numbers allow, and loads of clusters are summed block by block.
 
 Shape letters: B requests, L MoE layers, E experts, R ranks, C clusters, J load vectors, F features.
 """
@@ -18,7 +20,8 @@ MAX_COUNTS = 2**26  # counts of requests at experts of all layers: 4,519 request
 
 
 def chosen_requests(profile: RoutingProfile, seed: int, max_counts: int = MAX_COUNTS) -> np.ndarray:
-    """Requests of the sample that usage is counted for, ascending int64: all, or a random choice."""
+    """Requests of the sample that usage is counted for, ascending int64: all, or a random
+    choice."""
     num_requests = profile.sample.num_requests
     allowed = max(1, max_counts // (profile.info.num_layers * profile.info.num_experts))
     if num_requests <= allowed:
@@ -40,7 +43,8 @@ def request_usage_LBE(sample: TraceBatch, requests_B: np.ndarray, num_experts: i
 
 
 def request_rows(sample: TraceBatch, requests_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the requests, int64 [T] in order, and which of the requests each belongs to, int64 [T]."""
+    """Rows of the requests, int64 [T] in order, and which of the requests each belongs to, int64
+    [T]."""
     lengths_B = np.diff(sample.starts_B1)[requests_B]
     index_T = np.repeat(np.arange(len(requests_B)), lengths_B)
     first_B = sample.starts_B1[requests_B] - (np.cumsum(lengths_B) - lengths_B)
@@ -62,7 +66,8 @@ def part_counts_BR(usage_BE: np.ndarray, rank_of_E: np.ndarray, num_ranks: int) 
 
 
 def cluster_loads(profile: RoutingProfile, clusters: int, seed: int, max_counts: int = MAX_COUNTS // 2) -> np.ndarray:
-    """Load vectors that must keep the cap, float64 [L, J, E]: all requests, then each cluster of requests by their experts.
+    """Load vectors that must keep the cap, float64 [L, J, E]: all requests, then each cluster of
+    requests by their experts.
 
     Clusters are found on `chosen_requests`; every other request of the sample joins the nearest.
     """
@@ -89,7 +94,8 @@ def _blocks(requests_B: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _points_BF(usage_LBE: np.ndarray) -> np.ndarray:
-    """Square roots of each request's shares of its activations, float64 [B, L * E]: distances between them are Hellinger's."""
+    """Square roots of each request's shares of its activations, float64 [B, L * E]: distances
+    between them are Hellinger's."""
     share_LBE = usage_LBE / np.maximum(usage_LBE.sum(axis=2, keepdims=True), 1)
     return np.sqrt(share_LBE).transpose(1, 0, 2).reshape(usage_LBE.shape[1], -1).astype(np.float64)
 
@@ -100,7 +106,8 @@ def _add_loads(load_LCE: np.ndarray, usage_LBE: np.ndarray, cluster_B: np.ndarra
 
 
 def k_means(points_BF: np.ndarray, clusters: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster of each point, int64 [B], and the centres, float64 [C, F]; farthest-point start, at most 30 rounds.
+    """Cluster of each point, int64 [B], and the centres, float64 [C, F]; farthest-point start, at
+    most 30 rounds.
 
     A cluster may be empty.
     """

@@ -1,7 +1,9 @@
-"""The best placement of a small layer, proven: a mixed-integer programme over all tokens (scipy's HiGHS).
+"""The best placement of a small layer, proven: a mixed-integer programme over all tokens (scipy's
+HiGHS).
 
-Minimises the cost of the ranks that tokens touch, less the worth of homes, with exact counts and load limits. It grows
-with the number of distinct expert sets times ranks: meant for tests, and for seeing what a heuristic leaves.
+Minimises the cost of the ranks that tokens touch, less the worth of homes, with exact counts and
+load limits. It grows with the number of distinct expert sets times ranks: meant for tests, and for
+seeing what a heuristic leaves.
 
 Shape letters: X token kinds, K top-k, E experts, R ranks, J load vectors, L MoE layers.
 """
@@ -24,8 +26,9 @@ def place_exact(
 ) -> np.ndarray:
     """Rank of each expert, int64 [L, E], with the fewest remote ranks on the profile's sample.
 
-    `robust`: clusters of requests that each keep the load cap (`cluster_loads`). Raises InputError where a layer is too
-    large, has no placement under the caps, or is not solved to the end within the time limit.
+    `robust`: clusters of requests that each keep the load cap (`cluster_loads`). Raises InputError
+    where a layer is too large, has no placement under the caps, or is not solved to the end within
+    the time limit.
     """
     num_ranks = topology.num_ranks
     load_LJE = cluster_loads(profile, robust, seed)
@@ -48,16 +51,16 @@ def place_exact(
 def solve_exact(
     expert_ids_XK: np.ndarray, cost_XR: np.ndarray, home_ER: np.ndarray, load_JE: np.ndarray, limit_J: np.ndarray
 ) -> np.ndarray:
-    """Rank of each expert, int64 [E], at the least of (cost of touched ranks - worth of homes). Arguments as in
-    `semmoe.solvers.place.remote_gains`.
-    """
+    """Rank of each expert, int64 [E], at the least of (cost of touched ranks - worth of homes).
+    Arguments as in `semmoe.solvers.place.remote_gains`."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array, hstack, kron, vstack
     from scipy.sparse import eye_array as eye
 
     num_kinds, num_ranks = cost_XR.shape
     num_experts = len(home_ER)
-    # Variables: on[e, r] (binary), then touched[x, r], which is 1 where any expert of the kind is there.
+    # Variables: on[e, r] (binary), then touched[x, r], which is 1 where any expert of the kind is
+    # there.
     num_on, num_touched = num_experts * num_ranks, num_kinds * num_ranks
     nothing = coo_array((num_experts, num_touched))
     one_rank = hstack([kron(eye(num_experts), np.ones((1, num_ranks))), nothing])

@@ -1,4 +1,5 @@
-"""Exact counts and the load cap, for any partition. A graph partitioner only bounds imbalance: this makes it exact.
+"""Exact counts and the load cap, for any partition. A graph partitioner only bounds imbalance: this
+makes it exact.
 
 Shape letters: E experts, R ranks.
 """
@@ -31,7 +32,8 @@ def co_activation_within(rank_of_E: np.ndarray, affinity_EE: np.ndarray) -> floa
 
 
 def swap_gain_EE(rank_of_E: np.ndarray, affinity_EE: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Affinity gained by exchanging the ranks of experts e and f, float64 [E, E]; meaningless within one rank."""
+    """Affinity gained by exchanging the ranks of experts e and f, float64 [E, E]; meaningless
+    within one rank."""
     member_ER = np.eye(num_ranks)[rank_of_E]
     off_EE = affinity_EE - np.diag(affinity_EE.diagonal())
     to_ER = off_EE @ member_ER
@@ -41,7 +43,8 @@ def swap_gain_EE(rank_of_E: np.ndarray, affinity_EE: np.ndarray, num_ranks: int)
 
 
 def equal_counts(rank_of_E: np.ndarray, affinity_EE: np.ndarray, num_ranks: int) -> np.ndarray:
-    """The partition with exactly E / R experts per rank, by the moves that lose least affinity. int64 [E]."""
+    """The partition with exactly E / R experts per rank, by the moves that lose least affinity.
+    int64 [E]."""
     rank_of_E = rank_of_E.copy()
     capacity = len(rank_of_E) // num_ranks
     off_EE = affinity_EE - np.diag(affinity_EE.diagonal())
@@ -58,7 +61,8 @@ def equal_counts(rank_of_E: np.ndarray, affinity_EE: np.ndarray, num_ranks: int)
 
 
 def _overload_change_EE(rank_of_E: np.ndarray, load_E: np.ndarray, load_R: np.ndarray, limit: float) -> np.ndarray:
-    """Change of the summed load above the limit when experts e and f exchange ranks, float64 [E, E]."""
+    """Change of the summed load above the limit when experts e and f exchange ranks, float64 [E,
+    E]."""
     over_R = np.maximum(load_R - limit, 0)
     shift_EE = load_E[None, :] - load_E[:, None]
     mine_E = load_R[rank_of_E]
@@ -69,7 +73,8 @@ def _overload_change_EE(rank_of_E: np.ndarray, load_E: np.ndarray, load_R: np.nd
 def repair_load(
     rank_of_E: np.ndarray, affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, load_cap: float
 ) -> np.ndarray:
-    """The placement brought under the load cap by swaps that lose least affinity per load removed, int64 [E].
+    """The placement brought under the load cap by swaps that lose least affinity per load removed,
+    int64 [E].
 
     Where swaps get stuck above the cap, what they reached is returned: `is_within_cap` tells.
     """
@@ -90,7 +95,8 @@ def repair_load(
 def improve_within_cap(
     rank_of_E: np.ndarray, affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, load_cap: float
 ) -> np.ndarray:
-    """A placement under the cap, improved by swaps that keep it there until none gains, int64 [E]."""
+    """A placement under the cap, improved by swaps that keep it there until none gains, int64
+    [E]."""
     rank_of_E, load_E = rank_of_E.copy(), load_E.astype(np.float64)
     limit = load_limit(load_E, num_ranks, load_cap)
     while True:
@@ -113,9 +119,11 @@ def equalize(
     load_cap: float,
     balanced_E: np.ndarray,
 ) -> np.ndarray:
-    """Exact counts and, where it can be had, a load under the cap, for any partition; else what comes nearest. int64 [E].
+    """Exact counts and, where it can be had, a load under the cap, for any partition; else what
+    comes nearest. int64 [E].
 
-    `balanced_E`: a placement by load alone, from which the search starts again where repair of the partition gets stuck.
+    `balanced_E`: a placement by load alone, from which the search starts again where repair of the
+    partition gets stuck.
     """
     rank_of_E = repair_load(equal_counts(rank_of_E, affinity_EE, num_ranks), affinity_EE, load_E, num_ranks, load_cap)
     if is_within_cap(rank_of_E, load_E, num_ranks, load_cap):
@@ -129,7 +137,8 @@ def equalize(
 def best_within_cap(
     partitions: list[np.ndarray], affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, load_cap: float
 ) -> np.ndarray:
-    """The best of several partitions after `equalize`, int64 [E], improved by swaps under the cap until none gains.
+    """The best of several partitions after `equalize`, int64 [E], improved by swaps under the cap
+    until none gains.
 
     Where no partition can be brought under the cap, the one that comes nearest to it is returned.
     """

@@ -1,15 +1,17 @@
-"""The joint method: experts placed for the tokens and requests that will be sent to them, under exact constraints.
+"""The joint method: experts placed for the tokens and requests that will be sent to them, under
+exact constraints.
 
-Experts start from co-activation (`semmoe.solvers.place.partition`); then homes and experts are chosen in turn. Attention-TP: each
-token id has a home per layer, balanced and fractional, learned from the other tokens of its id. Attention-DP: each
-request has one home for all layers, so layers share their labels. What the experts are judged by follows the dispatch
-kind: remote ranks (per-rank), activations away from home (per-expert), remote nodes and then ranks inside the node
+Experts start from co-activation (`semmoe.solvers.place.partition`); then homes and experts are
+chosen in turn. Attention-TP: each token id has a home per layer, balanced and fractional, learned
+from the other tokens of its id. Attention-DP: each request has one home for all layers, so layers
+share their labels. What the experts are judged by follows the dispatch kind: remote ranks
+(per-rank), activations away from home (per-expert), remote nodes and then ranks inside the node
 (per-node).
 
 Follows arXiv 2503.04398 in the alternation, with exact gains in place of greedy scores.
 
-Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, N nodes, B requests, J load vectors, X token kinds,
-G routing groups, U token ids.
+Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, N nodes, B requests, J load
+vectors, X token kinds, G routing groups, U token ids.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +48,8 @@ from semmoe.solvers.schedule.transport import balanced_homes, balanced_shares
 from semmoe.solvers.workers import layer_map
 
 OBJECTIVES = ("tp", "dp", "both")
-# Weight of local activations, at first and later: a strong pull makes layers agree on which requests go where.
+# Weight of local activations, at first and later: a strong pull makes layers agree on which
+# requests go where.
 LOCAL_PULL = {"dp": (4.0, 2.0), "both": (0.0, 0.0)}
 # Random starts of the request map.
 STARTS = {"dp": {"fast": 2, "default": 8, "max": 32}, "both": {"fast": 4, "default": 16, "max": 16}}
@@ -95,10 +98,10 @@ def place_semmoe(
 ) -> np.ndarray:
     """Rank of each expert, int64 [L, E]; independent of `processes`.
 
-    `lar_weight`: remote ranks that one more local activation per token is worth (per-rank and per-node dispatch).
-    `objective`: the schedule that will be used, one of OBJECTIVES. `robust`: clusters of requests that each keep the
-    load cap (0: all requests together only). `expressible` "permutation": routing groups map onto whole blocks of
-    ranks.
+    `lar_weight`: remote ranks that one more local activation per token is worth (per-rank and
+    per-node dispatch). `objective`: the schedule that will be used, one of OBJECTIVES. `robust`:
+    clusters of requests that each keep the load cap (0: all requests together only). `expressible`
+    "permutation": routing groups map onto whole blocks of ranks.
     """
     if objective not in OBJECTIVES:
         raise InputError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
@@ -147,7 +150,8 @@ def place_semmoe(
     chosen = sample_rows(len(homed_T), comb(info.num_experts, info.top_k), how.token_rows, seed)
     homed_T, request_T = homed_T[chosen], request_T[chosen]
     weight_B = np.diff(profile.sample.starts_B1)[requests_B].astype(np.float64)
-    # Where only locality counts, requests come first; where ranks touched count, experts that are chosen together do.
+    # Where only locality counts, requests come first; where ranks touched count, experts that are
+    # chosen together do.
     annealed = objective == "dp" and dispatch == "per-expert" and not whole_groups
     turns = 0 if objective == "tp" or whole_groups else max(1, 2 * how.rounds)
     count_layer = _counter(progress, info.num_layers * (turns + (not annealed)))
@@ -158,7 +162,8 @@ def place_semmoe(
         if objective == "tp" or whole_groups:
             return rank_of_LE  # whole groups leave no labels to choose
         usage_LBE = request_usage_LBE(profile.sample, requests_B, info.num_experts)
-        # Tokens are sent near by each layer's grouping of ranks into nodes: for their sake it stays.
+        # Tokens are sent near by each layer's grouping of ranks into nodes: for their sake it
+        # stays.
         keep_nodes = topology.num_nodes > 1 and (per_node or objective == "both")
         if annealed:
             limit_LJ = np.stack([load_limits(load_JE, topology.num_ranks, load_cap) for load_JE in load_LJE])
@@ -220,7 +225,8 @@ def solve_layer(task: LayerTask) -> np.ndarray:
     limit_J = load_limits(task.load_JE, num_ranks, task.load_cap)
     cost_XR = np.repeat(np.bincount(kind_T, minlength=len(kinds_XK)).astype(np.float64)[:, None], num_ranks, axis=1)
     no_home_ER = np.zeros((num_experts, num_ranks))
-    # Co-activation is counted over all tokens, costs over the rows at hand: both in tokens of these rows.
+    # Co-activation is counted over all tokens, costs over the rows at hand: both in tokens of these
+    # rows.
     rows_share = task.expert_ids_TK.size / max(float(np.trace(task.affinity_EE)), 1.0)
     affinity_EE = task.affinity_EE * rows_share
     problem = Problem(affinity_EE, kinds_XK, cost_XR, no_home_ER, np.eye(num_ranks), task.load_JE, limit_J)
@@ -260,7 +266,8 @@ def solve_layer(task: LayerTask) -> np.ndarray:
 
 
 def near_labels(rank_of_E: np.ndarray, task: LayerTask) -> np.ndarray:
-    """The placement with its ranks renamed: what tokens touch is near where their schedule sends them."""
+    """The placement with its ranks renamed: what tokens touch is near where their schedule sends
+    them."""
     assert task.cost_RR is not None
     share_TR = home_shares(task, rank_of_E)
     touched_TR = rank_counts_TR(task.expert_ids_TK, rank_of_E, task.num_ranks) > 0
@@ -268,7 +275,8 @@ def near_labels(rank_of_E: np.ndarray, task: LayerTask) -> np.ndarray:
 
 
 def refine(rank_of_E: np.ndarray, judged: Problem, task: LayerTask, weight_X: np.ndarray, seed: int) -> np.ndarray:
-    """The placement after swaps on what tokens with homes pay; the same where that is no better. `weight_X`: tokens."""
+    """The placement after swaps on what tokens with homes pay; the same where that is no better.
+    `weight_X`: tokens."""
     steps = task.effort.polish_steps
     if task.per_node:
         cost_XN = node_costs(judged, weight_X, task.num_nodes)
@@ -277,13 +285,15 @@ def refine(rank_of_E: np.ndarray, judged: Problem, task: LayerTask, weight_X: np
 
 
 def home_shares(task: LayerTask, rank_of_E: np.ndarray) -> np.ndarray:
-    """Where each row of the task will live, float64 [T, R]: its request's rank, or the balanced row of its token id."""
+    """Where each row of the task will live, float64 [T, R]: its request's rank, or the balanced
+    row of its token id."""
     if task.home_T is not None:
         return np.eye(task.num_ranks)[task.home_T]
     count_TR = rank_counts_TR(task.expert_ids_TK, rank_of_E, task.num_ranks).astype(np.float64)
     known_T = task.token_index_T >= 0
     if not known_T.any():
-        # No ids to go by: what a good predictor gets from earlier layers is close to the token's own best rank.
+        # No ids to go by: what a good predictor gets from earlier layers is close to the token's
+        # own best rank.
         return balanced_shares(count_TR, np.ones(len(count_TR)))
     index_T = np.where(known_T, task.token_index_T, task.token_index_T.max() + 1)
     _, index_T = np.unique(index_T, return_inverse=True)
@@ -297,7 +307,8 @@ def home_shares(task: LayerTask, rank_of_E: np.ndarray) -> np.ndarray:
 def scheduled_problem(problem: Problem, task: LayerTask, kind_T: np.ndarray, share_TR: np.ndarray) -> Problem:
     """The problem with homes: touching a rank is free to the share of tokens that live there.
 
-    Half of the cost stays that of tokens without a schedule: a placement must serve requests that no table foresaw.
+    Half of the cost stays that of tokens without a schedule: a placement must serve requests that
+    no table foresaw.
     """
     num_kinds = len(problem.expert_ids_XK)
     free_XR = np.stack([np.bincount(kind_T, column_T, num_kinds) for column_T in share_TR.T], axis=1)
@@ -308,7 +319,8 @@ def scheduled_problem(problem: Problem, task: LayerTask, kind_T: np.ndarray, sha
         [np.bincount(flat, np.repeat(c, top_k), num_experts + 1)[:num_experts] for c in share_TR.T], axis=1
     )
     if task.per_expert:
-        # One row per activation: locality alone counts; a little remote cost, and pairs, decide between equals.
+        # One row per activation: locality alone counts; a little remote cost, and pairs, decide
+        # between equals.
         cost_XR, pairs_EE = 0.1 * (problem.cost_XR - free_XR), 0.1 * problem.affinity_EE
         worth_ER = local_ER if task.cost_RR is None else -local_ER @ task.cost_RR
         return problem._replace(cost_XR=cost_XR, home_ER=worth_ER, affinity_EE=pairs_EE)
@@ -316,7 +328,8 @@ def scheduled_problem(problem: Problem, task: LayerTask, kind_T: np.ndarray, sha
     kept = HOMELESS_SHARE if task.home_T is None or task.per_node else 0.0
     cost_XR = problem.cost_XR - (1 - kept) * free_XR
     if task.cost_RR is not None:
-        # A rank costs what it is away from the home: on average over all ranks where no schedule chose one.
+        # A rank costs what it is away from the home: on average over all ranks where no schedule
+        # chose one.
         away_RR = task.cost_RR * num_ranks / (num_ranks - 1)
         cost_XR = kept * problem.cost_XR * away_RR.mean(axis=0) + (1 - kept) * free_XR @ task.cost_RR
     return problem._replace(cost_XR=cost_XR, home_ER=task.lar_weight * local_ER)
@@ -333,7 +346,8 @@ def rank_counts_TR(expert_ids_TK: np.ndarray, rank_of_E: np.ndarray, num_ranks: 
 def sample_rows(num_tokens: int, num_sets: int, max_rows: int, seed: int) -> np.ndarray:
     """Rows that the exact objective looks at, ascending int64: all, or a random choice.
 
-    `num_sets`: expert sets there are at all. Few of them merge into few token kinds, so many more rows cost no more.
+    `num_sets`: expert sets there are at all. Few of them merge into few token kinds, so many more
+    rows cost no more.
     """
     allowed = 16 * max_rows if num_sets <= 2 * max_rows else max_rows
     if num_tokens <= allowed:
@@ -349,6 +363,7 @@ def scaled_costs(cost_RR: np.ndarray) -> np.ndarray:
 
 
 def check_whole_groups(num_groups: int, num_ranks: int) -> None:
-    """Raise InputError where a permutation of the router cannot express any placement but the contiguous one."""
+    """Raise InputError where a permutation of the router cannot express any placement but the
+    contiguous one."""
     if num_groups % num_ranks and num_ranks % num_groups:
         raise InputError(f"{num_groups} routing groups over {num_ranks} ranks: neither number divides the other")

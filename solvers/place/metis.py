@@ -1,7 +1,9 @@
-"""Placement by METIS on the co-activation graph: best of several seeds and of both schemes, then exact counts and load.
+"""Placement by METIS on the co-activation graph: best of several seeds and of both schemes, then
+exact counts and load.
 
-METIS (Karypis and Kumar, 1998, through pymetis) balances one vertex weight, here the load, and only within a tolerance; its result
-depends strongly on seed and scheme. So the best of several runs is taken, each made exact first.
+METIS (Karypis and Kumar, 1998, through pymetis) balances one vertex weight, here the load, and only
+within a tolerance; its result depends strongly on seed and scheme. So the best of several runs is
+taken, each made exact first.
 
 Shape letters: L MoE layers, E experts, R ranks.
 """
@@ -23,10 +25,12 @@ def place_metis(
     num_seeds: int = 10,
     num_nodes: int = 1,
 ) -> np.ndarray:
-    """Rank of each expert, int64 [L, E]: most co-activation within ranks among the runs that keep the load cap.
+    """Rank of each expert, int64 [L, E]: most co-activation within ranks among the runs that keep
+    the load cap.
 
-    `co_activation_LEE`, `load_LE`: counts, int64. `num_seeds` runs of each scheme (k-way and recursive bisection). With several nodes
-    experts are split over nodes first, then over the ranks of each: best of as many runs every time.
+    `co_activation_LEE`, `load_LE`: counts, int64. `num_seeds` runs of each scheme (k-way and
+    recursive bisection). With several nodes experts are split over nodes first, then over the ranks
+    of each: best of as many runs every time.
     """
     return np.stack(
         [
@@ -54,7 +58,8 @@ def _in_nodes(
             affinity_EE[np.ix_(experts, experts)], load_E[experts], per_node, load_cap / max(share, 1e-9), seed, seeds
         )
         rank_of_E[experts] = node * per_node + inside_E
-    # Where a node's own ranks cannot be levelled, swaps between nodes may, or a placement that does not look at nodes.
+    # Where a node's own ranks cannot be levelled, swaps between nodes may, or a placement that does
+    # not look at nodes.
     rank_of_E = repair_load(rank_of_E, affinity_EE, load_E, num_ranks, load_cap)
     if is_within_cap(rank_of_E, load_E, num_ranks, load_cap):
         return rank_of_E

@@ -1,9 +1,11 @@
-"""Plans against each other: how many experts move from one to the next, with ranks as named and with ranks renamed.
+"""Plans against each other: how many experts move from one to the next, with ranks as named and
+with ranks renamed.
 
-An expert moves when a rank must load weights that it does not hold. Names of ranks are arbitrary, so two plans may differ by names alone:
-the least number of moves over all renamings is a linear assignment of the new ranks to the old ones by the experts they share. Renaming
-keeps the traffic only where it keeps ranks of one node together, and one renaming must serve all layers where a schedule sends requests
-to ranks; both are respected here.
+An expert moves when a rank must load weights that it does not hold. Names of ranks are arbitrary,
+so two plans may differ by names alone: the least number of moves over all renamings is a linear
+assignment of the new ranks to the old ones by the experts they share. Renaming keeps the traffic
+only where it keeps ranks of one node together, and one renaming must serve all layers where a
+schedule sends requests to ranks; both are respected here.
 
 Shape letters: L MoE layers, R ranks, S slots per rank, N nodes, M ranks per node.
 """
@@ -29,7 +31,8 @@ class Moves(NamedTuple):
 def count_moves(old: Placement, new: Placement, topology: Topology) -> Moves:
     """Moves from `old` to `new`; `topology`: the nodes that a renaming must keep together.
 
-    Raises InputError where the two are not placements of the same experts over the same number of ranks.
+    Raises InputError where the two are not placements of the same experts over the same number of
+    ranks.
     """
     for name in ("num_layers", "num_experts", "num_ranks"):
         if getattr(old, name) != getattr(new, name):
@@ -52,7 +55,8 @@ def count_moves(old: Placement, new: Placement, topology: Topology) -> Moves:
 
 
 def _best_renaming_R(shared_RR: np.ndarray, topology: Topology) -> np.ndarray:
-    """The old rank for each new rank that keeps most experts in place, int64 [R]; ranks of one node stay together.
+    """The old rank for each new rank that keeps most experts in place, int64 [R]; ranks of one node
+    stay together.
 
     Exact: the best renaming inside every pair of nodes, then the best pairing of nodes.
     """
@@ -70,7 +74,8 @@ def _best_renaming_R(shared_RR: np.ndarray, topology: Topology) -> np.ndarray:
 
 
 def expert_bytes(hidden_size: int, expert_size: int, dtype_bytes: float, *, num_matrices: int = 3) -> int:
-    """Bytes of one expert's weights: gate, up and down matrices of hidden x expert size. Biases and scales are left out."""
+    """Bytes of one expert's weights: gate, up and down matrices of hidden x expert size. Biases
+    and scales are left out."""
     return round(num_matrices * hidden_size * expert_size * dtype_bytes)
 
 
@@ -84,10 +89,11 @@ def paired_difference(
     num_resamples: int = 400,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Second minus first, mean over layers, and the 95 % interval over the same resamples of the same requests.
+    """Second minus first, mean over layers, and the 95 % interval over the same resamples of the
+    same requests.
 
-    Requests differ more from each other than plans do on one request, so the interval of the difference is much narrower than those of
-    the two values.
+    Requests differ more from each other than plans do on one request, so the interval of the
+    difference is much narrower than those of the two values.
     """
     num_groups = len(first.tokens_G)
     assert num_groups == len(second.tokens_G), "differences are taken on the same requests"

@@ -1,13 +1,17 @@
-"""Placement on nodes: experts to nodes (or routing groups to blocks of ranks), then to ranks, then both levels together.
+"""Placement on nodes: experts to nodes (or routing groups to blocks of ranks), then to ranks, then
+both levels together.
 
-With rows sent once per node, remote nodes come first and remote ranks second: `place_in_nodes` tries the two levels in turn from several
-starts and then swaps experts under the exact joint cost (`NodeGains`). With rows sent once per rank, nodes only choose which ranks are
-neighbours: `group_ranks` renames the ranks so that those that tokens touch together share a node, at no change of remote ranks or load.
-With a matrix of costs `label_ranks` does so for what homes and touched ranks cost each other.
-Whole groups: for models with group-limited routing whose placement must be a permutation of the router, groups stay together
-(deepseek-v3: any other permutation changes which experts are eligible).
+With rows sent once per node, remote nodes come first and remote ranks second: `place_in_nodes`
+tries the two levels in turn from several starts and then swaps experts under the exact joint cost
+(`NodeGains`). With rows sent once per rank, nodes only choose which ranks are neighbours:
+`group_ranks` renames the ranks so that those that tokens touch together share a node, at no change
+of remote ranks or load. With a matrix of costs `label_ranks` does so for what homes and touched
+ranks cost each other. Whole groups: for models with group-limited routing whose placement must be a
+permutation of the router, groups stay together (deepseek-v3: any other permutation changes which
+experts are eligible).
 
-Shape letters: E experts, R ranks, N blocks or nodes, G routing groups, X token kinds, K top-k, J load vectors.
+Shape letters: E experts, R ranks, N blocks or nodes, G routing groups, X token kinds, K top-k, J
+load vectors.
 """
 
 import numpy as np
@@ -17,8 +21,9 @@ from semmoe.solvers.place.partition import PAIR_WORTH, Effort, Problem, exact_va
 from semmoe.solvers.place.remote_gains import RemoteGains, remote_cost, token_kinds
 from semmoe.solvers.place.swap import AffinityGains, overload, swap_search
 
-# Remote ranks within nodes that one remote node costs as much as: a row between nodes takes a network card's link, about an eighth of what
-# ranks of a node have among them. Nodes then come first, and ranks decide between placements that are close.
+# Remote ranks within nodes that one remote node costs as much as: a row between nodes takes a
+# network card's link, about an eighth of what ranks of a node have among them. Nodes then come
+# first, and ranks decide between placements that are close.
 NODE_WORTH = 8.0
 SLACK_OF_NODES = (
     0.5,
@@ -30,12 +35,15 @@ LABEL_STARTS = 8  # of the search for rank labels
 def place_in_nodes(
     problem: Problem, num_ranks: int, num_nodes: int, effort: Effort, *, load_cap: float, seed: int, num_groups: int = 1
 ) -> np.ndarray:
-    """Rank of each expert, int64 [E]: fewest remote nodes first, then remote ranks, homes at random.
+    """Rank of each expert, int64 [E]: fewest remote nodes first, then remote ranks, homes at
+    random.
 
-    Starts: nodes first at several node caps, routing groups kept whole where they divide over the nodes, and the flat placement with its
-    ranks grouped; each is refined on the joint cost, and the best is returned.
+    Starts: nodes first at several node caps, routing groups kept whole where they divide over the
+    nodes, and the flat placement with its ranks grouped; each is refined on the joint cost, and the
+    best is returned.
     """
-    # The joint swaps level what starts differ in below the nodes, so only nodes are searched at length.
+    # The joint swaps level what starts differ in below the nodes, so only nodes are searched at
+    # length.
     short = effort._replace(spectral_starts=1, metis_seeds=1, finalists=1, polish_steps=effort.polish_steps // 3)
     options = {"load_cap": load_cap, "seed": seed}
     contiguous = num_groups > 1
@@ -61,9 +69,11 @@ def place_in_nodes(
 def partition_in_blocks(
     problem: Problem, num_ranks: int, num_groups: int, effort: Effort, *, load_cap: float, seed: int
 ) -> np.ndarray:
-    """Rank of each expert, int64 [E], with the model's routing groups of consecutive experts kept whole.
+    """Rank of each expert, int64 [E], with the model's routing groups of consecutive experts kept
+    whole.
 
-    More groups than ranks: each rank gets whole groups. Otherwise each group fills consecutive ranks, group i the i-th run of them.
+    More groups than ranks: each rank gets whole groups. Otherwise each group fills consecutive
+    ranks, group i the i-th run of them.
     """
     group_E = groups_of_experts(len(problem.affinity_EE), num_groups)
     if num_groups >= num_ranks:
@@ -79,7 +89,8 @@ def groups_of_experts(num_experts: int, num_groups: int) -> np.ndarray:
 def group_ranks(
     rank_of_E: np.ndarray, problem: Problem, num_ranks: int, num_nodes: int, *, effort: Effort, seed: int
 ) -> np.ndarray:
-    """The placement with its ranks renamed so that tokens touch few nodes, int64 [E]: remote ranks and loads stay.
+    """The placement with its ranks renamed so that tokens touch few nodes, int64 [E]: remote ranks
+    and loads stay.
 
     Ranks are placed on nodes as experts are on ranks, by what tokens touch together.
     """
@@ -99,9 +110,11 @@ def group_ranks(
 
 
 def label_ranks(pairs_RR: np.ndarray, cost_RR: np.ndarray, *, seed: int) -> np.ndarray:
-    """New label of each rank, int64 [R], at low summed pairs[h, r] * cost[label h, label r]: quadratic assignment by swaps.
+    """New label of each rank, int64 [R], at low summed pairs[h, r] * cost[label h, label r]:
+    quadratic assignment by swaps.
 
-    `pairs_RR`: tokens that live on h and touch r. The labels are the old ones where no others are cheaper.
+    `pairs_RR`: tokens that live on h and touch r. The labels are the old ones where no others are
+    cheaper.
     """
     num_ranks = len(pairs_RR)
     cost_RR = (cost_RR + cost_RR.T) / 2
@@ -120,7 +133,8 @@ def label_ranks(pairs_RR: np.ndarray, cost_RR: np.ndarray, *, seed: int) -> np.n
 class NodeGains:
     """Gains of all swaps on remote nodes and remote ranks together: a gain model for `swap_search`.
 
-    `cost_XN`: cost of touching each node, summed over a kind's tokens; NODE_WORTH times as heavy as the problem's `cost_XR`.
+    `cost_XN`: cost of touching each node, summed over a kind's tokens; NODE_WORTH times as heavy as
+    the problem's `cost_XR`.
     """
 
     def __init__(self, rank_of_E: np.ndarray, problem: Problem, cost_XN: np.ndarray) -> None:
@@ -170,7 +184,8 @@ def best_in_nodes(candidates: list[np.ndarray], problem: Problem, cost_XN: np.nd
 
 
 def node_costs(problem: Problem, weight_X: np.ndarray, num_nodes: int) -> np.ndarray:
-    """Cost of touching each node, float64 [X, N]: free to the share of a kind's tokens that live on one of its ranks.
+    """Cost of touching each node, float64 [X, N]: free to the share of a kind's tokens that live on
+    one of its ranks.
 
     `weight_X`: tokens of each kind.
     """
@@ -188,7 +203,8 @@ def _ranks_inside(
     load_cap: float,
     seed: int,
 ) -> np.ndarray:
-    """Rank of each expert, int64 [E], given its block: each block's experts split over the block's ranks."""
+    """Rank of each expert, int64 [E], given its block: each block's experts split over the
+    block's ranks."""
     ranks_per_block = num_ranks // num_blocks
     rank_of_E = np.empty(len(block_of_E), np.int64)
     for block in range(num_blocks):
@@ -202,7 +218,8 @@ def _ranks_inside(
 
 
 def restricted(problem: Problem, experts: np.ndarray, num_parts: int, load_cap: float) -> Problem:
-    """The problem of placing only `experts` (ascending ids) on `num_parts` parts: the rest are empty slots."""
+    """The problem of placing only `experts` (ascending ids) on `num_parts` parts: the rest are
+    empty slots."""
     num_experts = len(problem.affinity_EE)
     local_E = np.full(num_experts + 1, len(experts))
     local_E[experts] = np.arange(len(experts))
@@ -222,7 +239,8 @@ def restricted(problem: Problem, experts: np.ndarray, num_parts: int, load_cap: 
 
 
 def _partition_merged(problem: Problem, group_E: np.ndarray, num_parts: int, effort: Effort, seed: int) -> np.ndarray:
-    """Part of each group, int64 [G], groups being whole: a token's experts of one group count once."""
+    """Part of each group, int64 [G], groups being whole: a token's experts of one group count
+    once."""
     num_groups = int(group_E.max()) + 1
     member_EG = np.eye(num_groups)[group_E]
     ids_XK = np.sort(np.append(group_E, num_groups)[problem.expert_ids_XK], axis=1)

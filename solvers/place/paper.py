@@ -1,10 +1,11 @@
-"""Algorithm 1 of Semantic Parallelism (arXiv 2503.04398), as published: greedy experts and greedy requests in turn.
+"""Algorithm 1 of Semantic Parallelism (arXiv 2503.04398), as published: greedy experts and greedy
+requests in turn.
 
-What the paper leaves open is filled plainly. Affinity of two experts: co-activation over the mean pair. Affinity of
-experts and requests: activations over the mean. Affinity of requests: cosine of their expert counts. All weights are 1,
-theta is 1/2, eight rounds, 64 random swaps each. Requests are clustered per layer, as there is no word on labels across
-layers. The paper has no load cap: the placement is brought under it at the end, by the swaps that lose least co-
-activation.
+What the paper leaves open is filled plainly. Affinity of two experts: co-activation over the mean
+pair. Affinity of experts and requests: activations over the mean. Affinity of requests: cosine of
+their expert counts. All weights are 1, theta is 1/2, eight rounds, 64 random swaps each. Requests
+are clustered per layer, as there is no word on labels across layers. The paper has no load cap: the
+placement is brought under it at the end, by the swaps that lose least co- activation.
 
 Shape letters: L MoE layers, B requests, E experts, R ranks (clusters).
 """
@@ -38,9 +39,8 @@ def place_paper(profile: RoutingProfile, topology: Topology, *, load_cap: float,
 def place_layer(
     affinity_EE: np.ndarray, use_BE: np.ndarray, load_E: np.ndarray, num_ranks: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Rank of each expert, int64 [E]: the pair of clusterings with the least theta-weighted imbalance and remote
-    share.
-    """
+    """Rank of each expert, int64 [E]: the pair of clusterings with the least theta-weighted
+    imbalance and remote share."""
     experts_EE = affinity_EE - np.diag(np.diagonal(affinity_EE)).astype(np.float64)
     experts_EE /= max(experts_EE.mean(), 1e-12)
     share_BE = use_BE / max(use_BE.mean(), 1e-12)
@@ -107,7 +107,8 @@ def _random_swaps(
 
 
 def _request_step(requests_BB: np.ndarray, local_BR: np.ndarray, length_B: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Requests by descending length, each to the open cluster with most affinity to its requests and experts."""
+    """Requests by descending length, each to the open cluster with most affinity to its requests
+    and experts."""
     num_requests = len(length_B)
     rank_of_B = np.full(num_requests, -1)
     near_BR, room_R = np.zeros((num_requests, num_ranks)), np.full(num_ranks, -(-num_requests // num_ranks))

@@ -1,7 +1,9 @@
-"""One layer's experts split over ranks: several starts, swap search on co-activation, exact remote ranks on the best.
+"""One layer's experts split over ranks: several starts, swap search on co-activation, exact remote
+ranks on the best.
 
-Starts are spectral partitions, METIS partitions and contiguous blocks; all get a short search, the better ones a longer
-one (successive halving), and the best few are polished on the exact objective. Everything is deterministic in the seed.
+Starts are spectral partitions, METIS partitions and contiguous blocks; all get a short search, the
+better ones a longer one (successive halving), and the best few are polished on the exact objective.
+Everything is deterministic in the seed.
 
 Shape letters: X token kinds, K top-k, E experts, R ranks, J load vectors.
 """
@@ -20,18 +22,21 @@ from semmoe.solvers.place.swap import AffinityGains, affinity_value, overload, r
 PACKING_STEPS = 100
 
 
-# Remote ranks that a pair of a token's experts on one rank is worth beyond those it saves. Counts of whole expert sets are few, so the
-# exact objective alone fits their noise; pairs are counted better, and a token with most experts on one rank is easier to send home.
-# Held-out REM and LAR were both better from .1 to .2 on the real traces (docs/experiments.md).
+# Remote ranks that a pair of a token's experts on one rank is worth beyond those it saves. Counts
+# of whole expert sets are few, so the exact objective alone fits their noise; pairs are counted
+# better, and a token with most experts on one rank is easier to send home. Held-out REM and LAR
+# were both better from .1 to .2 on the real traces (docs/experiments.md).
 PAIR_WORTH = 0.15
 
 
-# Into many parts METIS's runs differ most: twice the seeds left .1 % fewer remote ranks at 64 ranks, and not fewer at 8 and 32.
+# Into many parts METIS's runs differ most: twice the seeds left .1 % fewer remote ranks at 64
+# ranks, and not fewer at 8 and 32.
 MANY_RANKS = 32
 
 
 class Effort(NamedTuple):
-    """How much is tried. Steps are swaps; small layers get up to four times the starts, because a step costs little."""
+    """How much is tried. Steps are swaps; small layers get up to four times the starts, because
+    a step costs little."""
 
     spectral_starts: int
     metis_seeds: int  # two partitions each: k-way and by bisection; twice as many above MANY_RANKS
@@ -64,7 +69,8 @@ class Problem(NamedTuple):
 def load_limits(load_JE: np.ndarray, num_ranks: int, load_cap: float) -> np.ndarray:
     """What a rank may carry of each load vector, float64 [J]: load_cap times the mean.
 
-    Where packing by load alone does not get there (one expert may be too hot), the limit is what it reaches.
+    Where packing by load alone does not get there (one expert may be too hot), the limit is what it
+    reaches.
     """
     limit_J = load_cap * load_JE.sum(axis=1) / num_ranks
     for j, load_E in enumerate(load_JE):
@@ -79,8 +85,8 @@ def load_limits(load_JE: np.ndarray, num_ranks: int, load_cap: float) -> np.ndar
 
 
 def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, contiguous: bool) -> np.ndarray:
-    """Rank of each expert, int64 [E], E / R on each rank; within the limits wherever the search found any such
-    placement.
+    """Rank of each expert, int64 [E], E / R on each rank; within the limits wherever the search
+    found any such placement.
 
     `contiguous`: consecutive ids are a start too (models whose routing groups are consecutive).
     """
@@ -103,7 +109,8 @@ def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, co
 
 
 def polish(rank_of_E: np.ndarray, problem: Problem, steps: int, seed: int) -> np.ndarray:
-    """The placement improved on the exact objective: worth of homes and of pairs less the remote cost."""
+    """The placement improved on the exact objective: worth of homes and of pairs less the remote
+    cost."""
     pair_EE = PAIR_WORTH * problem.affinity_EE
     gains = RemoteGains(rank_of_E, problem.expert_ids_XK, problem.cost_XR, problem.home_ER, pair_EE)
     num_ranks = problem.home_ER.shape[1]

@@ -1,4 +1,5 @@
-"""A quick placement and its REM, on arrays in memory: what learning curves, drift and what-if tables fit again and again.
+"""A quick placement and its REM, on arrays in memory: what learning curves, drift and what-if
+tables fit again and again.
 
 Shape letters: L MoE layers, T tokens, K top-k, E experts, R ranks, B requests.
 """

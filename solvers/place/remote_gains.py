@@ -1,24 +1,32 @@
-"""Remote ranks counted exactly: what each swap of two experts does to the ranks that tokens must reach.
+"""Remote ranks counted exactly: what each swap of two experts does to the ranks that tokens must
+reach.
 
-A token touches a rank when one of its experts is there. Touching rank r costs the token cost[r]: 1 for a home that is not
-known (a uniformly random home only scales the sum), less where its home may be r. The cost of a placement is the
-hypergraph connectivity of the tokens, with a home pin. Swapping e (on a) and f (on b) changes it by
+A token touches a rank when one of its experts is there. Touching rank r costs the token cost[r]: 1
+for a home that is not known (a uniformly random home only scales the sum), less where its home may
+be r. The cost of a placement is the hypergraph connectivity of the tokens, with a home pin.
+Swapping e (on a) and f (on b) changes it by
+
     freed[e] + freed[f] - opened[e, b] - opened[f, a] - shared[e, f] - shared[f, e]
-where freed[e] is the cost of the ranks that only e makes its tokens touch, opened[e, r] the cost of rank r to e's tokens
-that do not touch it, and shared[e, f] the part of freed[e] from tokens that also chose f (they still touch a after the swap).
 
-Shape letters: X distinct token kinds (expert sets, with the cost summed over their tokens), K top-k, E experts, R ranks.
+where freed[e] is the cost of the ranks that only e makes its tokens touch, opened[e, r] the cost of
+rank r to e's tokens that do not touch it, and shared[e, f] the part of freed[e] from tokens that
+also chose f (they still touch a after the swap).
+
+Shape letters: X distinct token kinds (expert sets, with the cost summed over their tokens), K
+top-k, E experts, R ranks.
 """
 
 import numpy as np
 
 
 class RemoteGains:
-    """Gains of all swaps, exact, in units where an average expert carries cost 1; plus linear terms home[e, x_e].
+    """Gains of all swaps, exact, in units where an average expert carries cost 1; plus linear terms
+    home[e, x_e].
 
-    `expert_ids_XK`: E stands for an empty slot. `cost_XR`: float, cost of touching each rank summed over a kind's tokens.
-    `home_ER`: worth of expert e on rank r in the same units as the cost. `pair_EE`: worth of two experts on one rank, symmetric.
-    A swap recounts only tokens with one of the pair.
+    `expert_ids_XK`: E stands for an empty slot. `cost_XR`: float, cost of touching each rank summed
+    over a kind's tokens. `home_ER`: worth of expert e on rank r in the same units as the cost.
+    `pair_EE`: worth of two experts on one rank, symmetric. A swap recounts only tokens with one of
+    the pair.
     """
 
     def __init__(
@@ -80,7 +88,8 @@ class RemoteGains:
     def swap(self, e: int, f: int) -> None:
         a, b = int(self.rank_of_E[e]), int(self.rank_of_E[f])
         with_e, with_f = self.kinds_of_E[e], self.kinds_of_E[f]
-        # A token with both experts touches the same ranks before and after; its slots are recounted as all others are.
+        # A token with both experts touches the same ranks before and after; its slots are recounted
+        # as all others are.
         self.is_chosen_X[with_e] = True
         kinds = np.concatenate([with_e, with_f[~self.is_chosen_X[with_f]]])
         self.is_chosen_X[with_e] = False
@@ -126,7 +135,8 @@ class RemoteGains:
         count_2X: tuple[np.ndarray, np.ndarray],
         cost_2X: tuple[np.ndarray, np.ndarray],
     ) -> np.ndarray:
-        """Cost that each slot alone on one of two ranks makes its token pay, float32 [X, K]; 0 elsewhere."""
+        """Cost that each slot alone on one of two ranks makes its token pay, float32 [X, K]; 0
+        elsewhere."""
         rank_XK = self.rank_of_all.take(ids_XK)
         lone_XK = (rank_XK == ranks[0]) * (cost_2X[0] * (count_2X[0] == 1))[:, None]
         lone_XK += (rank_XK == ranks[1]) * (cost_2X[1] * (count_2X[1] == 1))[:, None]
@@ -155,7 +165,8 @@ def remote_cost(rank_of_E: np.ndarray, expert_ids_XK: np.ndarray, cost_XR: np.nd
 
 
 def token_kinds(expert_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct expert sets, integers [X, K] ascending in each row, and the kind of every token, int64 [T].
+    """Distinct expert sets, integers [X, K] ascending in each row, and the kind of every token,
+    int64 [T].
 
     Where a set does not fit 62 bits the tokens are their own kinds.
     """

@@ -1,9 +1,10 @@
 """Extra slots: which experts get a second home, and which copy serves a token.
 
-Extra slots go by affinity first: the experts that the rank's own tokens use most and that are not there yet. Then copies
-are exchanged where a rank would serve more than the load cap. Slots may also go by load: the hottest experts per copy, to
-the rank with least load. A copy is chosen by a static rule: the token's own rank, else its own node, else the copy whose
-rank carries least. The rule is one array, which evaluation and every runtime share, so that what is scored is what runs.
+Extra slots go by affinity first: the experts that the rank's own tokens use most and that are not
+there yet. Then copies are exchanged where a rank would serve more than the load cap. Slots may also
+go by load: the hottest experts per copy, to the rank with least load. A copy is chosen by a static
+rule: the token's own rank, else its own node, else the copy whose rank carries least. The rule is
+one array, which evaluation and every runtime share, so that what is scored is what runs.
 
 Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, S slots per rank.
 """
@@ -24,8 +25,9 @@ LEVEL_TRIALS = 4  # exchanges tried at each
 def serving_LRE(hosts_LER: np.ndarray, load_LE: np.ndarray, topology: Topology) -> np.ndarray:
     """Rank that serves expert e for a token that lives on rank r, int32 [L, R, E].
 
-    The token's own rank where it hosts the expert; else a host on the same node, else any host: the one with least
-    load so far, hottest experts first. `hosts_LER`: bool. `load_LE`: activations of the fitted requests.
+    The token's own rank where it hosts the expert; else a host on the same node, else any host: the
+    one with least load so far, hottest experts first. `hosts_LER`: bool. `load_LE`: activations of
+    the fitted requests.
     """
     return np.stack(
         [_serving_RE(hosts_ER, load_E, topology) for hosts_ER, load_E in zip(hosts_LER, load_LE, strict=True)]
@@ -38,7 +40,8 @@ def _serving_RE(hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) ->
     serving_RE = np.empty((num_ranks, num_experts), np.int32)
     carried_R = np.zeros(num_ranks)
     copies_E = hosts_ER.sum(axis=1)
-    # Every source rank sends an equal share. Experts with one copy leave no choice, so their load is laid first.
+    # Every source rank sends an equal share. Experts with one copy leave no choice, so their load
+    # is laid first.
     share_E = load_E / num_ranks
     single = copies_E == 1
     serving_RE[:, single] = hosts_ER[single].argmax(axis=1)
@@ -69,11 +72,13 @@ def add_replicas(
     load_slots: int = 0,
     load_cap: float = np.inf,
 ) -> np.ndarray:
-    """Experts of every rank in slot order, int32 [L, R, S]: its own in ascending order, then `replicas` copies.
+    """Experts of every rank in slot order, int32 [L, R, S]: its own in ascending order, then
+    `replicas` copies.
 
-    `expert_ids_TLK`: a sample of tokens, each taken to live on the rank where it has most experts, in equal numbers per
-    rank. The last `load_slots` copies of each rank go by load instead of affinity. Copies are exchanged while a rank then
-    serves more than `load_cap` times the mean, where that helps. No expert is twice on one rank.
+    `expert_ids_TLK`: a sample of tokens, each taken to live on the rank where it has most experts,
+    in equal numbers per rank. The last `load_slots` copies of each rank go by load instead of
+    affinity. Copies are exchanged while a rank then serves more than `load_cap` times the mean,
+    where that helps. No expert is twice on one rank.
     """
     num_ranks = topology.num_ranks
     num_experts = rank_of_LE.shape[1]
@@ -111,7 +116,8 @@ class Served(NamedTuple):
 
 
 def serve(expert_ids_TK: np.ndarray, hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) -> Served:
-    """Tokens sent where most of their experts are, in equal numbers per rank, and served by the rule."""
+    """Tokens sent where most of their experts are, in equal numbers per rank, and served by the
+    rule."""
     num_experts, num_ranks = hosts_ER.shape
     padded_ER = np.vstack([hosts_ER, np.zeros((1, num_ranks), bool)])
     count_TR = np.zeros((len(expert_ids_TK), num_ranks))
@@ -146,10 +152,11 @@ def _level(
     replicas: int,
     load_cap: float,
 ) -> None:
-    """Copies exchanged for others, in place, until no rank serves more than the cap or no exchange brings it nearer.
+    """Copies exchanged for others, in place, until no rank serves more than the cap or no exchange
+    brings it nearer.
 
-    Of the exchanges that promise most relief per local use lost, the one is made that costs fewest remote ranks for what
-    it relieves.
+    Of the exchanges that promise most relief per local use lost, the one is made that costs fewest
+    remote ranks for what it relieves.
     """
     served = serve(expert_ids_TK, hosts_ER, load_E, topology)
     limit = load_cap * float(served.load_R.mean())
@@ -184,7 +191,8 @@ def _exchanges(
     limit: float,
     tried: set[tuple[int, int, int]],
 ) -> list[tuple[int, int, int]]:
-    """Exchanges (rank, slot, expert that comes) by expected relief of overload per local use lost, best first."""
+    """Exchanges (rank, slot, expert that comes) by expected relief of overload per local use
+    lost, best first."""
     use_ER, load_R, num_ranks = served.use_ER, served.load_R, len(served.load_R)
     over = float(np.maximum(load_R - limit, 0).sum())
     found = []
@@ -208,7 +216,8 @@ def _exchanges(
 
 
 def _add_by_load(own_RS: list[list[int]], hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) -> None:
-    """One copy to every rank, the least loaded rank first: the expert with most load per copy that it does not host."""
+    """One copy to every rank, the least loaded rank first: the expert with most load per copy
+    that it does not host."""
     carried_R = (load_E[:, None] * hosts_ER / hosts_ER.sum(axis=1, keepdims=True)).sum(axis=0)
     for rank in np.argsort(carried_R, kind="stable"):
         per_copy_E = np.where(hosts_ER[:, rank], -np.inf, load_E / hosts_ER.sum(axis=1))

@@ -1,9 +1,10 @@
 """Requests and experts placed together for Attention-DP, over all layers at once.
 
-A request lives on one rank for all layers. Local activations are linear in the experts' ranks once the requests' are given, and the
-other way round, so each side is relaxed to shares that prices balance (`semmoe.solvers.schedule.slices`), and both are cooled in turn: deterministic
-annealing (Rose, 1998) of a two-sided clustering. A start costs a few matrix products, some hundred times less than searching every layer
-by swaps, and ends in better optima than alternating hard choices does.
+A request lives on one rank for all layers. Local activations are linear in the experts' ranks once
+the requests' are given, and the other way round, so each side is relaxed to shares that prices
+balance (`semmoe.solvers.schedule.slices`), and both are cooled in turn: deterministic annealing
+(Rose, 1998) of a two-sided clustering. A start costs a few matrix products, some hundred times less
+than searching every layer by swaps, and ends in better optima than alternating hard choices does.
 
 Shape letters: B requests, L MoE layers, E experts, R ranks, J load vectors.
 """
@@ -30,11 +31,13 @@ def anneal_requests(
     seed: int,
     starts: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rank of each expert, int64 [L, E], and of each request, int64 [B]: those with most local activations of several random starts.
+    """Rank of each expert, int64 [L, E], and of each request, int64 [B]: those with most local
+    activations of several random starts.
 
-    `usage_LBE`: activations of each request. `weight_B`: tokens of each request, which the ranks share equally. `load_LJE`, `limit_LJ`:
-    load vectors and what a rank may carry of each. Every rank gets E / R experts; the limits hold for the shares before they are rounded,
-    so a little overload may be left to a swap search.
+    `usage_LBE`: activations of each request. `weight_B`: tokens of each request, which the ranks
+    share equally. `load_LJE`, `limit_LJ`: load vectors and what a rank may carry of each. Every
+    rank gets E / R experts; the limits hold for the shares before they are rounded, so a little
+    overload may be left to a swap search.
     """
     num_layers, num_requests, num_experts = usage_LBE.shape
     sample = np.arange(num_requests)
@@ -63,7 +66,8 @@ def anneal_requests(
 
 
 class _Experts:
-    """Shares of experts on ranks at a low temperature, and the prices of slots and of load that go on from one call to the next."""
+    """Shares of experts on ranks at a low temperature, and the prices of slots and of load that
+    go on from one call to the next."""
 
     def __init__(self, load_LJE: np.ndarray, limit_LJ: np.ndarray, num_ranks: int) -> None:
         self.load_LJE, self.limit_LJ = load_LJE, limit_LJ
@@ -74,7 +78,8 @@ class _Experts:
         self.net_LER = np.zeros((num_layers, num_experts, num_ranks))
 
     def shares(self, worth_LER: np.ndarray) -> np.ndarray:
-        """Rows that sum to 1, float64 [L, E, R]: E / R experts on each rank, and loads within the limits, nearly."""
+        """Rows that sum to 1, float64 [L, E, R]: E / R experts on each rank, and loads within
+        the limits, nearly."""
         worth_LER = worth_LER - worth_LER.mean(axis=2, keepdims=True, dtype=np.float64)
         scale_L = EXPERT_TEMPERATURE * np.sqrt((worth_LER**2).mean(axis=(1, 2)))
         worth_LER /= np.maximum(scale_L, 1e-300)[:, None, None]

@@ -28,7 +28,8 @@ Progress = Callable[[int, int], None]  # layers done, layers in all
 
 @dataclass(frozen=True)
 class Demands:
-    """What a placement is asked for. Methods that only look at co-activation or load use the cap and the seed."""
+    """What a placement is asked for. Methods that only look at co-activation or load use the cap
+    and the seed."""
 
     load_cap: float = 1.05  # most load of a rank over the mean
     seed: int = 0
@@ -108,7 +109,8 @@ METHODS: dict[str, Callable[[RoutingProfile, Topology, Demands, Progress | None]
 
 
 def check_demands(info: TraceInfo, topology: Topology, demands: Demands, *, method: str) -> None:
-    """Raise InputError where no trace of the model lets the method meet the demands: known before anything is read."""
+    """Raise InputError where no trace of the model lets the method meet the demands: known
+    before anything is read."""
     topology.check_experts(info.num_experts)
     if method not in METHODS:
         raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")
@@ -136,7 +138,8 @@ def solve_placement(
 ) -> tuple[Placement, list[str]]:
     """Placement of the profile's experts by one of METHODS, and notes on what it could not keep.
 
-    Raises InputError where experts do not divide over the ranks, or a demand cannot be met by the method.
+    Raises InputError where experts do not divide over the ranks, or a demand cannot be met by the
+    method.
     """
     info = profile.info
     check_demands(info, topology, demands, method=method)
@@ -168,7 +171,8 @@ def solve_placement(
 
 
 def _cap_notes(placement: Placement, profile: RoutingProfile, topology: Topology, demands: Demands) -> list[str]:
-    """Where the load cap is exceeded on the fitted requests, and within clusters of them where that was asked for."""
+    """Where the load cap is exceeded on the fitted requests, and within clusters of them where
+    that was asked for."""
     load_LJE = cluster_loads(profile, demands.robust, demands.seed)
     loads = {"load": load_LJE[:, :1]}
     if load_LJE.shape[1] > 1:
@@ -187,7 +191,8 @@ def _cap_notes(placement: Placement, profile: RoutingProfile, topology: Topology
 def served_notes(serving: np.ndarray, load_LCE: np.ndarray, load_cap: float, *, whose: str) -> list[str]:
     """One line where ranks with replicas serve more than the load cap; nothing otherwise.
 
-    `serving`: rank that serves each expert for each rank, [L, R, E]. `load_LCE`: load vectors, of which the worst counts.
+    `serving`: rank that serves each expert for each rank, [L, R, E]. `load_LCE`: load vectors, of
+    which the worst counts.
     """
     served_LCR = np.stack(
         [[served_load_R(s, load_E) for load_E in load_CE] for s, load_CE in zip(serving, load_LCE, strict=True)]

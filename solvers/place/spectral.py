@@ -1,7 +1,8 @@
 """Placement by spectral clustering of the co-activation graph, with exact capacities.
 
-Normalised spectral embedding (Shi and Malik, 2000; Ng, Jordan and Weiss, 2002), then k-means whose assignment step is a linear
-assignment over replicated columns, so that every cluster has exactly E / R experts at every step.
+Normalised spectral embedding (Shi and Malik, 2000; Ng, Jordan and Weiss, 2002), then k-means whose
+assignment step is a linear assignment over replicated columns, so that every cluster has exactly E
+/ R experts at every step.
 
 Shape letters: L MoE layers, E experts, R ranks, M embedding axes.
 """
@@ -20,7 +21,8 @@ def place_spectral(
     seed: int,
     num_starts: int = 6,
 ) -> np.ndarray:
-    """Rank of each expert, int64 [L, E]: most co-activation within ranks among several starts, under the load cap where feasible."""
+    """Rank of each expert, int64 [L, E]: most co-activation within ranks among several starts,
+    under the load cap where feasible."""
     if num_ranks == 1:
         return np.zeros(load_LE.shape, np.int64)
     placed = [
@@ -37,13 +39,15 @@ def place_spectral(
 
 
 def spectral_starts(affinity_EE: np.ndarray, num_ranks: int, *, seed: int, num_starts: int) -> list[np.ndarray]:
-    """Partitions with exactly E / R experts per rank, int64 [E] each, from different k-means seeds; load is not looked at."""
+    """Partitions with exactly E / R experts per rank, int64 [E] each, from different k-means
+    seeds; load is not looked at."""
     points_EM = spectral_embedding(affinity_EE, num_ranks)
     return [balanced_k_means(points_EM, num_ranks, seed=seed + i) for i in range(num_starts)]
 
 
 def spectral_embedding(affinity_EE: np.ndarray, num_axes: int) -> np.ndarray:
-    """Leading eigenvectors of the normalised co-activation, rows scaled to unit length, float64 [E, M]."""
+    """Leading eigenvectors of the normalised co-activation, rows scaled to unit length, float64
+    [E, M]."""
     from scipy.linalg import eigh
 
     weights_EE = affinity_EE.astype(np.float64) - np.diag(affinity_EE.diagonal())
@@ -73,7 +77,8 @@ def balanced_k_means(points_EM: np.ndarray, num_ranks: int, *, seed: int, max_ro
 
 
 def _spread_centers(points_EM: np.ndarray, num_ranks: int, rng: np.random.Generator) -> np.ndarray:
-    """k-means++ (Arthur and Vassilvitskii, 2007): each next centre with a chance of its squared distance, float64 [R, M]."""
+    """k-means++ (Arthur and Vassilvitskii, 2007): each next centre with a chance of its squared
+    distance, float64 [R, M]."""
     chosen = [int(rng.integers(len(points_EM)))]
     distance_E = np.full(len(points_EM), np.inf)
     for _ in range(1, num_ranks):

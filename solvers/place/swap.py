@@ -1,12 +1,14 @@
-"""Swap search: the placement of one layer improved by exchanging two experts at a time, all pairs seen at every step.
+"""Swap search: the placement of one layer improved by exchanging two experts at a time, all pairs
+seen at every step.
 
-A swap keeps the number of experts per rank, so only load caps need care. They enter as a soft penalty whose weight rises
-while the placement is over a cap and falls while it is not: a search that never leaves the feasible side freezes. Each
-step also looks one swap ahead for the best placement within the caps, and the best one seen is returned. A swapped pair
-stays put for some steps (tabu search, Glover 1989), so the search walks out of local optima.
+A swap keeps the number of experts per rank, so only load caps need care. They enter as a soft
+penalty whose weight rises while the placement is over a cap and falls while it is not: a search
+that never leaves the feasible side freezes. Each step also looks one swap ahead for the best
+placement within the caps, and the best one seen is returned. A swapped pair stays put for some
+steps (tabu search, Glover 1989), so the search walks out of local optima.
 
-What a swap gains is the business of a gain model; `AffinityGains` here is quadratic (pairs of experts attract each
-other), `semmoe.solvers.place.remote_gains` counts remote ranks exactly.
+What a swap gains is the business of a gain model; `AffinityGains` here is quadratic (pairs of
+experts attract each other), `semmoe.solvers.place.remote_gains` counts remote ranks exactly.
 
 Shape letters: E experts, R ranks, J load vectors (all requests, or clusters of them).
 """
@@ -38,7 +40,8 @@ def rank_loads(rank_of_E: np.ndarray, load_JE: np.ndarray, num_ranks: int) -> np
 
 
 def overload(rank_of_E: np.ndarray, load_JE: np.ndarray, limit_J: np.ndarray, num_ranks: int) -> float:
-    """Load above the limits summed over ranks and load vectors, in units of the limit; 0 exactly where all are kept."""
+    """Load above the limits summed over ranks and load vectors, in units of the limit; 0 exactly
+    where all are kept."""
     unit_JR = rank_loads(rank_of_E, load_JE, num_ranks) / np.maximum(limit_J, 1e-300)[:, None]
     return float(np.maximum(unit_JR - 1 - 1e-12, 0).sum())
 
@@ -46,10 +49,11 @@ def overload(rank_of_E: np.ndarray, load_JE: np.ndarray, limit_J: np.ndarray, nu
 def swap_search(
     gains: GainModel, load_JE: np.ndarray, limit_J: np.ndarray, *, num_ranks: int, steps: int, patience: int, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Best placement found, int64 [E], and what it gains over the start: the least overload, then the highest gain.
+    """Best placement found, int64 [E], and what it gains over the start: the least overload, then
+    the highest gain.
 
-    `load_JE`, `limit_J`: load vectors and what a rank may carry of each. Stops after `steps` swaps, or after `patience`
-    swaps without a better placement.
+    `load_JE`, `limit_J`: load vectors and what a rank may carry of each. Stops after `steps` swaps,
+    or after `patience` swaps without a better placement.
     """
     rng = np.random.default_rng(seed)
     guard = _LoadGuard(gains.rank_of_E, load_JE, limit_J, num_ranks)
@@ -64,7 +68,8 @@ def swap_search(
     for step in range(steps):
         if step % PENALTY_EVERY == PENALTY_EVERY - 1:
             penalty = min(max(penalty * (PENALTY_UP if over > TIE else PENALTY_DOWN), 1e-4), 1e6)
-        # 1. The best placement within the caps that is one swap away is taken where it is the best so far.
+        # 1. The best placement within the caps that is one swap away is taken where it is the best
+        # so far.
         np.greater(guard.over_EE, np.float32(TIE / 10 - over), out=beyond_EE)
         np.copyto(total_EE, gains.gain_EE)
         np.copyto(total_EE, NEVER, where=beyond_EE)
@@ -104,7 +109,8 @@ class _LoadGuard:
     def __init__(self, rank_of_E: np.ndarray, load_JE: np.ndarray, limit_J: np.ndarray, num_ranks: int) -> None:
         self.unit_JE = (load_JE / np.maximum(limit_J, 1e-300)[:, None]).astype(np.float64)
         self.load_JR = rank_loads(rank_of_E, self.unit_JE, num_ranks) - 1
-        # The search compares swaps in single precision; what it returns is judged by `over`, in double.
+        # The search compares swaps in single precision; what it returns is judged by `over`, in
+        # double.
         self.small_JE = self.unit_JE.astype(np.float32)
         self.over_EE = np.zeros((len(rank_of_E), len(rank_of_E)), np.float32)
         self.refresh(np.arange(len(rank_of_E)), rank_of_E)
@@ -135,10 +141,12 @@ class _LoadGuard:
 
 
 class AffinityGains:
-    """Gains under  sum_e home[e, x_e] + 1/2 sum_ef affinity[e, f] closeness[x_e, x_f],  the diagonal left out.
+    """Gains under  sum_e home[e, x_e] + 1/2 sum_ef affinity[e, f] closeness[x_e, x_f],  the
+    diagonal left out.
 
-    `affinity_EE`, `closeness_RR`: symmetric. Where experts attract each other on one rank only (identity closeness), a
-    swap changes the gains of pairs with an expert on either rank: a step costs O(E^2 / R) and one pass for the maximum.
+    `affinity_EE`, `closeness_RR`: symmetric. Where experts attract each other on one rank only
+    (identity closeness), a swap changes the gains of pairs with an expert on either rank: a step
+    costs O(E^2 / R) and one pass for the maximum.
     """
 
     def __init__(

@@ -1,21 +1,26 @@
-"""Context predictor for Attention-TP: from what is known before layer l's router runs, a score per rank for every token.
+"""Context predictor for Attention-TP: from what is known before layer l's router runs, a score per
+rank for every token.
 
-The experts a token chose at earlier layers say more about layer l than its id does. Features, all known when the tokens are scattered:
-the share row of the token's id (token table), its position in the request (solvers/schedule/features.py), the experts the token itself chose at
-the `depth` layers before, and the experts that the token before it in the request chose. Of a prompt token's predecessor, which runs in
-the same pass, only layers before l are known (its choice at l - 1 is used); a generated token's predecessor has left the model (its
-choice at l is used). Scores are linear in the one-hot features: one gather-sum.
+The experts a token chose at earlier layers say more about layer l than its id does. Features, all
+known when the tokens are scattered: the share row of the token's id (token table), its position in
+the request (solvers/schedule/features.py), the experts the token itself chose at the `depth` layers
+before, and the experts that the token before it in the request chose. Of a prompt token's
+predecessor, which runs in the same pass, only layers before l are known (its choice at l - 1 is
+used); a generated token's predecessor has left the model (its choice at l is used). Scores are
+linear in the one-hot features: one gather-sum.
 
-Fit: ridge regression to the share of a token's activations on each rank. One-hot features make the normal equations counts of expert
-pairs across layers, which neighbouring layers share. The share row leaves out the token's own request, or the counts would leak; a
-perceptron on the same features was no better on held-out requests (docs/experiments.md).
+Fit: ridge regression to the share of a token's activations on each rank. One-hot features make the
+normal equations counts of expert pairs across layers, which neighbouring layers share. The share
+row leaves out the token's own request, or the counts would leak; a perceptron on the same features
+was no better on held-out requests (docs/experiments.md).
 
-Cost online, per token and layer: ((depth + 1) * K + 3) * R additions and as many float16 weights read (depth 6, K 8, R 8: 472 additions,
-0.9 kB), plus 2 * R * R flops for the share row. Weights: ((depth + 2) * E + 96) * R * 2 bytes per layer (34 kB at E 256, R 8, depth 6);
-in float32, twice that, where runtime/serving/home_tables.py adds them up on the model's device.
+Cost online, per token and layer: ((depth + 1) * K + 3) * R additions and as many float16 weights
+read (depth 6, K 8, R 8: 472 additions, 0.9 kB), plus 2 * R * R flops for the share row. Weights:
+((depth + 2) * E + 96) * R * 2 bytes per layer (34 kB at E 256, R 8, depth 6); in float32, twice
+that, where runtime/serving/home_tables.py adds them up on the model's device.
 
-Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, D depth (earlier layers), P phases (prompt, generated), F features,
-Q ids of positions, C columns of them.
+Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, D depth (earlier layers), P
+phases (prompt, generated), F features, Q ids of positions, C columns of them.
 """
 
 from collections.abc import Callable
@@ -41,7 +46,8 @@ BLOCK = 8_192
 
 @dataclass(frozen=True, eq=False)
 class ContextPredictor:
-    """Weights of the linear score. Row E of an expert axis is zero: an empty slot, or a predecessor that is not known."""
+    """Weights of the linear score. Row E of an expert axis is zero: an empty slot, or a
+    predecessor that is not known."""
 
     bias_LR: np.ndarray  # float32 [L, R]
     share_LRR: np.ndarray  # float32 [L, R, R]: share row (first R) to score
@@ -65,9 +71,10 @@ def context_scores_TR(
 ) -> np.ndarray:
     """Score of each rank as a home at `layer`, float32 [T, R]: the predicted share of activations.
 
-    `chosen_TLK`: experts of each token, read at layers before `layer` only. `previous_TLK`: those of the token before it in its request
-    (E where unknown), read before `layer`, and at `layer` for generated tokens only. `shares_TR`: rows of the token table.
-    `position_ids_TC`: ids of solvers/schedule/features.py.
+    `chosen_TLK`: experts of each token, read at layers before `layer` only. `previous_TLK`: those
+    of the token before it in its request (E where unknown), read before `layer`, and at `layer` for
+    generated tokens only. `shares_TR`: rows of the token table. `position_ids_TC`: ids of
+    solvers/schedule/features.py.
     """
     scores_TR = predictor.bias_LR[layer] + shares_TR @ predictor.share_LRR[layer]
     scores_TR += predictor.position_LQR[layer][position_ids_TC].sum(axis=1, dtype=np.float32)
@@ -83,7 +90,8 @@ def context_scores_TR(
 
 
 def previous_experts_TLK(batch: TraceBatch, num_experts: int, rows: np.ndarray | None = None) -> np.ndarray:
-    """Experts of the token before each row in its request, [T, L, K]; num_experts where the trace does not hold it.
+    """Experts of the token before each row in its request, [T, L, K]; num_experts where the trace
+    does not hold it.
 
     `rows`: only of these, in their order.
     """
@@ -125,10 +133,11 @@ def fit_context(
     skip: int = 0,
     step: Callable[[], None] = lambda: None,
 ) -> ContextPredictor:
-    """Predictor fitted on (a sample of) the batch that `table` was counted on. `hosts_LER` bool: ranks that host an expert.
+    """Predictor fitted on (a sample of) the batch that `table` was counted on. `hosts_LER` bool:
+    ranks that host an expert.
 
-    `skip`: leading layers of the batch that only give context; `table`, `hosts_LER` and the predictor begin after them.
-    `step` is called at every layer that is done.
+    `skip`: leading layers of the batch that only give context; `table`, `hosts_LER` and the
+    predictor begin after them. `step` is called at every layer that is done.
     """
     num_layers, num_experts, num_ranks = hosts_LER.shape
     depth = default_depth(num_layers, num_experts) if depth is None else depth
@@ -182,9 +191,11 @@ def fit_context(
 
 
 class _Column(NamedTuple):
-    """One-hot features of every row: ids below `size`, or `size` for none. Integer names are layers of the token's own choices.
+    """One-hot features of every row: ids below `size`, or `size` for none. Integer names are layers
+    of the token's own choices.
 
-    `rows`: those that have any id; all where None. Two columns with rows have the same rows or none in common.
+    `rows`: those that have any id; all where None. Two columns with rows have the same rows or none
+    in common.
     """
 
     name: int | str
@@ -210,7 +221,8 @@ def _solve_layer(
     places = [slice(first, last) for first, last in zip(ends[:-1], ends[1:], strict=True)]
     gram_FF = np.zeros((ends[-1], ends[-1]))
     right_FR = np.zeros((ends[-1], served_TR.shape[1]))
-    # Dense features are few and small next to the counts: a light ridge only keeps the equations regular.
+    # Dense features are few and small next to the counts: a light ridge only keeps the equations
+    # regular.
     ridge_F = np.ones(ends[-1])
     gram_FF[:num_dense, :num_dense] = dense_TF.T @ dense_TF
     right_FR[:num_dense] = dense_TF.T @ served_TR
@@ -238,13 +250,15 @@ def _one_hot(ids_TK: np.ndarray, size: int) -> "csr_array":
 
 
 class _PairCounts:
-    """Counts of pairs of ids in two columns, kept while later layers need them again: neighbouring layers share most."""
+    """Counts of pairs of ids in two columns, kept while later layers need them again:
+    neighbouring layers share most."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple, np.ndarray] = {}
 
     def counts_XX(self, first: _Column, second: _Column) -> np.ndarray:
-        """float64 [first.size + 1, second.size + 1]: tokens with one id in the first column and the other in the second.
+        """float64 [first.size + 1, second.size + 1]: tokens with one id in the first column and the
+        other in the second.
 
         Tokens without an id in a column may be missing from the counts of "none".
         """
@@ -302,7 +316,8 @@ class _OwnCounts:
         return cls(row_T, pair_T, weight_all[rows], total_T, own_all[pair_T], scale_T)
 
     def removed_TR(self, shares_TR: np.ndarray, served_TR: np.ndarray) -> np.ndarray:
-        """Smoothed shares float64 [T, R] without the own request. `served_TR`: share of each row's activations per rank."""
+        """Smoothed shares float64 [T, R] without the own request. `served_TR`: share of each
+        row's activations per rank."""
         own = [np.bincount(self.pair_T, self.weight_T * column)[self.pair_T] for column in served_TR.T]
         sums_TR = shares_TR * (self.total_T + PRIOR_TOKENS)[:, None] - np.stack(own, 1) * self.scale_T[:, None]
         left_TR = np.maximum(sums_TR, 0) / (self.left_T + PRIOR_TOKENS)[:, None]
@@ -315,7 +330,8 @@ class _OwnCounts:
 
 @dataclass(frozen=True, eq=False)
 class _LeaveOwnRequestOut:
-    """Share rows as a new request would see them: the occurrences of the row's own request are taken out of the counts."""
+    """Share rows as a new request would see them: the occurrences of the row's own request are
+    taken out of the counts."""
 
     own: _OwnCounts
     after: _OwnCounts
@@ -334,7 +350,8 @@ class _LeaveOwnRequestOut:
         )
 
     def shares_TR(self, layer: int, served_TR: np.ndarray, table: TokenTable) -> np.ndarray:
-        """What TokenTable.shares_TR gives for the rows, float64 [T, R], without their own requests."""
+        """What TokenTable.shares_TR gives for the rows, float64 [T, R], without their own
+        requests."""
         rare_R = table.rare_LR[layer]
         own_TR = self.own.removed_TR(table.own.shares_TR(layer, self.own.row_T, rare_R), served_TR)
         after_TR = self.after.removed_TR(table.after.shares_TR(layer, self.after.row_T, rare_R), served_TR)

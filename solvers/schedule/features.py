@@ -1,8 +1,11 @@
-"""Where a token is in its request: what is known of it before the model has seen anything of it, as ids of one-hot features.
+"""Where a token is in its request: what is known of it before the model has seen anything of it, as
+ids of one-hot features.
 
-Requests of one kind open with the same template, close their prompts with the same few tokens, and have prompts of similar length. The
-first MoE layer of a trace without token ids has nothing else to go by. Three ids per token: its position (each of the first FIRST), its
-distance from the end of the prompt (of the last LAST), and the octave of the prompt's length. Half octaves of later positions add nothing.
+Requests of one kind open with the same template, close their prompts with the same few tokens, and
+have prompts of similar length. The first MoE layer of a trace without token ids has nothing else to
+go by. Three ids per token: its position (each of the first FIRST), its distance from the end of the
+prompt (of the last LAST), and the octave of the prompt's length. Half octaves of later positions
+add nothing.
 
 Shape letters: T tokens, C columns of ids (3).
 """
@@ -20,7 +23,8 @@ NUM_POSITION_IDS = FIRST + LAST + OCTAVES
 def position_ids_TC(position_T: np.ndarray, num_prompt_tokens_T: np.ndarray) -> np.ndarray:
     """Ids int16 [T, 3], each below NUM_POSITION_IDS, or that where there is nothing to say.
 
-    `position_T`: place in the request's sequence from 0, -1 unknown. `num_prompt_tokens_T`: of the token's request, 0 unknown.
+    `position_T`: place in the request's sequence from 0, -1 unknown. `num_prompt_tokens_T`: of the
+    token's request, 0 unknown.
     """
     left_T = num_prompt_tokens_T - 1 - position_T
     octave_T = np.minimum(np.round(np.log2(np.maximum(num_prompt_tokens_T, 1))), OCTAVES - 1)

@@ -1,20 +1,24 @@
 """Weights of the context predictor that go on learning while the model serves.
 
-A predictor fitted on yesterday's requests knows little of a domain it never saw, yet every token that runs shows which experts it chose.
-The weights W of its features are the ridge regression of the residuals: they stay near the plan's weights P where nothing new is known,
+A predictor fitted on yesterday's requests knows little of a domain it never saw, yet every token
+that runs shows which experts it chose. The weights W of its features are the ridge regression of
+the residuals: they stay near the plan's weights P where nothing new is known,
 
-    P + D = argmin over W  sum_t a^age(t) |served_t - x_t W|^2 + RIDGE |W - P|^2         W = P + trust D
+    P + D = argmin over W  sum_t a^age(t) |served_t - x_t W|^2 + RIDGE |W - P|^2,  W = P + trust D
 
-and only the sums x'x and x'(served - x P) of what was seen are kept: nothing of the plan's trace is needed, no token is stored. The
-score of a token is always made by weights that never saw it, so the corrections x D can be held against what then happened: `trust` is the
-regression of the misses on them, near 1 on an unknown domain and near 0 where the plan's weights were right and D is noise. Learned are the
-weights of the nearest earlier layers, the token before and the position; with all layers instead it is hardly better
-(docs/experiments.md). runtime/serving/weight_learner.py is the same on the ranks of a run.
+and only the sums x'x and x'(served - x P) of what was seen are kept: nothing of the plan's trace is
+needed, no token is stored. The score of a token is always made by weights that never saw it, so the
+corrections x D can be held against what then happened: `trust` is the regression of the misses on
+them, near 1 on an unknown domain and near 0 where the plan's weights were right and D is noise.
+Learned are the weights of the nearest earlier layers, the token before and the position; with all
+layers instead it is hardly better (docs/experiments.md). runtime/serving/weight_learner.py is the
+same on the ranks of a run.
 
-Cost per layer and step: F^3 / 3 + T F^2 multiplications for T new tokens and F features, 617 at 64 experts and 868 at 256; 4 F^2 bytes
-are kept per layer (1.5 MB, 3 MB).
+Cost per layer and step: F^3 / 3 + T F^2 multiplications for T new tokens and F features, 617 at 64
+experts and 868 at 256; 4 F^2 bytes are kept per layer (1.5 MB, 3 MB).
 
-Shape letters: T tokens, K top-k, E experts, R ranks, X columns of ids, F features, C columns of positions.
+Shape letters: T tokens, K top-k, E experts, R ranks, X columns of ids, F features, C columns of
+positions.
 """
 
 from collections.abc import Sequence
@@ -39,7 +43,8 @@ def learned_depth(depth: int, num_experts: int) -> int:
 
 
 def num_learned_features(depth: int, num_experts: int) -> int:
-    """F: choices at `depth` earlier layers, of the token before as prompt and as generated, and positions; each with its "none"."""
+    """F: choices at `depth` earlier layers, of the token before as prompt and as generated, and
+    positions; each with its "none"."""
     return (depth + 2) * (num_experts + 1) + NUM_POSITION_IDS + 1
 
 
@@ -53,7 +58,8 @@ def learned_ids_TX(
     depth: int,
     num_experts: int,
 ) -> np.ndarray:
-    """Features of every token at a layer, int32 [T, X], each below F; the farthest layer first. Arguments as of `context_scores_TR`."""
+    """Features of every token at a layer, int32 [T, X], each below F; the farthest layer first.
+    Arguments as of `context_scores_TR`."""
     num_tokens, _, top_k = chosen_TLK.shape
     nothing_TK = np.full((num_tokens, top_k), num_experts)
     before_TK = previous_TLK[:, layer - 1] if layer else nothing_TK
@@ -70,8 +76,8 @@ def learned_scores_TR(
 ) -> np.ndarray:
     """The plan's scores, corrected by what earlier groups of rows taught, float32 [T, R].
 
-    `served_TR`: share of each token's activations that each rank hosts, read once the token's group is scored. `groups`: rows, in order
-    of time.
+    `served_TR`: share of each token's activations that each rank hosts, read once the token's group
+    is scored. `groups`: rows, in order of time.
     """
     from scipy.linalg import solve
     from scipy.sparse import csr_array
@@ -80,7 +86,8 @@ def learned_scores_TR(
     starts = np.arange(0, num_tokens * num_columns + 1, num_columns)
     features_TF = csr_array((np.ones(ids_TX.size, np.float32), ids_TX.reshape(-1), starts), (num_tokens, num_features))
     learned_TR = scores_TR.astype(np.float32, copy=True)
-    # Sums of counts are exact in float32 for millions of tokens, and the ridge keeps the equations regular.
+    # Sums of counts are exact in float32 for millions of tokens, and the ridge keeps the equations
+    # regular.
     gram_FF = np.zeros((num_features, num_features), np.float32)
     right_FR = np.zeros((num_features, scores_TR.shape[1]), np.float32)
     ridge_FF = RIDGE * np.eye(num_features, dtype=np.float32)
@@ -101,12 +108,14 @@ def learned_scores_TR(
 
 
 def trust_in(agreed: float, corrected: float) -> float:
-    """Weight of a correction, from the sums of correction * miss and of correction^2 so far; 1 before there are any."""
+    """Weight of a correction, from the sums of correction * miss and of correction^2 so far; 1
+    before there are any."""
     return min(max(agreed / corrected, 0.0), MOST_TRUST) if corrected > 0 else 1.0
 
 
 def request_groups(batch: TraceBatch, rng: np.random.Generator) -> list[np.ndarray]:
-    """Rows of a batch in groups of whole requests, in a random order of arrival, of at least LEARN_EVERY tokens each."""
+    """Rows of a batch in groups of whole requests, in a random order of arrival, of at least
+    LEARN_EVERY tokens each."""
     least = max(LEARN_EVERY, -(-batch.num_tokens // MOST_STEPS))
     groups, waiting, num_waiting = [], [], 0
     for request in rng.permutation(batch.num_requests):

@@ -1,8 +1,11 @@
-"""The paper's device-sequence table (arXiv 2503.04398, intra-request scheduling), kept as a reference for comparison.
+"""The paper's device-sequence table (arXiv 2503.04398, intra-request scheduling), kept as a
+reference for comparison.
 
-A[l][d1, d2]: the rank that most tokens need at layer l if they needed rank d1 at layer l - 1 and d2 at l - 2, and A_p its confidence, the
-share of those tokens. The paper sends a token to T[l][v] where T_p > A_p and to A otherwise. "Needed" is the rank that serves most of the
-token's experts, the lowest of equals. The paper leaves open what T_p and A_p measure; here both are shares between 0 and 1.
+A[l][d1, d2]: the rank that most tokens need at layer l if they needed rank d1 at layer l - 1 and d2
+at l - 2, and A_p its confidence, the share of those tokens. The paper sends a token to T[l][v]
+where T_p > A_p and to A otherwise. "Needed" is the rank that serves most of the token's experts,
+the lowest of equals. The paper leaves open what T_p and A_p measure; here both are shares between 0
+and 1.
 
 Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks.
 """
@@ -14,7 +17,8 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class SequenceTable:
-    """rank_LRR[l, d1, d2] int16 and its confidence float16. Confidence 0: never seen, and at the first two layers."""
+    """rank_LRR[l, d1, d2] int16 and its confidence float16. Confidence 0: never seen, and at the
+    first two layers."""
 
     rank_LRR: np.ndarray
     confidence_LRR: np.ndarray
@@ -26,7 +30,8 @@ def needed_rank_T(expert_ids_TK: np.ndarray, hosts_ER: np.ndarray) -> np.ndarray
 
 
 def served_TR(expert_ids_TK: np.ndarray, hosts_ER: np.ndarray) -> np.ndarray:
-    """Share of each token's K choices that rank r hosts, float32 [T, R]. Id E (empty slot) is hosted nowhere."""
+    """Share of each token's K choices that rank r hosts, float32 [T, R]. Id E (empty slot) is
+    hosted nowhere."""
     share_ER = np.pad(hosts_ER, ((0, 1), (0, 0))).astype(np.float32) / expert_ids_TK.shape[1]
     served = share_ER[expert_ids_TK[:, 0]]
     for column in range(1, expert_ids_TK.shape[1]):
@@ -54,9 +59,11 @@ def build_sequence_table(expert_ids_TLK: np.ndarray, hosts_LER: np.ndarray) -> S
 def paper_scores_TR(
     table_TR: np.ndarray, known_T: np.ndarray, rank_T: np.ndarray, confidence_T: np.ndarray
 ) -> np.ndarray:
-    """Scores whose best rank is the paper's choice, float32 [T, R]; the token table ranks the others, for the overflow.
+    """Scores whose best rank is the paper's choice, float32 [T, R]; the token table ranks the
+    others, for the overflow.
 
-    `table_TR`: shares of the token table, whose largest is T_p; `known_T`: ids with a row; `rank_T`, `confidence_T`: entries of A.
+    `table_TR`: shares of the token table, whose largest is T_p; `known_T`: ids with a row;
+    `rank_T`, `confidence_T`: entries of A.
     """
     scores_TR = table_TR.astype(np.float32)
     confident_T = np.where(known_T, scores_TR.max(axis=1), 0)

@@ -1,12 +1,15 @@
 """Request scorer for Attention-DP: from a prompt, which rank a request should live on.
 
-A request stays on one rank for all layers, so its worth on a rank is the share of its activations there, averaged over the layers. That
-share is predicted from the prompt by ridge regression on two views of its token ids. Topics: which ids occur, rare ones weighted up,
-projected on the leading singular vectors of the training sequences (latent semantic analysis, Deerwester 1990), so that words which keep
-the same company count as one and a prompt of unseen words still points somewhere. Manner: how often each id occurs, against the average
-prompt; the frequent ids tell code from prose and questions of one kind from another. Both views have unit length: a long prompt is not a
-stronger one. The regression is solved in its dual form over requests, which leaves plain weights per id, topic and rank. Summing the token
-table over the prompt, as the paper does (arXiv 2503.04398, inter-request scheduling), finds less: the common ids outvote the telling ones
+A request stays on one rank for all layers, so its worth on a rank is the share of its activations
+there, averaged over the layers. That share is predicted from the prompt by ridge regression on two
+views of its token ids. Topics: which ids occur, rare ones weighted up, projected on the leading
+singular vectors of the training sequences (latent semantic analysis, Deerwester 1990), so that
+words which keep the same company count as one and a prompt of unseen words still points somewhere.
+Manner: how often each id occurs, against the average prompt; the frequent ids tell code from prose
+and questions of one kind from another. Both views have unit length: a long prompt is not a stronger
+one. The regression is solved in its dual form over requests, which leaves plain weights per id,
+topic and rank. Summing the token table over the prompt, as the paper does (arXiv 2503.04398,
+inter-request scheduling), finds less: the common ids outvote the telling ones
 (docs/experiments.md).
 
 Online: D + R + 1 float32 per distinct id of the prompt are read, for 2 * (D + R) flops each.
@@ -43,9 +46,8 @@ class RequestScorer:
     weight_VR: np.ndarray  # float32 [V, R]: weight of what differs from it, at unit length
 
     def scores_BR(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
-        """Predicted share of each request's activations on each rank, less the average request's, float64 [B, R]. Zeros where no id is
-        known.
-        """
+        """Predicted share of each request's activations on each rank, less the average request's,
+        float64 [B, R]. Zeros where no id is known."""
         counts_BV = count_ids(prompts, self.ids_V)
         used = np.unique(counts_BV.indices)  # few of the ids
         topics_BD = unit(occurs(counts_BV)[:, used] @ self.topic_VD[used].astype(np.float64))
@@ -59,7 +61,8 @@ class RequestScorer:
 
 
 def request_shares_BR(batch: TraceBatch, hosts_LER: np.ndarray, requests_B: np.ndarray | None = None) -> np.ndarray:
-    """Share of each request's activations that rank r could serve, averaged over layers, float64 [B, R]; zeros for no rows.
+    """Share of each request's activations that rank r could serve, averaged over layers, float64
+    [B, R]; zeros for no rows.
 
     `requests_B`: only of these (ascending numbers).
     """
@@ -79,7 +82,8 @@ def request_shares_BR(batch: TraceBatch, hosts_LER: np.ndarray, requests_B: np.n
 
 
 def fit_request_scorer(batch: TraceBatch, hosts_LER: np.ndarray, *, seed: int, ridge: float = RIDGE) -> RequestScorer:
-    """Scorer fitted on the requests of the batch whose token ids are known; an empty one where none are.
+    """Scorer fitted on the requests of the batch whose token ids are known; an empty one where none
+    are.
 
     Every request gives two documents with the same target: its prompt, and its whole sequence.
     """
@@ -123,7 +127,8 @@ def fit_request_scorer(batch: TraceBatch, hosts_LER: np.ndarray, *, seed: int, r
 
 
 def topics_of_ids(occurs_BV: Sparse) -> np.ndarray:
-    """Leading right singular vectors of the documents, times each id's inverse document frequency, float64 [V, D].
+    """Leading right singular vectors of the documents, times each id's inverse document frequency,
+    float64 [V, D].
 
     A document is the inverse frequencies of its ids at unit length.
     """
@@ -145,7 +150,8 @@ def topics_of_ids(occurs_BV: Sparse) -> np.ndarray:
 
 
 def count_ids(documents: Sequence[np.ndarray], ids_V: np.ndarray) -> Sparse:
-    """How often each document has each id of `ids_V` (ascending), sparse float64 [Q, V]; other ids are left out."""
+    """How often each document has each id of `ids_V` (ascending), sparse float64 [Q, V]; other
+    ids are left out."""
     from scipy.sparse import csr_array
 
     starts, columns, values = [0], [np.zeros(0, np.int64)], [np.zeros(0)]

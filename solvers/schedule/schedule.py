@@ -1,9 +1,11 @@
-"""Schedule: the tables of a plan that say where tokens and requests should live, fitted for one placement.
+"""Schedule: the tables of a plan that say where tokens and requests should live, fitted for one
+placement.
 
-Everything is stored as arrays in the plan's tables.safetensors under names that begin with "schedule." (docs/formats.md); the same
-profile, placement and seed give the same bytes.
+Everything is stored as arrays in the plan's tables.safetensors under names that begin with
+"schedule." (docs/formats.md); the same profile, placement and seed give the same bytes.
 
-Shape letters: L MoE layers, E experts, R ranks, U ids with a row, C candidates, D depth, V ids of prompts.
+Shape letters: L MoE layers, E experts, R ranks, U ids with a row, C candidates, D depth, V ids of
+prompts.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +32,8 @@ SMALL_TASK = 20_000_000  # expert ids that one more process is worth starting fo
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Token table, context predictor and request scorer of one placement, and the paper's device-sequence table."""
+    """Token table, context predictor and request scorer of one placement, and the paper's
+    device-sequence table."""
 
     token: TokenTable
     context: ContextPredictor
@@ -43,7 +46,8 @@ class Schedule:
 
     @property
     def has_token_ids(self) -> bool:
-        """Whether the profile knew token ids; without them only earlier layers and positions predict."""
+        """Whether the profile knew token ids; without them only earlier layers and positions
+        predict."""
         return len(self.token.own.ids_U) > 0
 
     @property
@@ -57,7 +61,8 @@ class Schedule:
 
     @classmethod
     def from_tables(cls, tables: dict[str, np.ndarray]) -> "Schedule | None":
-        """The schedule stored in a plan's tables; None where there is none. Raises InputError where it is not whole."""
+        """The schedule stored in a plan's tables; None where there is none. Raises InputError
+        where it is not whole."""
         if not any(name.startswith(PREFIX) for name in tables):
             return None
         position, own = PREFIX + "context.position_LQR", PREFIX + "context.own_LDER"
@@ -126,7 +131,8 @@ def fit_schedule(
 ) -> Schedule:
     """Schedule for the placement, from the sample of a profile; independent of `processes`.
 
-    `embedding_VD`: the model's input embedding, for rare and unseen ids. Raises InputError where the placement is for another model.
+    `embedding_VD`: the model's input embedding, for rare and unseen ids. Raises InputError where
+    the placement is for another model.
     """
     hosts_LER, num_layers = placement.hosts_LER, sample.expert_ids_TLK.shape[1]
     if placement.num_layers != num_layers or sample.expert_ids_TLK.max(initial=0) > placement.num_experts:
@@ -160,7 +166,8 @@ def fit_schedule(
 
 
 def _sendable(sample: TraceBatch, layers: slice, processes: int) -> tuple[TraceBatch, MappedView | None]:
-    """The sample with some layers only, and where its expert ids lie instead where other processes can map them."""
+    """The sample with some layers only, and where its expert ids lie instead where other
+    processes can map them."""
     part = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, layers])
     view = view_of(part.expert_ids_TLK) if processes > 1 else None
     return part if view is None else replace(part, expert_ids_TLK=part.expert_ids_TLK[:0]), view
@@ -185,7 +192,8 @@ def fit_layers(task: LayersTask) -> tuple[TokenTable, ContextPredictor]:
 
 
 def _joined(records: list[Any]) -> Any:
-    """One record over all layers from records of consecutive layers: arrays that have a layer axis are joined along it."""
+    """One record over all layers from records of consecutive layers: arrays that have a layer
+    axis are joined along it."""
     if len(records) == 1:
         return records[0]
     values = {}

@@ -1,11 +1,13 @@
 """Homes of tokens under each schedule, as the runtime would choose them: the rows of a report.
 
-Only what is known at that moment is read: a DP home from the prompt, a TP home at layer l from earlier layers. The oracles, which read the
-answer, bound what any predictor could reach under the same capacities. Attention-TP: the rows of a trace are mixed over requests into
-batches of at most `batch_tokens`, and every rank gets an equal slice of each. A predictor that goes on learning scores every token by
-weights that saw earlier requests only; slices are then cut in the same batches, so that rows compare. Attention-DP: requests arrive in a
-random order in windows of at most `window`, which are balanced in tokens; the number of tokens a request brings is taken as known (an
-offline batch with a fixed budget), its content is not.
+Only what is known at that moment is read: a DP home from the prompt, a TP home at layer l from
+earlier layers. The oracles, which read the answer, bound what any predictor could reach under the
+same capacities. Attention-TP: the rows of a trace are mixed over requests into batches of at most
+`batch_tokens`, and every rank gets an equal slice of each. A predictor that goes on learning scores
+every token by weights that saw earlier requests only; slices are then cut in the same batches, so
+that rows compare. Attention-DP: requests arrive in a random order in windows of at most `window`,
+which are balanced in tokens; the number of tokens a request brings is taken as known (an offline
+batch with a fixed budget), its content is not.
 
 Shape letters: T tokens, B requests, Q tokens of prompts, L MoE layers, K top-k, E experts, R ranks.
 """
@@ -37,7 +39,8 @@ from semmoe.solvers.schedule.token_table import previous_token_ids_T
 
 @dataclass(frozen=True)
 class Setting:
-    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of their order."""
+    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of
+    their order."""
 
     batch_tokens: int = 512
     window: int = WINDOW
@@ -66,7 +69,8 @@ def available_schedules(schedule: Schedule) -> list[str]:
 def simulate(
     name: str, batch: TraceBatch, placement: Placement, schedule: Schedule, *, batch_tokens: int, window: int, seed: int
 ) -> Simulation:
-    """Homes of the batch's tokens under one of SCHEDULES. Raises InputError for another name, or sizes under 1."""
+    """Homes of the batch's tokens under one of SCHEDULES. Raises InputError for another name, or
+    sizes under 1."""
     if name not in SCHEDULES:
         raise InputError(f"schedule {name!r} is none of {', '.join(SCHEDULES)}")
     if batch_tokens < 1 or window < 1:
@@ -155,7 +159,8 @@ def _context(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: n
 
 
 def _seen(batch: TraceBatch, placement: Placement) -> tuple[np.ndarray, ...]:
-    """What features are made of: choices [T, L, K], those of the token before, whether a token is of a prompt, position ids."""
+    """What features are made of: choices [T, L, K], those of the token before, whether a token
+    is of a prompt, position ids."""
     previous_TLK = previous_experts_TLK(batch, placement.num_experts)
     return batch.expert_ids_TLK, previous_TLK, batch.is_prompt_T, batch_position_ids_TC(batch)
 

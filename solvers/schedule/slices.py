@@ -1,16 +1,21 @@
-"""Assignment under capacity: tokens to equal slices of the ranks, requests to ranks within a window. Arithmetic only, no state.
+"""Assignment under capacity: tokens to equal slices of the ranks, requests to ranks within a
+window. Arithmetic only, no state.
 
-Tokens (Attention-TP). A shuffled reduce-scatter hands every rank an equal slice of ceil(T / R) places, so the best rank cannot be given
-to everyone. Prices per rank make the demand meet the places: a few sweeps of entropic transport (Sinkhorn on the rank side, cooled), each
-one softmax over [T, R] and a column sum. Places that stay empty are taken by a row that does not care where it goes: fewer tokens than
-ranks then all have their best rank. Every token goes to its best rank net of price; where a slice is full, the tokens that lose least go
-on to their next-best rank. runtime/serving/equal_slices.py is the same on a GPU, which is why the rounds of overflow have a fixed number. Cost:
-about 4 * sweeps * T * R flops, and T * R * 4 bytes read per sweep; at 512 tokens, 8 ranks and 24 sweeps that is 0.4 Mflop in 16 KB. This
-loses 0.1 to 0.4 % of the locality of the exact assignment (docs/experiments.md).
+Tokens (Attention-TP). A shuffled reduce-scatter hands every rank an equal slice of ceil(T / R)
+places, so the best rank cannot be given to everyone. Prices per rank make the demand meet the
+places: a few sweeps of entropic transport (Sinkhorn on the rank side, cooled), each one softmax
+over [T, R] and a column sum. Places that stay empty are taken by a row that does not care where it
+goes: fewer tokens than ranks then all have their best rank. Every token goes to its best rank net
+of price; where a slice is full, the tokens that lose least go on to their next-best rank.
+runtime/serving/equal_slices.py is the same on a GPU, which is why the rounds of overflow have a
+fixed number. Cost: about 4 * sweeps * T * R flops, and T * R * 4 bytes read per sweep; at 512
+tokens, 8 ranks and 24 sweeps that is 0.4 Mflop in 16 KB. This loses 0.1 to 0.4 % of the locality of
+the exact assignment (docs/experiments.md).
 
-Requests (Attention-DP). A request stays on one rank and brings a known number of tokens. Prices again give the start, then moves and swaps
-of requests raise the score while the capacity in tokens holds. The paper's masked round-robin (arXiv 2503.04398, inter-request
-scheduling) is here for comparison.
+Requests (Attention-DP). A request stays on one rank and brings a known number of tokens. Prices
+again give the start, then moves and swaps of requests raise the score while the capacity in tokens
+holds. The paper's masked round-robin (arXiv 2503.04398, inter-request scheduling) is here for
+comparison.
 
 Shape letters: T tokens, R ranks, B requests.
 """
@@ -32,10 +37,12 @@ def balanced_prices(
     start: float = 1.0,
     cooling: float = COOLING,
 ) -> tuple[np.ndarray, float]:
-    """Price per rank at which every rank is wanted equally, float64 [R], and the temperature at which that holds.
+    """Price per rank at which every rank is wanted equally, float64 [R], and the temperature at
+    which that holds.
 
-    The share of token t that goes to rank r is softmax((scores - prices) / temperature). `weight_T`: how much each row counts.
-    The temperature falls geometrically from `start` to `cooling` times the spread of the scores (best over mean, on average).
+    The share of token t that goes to rank r is softmax((scores - prices) / temperature).
+    `weight_T`: how much each row counts. The temperature falls geometrically from `start` to
+    `cooling` times the spread of the scores (best over mean, on average).
     """
     num_tokens, num_ranks = scores_TR.shape
     prices_R = np.zeros(num_ranks)
@@ -45,7 +52,8 @@ def balanced_prices(
     weight_T = np.ones(num_tokens) if weight_T is None else weight_T
     share = weight_T.sum() / num_ranks
     temperature = start * spread
-    # Ranks first: sums and maxima over the few ranks then run along the tokens, several times faster in numpy.
+    # Ranks first: sums and maxima over the few ranks then run along the tokens, several times
+    # faster in numpy.
     scores_RT = np.ascontiguousarray(scores_TR.T)
     for sweep in range(sweeps):
         temperature = spread * start * (cooling / start) ** (sweep / max(sweeps - 1, 1))
@@ -65,7 +73,8 @@ def softmax(scores_TR: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def assign_equal_slices(scores_TR: np.ndarray, *, sweeps: int = SWEEPS) -> np.ndarray:
-    """Rank of each token, int64 [T], at most ceil(T / R) tokens per rank; higher scores are better. Deterministic.
+    """Rank of each token, int64 [T], at most ceil(T / R) tokens per rank; higher scores are better.
+    Deterministic.
 
     Equal scores leave the choice open: such tokens fill what the others leave free.
     """
@@ -89,10 +98,12 @@ def slice_prices(scores_TR: np.ndarray, places: int, *, sweeps: int = SWEEPS) ->
 
 
 def fill_slices(scores_TR: np.ndarray, free_R: np.ndarray) -> np.ndarray:
-    """Rank of each token, int64 [T]: best rank first, overflow to the next-best one, at most free_R tokens per rank.
+    """Rank of each token, int64 [T]: best rank first, overflow to the next-best one, at most free_R
+    tokens per rank.
 
-    In each round the tokens without a place ask for their best rank that has room; a rank keeps those that would lose most elsewhere.
-    After ROUNDS the few that are left take what is free, in order.
+    In each round the tokens without a place ask for their best rank that has room; a rank keeps
+    those that would lose most elsewhere. After ROUNDS the few that are left take what is free, in
+    order.
     """
     assert free_R.sum() >= len(scores_TR), "the slices must hold all tokens"
     free_R = free_R.astype(np.int64).copy()
@@ -122,10 +133,12 @@ def fill_slices(scores_TR: np.ndarray, free_R: np.ndarray) -> np.ndarray:
 def assign_requests(
     scores_BR: np.ndarray, tokens_B: np.ndarray, *, token_cap: float = TOKEN_CAP, load_R: np.ndarray | None = None
 ) -> np.ndarray:
-    """Rank of each request of a window, int64 [B], with at most token_cap x the mean number of tokens per rank where that is possible.
+    """Rank of each request of a window, int64 [B], with at most token_cap x the mean number of
+    tokens per rank where that is possible.
 
-    `scores_BR`: gain per token of request b on rank r. `load_R`: tokens that the ranks already hold. Where single requests are too long for
-    the cap, the excess over it is what is made small first. Deterministic; one step costs B * B comparisons.
+    `scores_BR`: gain per token of request b on rank r. `load_R`: tokens that the ranks already
+    hold. Where single requests are too long for the cap, the excess over it is what is made small
+    first. Deterministic; one step costs B * B comparisons.
     """
     num_requests, num_ranks = scores_BR.shape
     load_R = np.zeros(num_ranks) if load_R is None else load_R.astype(np.float64)
@@ -137,8 +150,9 @@ def assign_requests(
     prices_R, _ = balanced_prices(scores_BR, size_B, sweeps=100)
     rank_of_B = (scores_BR - prices_R).argmax(axis=1)
     load_R = load_R + np.bincount(rank_of_B, size_B, num_ranks)
-    # A token over the cap costs more than a token can gain. Where whole requests must move for a few tokens that is not enough: the price
-    # then rises, until one token over the cap costs more than any step can gain. Cheap steps come first, so little score is lost.
+    # A token over the cap costs more than a token can gain. Where whole requests must move for a
+    # few tokens that is not enough: the price then rises, until one token over the cap costs more
+    # than any step can gain. Cheap steps come first, so little score is lost.
     spread = float(np.ptp(scores_BR)) + 1e-9
     penalty, last_penalty = 4.0 * spread, 4.0 * spread * max(float(size_B.max()), 1.0)
     each = np.arange(num_requests)
@@ -173,7 +187,8 @@ def assign_requests(
 
 
 def assign_masked_round_robin(scores_BR: np.ndarray) -> np.ndarray:
-    """The paper's rule, int64 [B]: each request in turn takes its best rank that no request of this round of R has taken yet."""
+    """The paper's rule, int64 [B]: each request in turn takes its best rank that no request of
+    this round of R has taken yet."""
     num_requests, num_ranks = scores_BR.shape
     rank_of_B = np.empty(num_requests, np.int64)
     for b in range(num_requests):

@@ -1,20 +1,28 @@
-"""Token table: for every layer and token id, the share of its activations that each rank can serve, and prices that balance homes.
+"""Token table: for every layer and token id, the share of its activations that each rank can serve,
+and prices that balance homes.
 
-A token id activates nearly the same experts whatever its context (arXiv 2503.04398), so counts of a profile say where it should live.
-Most ids are rare, and a fifth of the occurrences in new requests can be ids never seen, so the prior matters more than the counts:
-- a rare id is smoothed with the weight of PRIOR_TOKENS occurrences towards what rare ids activate (an average that counts ids more than
-  occurrences), which differs from the average token, dominated by frequent ids;
-- to that comes what followed the id before it in its sequence: the successor rows, counted in the same way;
-- where the checkpoint's input embedding is at hand, a ridge regression from the embedding to the shares gives every id of the vocabulary
-  a row (the paper takes the nearest neighbour's).
+A token id activates nearly the same experts whatever its context (arXiv 2503.04398), so counts of a
+profile say where it should live. Most ids are rare, and a fifth of the occurrences in new requests
+can be ids never seen, so the prior matters more than the counts:
+- a rare id is smoothed with the weight of PRIOR_TOKENS occurrences towards what rare ids activate
+  (an average that counts ids more than occurrences), which differs from the average token,
+  dominated by frequent ids;
+- to that comes what followed the id before it in its sequence: the successor rows, counted in the
+  same way;
+- where the checkpoint's input embedding is at hand, a ridge regression from the embedding to the
+  shares gives every id of the vocabulary a row (the paper takes the nearest neighbour's).
 
-The balanced table is softmax((shares - prices) / temperature): entropic transport of all occurrences onto equal rank totals. One
-frequent id can exceed a rank's whole share, so its row is a distribution, and the prices split it; the traffic of every rank is within
-TRAFFIC_CAP of the mean on the profile. Only prices and temperature are stored. An id without a row after an unknown id is spread evenly.
+The balanced table is softmax((shares - prices) / temperature): entropic transport of all
+occurrences onto equal rank totals. One frequent id can exceed a rank's whole share, so its row is a
+distribution, and the prices split it; the traffic of every rank is within TRAFFIC_CAP of the mean
+on the profile. Only prices and temperature are stored. An id without a row after an unknown id is
+spread evenly.
 
-With more than MAX_CANDIDATES ranks only the best of each row are stored; the others count as a rare id's share at most.
+With more than MAX_CANDIDATES ranks only the best of each row are stored; the others count as a rare
+id's share at most.
 
-Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, U ids, C candidate ranks, D embedding size, V vocabulary.
+Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, U ids, C candidate ranks, D
+embedding size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -36,7 +44,8 @@ BLOCK_ROWS = 32_768  # rows whose keys stay in the cache of one core
 
 
 class Lookup(NamedTuple):
-    """Where tokens are in a table: row of the id, row of the id before it as a predecessor; int64 [T] each, -1 for none."""
+    """Where tokens are in a table: row of the id, row of the id before it as a predecessor;
+    int64 [T] each, -1 for none."""
 
     row_T: np.ndarray
     after_T: np.ndarray
@@ -44,7 +53,8 @@ class Lookup(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ShareRows:
-    """Rows of shares by id (ascending): smoothed averages over `weight_U` tokens, the best C ranks of each."""
+    """Rows of shares by id (ascending): smoothed averages over `weight_U` tokens, the best C
+    ranks of each."""
 
     ids_U: np.ndarray  # int32 [U]
     weight_U: np.ndarray  # float32 [U]
@@ -59,7 +69,8 @@ class ShareRows:
         return np.where(self.ids_U[row_T] == ids_T, row_T, -1)
 
     def shares_TR(self, layer: int, row_T: np.ndarray, rare_R: np.ndarray) -> np.ndarray:
-        """Shares float32 [T, R]; `rare_R` where the row is -1, and at most that for ranks that are not stored."""
+        """Shares float32 [T, R]; `rare_R` where the row is -1, and at most that for ranks that
+        are not stored."""
         if len(self.ids_U) == 0:
             return np.tile(rare_R, (len(row_T), 1))
         stored_TC = self.shares_LUC[layer, row_T].astype(np.float32)
@@ -109,7 +120,8 @@ class TokenTable:
         return self.shares_TR(layer, lookup) - self.prices_LR[layer]
 
     def homes_TR(self, layer: int, lookup: Lookup) -> np.ndarray:
-        """The balanced table: distribution of each token over the ranks, float [T, R]; even where nothing is known."""
+        """The balanced table: distribution of each token over the ranks, float [T, R]; even
+        where nothing is known."""
         homes_TR = softmax(self.scores_TR(layer, lookup), float(self.temperature_L[layer]))
         homes_TR[(lookup.row_T < 0) & (lookup.after_T < 0)] = 1 / self.num_ranks
         return homes_TR
@@ -133,7 +145,8 @@ def build_token_table(
     max_candidates: int = MAX_CANDIDATES,
     step: Callable[[], None] = lambda: None,
 ) -> TokenTable:
-    """Table counted on the rows of the batch whose token id is known. `hosts_LER` bool: whether a rank hosts an expert.
+    """Table counted on the rows of the batch whose token id is known. `hosts_LER` bool: whether a
+    rank hosts an expert.
 
     `embedding_VD`: the model's input embedding; all V ids then get a row. `step` is called at every
     layer that is done.
@@ -179,7 +192,8 @@ def build_token_table(
 
 
 def smoothed(sums_UR: np.ndarray, weight_U: np.ndarray, prior_UR: np.ndarray) -> np.ndarray:
-    """Averages with the weight of PRIOR_TOKENS tokens on the prior ([R] or [U, R]), float64 [U, R]."""
+    """Averages with the weight of PRIOR_TOKENS tokens on the prior ([R] or [U, R]), float64 [U,
+    R]."""
     return (sums_UR + PRIOR_TOKENS * prior_UR) / (weight_U + PRIOR_TOKENS)[:, None]
 
 
@@ -201,7 +215,8 @@ class _Groups(NamedTuple):
         return cls(ids_U.astype(np.int64), sums_U, rows_T[order_T], group_T[order_T], weight_T)
 
     def share_sums_UR(self, ids_TK: np.ndarray, hosts_ER: np.ndarray) -> np.ndarray:
-        """Weighted sum over each group's rows of the share of their activations on each rank, float64 [U, R]."""
+        """Weighted sum over each group's rows of the share of their activations on each rank,
+        float64 [U, R]."""
         (num_experts, num_ranks), top_k = hosts_ER.shape, ids_TK.shape[1]
         sums_UR = np.empty((len(self.ids_U), num_ranks))
         ids_TK = np.ascontiguousarray(ids_TK)
@@ -217,7 +232,8 @@ class _Groups(NamedTuple):
             begin, end = np.searchsorted(self.group_T, [first, last]).tolist()
             counts = np.zeros((last - first) * width)
             for start in range(begin, end, BLOCK_ROWS):
-                # The counts of a run of rows, which are in order of their groups, reach over few groups.
+                # The counts of a run of rows, which are in order of their groups, reach over few
+                # groups.
                 rows = slice(start, min(start + BLOCK_ROWS, end))
                 group_T = self.group_T[rows]
                 keys_TK = (
@@ -251,7 +267,8 @@ def _store(rows: ShareRows, layer: int, shares_UR: np.ndarray) -> None:
 
 
 def _traffic_prices(shares_UR: np.ndarray, weight_U: np.ndarray) -> tuple[np.ndarray, float]:
-    """Prices and temperature at which no rank gets more than TRAFFIC_CAP x the mean traffic of the counted tokens.
+    """Prices and temperature at which no rank gets more than TRAFFIC_CAP x the mean traffic of the
+    counted tokens.
 
     Of very many ids the heaviest and a regular sample of the others stand for all.
     """
@@ -287,7 +304,8 @@ class EmbeddingRidge:
             features_VD = features_VD - features_VD[ids_U[seen_U]].mean(axis=0)
         features_VD /= np.sqrt((features_VD**2).mean()) + 1e-9
         features_VD = np.hstack([features_VD, np.ones((len(features_VD), 1), np.float32)])
-        # An id seen often is known better, but the variance between its contexts stays: the weight saturates.
+        # An id seen often is known better, but the variance between its contexts stays: the weight
+        # saturates.
         weight_U = tokens_U[seen_U] / (tokens_U[seen_U] + PRIOR_TOKENS)
         seen_UD = features_VD[ids_U[seen_U]].astype(np.float64)
         size = seen_UD.shape[1]
@@ -295,7 +313,8 @@ class EmbeddingRidge:
         return cls(features_VD, seen_U, np.linalg.solve(gram_DD, (seen_UD * weight_U[:, None]).T))
 
     def prior_UR(self, shares_UR: np.ndarray, rare_R: np.ndarray, ids_U: np.ndarray) -> np.ndarray:
-        """Prior of each id of the table from the shares of the ids seen, float64 [U, R]; `rare_R` where an id has no embedding."""
+        """Prior of each id of the table from the shares of the ids seen, float64 [U, R];
+        `rare_R` where an id has no embedding."""
         weights_DR = self.solve_DU @ (shares_UR[self.seen_U] - rare_R)
         prior_UR = np.tile(rare_R.astype(np.float64), (len(ids_U), 1))
         has_U = (ids_U >= 0) & (ids_U < len(self.features_VD))

@@ -1,7 +1,9 @@
-"""Homes under a traffic cap: which rank tokens or requests should live on when every rank may take only its share.
+"""Homes under a traffic cap: which rank tokens or requests should live on when every rank may take
+only its share.
 
-The transport problem  max sum_v weight_v sum_r share[v, r] score[v, r]  with equal column masses is solved by annealed
-entropic scaling (Sinkhorn, 1967; Cuturi, 2013): rows stay distributions, so one frequent token may be split over ranks.
+The transport problem  max sum_v weight_v sum_r share[v, r] score[v, r]  with equal column masses is
+solved by annealed entropic scaling (Sinkhorn, 1967; Cuturi, 2013): rows stay distributions, so one
+frequent token may be split over ranks.
 
 Shape letters: V rows to place (token ids or requests), R ranks.
 """
@@ -13,8 +15,8 @@ ROUNDS = 8  # scaling rounds per temperature
 
 
 def balanced_shares(score_VR: np.ndarray, weight_V: np.ndarray) -> np.ndarray:
-    """Distribution of every row over the ranks, float64 [V, R], with nearly equal column masses sum_v weight_v
-    share[v, r].
+    """Distribution of every row over the ranks, float64 [V, R], with nearly equal column masses
+    sum_v weight_v share[v, r].
 
     `score_VR`: worth of rank r to a unit of row v. `weight_V`: units of each row.
     """
@@ -30,7 +32,8 @@ def _scaled(score_VR: np.ndarray, weight_V: np.ndarray) -> tuple[np.ndarray, np.
     price_R = np.zeros(num_ranks)
     if spread <= 1e-12:
         return np.full(score_VR.shape, 1 / num_ranks), price_R
-    # Ranks first and single precision: sums and maxima over the few ranks then run along the rows, several times faster.
+    # Ranks first and single precision: sums and maxima over the few ranks then run along the rows,
+    # several times faster.
     score_RV = np.ascontiguousarray(score_VR.T, np.float32)
     weight_V = weight_V.astype(np.float32)
     shares_RV = np.empty(score_RV.shape, np.float32)
@@ -47,10 +50,11 @@ def _scaled(score_VR: np.ndarray, weight_V: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def balanced_homes(score_VR: np.ndarray, weight_V: np.ndarray, *, slack: float = 1.02) -> np.ndarray:
-    """One rank per row, int64 [V]: best score under the balancing prices; rows that lose most by moving come first.
+    """One rank per row, int64 [V]: best score under the balancing prices; rows that lose most by
+    moving come first.
 
-    No rank is filled beyond `slack` times its share while another has room; a row heavier than the room of every
-    rank goes to the emptiest. Ties go to the lower rank.
+    No rank is filled beyond `slack` times its share while another has room; a row heavier than the
+    room of every rank goes to the emptiest. Ties go to the lower rank.
     """
     num_rows, num_ranks = score_VR.shape
     _, price_R = _scaled(score_VR, weight_V)

@@ -1,8 +1,11 @@
-"""Time of an expert layer from what its placement moves: rows on the busiest link, bandwidth, latency, and the busiest rank's experts.
+"""Time of an expert layer from what its placement moves: rows on the busiest link, bandwidth,
+latency, and the busiest rank's experts.
 
-An all-to-all ends when the busiest rank has sent and received everything, so its time is a latency plus that rank's bytes over the
-bandwidth of its link (each direction on its own). A layer has three exchanges: split sizes (latency only), dispatch, combine. The experts
-take as long as the rank with the most activations. What overlaps (local experts run while rows travel) is not subtracted: an upper bound.
+An all-to-all ends when the busiest rank has sent and received everything, so its time is a latency
+plus that rank's bytes over the bandwidth of its link (each direction on its own). A layer has three
+exchanges: split sizes (latency only), dispatch, combine. The experts take as long as the rank with
+the most activations. What overlaps (local experts run while rows travel) is not subtracted: an
+upper bound.
 
 Shape letters: X measurements.
 """
@@ -31,7 +34,8 @@ class Network:
 
 
 def fit_network(bytes_X: np.ndarray, seconds_X: np.ndarray) -> Network:
-    """Bandwidth and latency from timed exchanges of at least two sizes: least squares of relative errors."""
+    """Bandwidth and latency from timed exchanges of at least two sizes: least squares of
+    relative errors."""
     weights_X = 1 / np.maximum(seconds_X, 1e-9)
     design_X2 = np.stack([np.ones(len(bytes_X)), bytes_X], 1) * weights_X[:, None]
     latency, per_byte = np.linalg.lstsq(design_X2, seconds_X * weights_X, rcond=None)[0]
@@ -57,8 +61,10 @@ def layer_seconds(
 ) -> float:
     """Seconds of one expert layer on a batch of `tokens` tokens over all ranks.
 
-    `link`: rows on the busiest rank per token that lives on a rank (LINK of `semmoe.solvers.evaluate.metrics`). `load_imbalance`: busiest rank over mean.
-    `row_bytes` go out with a row on dispatch, `result_bytes` come back. `seconds_per_activation`: one (token, expert) pair on one rank.
+    `link`: rows on the busiest rank per token that lives on a rank (LINK of
+    `semmoe.solvers.evaluate.metrics`). `load_imbalance`: busiest rank over mean. `row_bytes` go out
+    with a row on dispatch, `result_bytes` come back. `seconds_per_activation`: one (token, expert)
+    pair on one rank.
     """
     rows = link * tokens / num_ranks
     communication = network.latency_s * (EXCHANGES - 2)

@@ -1,11 +1,14 @@
-"""Links between ranks, and the seconds that an exchange takes on them: by class of link (inside a node, between nodes) or by pair of ranks.
+"""Links between ranks, and the seconds that an exchange takes on them: by class of link (inside a
+node, between nodes) or by pair of ranks.
 
-A rank has one port per class of link, both directions on their own (NVLink and a network card work side by side); a port sends to its
-peers one after the other. An exchange ends when the busiest port has sent and received everything:
+A rank has one port per class of link, both directions on their own (NVLink and a network card work
+side by side); a port sends to its peers one after the other. An exchange ends when the busiest port
+has sent and received everything:
 
-    max over ports of  latency + max over ranks and directions of  sum over peers of  bytes / bandwidth
+    max over ports of latency + max over ranks and directions of sum over peers of bytes / bandwidth
 
-With one class that is latency + LINK x tokens / R x bytes / bandwidth (solvers/time/layer_time.py), LINK from solvers/evaluate/metrics.py.
+With one class that is latency + LINK x tokens / R x bytes / bandwidth (solvers/time/layer_time.py),
+LINK from solvers/evaluate/metrics.py.
 
 Shape letters: L MoE layers, R ranks.
 """
@@ -26,7 +29,8 @@ INSIDE, BETWEEN = 0, 1  # ports
 
 @dataclass(frozen=True, eq=False)
 class Links:
-    """Bandwidth and latency from each rank to each other one, and the port that the pair uses; diagonals are not looked at."""
+    """Bandwidth and latency from each rank to each other one, and the port that the pair uses;
+    diagonals are not looked at."""
 
     bytes_per_s_RR: np.ndarray  # float64
     latency_s_RR: np.ndarray  # float64
@@ -43,7 +47,8 @@ class Links:
 
 
 def exchange_seconds_L(rows_LRR: np.ndarray, row_bytes: float, links: Links) -> np.ndarray:
-    """One all-to-all per layer, float64 [L]: `rows_LRR` rows from the first to the second rank; what stays on a rank costs nothing."""
+    """One all-to-all per layer, float64 [L]: `rows_LRR` rows from the first to the second rank;
+    what stays on a rank costs nothing."""
     away_RR = ~np.eye(len(links.port_RR), dtype=bool)
     worst_L = np.zeros(len(rows_LRR))
     for port in np.unique(links.port_RR[away_RR]):
@@ -55,7 +60,8 @@ def exchange_seconds_L(rows_LRR: np.ndarray, row_bytes: float, links: Links) -> 
 
 
 def communication_seconds_L(rows_LRR: np.ndarray, links: Links, *, row_bytes: float, result_bytes: float) -> np.ndarray:
-    """Split sizes, dispatch and combine of a batch at each layer, float64 [L]; results travel the other way."""
+    """Split sizes, dispatch and combine of a batch at each layer, float64 [L]; results travel
+    the other way."""
     return (
         exchange_seconds_L(np.zeros_like(rows_LRR), 0.0, links)
         + exchange_seconds_L(rows_LRR, row_bytes, links)
@@ -64,10 +70,11 @@ def communication_seconds_L(rows_LRR: np.ndarray, links: Links, *, row_bytes: fl
 
 
 def through_nodes(rows_LRR: np.ndarray, rows_LRN: np.ndarray, topology: Topology) -> np.ndarray:
-    """Rows of `per-node` dispatch from rank to rank, float64 [L, R, R]: once to each node that needs the token, then on inside it.
+    """Rows of `per-node` dispatch from rank to rank, float64 [L, R, R]: once to each node that
+    needs the token, then on inside it.
 
-    `rows_LRR`: one row per token and rank; `rows_LRN`: one per token and node. A row enters a node at the rank that has the place of its
-    home there, which passes it on.
+    `rows_LRR`: one row per token and rank; `rows_LRN`: one per token and node. A row enters a node
+    at the rank that has the place of its home there, which passes it on.
     """
     node_R, per_node = topology.node_of_R, topology.ranks_per_node
     place_R = np.arange(topology.num_ranks) % per_node
@@ -84,7 +91,8 @@ def through_nodes(rows_LRR: np.ndarray, rows_LRN: np.ndarray, topology: Topology
 
 
 def parse_links(bandwidth: str, latency: str, topology: Topology) -> Links:
-    """Links from "GB/s" or "INTRA:INTER" (GB/s, microseconds), or from a JSON file that names both. Raises InputError for anything else."""
+    """Links from "GB/s" or "INTRA:INTER" (GB/s, microseconds), or from a JSON file that names
+    both. Raises InputError for anything else."""
     if bandwidth.endswith(".json"):
         if latency:
             raise InputError(f"--latency {latency}: {bandwidth} holds the latencies")
@@ -134,7 +142,8 @@ def _numbers(option: str, text: str, unit: str, topology: Topology) -> list[floa
 
 
 def _links_of_file(path: Path, topology: Topology) -> Links:
-    """{"intra": link, "inter": link} or one link; a link is {"gb_per_s": number or [R][R], "latency_us": the same, 0 by default}."""
+    """{"intra": link, "inter": link} or one link; a link is {"gb_per_s": number or [R][R],
+    "latency_us": the same, 0 by default}."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

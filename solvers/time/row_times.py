@@ -1,7 +1,9 @@
-"""Communication time of each row of a report: dispatch and combine of one expert layer for a batch, from LINK and the network.
+"""Communication time of each row of a report: dispatch and combine of one expert layer for a batch,
+from LINK and the network.
 
-Where all links are alike, LINK of the report says what the busiest rank moves. Where they differ by class or pair, rows are counted between
-every two ranks again, under the same placements and homes. Experts, packing and overlap are left out, so it is what the wire needs.
+Where all links are alike, LINK of the report says what the busiest rank moves. Where they differ by
+class or pair, rows are counted between every two ranks again, under the same placements and homes.
+Experts, packing and overlap are left out, so it is what the wire needs.
 
 Shape letters: L MoE layers, R ranks, N nodes.
 """
@@ -32,9 +34,11 @@ def report_times(
     result_bytes: float,
     rows: RowsBetweenRanks | None,
 ) -> dict[str, Any]:
-    """The "times" of a report: milliseconds per layer of every row. `rows` is needed where links differ.
+    """The "times" of a report: milliseconds per layer of every row. `rows` is needed where links
+    differ.
 
-    `row_bytes` go out with a row, `result_bytes` come back. A batch has the report's `batch_tokens` tokens over all ranks.
+    `row_bytes` go out with a row, `result_bytes` come back. A batch has the report's `batch_tokens`
+    tokens over all ranks.
     """
     tokens, ranks = report.get("setting", {}).get("batch_tokens", Setting().batch_tokens), report["ranks"]
     found = []
@@ -75,7 +79,8 @@ def report_times(
 
 
 def rows_between_ranks(plan: Plan, trace: RoutingTrace, scored: Scored, report: dict[str, Any]) -> RowsBetweenRanks:
-    """Rows of the report's placements and schedules, oracles left out. Raises InputError over 64 ranks (rank_masks_T)."""
+    """Rows of the report's placements and schedules, oracles left out. Raises InputError over 64
+    ranks (rank_masks_T)."""
     topology, dispatch = plan.topology, plan.dispatch
     if topology.num_ranks > 64:
         raise InputError(

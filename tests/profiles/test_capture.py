@@ -1,4 +1,5 @@
-"""`semmoe trace` on a tiny model: what ends in the trace, what the command says of bad input, and what a kill leaves."""
+"""`semmoe trace` on a tiny model: what ends in the trace, what the command says of bad input,
+and what a kill leaves."""
 
 import gzip
 import io
@@ -484,7 +485,8 @@ def test_interrupt_ends_with_a_finished_trace(model_folder, many, tmp_path, stop
 
 
 def test_interrupt_waits_for_the_next_router_only(model_folder):
-    """A signal in a pass is held until a router is called, which raises; what was recorded before stays whole."""
+    """A signal in a pass is held until a router is called, which raises; what was recorded
+    before stays whole."""
     from semmoe.profiles.capture.loading import find_model, load_model
     from semmoe.profiles.capture.run import TraceProgress, interruptible
 

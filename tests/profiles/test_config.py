@@ -1,4 +1,5 @@
-"""moe_facts against the real configuration classes and the real modules of every family; read_config and its errors."""
+"""moe_facts against the real configuration classes and the real modules of every family;
+read_config and its errors."""
 
 import json
 
@@ -126,7 +127,8 @@ def test_a_missing_fact_is_named(changes, message):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_as_transformers_saves_it(family):
-    """The layers that hold experts in the family's real modules are the ones that its saved configuration names."""
+    """The layers that hold experts in the family's real modules are the ones that its saved
+    configuration names."""
     import torch
     from tiny_models import model_class
 

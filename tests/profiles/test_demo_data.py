@@ -55,7 +55,8 @@ def test_prompts_survive_the_tokenizer(prompts, tokenizer):
 
 
 def expert_share_LE(model, tokenizer, texts: list[str]) -> torch.Tensor:
-    """The share of the activations that go to each expert, float [L, E]; every layer's row sums to 1."""
+    """The share of the activations that go to each expert, float [L, E]; every layer's row sums
+    to 1."""
     counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
     for text in texts:
         with torch.inference_mode():
@@ -79,7 +80,8 @@ def test_model_is_the_one_of_its_card(model):
 
 
 def test_routing_was_learned(model, tokenizer, prompts):
-    """Experts specialise: a domain loads its favourites well above the mean, and domains differ in their favourites."""
+    """Experts specialise: a domain loads its favourites well above the mean, and domains differ
+    in their favourites."""
     share_LE = {
         domain: expert_share_LE(model, tokenizer, [p["text"] for p in prompts if p["domain"] == domain][:4])
         for domain in ("python", "chinese")

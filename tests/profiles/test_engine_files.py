@@ -1,4 +1,5 @@
-"""Importers under bad weather: damaged and cut files, a kill in the middle, and any routing there and back."""
+"""Importers under bad weather: damaged and cut files, a kill in the middle, and any routing
+there and back."""
 
 import gzip
 import json
@@ -67,7 +68,8 @@ def damaged_copy(files: list[Path], folder: Path, change) -> list[Path]:
 
 
 def imports_or_refuses(kind: str, files: list[Path], out: Path) -> bool:
-    """True where the import gave a trace that reads; False for one line that names a file; anything else fails."""
+    """True where the import gave a trace that reads; False for one line that names a file;
+    anything else fails."""
     try:
         import_trace(kind, files, out)
     except InputError as error:
@@ -146,7 +148,8 @@ def test_an_import_that_goes_on_tells_what_the_whole_trace_holds(tmp_path):
 
 
 def changed(record: dict, path: str, value) -> dict:
-    """A copy of a record with the value at a dotted path replaced, or removed where it is Ellipsis."""
+    """A copy of a record with the value at a dotted path replaced, or removed where it is
+    Ellipsis."""
     copy = json.loads(json.dumps(record))
     *outer, last = path.split(".")
     inner = copy
@@ -280,7 +283,8 @@ def test_counts_import_again_with_resume(samples, tmp_path):
     kind=st.sampled_from(["sglang", "openai", "vllm", "megatron", "sglang-recorder"]),
 )
 def test_any_routing_there_and_back(tmp_path_factory, lengths, num_layers, num_experts, top_k, seed, kind):
-    """With the model's config.json, whatever was routed comes back: layers, ids, order, number of rows."""
+    """With the model's config.json, whatever was routed comes back: layers, ids, order, number
+    of rows."""
     folder = tmp_path_factory.mktemp("round")
     dense = (0,) if num_layers > 1 else ()
     sizes = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k, "dense": dense}

@@ -1,7 +1,9 @@
-"""Every MoE family of Transformers, as a tiny random model: what is recorded is what its router chose, whatever the batch.
+"""Every MoE family of Transformers, as a tiny random model: what is recorded is what its router
+chose, whatever the batch.
 
-The router's own output is read apart from the recorder, at the router's module, and compared with the recorded ids as sets per token
-(an experts module may get its choices in another order). Routers that return no indices are named below with what they return.
+The router's own output is read apart from the recorder, at the router's module, and compared with
+the recorded ids as sets per token (an experts module may get its choices in another order). Routers
+that return no indices are named below with what they return.
 """
 
 import functools
@@ -31,7 +33,8 @@ def requests_of(model_type: str) -> list[TokenRequest]:
 
 
 def router_of(model, layer):
-    """The module whose output holds the choice of an experts module: its sibling named gate or router."""
+    """The module whose output holds the choice of an experts module: its sibling named gate or
+    router."""
     if layer.after:
         return layer.module
     parent = model.get_submodule(layer.name.rpartition(".")[0])

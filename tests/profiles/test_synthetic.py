@@ -1,4 +1,5 @@
-"""The synthetic trace holds what it promises: planted groups, distinct ids, unequal loads, domains, the same bytes."""
+"""The synthetic trace holds what it promises: planted groups, distinct ids, unequal loads,
+domains, the same bytes."""
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ def test_picks_stay_in_the_planted_group(tmp_path):
     group_TLK = group_of_LE[np.arange(4)[:, None], batch.expert_ids_TLK]
     modal_TL = (group_TLK[..., None] == np.arange(4)).sum(axis=2)  # picks per group
     assert modal_TL.max(axis=-1).mean() / 4 > 0.85
-    # One group for the whole depth: where layer 0 went, layer 3 went too, and a token mostly goes where it went before.
+    # One group for the whole depth: where layer 0 went, layer 3 went too, and a token mostly goes
+    # where it went before.
     home_TL = modal_TL.argmax(axis=-1)
     assert (home_TL[:, 0] == home_TL[:, 3]).mean() > 0.9
     votes = np.zeros((500, 4))

@@ -83,7 +83,8 @@ def test_ids_of_a_batch_are_a_view_of_the_file_buffer(tmp_path):
 
 
 def test_a_trace_is_read_without_pandas(tmp_path):
-    """Its import, inside pyarrow's to_numpy, loses a Ctrl-C that comes meanwhile: the command went on to its end."""
+    """Its import, inside pyarrow's to_numpy, loses a Ctrl-C that comes meanwhile: the command
+    went on to its end."""
     write(tmp_path / "t")
     code = (
         "import sys; from semmoe.profiles.trace import RoutingTrace; from semmoe.profiles.counts import profile_traces;"

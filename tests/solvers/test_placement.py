@@ -1,4 +1,5 @@
-"""Methods find planted groups, keep exact counts and the load cap; their pieces equal brute force."""
+"""Methods find planted groups, keep exact counts and the load cap; their pieces equal brute
+force."""
 
 import itertools
 from dataclasses import replace
@@ -210,7 +211,8 @@ def test_clusters_over_the_cap_are_said_with_replicas_too():
 
 
 def test_exact_keeps_the_cap_within_clusters():
-    # Co-activation would put 0, 1 and 2, 3 together: each cluster of requests would then be served by one rank.
+    # Co-activation would put 0, 1 and 2, 3 together: each cluster of requests would then be served
+    # by one rank.
     ids_TK = np.array([[0, 1]] * 30 + [[2, 3]] * 30)
     placement, notes = solve(profile_of(ids_TK, 4), 2, method="exact", load_cap=1.05)
     assert sorted(map(sorted, placement.experts_LRS[0].tolist())) == [[0, 1], [2, 3]] and notes == []

@@ -1,4 +1,5 @@
-"""A plan comes back from disk as it was, the same input gives the same bytes, and nobody is scored on what was learned from."""
+"""A plan comes back from disk as it was, the same input gives the same bytes, and nobody is
+scored on what was learned from."""
 
 import json
 from dataclasses import replace
@@ -196,7 +197,8 @@ def oracle_rem(plan: Plan) -> float:
 
 
 def test_bounds_are_for_the_load_that_a_placement_has(trace):
-    # Contiguous placement does not look at the cap: what it reaches must be under a bound that allows its load.
+    # Contiguous placement does not look at the cap: what it reaches must be under a bound that
+    # allows its load.
     profile = profile_traces([trace])
     placement = Placement.from_ranks(np.repeat(np.arange(4), 8)[None].repeat(4, axis=0), 4)
     load_LR = profile.load_LE.reshape(4, 4, 8).sum(2)

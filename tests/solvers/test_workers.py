@@ -1,4 +1,5 @@
-"""Arrays that processes share, and worker processes that end with their work: what large traces need."""
+"""Arrays that processes share, and worker processes that end with their work: what large traces
+need."""
 
 import glob
 import multiprocessing
@@ -222,7 +223,8 @@ def test_request_homes_and_clusters_look_at_a_bounded_choice_of_requests(tmp_pat
                 profile.sample.expert_ids_TLK[rows, layer].ravel(), minlength=profile.info.num_experts
             )
             np.testing.assert_array_equal(usage_LBE[layer, number], expected_E)
-    # Clusters found on some requests still hold every request, and where all are looked at nothing changes.
+    # Clusters found on some requests still hold every request, and where all are looked at nothing
+    # changes.
     some_LJE, all_LJE = (cluster_loads(profile, 3, 0, max_counts=most * counts) for most in (20, 60))
     for load_LJE in (some_LJE, all_LJE):
         np.testing.assert_array_equal(load_LJE[:, 1:].sum(axis=1), profile.load_LE)
@@ -237,7 +239,8 @@ def test_request_homes_and_clusters_look_at_a_bounded_choice_of_requests(tmp_pat
 
 
 def local_share(rank_of_LE: np.ndarray, profile) -> float:
-    """Share of activations on the request's best rank: what an Attention-DP oracle without caps reaches."""
+    """Share of activations on the request's best rank: what an Attention-DP oracle without caps
+    reaches."""
     requests_B = np.arange(profile.sample.num_requests)
     usage_LBE = request_usage_LBE(profile.sample, requests_B, profile.info.num_experts)
     return float(usage_shares_BR(rank_of_LE, usage_LBE, 4).max(axis=1).mean())

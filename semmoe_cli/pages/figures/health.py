@@ -145,7 +145,8 @@ def structure_bars(structure: dict[str, Any], layers: list[int]) -> Draw:
 
 
 def drift_points(rows: list[dict[str, Any]], names: list[str]) -> Draw:
-    """Distance of each group's expert loads from the rest, over what random groups of that size show."""
+    """Distance of each group's expert loads from the rest, over what random groups of that size
+    show."""
 
     def draw(figure: Any, palette: Palette) -> None:
         axes = figure.subplots()

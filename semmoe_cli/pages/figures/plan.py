@@ -1,4 +1,5 @@
-"""The pictures of a plan's report: scores with intervals, layers, co-activation, traffic, load, domains, what-if.
+"""The pictures of a plan's report: scores with intervals, layers, co-activation, traffic, load,
+domains, what-if.
 
 Matplotlib is imported inside `figures`; here are only drawings on what it is given.
 """
@@ -14,7 +15,8 @@ HEAT = "#1581c8"  # a tone of blue that reads on both papers
 
 
 def score_rows(report: dict[str, Any], metric: str) -> Draw:
-    """Every row of the report with its interval: the metric the dispatch kind pays for, and load imbalance beside it."""
+    """Every row of the report with its interval: the metric the dispatch kind pays for, and load
+    imbalance beside it."""
     rows = report["rows"]
     names = {
         "rem": "remote ranks per token",
@@ -58,7 +60,8 @@ def score_rows(report: dict[str, Any], metric: str) -> Draw:
 
 
 def _same_load(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether a scheduled row has the load of its placement at random homes: said once is enough."""
+    """Whether a scheduled row has the load of its placement at random homes: said once is
+    enough."""
     plain = [r for r in rows if r["placement"] == row["placement"] and r["schedule"] == "random"]
     return (
         row["schedule"] != "random" and bool(plain) and abs(plain[0]["load_imbalance"] - row["load_imbalance"]) < 5e-4
@@ -70,7 +73,8 @@ def _row_label(row: dict[str, Any]) -> str:
 
 
 def layer_lines(report: dict[str, Any], best: str) -> Draw:
-    """REM, load imbalance and, where a schedule moves it, LAR at every layer. `best`: schedule to draw beside random homes."""
+    """REM, load imbalance and, where a schedule moves it, LAR at every layer. `best`: schedule
+    to draw beside random homes."""
     keys = [(row["placement"], row["schedule"]) for row in report["rows"]]
     moved = {row["schedule"] for row in report["rows"]} - {"random"}
     metrics = [("rem", "remote ranks per token (REM)")]
@@ -106,13 +110,15 @@ def layer_lines(report: dict[str, Any], best: str) -> Draw:
 
 
 def co_activation(details: "Details", num_ranks: int) -> Draw:
-    """How often two experts of a layer serve the same token, against chance: in checkpoint order and grouped by rank."""
+    """How often two experts of a layer serve the same token, against chance: in checkpoint order
+    and grouped by rank."""
     import numpy as np
 
     pairs_EE = details.pairs_EE.astype(float)
     load_E = np.maximum(np.diagonal(pairs_EE), 1)
     np.fill_diagonal(pairs_EE, 0)
-    # Pairs over what independent choices of the same loads would give, scaled so that the mean pair is 1.
+    # Pairs over what independent choices of the same loads would give, scaled so that the mean pair
+    # is 1.
     lift_EE = pairs_EE / np.outer(load_E, load_E)
     lift_EE /= max(pairs_EE.sum() / (np.outer(load_E, load_E).sum() - (load_E**2).sum()), 1e-300)
     order_E = np.argsort(details.home_of_E, kind="stable")

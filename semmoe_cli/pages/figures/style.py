@@ -1,8 +1,10 @@
-"""How figures look and how they get into a page: one palette, SVG whose colours follow the page's theme, PNG for files.
+"""How figures look and how they get into a page: one palette, SVG whose colours follow the page's
+theme, PNG for files.
 
-A figure is a function that draws on a matplotlib figure with a palette. For a page it is drawn in marker colours, which become CSS
-variables, so that one picture serves light and dark; text stays text and takes the page's font. The palette is Okabe and Ito's, told apart
-by the colour-blind. Matplotlib is imported inside.
+A figure is a function that draws on a matplotlib figure with a palette. For a page it is drawn in
+marker colours, which become CSS variables, so that one picture serves light and dark; text stays
+text and takes the page's font. The palette is Okabe and Ito's, told apart by the colour-blind.
+Matplotlib is imported inside.
 """
 
 import io
@@ -87,7 +89,8 @@ def _context(palette: Palette) -> dict[Any, Any]:
 
 
 def svg(draw: Draw, height: float, *, key: str, label: str) -> str:
-    """The drawing as inline SVG in CSS variables. `key`: makes ids unique in a page. `label`: what it says, for those who cannot see it."""
+    """The drawing as inline SVG in CSS variables. `key`: makes ids unique in a page. `label`:
+    what it says, for those who cannot see it."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -118,7 +121,8 @@ def _escaped(text: str) -> str:
 
 
 def png(draws: list[tuple[str, Draw, float]], *, title: str, subtitle: str) -> bytes:
-    """One light picture of titled drawings, one below the other: (title, drawing, height in inches) each."""
+    """One light picture of titled drawings, one below the other: (title, drawing, height in
+    inches) each."""
     import textwrap
 
     import matplotlib as mpl
@@ -145,7 +149,8 @@ def png(draws: list[tuple[str, Draw, float]], *, title: str, subtitle: str) -> b
 
 
 def shade(colour: str, values: Any, low: float, high: float) -> Any:
-    """Values as RGBA of one colour, more opaque the larger: reads on light and on dark paper. Array [..., 4]."""
+    """Values as RGBA of one colour, more opaque the larger: reads on light and on dark paper.
+    Array [..., 4]."""
     import numpy as np
 
     scaled = np.clip((np.asarray(values, float) - low) / max(high - low, 1e-12), 0, 1)

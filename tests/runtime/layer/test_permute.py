@@ -1,4 +1,5 @@
-"""What goes where, by hand: 2 ranks with 2 slots each, experts 0 and 1 on rank 0, 2 and 3 on rank 1."""
+"""What goes where, by hand: 2 ranks with 2 slots each, experts 0 and 1 on rank 0, 2 and 3 on
+rank 1."""
 
 import torch
 from torch.testing import assert_close

@@ -1,4 +1,5 @@
-"""Attention-TP without ranks: slices, heads and online homes, by hand and against the simulation that plans are scored with."""
+"""Attention-TP without ranks: slices, heads and online homes, by hand and against the simulation
+that plans are scored with."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""The collectives of Attention-TP on real ranks: small slices go directly, large ones around a ring, with the same result."""
+"""The collectives of Attention-TP on real ranks: small slices go directly, large ones around a
+ring, with the same result."""
 
 import pytest
 import slice_cases

@@ -1,4 +1,5 @@
-"""Attention-TP with tensors that have no values: between the layers the host reads nothing but the split sizes of the expert exchange."""
+"""Attention-TP with tensors that have no values: between the layers the host reads nothing but
+the split sizes of the expert exchange."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -95,14 +96,16 @@ def test_a_layer_reads_the_split_sizes_only(tmp_path: Path, group: Group) -> Non
     shuffled = ShuffledModel(placed, homes)
     for layer in placed.model.model.layers:
         keep_heads(layer.self_attn, 0, 2, "a layer")
-    # 2 rows of 3 positions, the first of which is padding in one of them: 5 tokens, 3 places on each rank.
+    # 2 rows of 3 positions, the first of which is padding in one of them: 5 tokens, 3 places on
+    # each rank.
     shuffled.begin(np.arange(6).reshape(2, 3), np.arange(1, 6), [0, 1], is_prompt=True)
     hidden_BSD = torch.zeros((2, 3, placed.layers[0].hidden_size), dtype=torch.bfloat16)
     named = {
         "position_embeddings": placed.model.model.rotary_emb(hidden_BSD, torch.arange(3)[None].expand(2, -1)),
         "attention_mask": torch.zeros((2, 1, 3, 3), dtype=torch.bfloat16),
     }
-    # Of rank 0's choices it serves 3 and rank 1 serves 3, from 2 rows; rank 1 sends 1 row with 1 choice.
+    # Of rank 0's choices it serves 3 and rank 1 serves 3, from 2 rows; rank 1 sends 1 row with 1
+    # choice.
     sizes_6R = [[2, 2], [3, 3], [3, 3], [2, 1], [3, 1], [2, 2]]
     num_layers = plan.placement.num_layers
     with shapes_only(num_layers * np.array(sizes_6R).ravel().tolist()) as left:

@@ -1,4 +1,5 @@
-"""The placed model against Transformers alone: real gloo ranks, tiny random models, random placements, with and without replicas."""
+"""The placed model against Transformers alone: real gloo ranks, tiny random models, random
+placements, with and without replicas."""
 
 from pathlib import Path
 
@@ -8,18 +9,21 @@ from tiny_models import BROKEN, tiny_model
 
 from semmoe.runtime.ranks.launch import launch
 
-# Plain, shared experts, renamed layout, no norm of weights, groups of experts, correction bias, biases and interleaved weights.
+# Plain, shared experts, renamed layout, no norm of weights, groups of experts, correction bias,
+# biases and interleaved weights.
 FAMILIES = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss"]
 # Sliding windows (gpt_oss), and a cache that cannot be joined (linear attention in qwen3_next).
 GENERATING = ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next"]
-# Experts as rows of one matrix, all experts run on all tokens, identity experts, layers that a token skips.
+# Experts as rows of one matrix, all experts run on all tokens, identity experts, layers that a
+# token skips.
 UNUSUAL = [family for family in ("dbrx", "llama4", "longcat_flash", "zaya") if family not in BROKEN]
 REFUSED = {
     "jetmoe": "model type 'jetmoe' cannot be split over ranks",
     "ernie4_5_vl_moe": "layer 1 has two expert modules",
     "openai_privacy_filter": "does not generate text token by token",
 }
-# Attention-TP: a norm after attention, a gate beside the heads, and rounding that turns a router's choice (0.5 of the largest logit).
+# Attention-TP: a norm after attention, a gate beside the heads, and rounding that turns a router's
+# choice (0.5 of the largest logit).
 OTHER_SHAPES = {
     ("kolibri1", "float32"): "kolibri1 gives other logits with its heads shared out",
     ("kolibri1", "bfloat16"): "kolibri1 gives other logits with its heads shared out",
@@ -42,7 +46,8 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-# One rank; more requests than ranks, no replicas, unusual families too; fewer requests than ranks, and replicas.
+# One rank; more requests than ranks, no replicas, unusual families too; fewer requests than ranks,
+# and replicas.
 CASES = [(1, 0, [5, 30], []), (2, 0, [1, 500, 7, 33, 20], UNUSUAL), (4, 1, [70, 1, 500], [])]
 
 
@@ -62,7 +67,8 @@ def test_ranks_compute_what_one_process_computes(
         assert result["ranks"] == [i % size for i in range(len(lengths))]
         for reason, count in zip(result["reasons"], result["counts"], strict=True):
             assert reason == "length" and count == 6 or reason == "stop" and count <= 6
-        # Rank 0 dispatched its own prompts and all generated tokens but the last of each; no padding.
+        # Rank 0 dispatched its own prompts and all generated tokens but the last of each; no
+        # padding.
         own = [i for i in range(len(lengths)) if i % size == 0]
         assert result["tokens"] == sum(lengths[i] + result["counts"][i] - 1 for i in own), family
     assert found["tp"] == dict.fromkeys(FAMILIES, [None] * len(lengths))

@@ -1,4 +1,5 @@
-"""semmoe run as its own processes: under torchrun, on one and on two nodes, and with a rank that is killed in the middle."""
+"""semmoe run as its own processes: under torchrun, on one and on two nodes, and with a rank that
+is killed in the middle."""
 
 import json
 import os

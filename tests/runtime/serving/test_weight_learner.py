@@ -1,4 +1,5 @@
-"""Weights that learn while a model serves: as the simulation has it, the same on all ranks, and worth it on unknown traffic."""
+"""Weights that learn while a model serves: as the simulation has it, the same on all ranks, and
+worth it on unknown traffic."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Metrics equal a token-by-token loop, expectations equal the mean over all homes, intervals cover."""
+"""Metrics equal a token-by-token loop, expectations equal the mean over all homes, intervals
+cover."""
 
 import numpy as np
 import pytest

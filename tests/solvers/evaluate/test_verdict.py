@@ -1,4 +1,5 @@
-"""The verdict: which decision an interval leads to, what each dispatch kind counts, and that the interval is paired."""
+"""The verdict: which decision an interval leads to, what each dispatch kind counts, and that the
+interval is paired."""
 
 import numpy as np
 import pytest
@@ -66,7 +67,8 @@ def test_what_is_saved_follows_the_dispatch_kind(dispatch, share):
 
 
 def test_the_interval_is_paired():
-    # Requests differ by a factor of three, the saving hardly at all: only a paired interval sees it.
+    # Requests differ by a factor of three, the saving hardly at all: only a paired interval sees
+    # it.
     before_G = np.random.default_rng(0).uniform(100, 300, 40)
     before, after = sums_of(before_G, before_G), sums_of(0.8 * before_G, before_G)
     found = saving(before, after, Topology(2), dispatch="per-rank", seed=0)

@@ -32,7 +32,8 @@ def test_too_little_to_tell(tmp_path):
 
 
 def test_a_few_tokens_are_too_few(tmp_path):
-    """Ratios of a handful of pairs pass for structure, and a shuffle without any such pair for a lift without end."""
+    """Ratios of a handful of pairs pass for structure, and a shuffle without any such pair for a
+    lift without end."""
     write_synthetic(tmp_path / "t", num_requests=60, noise=0.1)
     trace = RoutingTrace.open(tmp_path / "t")
     batch = trace.load()

@@ -1,7 +1,9 @@
-"""Every engine's map holds what its reader demands, comes back as the same placement, and a damaged file is one line.
+"""Every engine's map holds what its reader demands, comes back as the same placement, and a damaged
+file is one line.
 
-The schemas are written from the engines' readers: sglang srt/eplb/expert_location.py, tensorrt_llm llmapi/llm_args.py, the tests of vLLM
-pull requests 41141, 49572 and 34811, vllm_ascend eplb/core/eplb_utils.py, and eplb.py.
+The schemas are written from the engines' readers: sglang srt/eplb/expert_location.py, tensorrt_llm
+llmapi/llm_args.py, the tests of vLLM pull requests 41141, 49572 and 34811, vllm_ascend
+eplb/core/eplb_utils.py, and eplb.py.
 """
 
 import json
@@ -552,7 +554,8 @@ def test_the_documented_commands_run_and_the_flags_agree(saved, tmp_path, monkey
     for line in commands:
         result = run(*shlex.split(line)[2:])
         assert result.exit_code == 0, (line, result.output, result.exception)
-    # What export tells people to type is what the page says: options of JSON by their keys, the others by their names.
+    # What export tells people to type is what the page says: options of JSON by their keys, the
+    # others by their names.
     for kind, suffix, options in [
         ("sglang", ".json", ["--moe-a2a-backend deepep", "--init-expert-location", "--ep-num-redundant-experts"]),
         (

@@ -1,6 +1,5 @@
-"""The joint method: planted structure, exact constraints under every option, no dependence on the number of
-processes.
-"""
+"""The joint method: planted structure, exact constraints under every option, no dependence on the
+number of processes."""
 
 from functools import cache
 
@@ -29,7 +28,8 @@ GROUPS = 4
 
 @cache
 def planted(noise: float = 0.05, n_group: int = 1, tokens: bool = True) -> tuple[RoutingProfile, np.ndarray]:
-    """Profile of 24 requests of a planted model (3 layers, 16 experts, top-3), and its groups [L, E]."""
+    """Profile of 24 requests of a planted model (3 layers, 16 experts, top-3), and its groups
+    [L, E]."""
     structure = plant_structure(
         num_layers=3, num_experts=16, num_groups=GROUPS, vocab_size=300, num_domains=GROUPS, seed=1
     )

@@ -1,4 +1,5 @@
-"""Nodes: exact joint gains, ranks grouped at no cost, two-level structure found, routing groups kept together where that pays."""
+"""Nodes: exact joint gains, ranks grouped at no cost, two-level structure found, routing groups
+kept together where that pays."""
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def profile_of(ids_TK: np.ndarray, num_experts: int, n_group: int = 1, num_reque
 
 
 def two_level_tokens(rng: np.random.Generator, num_tokens: int = 1200) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of 16 experts, most with all three in one quartet, the others with one in its sister. Quartet of each expert."""
+    """Tokens of 16 experts, most with all three in one quartet, the others with one in its
+    sister. Quartet of each expert."""
     quartet_E = rng.permutation(np.repeat(np.arange(4), 4))
     members = [np.flatnonzero(quartet_E == q) for q in range(4)]
     ids = []

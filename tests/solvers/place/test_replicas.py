@@ -10,7 +10,8 @@ from semmoe.solvers.placement import Placement, Topology
 
 
 def test_own_rank_then_own_node_then_least_loaded() -> None:
-    # Expert 0 on ranks 0 and 2, expert 1 on rank 1 only, expert 2 on ranks 1 and 3; nodes are ranks 0-1 and 2-3.
+    # Expert 0 on ranks 0 and 2, expert 1 on rank 1 only, expert 2 on ranks 1 and 3; nodes are ranks
+    # 0-1 and 2-3.
     hosts_LER = np.zeros((1, 3, 4), bool)
     hosts_LER[0, 0, [0, 2]] = hosts_LER[0, 1, 1] = hosts_LER[0, 2, [1, 3]] = True
     serving = serving_LRE(hosts_LER, np.array([[8, 100, 4]]), Topology(4, 2))[0]
@@ -30,7 +31,8 @@ def test_copies_follow_the_tokens() -> None:
 
 
 def test_copies_are_exchanged_for_the_cap() -> None:
-    # Ranks own {0,1}, {2,3}, {4,5}; every rank's tokens like expert 0 or 2 best, yet rank 2 serves the hot expert 4 to all.
+    # Ranks own {0,1}, {2,3}, {4,5}; every rank's tokens like expert 0 or 2 best, yet rank 2 serves
+    # the hot expert 4 to all.
     rng = np.random.default_rng(0)
     likes = {0: [0, 1, 2], 1: [2, 3, 0], 2: [4, 5, 0]}
     rows = [likes[home] if rng.random() < 0.6 else [4, *likes[home][:2]] for home in [0, 1, 2] * 200]

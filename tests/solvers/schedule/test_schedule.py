@@ -1,4 +1,5 @@
-"""Schedules on planted structure: what is found, what is never read, what is stored; and how the simulation keeps capacities."""
+"""Schedules on planted structure: what is found, what is never read, what is stored; and how the
+simulation keeps capacities."""
 
 from dataclasses import replace
 
@@ -26,7 +27,8 @@ SIZES = {"batch_tokens": 128, "window": 40, "seed": 0}
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> tuple[TraceBatch, TraceBatch, Placement]:
-    """Training and held-out requests of a synthetic trace, and its best placement with labels that agree over layers."""
+    """Training and held-out requests of a synthetic trace, and its best placement with labels
+    that agree over layers."""
     path = tmp_path_factory.mktemp("schedule") / "trace"
     group_of_LE = write_synthetic(path, num_requests=120, vocab_size=300, noise=0.1, seed=4)
     batch = RoutingTrace.open(path).load()
@@ -198,7 +200,8 @@ def test_table_traffic_is_capped_and_unknown_ids_are_spread(planted, schedule):
 
 
 def test_unseen_ids_follow_what_came_before_them():
-    # Ids 1..40 are seen once each; those after id 100 need expert 0, those after id 101 expert 3. Id 77 is new.
+    # Ids 1..40 are seen once each; those after id 100 need expert 0, those after id 101 expert 3.
+    # Id 77 is new.
     follows = np.arange(40) % 2
     pairs = np.stack([100 + follows, 1 + np.arange(40)], axis=1).reshape(-1).astype(np.int32)
     experts = np.stack([np.arange(40) % 4, np.where(follows, 3, 0)], axis=1).reshape(-1, 1, 1).astype(np.uint8)

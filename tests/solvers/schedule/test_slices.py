@@ -1,4 +1,5 @@
-"""Assignment under capacity: literals, capacities that always hold, nearness to the exact optimum."""
+"""Assignment under capacity: literals, capacities that always hold, nearness to the exact
+optimum."""
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from semmoe.solvers.schedule.slices import (
 
 
 def test_overflow_goes_to_the_next_best_rank():
-    # All want rank 0, which holds two: those that lose most elsewhere stay, the others take their own second choice.
+    # All want rank 0, which holds two: those that lose most elsewhere stay, the others take their
+    # own second choice.
     scores_TR = np.array([[0.9, 0.1, 0.0], [0.8, 0.7, 0.0], [0.6, 0.1, 0.5], [0.9, 0.0, 0.2]])
     assert fill_slices(scores_TR, np.array([2, 2, 2])).tolist() == [0, 1, 2, 0]
 

@@ -1,4 +1,5 @@
-"""Token tables at the edges of what a trace may hold: no ids, or none that follows another rarely, on more ranks than rows store."""
+"""Token tables at the edges of what a trace may hold: no ids, or none that follows another
+rarely, on more ranks than rows store."""
 
 from dataclasses import replace
 
@@ -22,7 +23,8 @@ def test_tables_without_rows_on_more_ranks_than_rows_store(tmp_path, ids):
     write_synthetic(tmp_path / "t", num_requests=20, num_experts=2 * info_ranks, num_groups=4, seed=3)
     trace = RoutingTrace.open(tmp_path / "t")
     batch = trace.load()
-    # Either there is no row at all, or one of the id itself and none of what follows it: it is frequent.
+    # Either there is no row at all, or one of the id itself and none of what follows it: it is
+    # frequent.
     token_ids_T = np.full_like(batch.token_ids_T, -1 if ids == "unknown" else 7)
     sequences = np.full_like(batch.sequences, 7)[: 0 if ids == "unknown" else None]
     starts_B1 = batch.sequence_starts_B1 * (ids != "unknown")

@@ -50,7 +50,8 @@ def test_impossible_links_are_refused(bandwidth: float, latency: float) -> None:
 
 
 NODES = Topology(4, 2)
-# Rank 0 sends 3 rows to its neighbour and 2 to each rank of the other node; rank 3 sends 1 row to rank 0.
+# Rank 0 sends 3 rows to its neighbour and 2 to each rank of the other node; rank 3 sends 1 row to
+# rank 0.
 ROWS_LRR = np.array([[[9, 3, 2, 2], [0, 9, 0, 0], [0, 0, 9, 0], [1, 0, 0, 9]]], np.float64)
 
 
@@ -102,7 +103,8 @@ def test_other_links_are_refused(tmp_path: Path, bandwidth: str, latency: str, n
 
 
 def test_a_row_enters_a_node_once() -> None:
-    # Rank 0 needs ranks 2 and 3 for the same token: one row to rank 2, which passes it on to rank 3.
+    # Rank 0 needs ranks 2 and 3 for the same token: one row to rank 2, which passes it on to rank
+    # 3.
     rows_LRR = np.zeros((1, 4, 4))
     rows_LRR[0, 0, 2:] = 1
     rows_LRN = np.zeros((1, 4, 2))
