@@ -9,7 +9,7 @@ bounded random sample of the requests, layer by layer in a file that worker proc
 Shape letters: T tokens, L MoE layers, E experts, K top-k, U token ids seen, B requests.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.mapped import mapped_empty
+from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches, integers
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 32_768  # rows whose pair keys stay in the cache of one core
 SAMPLE_IDS = 500_000_000  # expert ids that a profile keeps: half a gigabyte at one byte each
-
-Progress = Callable[[int, int], None]  # tokens done, tokens in all
 
 
 def load_E(expert_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:

@@ -7,7 +7,6 @@ written may then be fitted on all requests: more data only helps it, and plan.js
 Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from semmoe.profiles.counts import RoutingProfile, bounded_requests, profile_split, token_expert_UE
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Progress, Stages
 from semmoe.profiles.safetensors_file import input_embedding
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
@@ -25,14 +25,13 @@ from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines, score_batc
 from semmoe.solvers.place.bounds import certify as certify_layer
 from semmoe.solvers.place.bounds import local_activation_bound, remote_rank_bound
 from semmoe.solvers.place.exact_counts import load_limit, rank_load_R
-from semmoe.solvers.place.solve import Demands, Progress, check_demands, solve_placement
+from semmoe.solvers.place.solve import Demands, check_demands, solve_placement
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.schedule.slices import TOKEN_CAP
 
-Stages = Callable[[str, int, int], None]  # name of a stage, steps done in it, its steps in all
 NO_BOUND = "--certify bounds placements without replicas: leave --replicas out"
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from semmoe.profiles.progress import Progress
+
 LOOK_SECONDS = 0.2  # between two looks at how far workers are
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -47,7 +49,7 @@ def layer_map(processes: int, num_experts: int) -> Iterator[LayerMap]:
 
 
 @contextmanager
-def step_file(progress: Callable[[int, int], None] | None, total: int) -> Iterator[str | None]:
+def step_file(progress: Progress | None, total: int) -> Iterator[str | None]:
     """A file that worker processes tell their steps to (`tell_step`), and that is read for
     `progress` while the block runs.
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Stages
 from semmoe.runtime.reshard.copy import FilePlan, Part, Piece, check_parts, merged
 from semmoe.runtime.reshard.keys import KEEP, PER_EXPERT, Key, Role, split_key
 from semmoe.runtime.reshard.output_directory import OutputDirectory, check_space
@@ -31,7 +32,6 @@ from semmoe.runtime.reshard.relabel import block_bytes, classify_checkpoint, rea
 from semmoe.runtime.reshard.reshard import ReshardResult, check_plan, copy_others, other_bytes, write_all
 from semmoe.runtime.reshard.sidecar import (
     SIDECAR,
-    Progress,
     check_unchanged,
     hash_bytes,
     header_notes,
@@ -69,7 +69,7 @@ def write_ranks(
     verify: str,
     force: bool,
     made_by: str,
-    progress: Progress | None,
+    progress: Stages | None,
 ) -> ReshardResult:
     """Write the layout above. Raises InputError where the plan is for another model or a file is
     damaged."""
@@ -256,7 +256,7 @@ def source_headers(source: Checkpoint) -> dict[str, Any]:
 
 
 def undo_ranks(
-    checkpoint: Path, facts: dict[str, Any], out: Path, *, verify: str, force: bool, progress: Progress | None
+    checkpoint: Path, facts: dict[str, Any], out: Path, *, verify: str, force: bool, progress: Stages | None
 ) -> ReshardResult:
     """Put the source of the layout together again: the same files."""
     try:

@@ -26,6 +26,7 @@ import numpy as np
 
 from semmoe.profiles.config import moe_facts, read_config, text_config
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Stages
 from semmoe.runtime.reshard.copy import FilePlan, Written, check_parts, write_files
 from semmoe.runtime.reshard.keys import Key
 from semmoe.runtime.reshard.output_directory import OutputDirectory, check_space
@@ -43,7 +44,6 @@ from semmoe.runtime.reshard.sidecar import (
     LAYOUTS,
     SIDECAR,
     THREADS,
-    Progress,
     check_unchanged,
     file_entries,
     header_notes,
@@ -92,7 +92,7 @@ def reshard_checkpoint(
     verify: str = "bytes",
     force: bool = False,
     made_by: str = "",
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> ReshardResult:
     """Write `checkpoint` as `out` so that the placement of `plan` holds in it.
 
@@ -121,7 +121,7 @@ def reshard_checkpoint(
 
 
 def undo_reshard(
-    checkpoint: Path, out: Path, *, verify: str = "bytes", force: bool = False, progress: Progress | None = None
+    checkpoint: Path, out: Path, *, verify: str = "bytes", force: bool = False, progress: Stages | None = None
 ) -> ReshardResult:
     """Write as `out` the checkpoint that `checkpoint`, a reshard of either layout, was made from:
     the same bytes.
@@ -239,7 +239,7 @@ def write_permuted(
     link: bool,
     verify: str,
     force: bool,
-    progress: Progress | None,
+    progress: Stages | None,
     undo: dict[str, Any] | None = None,
 ) -> ReshardResult:
     """The relabelled checkpoint; with `undo` (a sidecar) headers get their former length and no
@@ -293,7 +293,7 @@ def write_permuted(
 
 
 def write_all(
-    files: Sequence[FilePlan], root: Path, *, verify: str, progress: Progress | None
+    files: Sequence[FilePlan], root: Path, *, verify: str, progress: Stages | None
 ) -> dict[str, list[list[int]]]:
     """Write the files, telling `progress` how far it is; checksums [offset, bytes, checksum] by
     file name."""

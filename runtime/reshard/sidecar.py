@@ -7,11 +7,12 @@ depends on the time or the machine.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Stages
 from semmoe.runtime.reshard.copy import FilePlan, Written, checksums, run_tasks
 from semmoe.runtime.reshard.source import Checkpoint
 from semmoe.solvers.plan import Plan
@@ -21,8 +22,6 @@ FORMAT = "semmoe-reshard"
 VERSION = 1
 LAYOUTS = ("permuted", "ranks")
 THREADS = 4  # copies wait for the disk and for memory, not for processors
-
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
 def hash_bytes(data: bytes) -> str:
@@ -114,7 +113,7 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
-def check_unchanged(checkpoint: Path, facts: dict[str, Any], progress: Progress | None) -> None:
+def check_unchanged(checkpoint: Path, facts: dict[str, Any], progress: Stages | None) -> None:
     """Raise InputError where a file is not the one that the sidecar describes."""
     want = {
         (name, *entry[:2]): entry[2] for name, file in facts["files"].items() for entry in file.get("checksums", [])

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from semmoe.profiles.capture.loading import ModelSource, load_model
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Progress, unshown
 from semmoe.runtime.serving.engine import Prompt
 from semmoe.runtime.transformers.kv_cache import cache_name
 
@@ -41,7 +42,7 @@ def check_completions(
     max_new_tokens: int,
     stop_ids: frozenset[int],
     tell: Callable[[str], None],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unshown,
 ) -> dict[str, Any]:
     """{"ok", "compared", "mismatches", "ties"}, differences as {"id", "position", "expected",
     "got", "logit_gap"}, at most 10 of each.

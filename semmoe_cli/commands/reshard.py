@@ -4,7 +4,7 @@ back."""
 import enum
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from semmoe.options import Json, command_line
+from semmoe.profiles.progress import Stages
 from semmoe.terminal.trace_progress import clock
 
 
@@ -105,7 +106,7 @@ def reshard(
 
 
 @contextmanager
-def progress_lines() -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_lines() -> Iterator[Stages | None]:
     """A function that shows how many of how many bytes are done, and the time left: one line per
     task on a terminal, else None.
 

@@ -6,34 +6,34 @@ rich is imported inside.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-LINE_SECONDS = 10.0
+from semmoe.profiles.progress import Progress, Stages
 
-Step = Callable[[int, int], None]  # steps done, steps in all
-Stage = Callable[[str, int, int], None]  # name of a stage, steps done in it, its steps in all
+LINE_SECONDS = 10.0
 
 
 @contextmanager
-def steps(name: str) -> Iterator[Step]:
+def steps(name: str) -> Iterator[Progress]:
     """A function to call with how many of how many steps are done, while the block runs."""
     with stages() as show:
         yield partial(show, name)
 
 
 @contextmanager
-def stages() -> Iterator[Stage]:
+def stages() -> Iterator[Stages]:
     """The same for stages one after another, each with a bar of its own."""
     if not sys.stderr.isatty():
         yield _lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task, current = bar.add_task("", total=None, visible=False), ""
 
         def show(name: str, done: int, total: int) -> None:
@@ -46,7 +46,7 @@ def stages() -> Iterator[Stage]:
         yield show
 
 
-def _lines() -> Stage:
+def _lines() -> Stages:
     """A line at most every LINE_SECONDS: short work prints none."""
     last = time.monotonic()
 

@@ -4,13 +4,13 @@ to get from one to another.
 Shape letters: L MoE layers, B requests.
 """
 
-from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Progress, unshown
 from semmoe.profiles.split import request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.evaluate.pictures import placement_sums, scored_batch
@@ -31,7 +31,7 @@ def compare_plans(
     *,
     bytes_per_expert: int,
     setting: Setting,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unshown,
 ) -> tuple[dict[str, Any], list[str]]:
     """The comparison object (docs/formats.md) and notes. `plans`: two or more, by name; the first
     is what the others are held against.
@@ -98,7 +98,7 @@ def _scored_rows(
     trace: RoutingTrace,
     unseen_B: np.ndarray,
     setting: Setting,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     dispatch = next(iter(plans.values())).dispatch
     rows, sizes = [], {}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semmoe.profiles.counts import co_activation_EE, profile_traces, sample_requests
+from semmoe.profiles.progress import Progress
 from semmoe.profiles.safetensors_file import input_embedding
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
@@ -18,7 +19,7 @@ from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines
 from semmoe.solvers.evaluate.verdict import best_row
 from semmoe.solvers.place.replicas import serving_LRE
-from semmoe.solvers.place.solve import METHODS, Demands, Progress, solve_placement
+from semmoe.solvers.place.solve import METHODS, Demands, solve_placement
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.schedule import Schedule, fit_schedule

@@ -4,13 +4,14 @@ in worker processes.
 Shape letters: T tokens, L MoE layers, E experts, R ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from semmoe.profiles.mapped import MappedView, mapped_copy, open_view, view_of
+from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import TraceBatch, TraceInfo
 from semmoe.solvers.evaluate.metrics import TrafficSums, traffic_sums
 from semmoe.solvers.place.replicas import serving_LRE
@@ -51,7 +52,7 @@ def summed_rows(
     setting: Setting,
     group_of_B: np.ndarray,
     processes: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Row, TrafficSums, float | None]]:
     """Sums of each row in order, and the token imbalance of those with a schedule; independent of
     `processes`.

@@ -11,6 +11,7 @@ import numpy as np
 from semmoe.profiles.counts import sample_requests
 from semmoe.profiles.domains import domain_groups
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from semmoe.solvers.evaluate.metrics import (
     Scores,
@@ -26,7 +27,6 @@ from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.verdict import best_row, saving, traffic_cost, verdict
 from semmoe.solvers.place.baselines import place_load_on_nodes
 from semmoe.solvers.place.contiguous import place_contiguous
-from semmoe.solvers.place.solve import Progress
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting, available_schedules

@@ -9,13 +9,13 @@ Shape letters: L MoE layers (here: those looked at), T tokens, K top-k, E expert
 requests, G groups of requests, N sizes.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from semmoe.profiles.counts import co_activation_EE, profile_traces
+from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.health.drift import cross_fits, domain_drift, time_drift
 from semmoe.solvers.health.findings import health_findings
@@ -28,8 +28,6 @@ SAMPLE_IDS = 100_000_000  # expert ids that the check looks at
 MAX_LAYERS = 8  # layers of the curves, evenly spaced
 NUM_SIZES = 7  # training sizes of a curve, each half of the next
 NUM_ORDERS = 3  # random orders of the requests that a curve is averaged over
-
-Progress = Callable[[int, int], None]
 
 
 def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Progress | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Progress
 from semmoe.solvers.place.align import align_labels
 from semmoe.solvers.place.clusters import (
     chosen_requests,
@@ -55,8 +56,6 @@ LOCAL_PULL = {"dp": (4.0, 2.0), "both": (0.0, 0.0)}
 STARTS = {"dp": {"fast": 2, "default": 8, "max": 32}, "both": {"fast": 4, "default": 16, "max": 16}}
 PRIOR = 4.0  # tokens of the average id that smooth the row of a token id
 HOMELESS_SHARE = 0.5  # part of the traffic taken to come from ranks that no schedule chose
-
-Progress = Callable[[int, int], None]  # layers done, layers in all
 
 
 class LayerTask(NamedTuple):

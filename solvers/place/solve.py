@@ -10,6 +10,7 @@ import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import TraceInfo
 from semmoe.solvers.place.baselines import place_load_on_nodes, place_load_replicated
 from semmoe.solvers.place.clusters import cluster_loads
@@ -22,8 +23,6 @@ from semmoe.solvers.place.paper import place_paper
 from semmoe.solvers.place.replicas import add_replicas, served_load_R, serving_LRE
 from semmoe.solvers.place.spectral import place_spectral
 from semmoe.solvers.placement import Placement, Topology
-
-Progress = Callable[[int, int], None]  # layers done, layers in all
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Shape letters: L MoE layers, E experts, R ranks, U ids with a row, C candidates,
 prompts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple, get_type_hints
@@ -17,6 +17,7 @@ import numpy as np
 
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.mapped import MappedView, open_view, view_of
+from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.context import ContextPredictor, default_depth, fit_context, training_rows
@@ -127,7 +128,7 @@ def fit_schedule(
     seed: int,
     embedding_VD: np.ndarray | None = None,
     processes: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Schedule:
     """Schedule for the placement, from the sample of a profile; independent of `processes`.
 
