@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from semmoe.profiles.config import moe_facts, read_config, text_config
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.progress import Stages
 from semmoe.runtime.reshard.copy import FilePlan, Written, check_parts, write_files
 from semmoe.runtime.reshard.keys import Key
@@ -111,6 +111,8 @@ def reshard_checkpoint(
         return write_ranks(
             checkpoint, plan, out, link=link, verify=verify, force=force, made_by=made_by, progress=progress
         )
+    if verify == "logits":
+        require_extra("--verify logits runs both models, which", "torch", "transformers")
     source = open_checkpoint(checkpoint)
     model, orders = check_plan(source, plan), permutation_of(plan)
     check_groups(read_config(checkpoint), orders)

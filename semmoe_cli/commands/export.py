@@ -66,7 +66,7 @@ def export(
     Example: semmoe export p --to sglang -o map.json
     """
     from semmoe.profiles.config import read_config
-    from semmoe.profiles.errors import InputError
+    from semmoe.profiles.errors import InputError, require_extra
     from semmoe.solvers.maps.write import (
         check_config,
         check_export_target,
@@ -90,6 +90,8 @@ def export(
         note(f"--num-hidden-layers is for --to sglang and trtllm: a map for {kind} has rows of MoE layers only")
     if mtp_layers and kind != "trtllm":
         note(f"--mtp-layers is for --to trtllm: a map for {kind} has no rows of such layers")
+    if output.suffix == ".pt":
+        require_extra("writing a .pt file", "torch")
     placed = Plan.load(plan)
     if model is not None:
         num_hidden_layers, from_config = check_config(placed, read_config(model))

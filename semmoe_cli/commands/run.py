@@ -14,7 +14,7 @@ import typer
 
 from semmoe.commands.trace import Dtype
 from semmoe.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField, given, refuse_mixed
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_facts, print_json
 
@@ -118,6 +118,7 @@ def run(
     from semmoe.runtime.ranks.launch import launch, under_torchrun
     from semmoe.runtime.serving.results import kept_results, partial_state
 
+    require_extra("running a model" if replay is None else "--replay", "torch", "transformers")
     texts = RequestSource(prompts, dataset, subset, split, text_field, messages_field, None, max_requests)
     if replay is not None:
         if hidden_size is None or checkpoint is not None or texts != RequestSource():

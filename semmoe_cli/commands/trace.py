@@ -21,7 +21,7 @@ from semmoe.options import (
     given,
     refuse_mixed,
 )
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.terminal.tables import note, print_json
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def trace(
     )
     if len(sources) > 1:
         raise typer.BadParameter(f"one MODEL expected, got {len(sources)}; files of an engine need --from KIND")
+    require_extra("running a model", "torch", "transformers")
     _quiet_libraries()
     if hash_layers:
         refuse_mixed("--hash-layers", given(data=data, dataset=dataset, generate=generate))
