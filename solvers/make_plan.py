@@ -7,9 +7,8 @@ written may then be fitted on all requests: more data only helps it, and plan.js
 Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +19,16 @@ from semmoe.profiles.progress import Progress, Stages
 from semmoe.profiles.safetensors_file import input_embedding
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
+from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
+from semmoe.solvers.evaluate.report import Certificate, CertifiedLayer, Report
 from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines, score_batch, score_placements
 from semmoe.solvers.place.bounds import certify as certify_layer
 from semmoe.solvers.place.bounds import local_activation_bound, remote_rank_bound
 from semmoe.solvers.place.exact_counts import load_limit, rank_load_R
 from semmoe.solvers.place.solve import Demands, check_demands, solve_placement
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.plan import ModelFacts, Plan
+from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
 from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.schedule.slices import TOKEN_CAP
@@ -72,22 +73,20 @@ def make_plan(
     info = profile.info
     max_tokens = SCORED_IDS // (info.num_layers * info.top_k)
     scores = score_batch(
-        {"plan": placement, **baselines(profile.load_LE, topology, profile.info.n_group)},
+        Deployment(placement, profile.load_LE, topology, demands.dispatch, schedule),
         bounded_requests(rest.sample, max_tokens=max_tokens, seed=setting.seed),
         info,
-        topology,
-        load_LE=profile.load_LE,
-        dispatch=demands.dispatch,
-        schedule=schedule,
+        beside=baselines(profile.load_LE, topology, info.n_group),
         setting=setting,
         processes=demands.processes,
         progress=partial(show, "scoring on held-out requests: rows"),
     )
     if certify:
-        scores["certificate"] = certificate_of(
-            profile, placement, demands, progress=partial(show, "bounding what any placement could reach: layers")
-        )
+        bounding = partial(show, "bounding what any placement could reach: layers")
+        scores = replace(scores, certificate=certificate_of(profile, placement, demands, progress=bounding))
+    scored = None
     if refit:
+        scored = ScoredPlacement(placement, profile.load_LE)
         fitted = [np.ones_like(h) for h in held_out]
         profile = whole
         placement, notes, schedule = _fitted(profile, **options, show=show, again=" again")
@@ -121,6 +120,7 @@ def make_plan(
         notes=notes,
         made_by=made_by,
         tables=schedule.to_tables(),
+        scored=scored,
     )
 
 
@@ -149,7 +149,7 @@ def _fitted(
     return placement, notes, schedule
 
 
-def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[dict[str, Any], list[str]]:
+def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[Report, list[str]]:
     """A report of the plan on a trace, and notes on which requests were scored.
 
     Requests that the plan was fitted on are never scored. Where that leaves none of a trace that
@@ -161,34 +161,25 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[di
     unseen_B = ~np.isin(request_keys(trace.requests()), plan.fitted_keys)
     num_seen = int((~unseen_B).sum())
     if not unseen_B.any():
-        if trace.fingerprint not in plan.trace["fingerprints"]:
+        if plan.scores is None or trace.fingerprint not in plan.trace["fingerprints"]:
             raise InputError(
                 f"the plan was fitted on every request of {trace.path}: nothing is left to score it on honestly"
             )
-        return plan.scores, _notes_on_own_scores(plan, setting)
+        return plan.scores, _notes_on_own_scores(plan, plan.scores.setting, setting)
     notes = [f"{num_seen} requests of this trace were used to fit the plan and are left out"] if num_seen else []
-    scores = score_placements(
-        {"plan": plan.placement, **baselines(plan.load_LE, plan.topology, plan.model.n_group)},
-        [trace],
-        [unseen_B],
-        plan.topology,
-        load_LE=plan.load_LE,
-        dispatch=plan.dispatch,
-        schedule=Schedule.from_tables(plan.tables),
-        setting=setting,
-    )
-    return scores, notes
+    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
+    return score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting), notes
 
 
-def _notes_on_own_scores(plan: Plan, setting: Setting) -> list[str]:
-    split, made = plan.split, plan.scores.get("setting")
+def _notes_on_own_scores(plan: Plan, made: Setting, setting: Setting) -> list[str]:
+    split = plan.split
     notes = [
         f"the plan was fitted on all of this trace: these are the scores, on {split['held_out_requests']} held-out requests, "
         f"of the same method fitted on the other {split['training_requests']}"
     ]
-    if made and made != asdict(setting):
+    if made != setting:
         notes.append(
-            f"they stay those of --batch-tokens {made['batch_tokens']} --window {made['window']} --seed {made['seed']}: "
+            f"they stay those of --batch-tokens {made.batch_tokens} --window {made.window} --seed {made.seed}: "
             "for other settings give another trace, or place with --no-refit"
         )
     return notes
@@ -196,7 +187,7 @@ def _notes_on_own_scores(plan: Plan, setting: Setting) -> list[str]:
 
 def certificate_of(
     profile: RoutingProfile, placement: Placement, demands: Demands, progress: Progress | None = None
-) -> dict[str, Any]:
+) -> Certificate:
     """How far the placement is, at most, from the best under the same constraints, on the profile
     it was fitted on.
 
@@ -219,21 +210,16 @@ def certificate_of(
         ranks_touched = remote_rank_bound(
             found.bound, profile.co_activation_LEE[layer], profile.num_tokens, info.top_k, num_ranks
         )
-        entry = {
-            "layer": layer,
-            "co_activation": found.reached,
-            "co_activation_bound": found.bound,
-            "gap": found.gap,
-            "rem_bound": ranks_touched * (1 - 1 / num_ranks),
-        }
+        lar_bound = None
         if len(ids_U):
             counts_UE = token_expert_UE(index_T, profile.sample.expert_ids_TLK[:, layer], len(ids_U), info.num_experts)
             caps = {"load_cap": limit * num_ranks / max(float(load_E.sum()), 1.0), "token_cap": TOKEN_CAP}
-            entry["lar_bound"] = local_activation_bound(counts_UE, num_ranks, **caps)
-        layers.append(entry)
+            lar_bound = local_activation_bound(counts_UE, num_ranks, **caps)
+        rem_bound = ranks_touched * (1 - 1 / num_ranks)
+        layers.append(CertifiedLayer(layer, found.reached, found.bound, found.gap, rem_bound, lar_bound))
         if progress is not None:
             progress(len(layers), info.num_layers)
-    return {"gap": float(np.mean([entry["gap"] for entry in layers])), "layers": layers}
+    return Certificate(float(np.mean([entry.gap for entry in layers])), layers)
 
 
 def split_requests(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from semmoe.profiles.trace import TraceBatch, TraceInfo
+from semmoe.profiles.trace import TraceBatch
 from semmoe.runtime.layer.permute import row_sections
 from semmoe.runtime.ranks.failures import naming
 from semmoe.runtime.ranks.group import Group, open_group, share
@@ -29,9 +29,10 @@ from semmoe.runtime.ranks.stopwatch import Stopwatch
 from semmoe.runtime.replay.cases import Case, Prepared, ReplayOptions, largest_share, prepare
 from semmoe.runtime.serving.metrics import stacked
 from semmoe.runtime.transformers.ep import Counters, ExpertLayer, RankState, RunExperts, dispatch_layer, layer_tables
-from semmoe.solvers.evaluate.metrics import metrics_XL, traffic_sums
+from semmoe.solvers.evaluate.metrics import metrics_XL
+from semmoe.solvers.evaluate.sums import traffic_sums
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.time.layer_time import EXCHANGES, Network, fit_network, layer_seconds
+from semmoe.solvers.time.layer_time import EXCHANGES, LayerWork, Network, fit_network, layer_seconds
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,7 +61,7 @@ def replay_rank(
             run_experts, seconds = random_experts(options, case.experts_LRS.shape[2], group, dtype)
             measured = replay_case(options, case, expert_ids_TLK, num_experts, run_experts, group, dtype)
             if group.rank == 0:
-                predicted = predict(options, case, expert_ids_TLK, num_experts, network, seconds, dtype)
+                predicted = predict(options, case, expert_ids_TLK, network, seconds, dtype)
                 rows.append({"placement": case.placement, "schedule": case.schedule, **measured, **predicted})
         if group.rank:
             return None
@@ -241,7 +242,6 @@ def predict(
     options: ReplayOptions,
     case: Case,
     expert_ids_TLK: np.ndarray,
-    num_experts: int,
     network: Network,
     seconds_per_activation: float,
     dtype: torch.dtype,
@@ -252,31 +252,24 @@ def predict(
     _, _, row_bytes = row_sections(options.hidden_size, top_k, dtype, torch.float32)
     seconds = []
     for number in range(int(case.batch_of_T.max()) + 1):
-        metrics = batch_metrics(case, expert_ids_TLK, num_experts, case.batch_of_T == number)
-        seconds += [
-            layer_seconds(
-                link,
-                load,
-                tokens=int((case.batch_of_T == number).sum()),
-                num_ranks=num_ranks,
-                top_k=top_k,
-                row_bytes=row_bytes,
-                result_bytes=options.hidden_size * dtype.itemsize,
-                network=network,
-                seconds_per_activation=seconds_per_activation,
-            )
-            for link, load in zip(metrics["link"], metrics["load_imbalance"], strict=True)
-        ]
+        metrics = batch_metrics(case, expert_ids_TLK, case.batch_of_T == number)
+        work = LayerWork(
+            tokens=int((case.batch_of_T == number).sum()),
+            num_ranks=num_ranks,
+            row_bytes=row_bytes,
+            result_bytes=options.hidden_size * dtype.itemsize,
+            top_k=top_k,
+            seconds_per_activation=seconds_per_activation,
+        )
+        links_and_loads = zip(metrics["link"], metrics["load_imbalance"], strict=True)
+        seconds += [layer_seconds(link, load, work, network) for link, load in links_and_loads]
     return {"predicted_ms_per_layer": 1000 * float(np.mean(seconds))}
 
 
-def batch_metrics(
-    case: Case, expert_ids_TLK: np.ndarray, num_experts: int, rows_T: np.ndarray
-) -> dict[str, np.ndarray]:
+def batch_metrics(case: Case, expert_ids_TLK: np.ndarray, rows_T: np.ndarray) -> dict[str, np.ndarray]:
     """The evaluator's metrics per layer of some rows, float64 [L] each."""
     ids_TLK = expert_ids_TLK[rows_T]
-    num_tokens, num_layers, top_k = ids_TLK.shape
-    info = TraceInfo("", num_layers, num_experts, top_k, tuple(range(num_layers)), empty_slots=True)
+    num_tokens = len(ids_TLK)
     ends, unknown = np.array([0, num_tokens]), np.full(num_tokens, -1, np.int32)
     batch = TraceBatch(
         [""],
@@ -291,9 +284,7 @@ def batch_metrics(
         np.empty(0, np.int32),
     )
     topology, homes_TL = Topology(case.serving_LRE.shape[1]), case.homes_TL[rows_T]
-    sums = traffic_sums(
-        [batch], info, case.serving_LRE, topology, dispatch="per-rank", num_requests=1, homes=lambda _: homes_TL
-    )
+    sums = traffic_sums(batch, case.serving_LRE, topology, dispatch="per-rank", homes_TL=homes_TL)
     return {
         name: values_XL[0]
         for name, values_XL in metrics_XL(sums.resampled(np.ones((1, 1))), topology, "per-rank").items()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from semmoe.commands.run import run
 from semmoe.commands.trace import Dtype, trace
 from semmoe.options import Json, Seed
 from semmoe.terminal.tables import new_table, print_fitting, print_json, print_report, wide_console
+
+if TYPE_CHECKING:
+    from semmoe.solvers.evaluate.report import Report
 
 
 def demo(
@@ -60,8 +63,11 @@ def demo(
         f"semmoe place {_quoted(traced)} --ranks {ranks} --seed {seed} -o {_quoted(plan)}",
         lambda: place([str(traced)], ranks=ranks, output=plan, seed=seed, json_=True),
     )
+    from semmoe.solvers.evaluate.report import Report
+
+    scores = Report.from_json(result["place"])
     if not json_:
-        print_report(result["place"], as_json=False)
+        print_report(scores, as_json=False)
     _step(  # its numbers are those that place printed just now
         f"semmoe report {_quoted(plan)} {_quoted(traced)} --seed {seed} --tokenizer demo -o {_quoted(page)}",
         lambda: report([str(plan), str(traced)], output=page, seed=seed, tokenizer=Path("demo"), json_=True),
@@ -90,7 +96,7 @@ def demo(
         files = {path.stem: str(path) for path in (traced, plan, page, placed, answers)}
         print_json({"ranks": ranks, "seconds": seconds, "files": files, **result})
         return
-    _print_summary(result, ranks)
+    _print_summary(result, scores, ranks)
     print(f"\nDone in {seconds:.0f} s. Files:", file=sys.stderr)
     width = max(len(str(path)) for path in (traced, plan, page, placed, answers))
     for path, meaning in (
@@ -117,13 +123,13 @@ def _step(command: str, work: Callable[[], None]) -> dict[str, Any]:
     return json.loads(printed.getvalue())
 
 
-def _print_summary(result: dict[str, Any], ranks: int) -> None:
+def _print_summary(result: dict[str, Any], scores: "Report", ranks: int) -> None:
     """What every step found, in a table."""
+    from semmoe.solvers.evaluate.report import random_row
     from semmoe.solvers.evaluate.verdict import best_row
 
-    rows = {(row["placement"], row["schedule"]): row for row in result["place"]["rows"]}
-    before, after = rows["contiguous", "random"]["rem"], rows["plan", "random"]["rem"]
-    best = best_row([row for row in result["place"]["rows"] if row["placement"] == "plan"], "per-rank")
+    before, after = (random_row(scores.rows, name).rem for name in ("contiguous", "plan"))
+    best = best_row(scores.plan_rows, "per-rank")
     traced, checkpoint, ran = result["trace"], result["reshard"], result["run"]
     same = "equal to" if ran["check"]["ok"] else "NOT equal to"
     table = new_table()
@@ -133,7 +139,7 @@ def _print_summary(result: dict[str, Any], ranks: int) -> None:
         ("trace", f"{traced['requests']:,} requests, {traced['tokens']:,} tokens; {traced['experts']} experts"),
         ("engines' default", f"{before:.3f} remote ranks per token on held-out requests"),
         ("place", f"{after:.3f}, {1 - after / before:.0%} fewer"),
-        (f"with {best['schedule']}", f"{best['rem']:.3f}, {1 - best['rem'] / before:.0%} fewer"),
+        (f"with {best.schedule}", f"{best.rem:.3f}, {1 - best.rem / before:.0%} fewer"),
         ("reshard", f"{checkpoint['num_layers']} layers relabelled, {checkpoint['verified']} compared"),
         ("run", f"{ran['check']['compared']:,} answers on {ranks} ranks {same} those of plain Transformers"),
     ):

@@ -1,6 +1,7 @@
 """`semmoe place`: traces in, plan out, with held-out scores."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -154,11 +155,12 @@ def place(
     plan.save(output)
     for line in plan.notes:
         note(line)
-    print_report({**plan.scores, "plan": str(output), "trace": ", ".join(traces)}, as_json=json_)
-    if certify and not json_ and "certificate" in plan.scores:
+    assert plan.scores is not None, "a plan that was just made has its scores"
+    print_report(replace(plan.scores, plan=str(output), trace=", ".join(traces)), as_json=json_)
+    if plan.scores.certificate and not json_:
         from semmoe.pages.on_request import certified
 
-        print_section(certified(plan.scores["certificate"]))
+        print_section(certified(plan.scores.certificate))
     note(
         f"wrote {output} ({plan.placement.num_layers} layers x {plan.placement.slots_per_rank} slots on {ranks} ranks)"
     )

@@ -24,6 +24,7 @@ from semmoe.profiles.mapped import mapped_empty, open_view, view_of
 from semmoe.profiles.synthetic import write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.profiles.trace_writer import TraceWriter
+from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.score_plan import baselines, score_batch, score_placements
 from semmoe.solvers.place.clusters import chosen_requests, cluster_loads, request_usage_LBE, usage_shares_BR
 from semmoe.solvers.place.contiguous import place_contiguous
@@ -115,15 +116,15 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, everything_ma
     fitted, rest, _ = profile_split(traces, [held_out_B])
     placement = Placement.from_ranks(place_semmoe(fitted, Topology(4), load_cap=1.05, seed=0, effort="fast"), 4)
     schedule = fit_schedule(fitted.sample, placement, seed=0)
-    options = {"load_LE": fitted.load_LE, "dispatch": "per-rank", "schedule": schedule, "setting": Setting()}
-    arguments = ({"plan": placement, **baselines(fitted.load_LE, Topology(4))}, rest.sample, fitted.info, Topology(4))
-    one = score_batch(*arguments, **options)
+    options = {"beside": baselines(fitted.load_LE, Topology(4)), "setting": Setting()}
+    deployment = Deployment(placement, fitted.load_LE, Topology(4), schedule=schedule)
+    one = score_batch(deployment, rest.sample, fitted.info, **options)
     monkeypatch.setattr(traffic_rows_module, "SMALL_TASK", 1)
     seen: list[tuple[int, int]] = []
-    two = score_batch(*arguments, **options, processes=2, progress=lambda *step: seen.append(step))
-    assert two == one and len(one["rows"]) == 12
+    shown = {"processes": 2, "progress": lambda *step: seen.append(step)}
+    assert score_batch(deployment, rest.sample, fitted.info, **options, **shown) == one and len(one.rows) == 12
     assert seen == [(done, 12) for done in range(1, 13)]
-    assert one == score_placements(arguments[0], traces, [held_out_B], Topology(4), **options)
+    assert one == score_placements(deployment, traces, [held_out_B], **options)
 
 
 def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, everything_mapped):

@@ -30,7 +30,8 @@ from semmoe.runtime.ranks.launch import launch
 from semmoe.runtime.replay.cases import ReplayOptions, prepare
 from semmoe.runtime.reshard.reshard import reshard_checkpoint
 from semmoe.runtime.serving.results import kept_results, partial_state
-from semmoe.solvers.evaluate.metrics import metrics_XL, traffic_sums
+from semmoe.solvers.evaluate.metrics import metrics_XL
+from semmoe.solvers.evaluate.sums import traffic_sums
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.schedule import fit_schedule
@@ -134,15 +135,7 @@ def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
     )
     batch, topology = RoutingTrace.open(demo / "t").load(), Topology(2)
     for row, case in zip(result["rows"], prepare(options, 2, print).cases, strict=True):
-        sums = traffic_sums(
-            [batch],
-            RoutingTrace.open(demo / "t").info,
-            case.serving_LRE,
-            topology,
-            dispatch="per-rank",
-            num_requests=batch.num_requests,
-            homes=lambda _, case=case: case.homes_TL,
-        )
+        sums = traffic_sums(batch, case.serving_LRE, topology, dispatch="per-rank", homes_TL=case.homes_TL)
         expected = metrics_XL(sums.resampled(np.ones((1, len(sums.tokens_G)))), topology, "per-rank")
         assert row["rows_per_token"] == pytest.approx(expected["rem"].mean(), abs=1e-9)
         assert row["load_imbalance"] == pytest.approx(expected["load_imbalance"].mean(), abs=1e-9)

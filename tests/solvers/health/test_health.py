@@ -11,12 +11,8 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter
-from semmoe.solvers.evaluate.metrics import score, traffic_sums
-from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.health.drift import load_distance
 from semmoe.solvers.health.health import fit_power_law, trace_health
-from semmoe.solvers.place.quick import rem_T
-from semmoe.solvers.placement import Topology
 
 
 @pytest.fixture(scope="module")
@@ -91,41 +87,6 @@ def test_the_power_law_is_found_again():
 
 def test_load_distance_is_the_share_that_must_move():
     assert load_distance(np.array([[3, 1, 0]]), np.array([[1, 1, 2]])) == pytest.approx(0.5)
-
-
-def test_quick_rem_and_rank_rows_agree_with_the_metrics(trace):
-    info, topology = trace.info, Topology(4)
-    rank_of_LE = np.random.default_rng(0).permuted(np.tile(np.arange(32) % 4, (info.num_layers, 1)), axis=1)
-    serving_LRE = np.broadcast_to(rank_of_LE[:, None], (info.num_layers, 4, 32))
-    homes = lambda batch: np.tile(batch.token_ids_T[:, None] % 4, (1, info.num_layers))  # noqa: E731
-    for dispatch in ("per-rank", "per-expert"):
-        for scheduled in (None, homes):
-            sums = traffic_sums(
-                trace.batches(), info, serving_LRE, topology, dispatch=dispatch, num_requests=80, homes=scheduled
-            )
-            rows_LRR = rank_rows_LRR(trace.batches(), info, serving_LRE, dispatch=dispatch, homes=scheduled)
-            away_LRR = rows_LRR * (1 - np.eye(4))
-            np.testing.assert_allclose(away_LRR.sum(1), sums.ingress_GLP.sum(0) / trace.num_tokens)
-            np.testing.assert_allclose(away_LRR.sum(2), sums.egress_GLP.sum(0) / trace.num_tokens)
-    scores = score(
-        traffic_sums(trace.batches(), info, serving_LRE, topology, dispatch="per-rank", num_requests=80),
-        topology,
-        dispatch="per-rank",
-        num_resamples=2,
-    )
-    ids_LTK = np.moveaxis(trace.load().expert_ids_TLK, 1, 0)
-    assert rem_T(ids_LTK, rank_of_LE, 4).mean() == pytest.approx(scores.means["rem"])
-
-
-def test_sums_may_be_grouped_by_the_caller(trace):
-    info, topology = trace.info, Topology(4)
-    serving_LRE = np.broadcast_to(np.arange(32) % 4, (info.num_layers, 4, 32))
-    group_of_B = np.arange(80) % 3
-    shared = dict(dispatch="per-rank", num_requests=80)
-    grouped = traffic_sums(trace.batches(), info, serving_LRE, topology, group_of_B=group_of_B, **shared)
-    single = traffic_sums(trace.batches(), info, serving_LRE, topology, **shared)
-    for group in range(3):
-        np.testing.assert_allclose(grouped.load_GLR[group], single.load_GLR[group_of_B == group].sum(0))
 
 
 def test_many_domains_become_few():

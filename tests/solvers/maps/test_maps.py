@@ -599,13 +599,13 @@ def test_an_imported_map_is_scored_on_all_requests(tmp_path):
     path = write(plan, tmp_path / "map.jsonl", "vllm", "pr41141")
     imported = import_plan([trace], Topology(4), kind="vllm", file=path, **options)
     assert same(imported.placement, plan.placement) and imported.method == "imported"
-    assert imported.scores["requests"] == 40 and not len(imported.fitted_keys)
+    assert imported.scores.requests == 40 and not len(imported.fitted_keys)
     assert "these scores are not held out" in imported.notes[0]
     imported.save(tmp_path / "q")
     assert Plan.load(tmp_path / "q").options["import"] == "vllm"
     sidecar_path(path).unlink()
     assert "all 40 requests are scored" in import_plan([trace], Topology(4), kind="vllm", file=path, **options).notes[0]
-    rows = {row["placement"]: row["rem"] for row in imported.scores["rows"]}
+    rows = {row.placement: row.rem for row in imported.scores.rows}
     assert rows["plan"] < rows["contiguous"]
     with pytest.raises(InputError, match="32 experts do not divide over 5 ranks"):
         import_plan([trace], Topology(5), kind="vllm", file=path, **options)
