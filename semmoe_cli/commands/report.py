@@ -143,7 +143,7 @@ def _report_trace(trace: "RoutingTrace", path: str, ranks: int, seed: int, outpu
     from semmoe.terminal.tables import note, print_health
 
     with steps("health") as progress:
-        health = trace_health(trace, seed=seed, ranks=ranks, progress=progress) | {"trace": path}
+        health = replace(trace_health(trace, seed=seed, ranks=ranks, progress=progress), trace=path)
     print_health(health, as_json=as_json)
     if output is not None:
         from semmoe.pages.health import health_page

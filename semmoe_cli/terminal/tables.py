@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from semmoe.pages.page import Section
     from semmoe.solvers.evaluate.report import Report, ScoreRow, Times
+    from semmoe.solvers.health.record import Health
 
 COLUMNS = {
     "lar": ("LAR", True),
@@ -229,10 +230,10 @@ def _shortened(values: list[Any]) -> str:
     return " ".join(texts)
 
 
-def print_health(health: dict[str, Any], *, as_json: bool) -> None:
+def print_health(health: "Health", *, as_json: bool) -> None:
     """The health of a trace as JSON, or its findings and its learning curve as tables."""
     if as_json:
-        print_json(health)
+        print_json(health.to_json())
         return
     from rich.markup import escape
 
@@ -241,21 +242,20 @@ def print_health(health: dict[str, Any], *, as_json: bool) -> None:
     table = new_table()
     for heading in ("question", "", "answer"):
         table.add_column(heading, overflow="fold")
-    for found in health["findings"]:
-        level = found["level"]
-        table.add_row(found["topic"], f"[{colours[level]}]{level}[/]", escape(found["text"]))
-    title = f"{health['model'] or 'model'}: {health['requests']:,} requests, {health['tokens']:,} tokens"
+    for found in health.findings:
+        table.add_row(found.topic, f"[{colours[found.level]}]{found.level}[/]", escape(found.text))
+    title = f"{health.model or 'model'}: {health.requests:,} requests, {health.tokens:,} tokens"
     print_fitting(
         console, [table], title=title, caption="good: nothing to do; watch: a limit to know; bad: act before placing"
     )
-    if learning := health["learning"]:
+    if learning := health.learning:
         curve = new_table()
         for heading in ("training tokens", "REM", ""):
             curve.add_column(heading, justify="left" if not heading else "right")
-        for point in learning["points"]:
-            curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "")
-        for point in learning["forecast"]:
-            curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "expected", style="dim")
-        title = f"\nHeld-out REM on {health['ranks']} ranks by training tokens; contiguous experts: {learning['contiguous_rem']:.3f}"
+        for point in learning.points:
+            curve.add_row(f"{point.tokens:,.0f}", f"{point.rem:.3f}", "")
+        for point in learning.forecast:
+            curve.add_row(f"{point.tokens:,.0f}", f"{point.rem:.3f}", "expected", style="dim")
+        title = f"\nHeld-out REM on {health.ranks} ranks by training tokens; contiguous experts: {learning.contiguous_rem:.3f}"
         caption = "quick METIS on some layers; expected: read off a power law through the points"
         print_fitting(console, [curve], title=title, caption=caption)

@@ -33,6 +33,7 @@ from semmoe.solvers.evaluate.predictable import token_predictability
 from semmoe.solvers.evaluate.report import Judgement, LayerScores, Report, ScoreRow, Verdict
 from semmoe.solvers.evaluate.verdict import dispatch_costs, rows_per_token
 from semmoe.solvers.evaluate.what_if import what_if
+from semmoe.solvers.health.record import LoadFacts
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.simulate import Setting
 
@@ -490,7 +491,7 @@ def test_titles_of_a_picture_stay_on_it():
 
 
 def test_layers_are_whole_numbers():
-    load = {"share_by_popularity": [0.5, 0.5], "busiest_over_mean_layers": [1.5] * 4}
+    load = LoadFacts(1.5, [1.5] * 4, 0.0, 1, 1.0, share_by_popularity=[0.5, 0.5])
     assert "\u22120.5</text>" not in svg(load_skew(load), 2.4, key="a", label="x")
 
 

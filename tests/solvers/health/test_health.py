@@ -13,6 +13,7 @@ from semmoe.profiles.trace import RoutingTrace, TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter
 from semmoe.solvers.health.drift import load_distance
 from semmoe.solvers.health.health import fit_power_law, trace_health
+from semmoe.solvers.health.record import Health
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +23,21 @@ def trace(tmp_path_factory) -> RoutingTrace:
     return RoutingTrace.open(path)
 
 
-def levels(health: dict) -> dict[str, str]:
-    return {f["topic"]: f["level"] for f in health["findings"]}
+def levels(health: Health) -> dict[str, str]:
+    return {f.topic: f.level for f in health.findings}
 
 
 def test_a_structured_trace_is_healthy(trace):
     health = trace_health(trace, seed=0, ranks=4)
-    assert levels(health)["structure"] == "good" and health["structure"]["lift"] > 2
-    points = health["learning"]["points"]
-    assert points[-1]["rem"] < 0.6 * health["learning"]["contiguous_rem"]
-    assert all(a["tokens"] < b["tokens"] for a, b in zip(points, points[1:], strict=False))
-    assert points[-1]["tokens"] == 64 * 40
-    rates = [p["rate"] for p in health["unseen"]]
+    assert levels(health)["structure"] == "good" and health.structure.lift > 2
+    points = health.learning.points
+    assert points[-1].rem < 0.6 * health.learning.contiguous_rem
+    assert all(a.tokens < b.tokens for a, b in zip(points, points[1:], strict=False))
+    assert points[-1].tokens == 64 * 40
+    rates = [p.rate for p in health.unseen]
     assert rates == sorted(rates, reverse=True) and 0 <= rates[-1] < rates[0] <= 1
-    assert json.loads(json.dumps(health)) == health
-    assert [row["domain"] for row in health["domains"]] == [f"domain-{i}" for i in range(4)]
+    assert Health.from_json(json.loads(json.dumps(health.to_json()))) == health
+    assert [row.domain for row in health.domains] == [f"domain-{i}" for i in range(4)]
     assert trace_health(trace, seed=0, ranks=4) == health
 
 
@@ -48,8 +49,8 @@ def test_random_routing_has_no_structure(tmp_path):
             writer.add(f"r{i}", np.argsort(rng.random((64, 2, 16)), axis=2)[:, :, :4])
     health = trace_health(RoutingTrace.open(tmp_path / "t"), seed=0)
     assert levels(health)["structure"] == "bad" and levels(health)["token ids"] == "watch"
-    assert health["unseen"] is None and health["domains"] is None
-    assert abs(health["structure"]["lift"] - 1) < 0.1
+    assert health.unseen is None and health.domains is None
+    assert abs(health.structure.lift - 1) < 0.1
 
 
 def test_a_change_of_traffic_half_way_is_noticed(tmp_path):
@@ -63,13 +64,13 @@ def test_a_change_of_traffic_half_way_is_noticed(tmp_path):
             writer.add(f"r{i}", pair)
     health = trace_health(RoutingTrace.open(tmp_path / "t"), seed=0, ranks=4)
     assert levels(health)["time"] == "watch"
-    assert health["time"]["rem_later"] > health["time"]["rem_mixed"] + 0.1
+    assert health.time.rem_later > health.time.rem_mixed + 0.1
 
 
 def test_few_requests_are_said_to_be_too_few(tmp_path):
     write_synthetic(tmp_path / "t", num_requests=3, tokens_per_request=8, num_layers=2)
     health = trace_health(RoutingTrace.open(tmp_path / "t"), seed=0)
-    assert levels(health)["size"] == "bad" and health["learning"] is None and health["time"] is None
+    assert levels(health)["size"] == "bad" and health.learning is None and health.time is None
 
 
 def test_counts_are_refused(trace, tmp_path):
@@ -81,8 +82,8 @@ def test_counts_are_refused(trace, tmp_path):
 
 def test_the_power_law_is_found_again():
     tokens_N = 1000.0 * 2 ** np.arange(8)
-    floor, scale, power = fit_power_law(tokens_N, 1.5 + 20 * tokens_N**-0.5)
-    assert (floor, scale, power) == pytest.approx((1.5, 20, 0.5))
+    law = fit_power_law(tokens_N, 1.5 + 20 * tokens_N**-0.5)
+    assert (law.floor, law.scale, law.power) == pytest.approx((1.5, 20, 0.5))
 
 
 def test_load_distance_is_the_share_that_must_move():
