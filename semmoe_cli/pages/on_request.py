@@ -13,7 +13,7 @@ from semmoe.terminal.tables import COLUMNS, times_cells
 
 if TYPE_CHECKING:
     from semmoe.pages.plan_report import PlanReport
-    from semmoe.solvers.evaluate.report import Certificate
+    from semmoe.solvers.place.bounds import Certificate
 
 LISTED_TOKENS = 10  # at either end
 

@@ -120,12 +120,11 @@ def compare_plans(
 ) -> tuple[Comparison, list[str]]:
     """The comparison, and notes.
 
-    Parameters
-    ----------
-    plans: two or more of one model, by name; the first is what the others are held against.
-    trace: requests to score on; those that a plan was fitted on are left out.
-    bytes_per_expert: of an expert's weights, 0 where it is not known.
-    setting: how schedules are simulated.
+    Parameters:
+        plans: two or more of one model, by name; the first is what the others are held against.
+        trace: requests to score on; those that a plan was fitted on are left out.
+        bytes_per_expert: of an expert's weights, 0 where it is not known.
+        setting: how schedules are simulated.
 
     Raises InputError where plans and trace are of different models, or where no request is new to
     every plan and the plans' own held-out scores are not of the same requests either.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.counts import co_activation_EE, profile_traces
-from semmoe.profiles.safetensors_file import input_embedding
+from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.deployment import Deployment
@@ -58,12 +58,11 @@ def scored_requests(plan: Plan, trace: RoutingTrace, *, scheduled: bool, process
     on the held-out requests, or is not there (several traces, an older plan), the stored placement
     is shown on the requests it was fitted on, and `held_out` is False.
 
-    Parameters
-    ----------
-    plan, trace: of one model.
-    scheduled: whether the schedule is looked at. That of a scored placement is not kept (it would
-        double the plan), so it is fitted again, on the training requests.
-    processes: worker processes of that fit.
+    Parameters:
+        plan, trace: of one model.
+        scheduled: whether the schedule is looked at. That of a scored placement is not kept (it
+            would double the plan), so it is fitted again, on the training requests.
+        processes: worker processes of that fit.
     """
     requests = trace.requests()
     unseen_B = ~np.isin(request_keys(requests), plan.fitted_keys)

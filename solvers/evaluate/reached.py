@@ -28,12 +28,11 @@ class Reached(NamedTuple):
 def reached_ranks(ids_TK: np.ndarray, serving_RE: np.ndarray, home_T: np.ndarray | None = None) -> Reached:
     """Ranks that serve the choices of every token at one layer.
 
-    Parameters
-    ----------
-    ids_TK: chosen experts, integers [T, K]; E stands for an empty slot, which nobody serves.
-    serving_RE: rank that serves expert e for a token that lives on rank r, integers [R, E].
-    home_T: rank where each token lives, integers [T]; None where it makes no difference (equal
-        rows of `serving_RE`).
+    Parameters:
+        ids_TK: chosen experts, integers [T, K]; E stands for an empty slot, which nobody serves.
+        serving_RE: rank that serves expert e for a token that lives on rank r, integers [R, E].
+        home_T: rank where each token lives, integers [T]; None where it makes no difference (equal
+            rows of `serving_RE`).
     """
     num_ranks = len(serving_RE)
     ranks_KT = _sorted_columns(_serving_KT(ids_TK, serving_RE, home_T))
@@ -60,17 +59,15 @@ def rank_rows_LRR(
 ) -> np.ndarray:
     """Rows from the rank where a token lives to the rank that serves it, per token.
 
-    Parameters
-    ----------
-    batch: tokens with their choices.
-    serving_LRE: rank that serves expert e for a token of rank r, integers [L, R, E].
-    dispatch: one row per token and expert for "per-expert", else one per token and rank.
-    homes_TL: where tokens live, integers [T, L]; None: on a uniformly random rank, and each rank
-        sends its share of the expectation.
+    Parameters:
+        batch: tokens with their choices.
+        serving_LRE: rank that serves expert e for a token of rank r, integers [L, R, E].
+        dispatch: one row per token and expert for "per-expert", else one per token and rank.
+        homes_TL: where tokens live, integers [T, L]; None: on a uniformly random rank, and each
+            rank sends its share of the expectation.
 
-    Returns
-    -------
-    float64 [L, R, R], sender first; the diagonal holds what stays on a rank.
+    Returns:
+        float64 [L, R, R], sender first; the diagonal holds what stays on a rank.
     """
     num_layers, num_ranks, _ = serving_LRE.shape
     rows_LRR = np.zeros((num_layers, num_ranks, num_ranks))

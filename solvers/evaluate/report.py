@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from semmoe.solvers.evaluate.metrics import METRICS, Scores
 from semmoe.solvers.json_record import JsonRecord
+from semmoe.solvers.place.bounds import Certificate
 from semmoe.solvers.schedule.simulate import Setting
 
 REPORT_FORMAT = "semmoe-report"
@@ -101,26 +102,6 @@ class Verdict(Judgement):
     """The judgement on a plan, and on its best schedule without an oracle where that is another."""
 
     with_schedule: Judgement | None
-
-
-@dataclass(frozen=True)
-class CertifiedLayer(JsonRecord):
-    """Bounds on what any placement of a layer could reach (solvers/place/bounds.py)."""
-
-    layer: int
-    co_activation: float
-    co_activation_bound: float
-    gap: float
-    rem_bound: float
-    lar_bound: float | None = None
-
-
-@dataclass(frozen=True)
-class Certificate(JsonRecord):
-    """How far a placement is, at most, from the best under the same constraints."""
-
-    gap: float  # mean over layers
-    layers: list[CertifiedLayer]
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,13 @@ def summed_rows(
 ) -> Iterator[tuple[Key, TrafficSums, float | None]]:
     """Sums of each row in order, and the token imbalance of those with a schedule.
 
-    Parameters
-    ----------
-    rows: what is deployed in each row. Schedule "random" is homes at random, exactly; of others
-        (`semmoe.solvers.schedule.simulate`), homes are simulated by the deployment's tables.
-    batch: the requests to sum over.
-    setting: of the simulated schedules.
-    group_of_B: group of every request, integers [B]; the sums of groups are kept apart.
-    processes: worker processes; the sums do not depend on them.
+    Parameters:
+        rows: what is deployed in each row. Schedule "random" is homes at random, exactly; of others
+            (`semmoe.solvers.schedule.simulate`), homes are simulated by the deployment's tables.
+        batch: the requests to sum over.
+        setting: of the simulated schedules.
+        group_of_B: group of every request, integers [B]; the sums of groups are kept apart.
+        processes: worker processes; the sums do not depend on them.
     """
     processes = max(1, min(processes, len(rows), batch.expert_ids_TLK.size // SMALL_TASK + 1))
     schedule = next((deployed.schedule for deployed in rows.values() if deployed.schedule), None)

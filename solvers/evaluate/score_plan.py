@@ -75,14 +75,13 @@ def score_batch(
 ) -> Report:
     """The report on the requests of one batch. Raises InputError for a batch of none.
 
-    Parameters
-    ----------
-    deployment: the plan: scored with tokens at random homes, and under what its schedule allows.
-    batch: requests that it was not fitted on.
-    info: the model, for names of layers and uniform draws.
-    beside: placements to score with tokens at random homes only, by name (`baselines`).
-    setting: how schedules are simulated.
-    processes: worker processes for the rows; the result does not depend on them.
+    Parameters:
+        deployment: the plan, scored with tokens at random homes and under what its schedule allows.
+        batch: requests that it was not fitted on.
+        info: the model, for names of layers and uniform draws.
+        beside: placements to score with tokens at random homes only, by name (`baselines`).
+        setting: how schedules are simulated.
+        processes: worker processes for the rows; the result does not depend on them.
     """
     if batch.num_tokens == 0:
         raise InputError("no request is left to score on")

@@ -102,19 +102,17 @@ def traffic_sums(
 ) -> TrafficSums:
     """Traffic of a batch's requests.
 
-    Parameters
-    ----------
-    batch: requests with the choices of their tokens.
-    serving_LRE: rank that serves expert e for a token that lives on rank r, integers [L, R, E]
-        (`semmoe.solvers.place.replicas`); equal along R without replicas.
-    topology: nodes of the ranks.
-    dispatch: one of DISPATCH_KINDS; says what a row is.
-    homes_TL: rank where each token lives, integers [T, L]; None: on a uniformly random rank.
-    group_of_B: group of each request, integers [B] from 0; None: its number, MAX_GROUPS at most.
+    Parameters:
+        batch: requests with the choices of their tokens.
+        serving_LRE: rank that serves expert e for a token that lives on rank r, integers [L, R, E]
+            (`semmoe.solvers.place.replicas`); equal along R without replicas.
+        topology: nodes of the ranks.
+        dispatch: one of DISPATCH_KINDS; says what a row is.
+        homes_TL: rank where each token lives, integers [T, L]; None: on a uniformly random rank.
+        group_of_B: group of each request, integers [B] from 0; None: its number, up to MAX_GROUPS.
 
-    Returns
-    -------
-    Sums per group; expectations where homes are random.
+    Returns:
+        Sums per group; expectations where homes are random.
     """
     num_targets = topology.num_nodes if dispatch == "per-node" else topology.num_ranks
     if group_of_B is None:

@@ -62,12 +62,11 @@ class LayerWork:
 def layer_seconds(link: float, load_imbalance: float, work: LayerWork, network: Network) -> float:
     """Seconds of one expert layer on a batch.
 
-    Parameters
-    ----------
-    link: rows on the busiest rank per token that lives on a rank (LINK of
-        `semmoe.solvers.evaluate.metrics`).
-    load_imbalance: activations of the busiest rank over the mean.
-    work: of the batch. network: one rank's link.
+    Parameters:
+        link: rows on the busiest rank per token that lives on a rank (LINK of
+            `semmoe.solvers.evaluate.metrics`).
+        load_imbalance: activations of the busiest rank over the mean.
+        work: of the batch. network: one rank's link.
     """
     rows = link * work.tokens / work.num_ranks
     communication = network.latency_s * (EXCHANGES - 2)
