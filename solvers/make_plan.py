@@ -30,7 +30,7 @@ from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
 from semmoe.solvers.schedule.simulate import Setting
-from semmoe.solvers.schedule.slices import TOKEN_CAP
+from semmoe.solvers.schedule.windows import TOKEN_CAP
 
 NO_BOUND = "--certify bounds placements without replicas: leave --replicas out"
 

@@ -21,7 +21,6 @@ from semmoe.solvers.place.remote_gains import remote_cost
 from semmoe.solvers.place.request_homes import anneal_requests
 from semmoe.solvers.place.swap import overload
 from semmoe.solvers.placement import Topology
-from semmoe.solvers.schedule.transport import balanced_homes, balanced_shares
 
 GROUPS = 4
 
@@ -188,20 +187,6 @@ def test_annealing_finds_planted_requests_under_caps_and_equal_counts() -> None:
     assert len(set(zip(rank_of_LE.ravel().tolist(), true_LE.ravel().tolist(), strict=True))) == 4
     again_LE, again_B = anneal_requests(usage_LBE, weight_B, load_LJE, limit_LJ, 4, **options)
     assert np.array_equal(rank_of_LE, again_LE) and np.array_equal(home_B, again_B)
-
-
-def test_balanced_shares_split_what_is_too_heavy() -> None:
-    score_VR = np.array([[1.0, 0.0], [0.9, 0.0], [0.2, 0.0]])
-    share_VR = balanced_shares(score_VR, np.array([6.0, 2.0, 2.0]))
-    assert np.allclose(share_VR.sum(axis=1), 1)
-    assert abs(np.array([6.0, 2, 2]) @ share_VR - 5).max() < 0.25
-    assert share_VR[2, 1] > 0.9 and 0.3 < share_VR[0, 0] < 1
-
-
-def test_balanced_homes_fill_evenly() -> None:
-    score_VR = np.random.default_rng(0).random((100, 4)) + [1, 0, 0, 0]
-    assert np.bincount(balanced_homes(score_VR, np.ones(100)), minlength=4).max() <= 26
-    assert (np.bincount(balanced_homes(np.zeros((8, 4)), np.ones(8)), minlength=4) == 2).all()
 
 
 def test_paper_and_exact_keep_their_constraints() -> None:
