@@ -88,8 +88,8 @@ def place(
 
     compute_on_one_thread()  # before anything imports numpy
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.make_plan import make_plan
-    from semmoe.solvers.place.solve import Demands
+    from semmoe.solvers.demands import Demands
+    from semmoe.solvers.make_plan import PlanOptions, make_plan
     from semmoe.solvers.placement import Topology
     from semmoe.solvers.plan import check_plan_target
     from semmoe.solvers.schedule.simulate import Setting
@@ -142,13 +142,15 @@ def place(
                     effort=effort.value,
                     processes=processes or os.cpu_count() or 1,
                 ),
-                method=method.value,
-                holdout=holdout,
-                holdout_domains=holdout_domain or [],
-                refit=refit,
-                certify=certify,
-                setting=setting,
-                made_by=command_line(output, topology or output, *traces),
+                PlanOptions(
+                    method=method.value,
+                    holdout=holdout,
+                    holdout_domains=holdout_domain or [],
+                    refit=refit,
+                    certify=certify,
+                    setting=setting,
+                    made_by=command_line(output, topology or output, *traces),
+                ),
                 progress=show,
             )
     plan.save(output)
