@@ -21,15 +21,9 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule.context import context_scores_TR, previous_experts_TLK
-from semmoe.solvers.schedule.features import batch_position_ids_TC
-from semmoe.solvers.schedule.learning import (
-    learned_depth,
-    learned_ids_TX,
-    learned_scores_TR,
-    num_learned_features,
-    request_groups,
-)
+from semmoe.solvers.schedule.context import context_scores_TR
+from semmoe.solvers.schedule.features import Places, Seen
+from semmoe.solvers.schedule.learning import learned_depth, learned_scores_TR, request_groups
 from semmoe.solvers.schedule.paper_table import needed_rank_T, paper_scores_TR, served_TR
 from semmoe.solvers.schedule.request_scorer import request_shares_BR
 from semmoe.solvers.schedule.schedule import Schedule
@@ -202,31 +196,25 @@ def _paper_scores(batch: TraceBatch, placement: Placement, schedule: Schedule, r
 def _context_scores(
     batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
 ) -> LayerScores:
-    return _predicted_scores(batch, schedule, _seen(batch, placement))
+    return _predicted_scores(batch, schedule, Seen.of(batch, placement.num_experts))
 
 
-def _seen(batch: TraceBatch, placement: Placement) -> tuple[np.ndarray, ...]:
-    """What features are made of: choices [T, L, K], those of the token before, whether a token
-    is of a prompt, position ids."""
-    previous_TLK = previous_experts_TLK(batch, placement.num_experts)
-    return batch.expert_ids_TLK, previous_TLK, batch.is_prompt_T, batch_position_ids_TC(batch)
-
-
-def _predicted_scores(batch: TraceBatch, schedule: Schedule, seen: tuple[np.ndarray, ...]) -> LayerScores:
+def _predicted_scores(batch: TraceBatch, schedule: Schedule, seen: Seen) -> LayerScores:
     lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
-    return lambda layer: context_scores_TR(schedule.context, layer, schedule.token.shares_TR(layer, lookup), *seen)
+    return lambda layer: context_scores_TR(schedule.context, layer, schedule.token.shares_TR(layer, lookup), seen)
 
 
 def _learning_scores(
     batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
 ) -> LayerScores:
-    seen, groups, num_experts = _seen(batch, placement), request_groups(batch, rng), placement.num_experts
-    plan_scores, depth = _predicted_scores(batch, schedule, seen), learned_depth(schedule.context.depth, num_experts)
+    seen, groups, num_experts = Seen.of(batch, placement.num_experts), request_groups(batch, rng), placement.num_experts
+    plan_scores = _predicted_scores(batch, schedule, seen)
+    learned = Places(learned_depth(schedule.context.depth, num_experts), num_experts)
     return lambda layer: learned_scores_TR(
         plan_scores(layer),
-        learned_ids_TX(layer, *seen, depth=depth, num_experts=num_experts),
+        learned.ids_TX(layer, seen),
         served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer]),
-        num_learned_features(depth, num_experts),
+        learned.num_features,
         groups,
     )
 
