@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.source import Tensor
+from semmoe.profiles.safetensors_file import Tensor
 
 
 class Role(enum.Enum):

@@ -25,9 +25,10 @@ import numpy as np
 
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
+from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, check_offsets, make_header, read_shard
 from semmoe.runtime.reshard.copy import FilePlan, Part, Piece, check_parts, merged
 from semmoe.runtime.reshard.keys import KEEP, PER_EXPERT, Key, Role, split_key
-from semmoe.runtime.reshard.output_directory import OutputDirectory, check_space
+from semmoe.runtime.reshard.output_directory import check_space, output_directory
 from semmoe.runtime.reshard.relabel import block_bytes, classify_checkpoint, read_bytes, total_bytes
 from semmoe.runtime.reshard.reshard import ReshardResult, check_plan, copy_others, other_bytes, write_all
 from semmoe.runtime.reshard.sidecar import (
@@ -38,16 +39,7 @@ from semmoe.runtime.reshard.sidecar import (
     plan_facts,
     write_sidecar,
 )
-from semmoe.runtime.reshard.source import (
-    INDEX_NAME,
-    Checkpoint,
-    Shard,
-    Tensor,
-    check_offsets,
-    make_header,
-    open_checkpoint,
-    read_shard,
-)
+from semmoe.runtime.reshard.source import Checkpoint, open_checkpoint
 from semmoe.solvers.plan import Plan
 
 SOURCE_FILE = "semmoe-source.json"
@@ -79,19 +71,19 @@ def write_ranks(
     keys = classify_checkpoint(source, model, set(layers))
     slots = [dict(zip(layers, experts_LRS[:, rank], strict=True)) for rank in range(plan.placement.num_ranks)]
     files = split_files(source, keys, slots, model.num_experts, link=link)
-    with OutputDirectory(out, source.path, marker=SIDECAR, force=force) as directory:
-        check_space(directory.partial, total_bytes(files) + other_bytes(source))
-        (directory.partial / SHARED).mkdir()
-        copy_others(source, directory.partial / SHARED, skip=())
-        sums = write_all(files, directory.partial, verify=verify, progress=progress)
-        write_indices(files, directory.partial)
+    with output_directory(out, source.path, marker=SIDECAR, force=force) as folder:
+        check_space(folder, total_bytes(files) + other_bytes(source))
+        (folder / SHARED).mkdir()
+        copy_others(source, folder / SHARED, skip=())
+        sums = write_all(files, folder, verify=verify, progress=progress)
+        write_indices(files, folder)
         if verify != "none":
-            expected = written_parts(source, keys, slots, model.num_experts, files, directory.partial)
+            expected = written_parts(source, keys, slots, model.num_experts, files, folder)
             for file in files:
                 if not file.link:
-                    check_parts(directory.partial / file.name, expected[file.name], file.parts)
+                    check_parts(folder / file.name, expected[file.name], file.parts)
         headers = json.dumps(source_headers(source)).encode()
-        (directory.partial / SOURCE_FILE).write_bytes(headers)
+        (folder / SOURCE_FILE).write_bytes(headers)
         facts = {
             "layout": "ranks",
             "plan": plan_facts(plan),
@@ -102,8 +94,7 @@ def write_ranks(
             "headers_sha256": hash_bytes(headers),
             "files": {f.name: written_entry(f, sums.get(f.name, [])) for f in files},
         }
-        write_sidecar(directory.partial, facts)
-        directory.finish()
+        write_sidecar(folder, facts)
     home = np.arange(model.num_experts) // max(1, model.num_experts // plan.placement.num_ranks)
     moved = int((home[experts_LRS] != np.arange(plan.placement.num_ranks)[None, :, None]).sum())
     linked = sum(file.size for file in files if file.link)
@@ -277,13 +268,12 @@ def undo_ranks(
     written = {name: read_shard(checkpoint / name) for name in facts["files"]}
     files = [joined_file(name, entry, written, homes) for name, entry in headers["files"].items()]
     shared = open_checkpoint(checkpoint / SHARED)
-    with OutputDirectory(out, checkpoint, marker=SIDECAR, force=force) as directory:
-        check_space(directory.partial, total_bytes(files) + other_bytes(shared))
-        copy_others(shared, directory.partial, skip=())
+    with output_directory(out, checkpoint, marker=SIDECAR, force=force) as folder:
+        check_space(folder, total_bytes(files) + other_bytes(shared))
+        copy_others(shared, folder, skip=())
         if headers["index"]:
-            (directory.partial / INDEX_NAME).write_text(headers["index"], encoding="utf-8")
-        write_all(files, directory.partial, verify=verify, progress=progress)
-        directory.finish()
+            (folder / INDEX_NAME).write_text(headers["index"], encoding="utf-8")
+        write_all(files, folder, verify=verify, progress=progress)
     hashes = {name: entry["header_sha256"] for name, entry in headers["files"].items() if "header_sha256" in entry}
     notes = header_notes(files, hashes)
     return ReshardResult(str(out), "ranks", len(layers), 0, len(files), total_bytes(files), 0, verify, None, (), notes)

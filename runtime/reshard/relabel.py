@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.safetensors_file import INTEGERS, Shard, Tensor, make_header
 from semmoe.runtime.reshard.complete import check_complete
 from semmoe.runtime.reshard.copy import Edit, FilePlan, Part, Piece, merged
 from semmoe.runtime.reshard.keys import KEEP, Key, Role, classify, has_experts, is_side, split_key
-from semmoe.runtime.reshard.source import Checkpoint, Shard, Tensor, make_header
+from semmoe.runtime.reshard.source import Checkpoint
 
 EDIT_BYTES = 4 << 20  # smaller tensors are gathered in memory, larger ones by copies of each expert's bytes
 NAMED_EXPERT = re.compile(
     r"(?P<before>[\w.]*(?:layers|blocks|h)\.(?P<layer>\d+)\.(?!self_attention\.)(?:\w+\.)?experts\.)(?P<expert>\d+)(?![\w*])"
 )
-ID_DTYPES = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1", "I8": "i1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 Orders = Mapping[int, np.ndarray]
 
@@ -128,9 +128,9 @@ def block_bytes(tensor: Tensor, key: Key, num_experts: int, where: Path) -> tupl
 def relabelled_bytes(data: bytes, tensor: Tensor, key: Key, order_E: np.ndarray) -> bytes:
     """The bytes of a whole tensor after the permutation order_E (new2old) of its experts."""
     if key.role is Role.VALUES:
-        if tensor.dtype not in ID_DTYPES:
+        if tensor.dtype not in INTEGERS:
             raise InputError(f"{tensor.name} holds expert ids as {tensor.dtype}, expected integers")
-        ids = np.frombuffer(data, ID_DTYPES[tensor.dtype])
+        ids = np.frombuffer(data, INTEGERS[tensor.dtype])
         if len(ids) and (ids.min() < 0 or ids.max() >= len(order_E)):
             raise InputError(f"{tensor.name} names expert {ids.max()}, expected 0..{len(order_E) - 1}")
         return np.argsort(order_E).astype(ids.dtype)[ids].tobytes()

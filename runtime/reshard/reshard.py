@@ -27,9 +27,10 @@ import numpy as np
 from semmoe.profiles.config import moe_facts, read_config, text_config
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
+from semmoe.profiles.safetensors_file import INDEX_NAME, read_index, read_shard
 from semmoe.runtime.reshard.copy import FilePlan, Written, check_parts, write_files
 from semmoe.runtime.reshard.keys import Key
-from semmoe.runtime.reshard.output_directory import OutputDirectory, check_space
+from semmoe.runtime.reshard.output_directory import check_space, output_directory
 from semmoe.runtime.reshard.relabel import (
     Orders,
     RoutedModel,
@@ -51,7 +52,7 @@ from semmoe.runtime.reshard.sidecar import (
     read_sidecar,
     write_sidecar,
 )
-from semmoe.runtime.reshard.source import INDEX_NAME, Checkpoint, open_checkpoint, read_index, read_shard
+from semmoe.runtime.reshard.source import Checkpoint, open_checkpoint
 from semmoe.solvers.plan import Plan
 
 VERIFY = ("none", "bytes", "logits")
@@ -250,19 +251,19 @@ def write_permuted(
         relabel_shard(shard, keys, orders, link=link, header_bytes=lengths.get(shard.name, 0))
         for shard in source.shards
     ]
-    with OutputDirectory(out, source.path, marker=SIDECAR, force=force) as directory:
-        check_space(directory.partial, total_bytes(files) + other_bytes(source))
-        copy_others(source, directory.partial, skip=(SIDECAR,))
-        relabel_configs(source, orders, directory.partial)
-        write_index(source, keys, orders, directory.partial)
-        sums = write_all(files, directory.partial, verify=verify, progress=progress)
+    with output_directory(out, source.path, marker=SIDECAR, force=force) as folder:
+        check_space(folder, total_bytes(files) + other_bytes(source))
+        copy_others(source, folder, skip=(SIDECAR,))
+        relabel_configs(source, orders, folder)
+        write_index(source, keys, orders, folder)
+        sums = write_all(files, folder, verify=verify, progress=progress)
         if verify != "none":
-            check_written(source, model, orders, files, directory.partial)
+            check_written(source, model, orders, files, folder)
         difference = None
         if verify == "logits":
             from semmoe.runtime.reshard.logits import compare_logits
 
-            difference = compare_logits(source.path, directory.partial)
+            difference = compare_logits(source.path, folder)
         entries = file_entries(source, files, sums)
         notes = ()
         if undo:
@@ -273,8 +274,7 @@ def write_permuted(
                 **(provenance or {}),
                 "new2old": {str(k): v.tolist() for k, v in orders.items()},
             }
-            write_sidecar(directory.partial, {**sidecar, "files": entries})
-        directory.finish()
+            write_sidecar(folder, {**sidecar, "files": entries})
     moved = sum(int((order != np.arange(len(order))).sum()) for order in orders.values())
     linked = sum(file.size for file in files if file.link)
     return ReshardResult(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from semmoe.profiles.document import line_per_key
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
 from semmoe.runtime.reshard.copy import FilePlan, Written, checksums, run_tasks
@@ -79,8 +80,7 @@ def write_sidecar(target: Path, facts: dict[str, Any]) -> None:
     last."""
     facts = {"format": FORMAT, "version": VERSION, **facts}
     facts["sha256"] = hash_facts(facts)
-    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
-    (target / SIDECAR).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (target / SIDECAR).write_text(line_per_key(facts), encoding="utf-8")
 
 
 def hash_facts(facts: dict[str, Any]) -> str:

@@ -271,9 +271,9 @@ def _tell_result(progress: Any, output: Path, shape: str) -> dict[str, Any]:
 
 
 def _write_hash_layers(name: str, output: Path, revision: str | None) -> dict[str, Any]:
+    from semmoe.profiles.capture.hash_layers import read_hash_layers, write_hash_layers
     from semmoe.profiles.capture.loading import find_model
     from semmoe.profiles.config import moe_facts
-    from semmoe.profiles.safetensors_file import read_hash_layers, write_hash_layers
 
     source = find_model(name, revision=revision)
     tables = read_hash_layers(source.folder)

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoint_factory import make_plan, random_orders  # noqa: E402
 
-from semmoe.runtime.reshard.source import INDEX_NAME, Tensor, make_header  # noqa: E402
+from semmoe.profiles.safetensors_file import INDEX_NAME, Tensor, make_header  # noqa: E402
 
 HIDDEN = 1024
 

@@ -12,8 +12,9 @@ from checkpoint_factory import CONFIG, make_plan, random_orders, read_tensors, w
 from checkpoint_specs import DENSE, FUSED, PER_EXPERT, D, E, F, assert_same_files, fused_model, per_expert_model, rows
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.safetensors_file import INDEX_NAME
 from semmoe.runtime.reshard.reshard import reshard_checkpoint, undo_reshard
-from semmoe.runtime.reshard.source import INDEX_NAME, open_checkpoint
+from semmoe.runtime.reshard.source import open_checkpoint
 
 
 def check_relabelled(source: Path, out: Path, orders: np.ndarray) -> None:

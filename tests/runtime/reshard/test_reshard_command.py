@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from semmoe.commands.reshard import Layout, Verify, progress_lines, reshard
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.safetensors_file import read_shard
 from semmoe.runtime.reshard.logits import compare_logits
 from semmoe.runtime.reshard.reshard import VERIFY, reshard_checkpoint, undo_reshard
 from semmoe.runtime.reshard.sidecar import LAYOUTS
-from semmoe.runtime.reshard.source import read_shard
 from semmoe.solvers.plan import Plan
 
 pytest.importorskip("transformers")

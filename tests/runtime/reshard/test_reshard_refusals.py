@@ -388,9 +388,9 @@ def test_a_killed_run_leaves_no_out_and_the_next_run_is_whole(tmp_path: Path) ->
 
 
 def test_two_runs_at_once(source: Path, tmp_path: Path) -> None:
-    from semmoe.runtime.reshard.output_directory import OutputDirectory
+    from semmoe.runtime.reshard.output_directory import output_directory
 
-    with OutputDirectory(tmp_path / "out", source, marker="semmoe.json", force=False):
+    with output_directory(tmp_path / "out", source, marker="semmoe.json", force=False):
         with pytest.raises(InputError, match="another run is writing"):
             reshard_checkpoint(source, PLAN, tmp_path / "out")
     reshard_checkpoint(source, PLAN, tmp_path / "out")
