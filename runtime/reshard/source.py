@@ -2,6 +2,7 @@
 never loaded."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of what copy_others copies."""
+        return sum(path.stat().st_size for name in self.others if (path := self.path / name).exists())
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -87,3 +93,15 @@ def other_files(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
                 continue
             (left_out if weights else others).append(relative)
     return tuple(others), tuple(left_out)
+
+
+def copy_others(source: Checkpoint, target: Path, *, skip: tuple[str, ...] = ()) -> None:
+    """Carry over config, tokenizer, generation config, custom code and whatever else is not
+    weights."""
+    for name in source.others:
+        if name not in skip:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(source.path / name, target / name)
+            except FileNotFoundError:
+                raise InputError(f"{source.path / name} is a link to nothing: the checkpoint is not complete") from None
