@@ -25,6 +25,7 @@ import numpy as np
 from semmoe.profiles.config import moe_facts, text_config
 from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import NUM_MTP_LAYERS, find_family
 from semmoe.profiles.files import write_file
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import ModelFacts, Plan
@@ -46,14 +47,6 @@ VLLM_FORMATS = {
     "pr41141": "one JSONL record, map per layer, replicas",
     "pr49572": "JSON list per layer, replicas",
     "pr34811": "JSON rank of each expert, one map for all layers",
-}
-MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
-
-# Families whose model class lacks what the engine needs to move experts (SGLang:
-# get_model_config_for_expert_location).
-NOT_MOVED = {
-    "sglang": ("mixtral", "olmoe", "granitemoe", "phimoe", "deepseek", "grok-1", "llama4", "dbrx", "ernie4_5_moe"),
-    "vllm": ("olmoe", "gpt_oss", "granitemoe"),
 }
 
 
@@ -220,7 +213,7 @@ def check_config(plan: Plan, config: dict[str, Any]) -> tuple[int, int]:
         )
         raise InputError(f"the plan {what}: it was made for another model, or from a trace of some layers only")
     inner = text_config(config)
-    mtp = next((inner[key] for key in MTP_KEYS if isinstance(inner.get(key), int)), 0)
+    mtp = next((inner[key] for key in NUM_MTP_LAYERS if isinstance(inner.get(key), int)), 0)
     return facts["num_model_layers"], mtp
 
 
@@ -317,6 +310,6 @@ def launch_lines(plan: Plan, kind: str, path: Path, *, format: str = "") -> list
     elif kind == "vllm-ascend":
         config = json.dumps({"eplb_config": {"expert_map_path": file}})
         lines = [f"start vLLM-Ascend (model runner 1) with: --additional-config {shlex.quote(config)}"]
-    if model.model_type in NOT_MOVED.get(kind, ()):
+    if kind in find_family(model.model_type).unmoved_by:
         lines.append(f"the engine's own class for {model.model_type} moves no experts: use semmoe reshard instead")
     return lines
