@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from semmoe.profiles.counts import RoutingProfile, bounded_requests, profile_split, token_expert_UE
+from semmoe.profiles.counts import RoutingProfile, profile_split, token_expert_UE
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, Stages
+from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS

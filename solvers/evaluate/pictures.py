@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semmoe.profiles.counts import co_activation_EE, profile_traces, sample_requests
+from semmoe.profiles.counts import co_activation_EE, profile_traces
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.progress import Progress
+from semmoe.profiles.sample import sample_requests
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.evaluate.metrics import TrafficSums, score, traffic_sums

@@ -90,7 +90,7 @@ def test_random_homes_are_the_mean_over_all_homes(batch, replicated):
 
 
 def test_sums_do_not_depend_on_how_requests_are_batched(batch, tmp_path):
-    from semmoe.profiles.counts import select_requests
+    from semmoe.profiles.sample import select_requests
 
     serving_LRE = serving_of(np.random.default_rng(3), False)
     parts = [select_requests(batch, np.arange(4) // 2 == i) for i in range(2)]

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from semmoe.commands.export import Kind, VllmFormat, export
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.make_plan import make_plan
 from semmoe.solvers.maps.eplb import eplb_tables
@@ -576,7 +576,7 @@ def test_the_documented_commands_run_and_the_flags_agree(saved, tmp_path, monkey
 
 
 def test_an_imported_map_is_scored_on_all_requests(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=40)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     trace = RoutingTrace.open(tmp_path / "t")
     plan = make_plan(
         [trace],
@@ -609,7 +609,7 @@ def test_an_imported_map_is_scored_on_all_requests(tmp_path):
 def test_place_imports_a_map(tmp_path):
     from semmoe.main import app as semmoe
 
-    write_synthetic(tmp_path / "t", num_requests=20)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=20))
     plan = plan_of(4, 4, 8, dense=0)
     path = write(plan, tmp_path / "map.json", "vllm-ascend")
     words = ["place", tmp_path / "t", "--ranks", 4, "--import", "vllm-ascend", path, "-o", tmp_path / "q", "--json"]
