@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from semmoe.profiles.counts import RoutingProfile, bounded_requests, profile_split
+from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages, unshown_stages
+from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands, Solved

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semmoe.profiles.counts import sample_requests
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.sample import sample_requests
 from semmoe.profiles.split import request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.place.baselines import place_load

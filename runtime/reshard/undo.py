@@ -11,10 +11,11 @@ import numpy as np
 
 from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import PER_EXPERT
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, check_offsets, make_header, read_shard
 from semmoe.runtime.reshard.copy import FilePlan, Part, Piece, merged, total_bytes, write_files
-from semmoe.runtime.reshard.keys import PER_EXPERT, split_key
+from semmoe.runtime.reshard.keys import split_key
 from semmoe.runtime.reshard.model import routed_model
 from semmoe.runtime.reshard.output_directory import check_space, output_directory
 from semmoe.runtime.reshard.permuted import Relabelling, fill_permuted

@@ -21,6 +21,7 @@ from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 from semmoe.profiles.capture.layers import MoeLayer, find_moe_layers
 from semmoe.profiles.capture.loading import ModelSource, model_class, refusals
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import IDENTITY_EXPERTS
 from semmoe.runtime.ranks.group import Group
 from semmoe.runtime.ranks.stopwatch import Stopwatch
 from semmoe.runtime.transformers.ep import (
@@ -142,7 +143,7 @@ def hold_slots(layer: MoeLayer, num_experts: int, slots: int, name: str) -> None
         # DBRX keeps all experts' rows in matrices one module further down.
         in_rows = owner is not module and getattr(owner, "moe_num_experts", None) == num_experts
         for key, parameter in list(owner.named_parameters(recurse=False)):
-            sizes = {num_experts: slots, num_experts + (getattr(module, "zero_expert_num", 0) or 0): slots}
+            sizes = {num_experts: slots, num_experts + (getattr(module, IDENTITY_EXPERTS, 0) or 0): slots}
             if in_rows:
                 sizes = {parameter.shape[0]: parameter.shape[0] // num_experts * slots}
             if (owner is module or in_rows) and parameter.shape[0] in sizes:

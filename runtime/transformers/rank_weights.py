@@ -20,8 +20,9 @@ from safetensors import safe_open
 
 from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import IDENTITY_EXPERTS, PER_EXPERT
 from semmoe.runtime.reshard.complete import classify_checkpoint
-from semmoe.runtime.reshard.keys import PER_EXPERT, Role, is_expert, split_key
+from semmoe.runtime.reshard.keys import Role, is_expert, split_key
 from semmoe.runtime.reshard.model import check_plan, routed_model
 from semmoe.runtime.reshard.ranks import SHARED, rank_directory
 from semmoe.runtime.reshard.sidecar import SIDECAR, read_sidecar
@@ -116,7 +117,7 @@ def _tensors_of_whole(checkpoint: Checkpoint, num_experts: int, slots: dict[int,
         key = keys[name]
         if not is_expert(key):
             # LongCat's identity experts have weights that nothing reads.
-            if not (config.get("zero_expert_num") and PER_EXPERT.match(split_key(name)[2])):
+            if not (config.get(IDENTITY_EXPERTS) and PER_EXPERT.match(split_key(name)[2])):
                 tensors[name] = lazy
         elif key.role is Role.ROWS:
             per_expert = key.rows // num_experts  # 1, or the rows of an expert where all are rows of one matrix (DBRX)

@@ -10,7 +10,7 @@ from semmoe.options import Json, command_line
 
 
 class Kind(enum.StrEnum):
-    """Choices of --to and --import; a test keeps them equal to semmoe.solvers.maps.write.KINDS."""
+    """Choices of --to and --import; a test keeps them equal to semmoe.solvers.maps.kinds.KINDS."""
 
     sglang = "sglang"
     trtllm = "trtllm"
@@ -20,7 +20,7 @@ class Kind(enum.StrEnum):
 
 
 class VllmFormat(enum.StrEnum):
-    """Choices of --format; a test keeps them equal to semmoe.solvers.maps.write.VLLM_FORMATS."""
+    """Choices of --format; a test keeps them equal to semmoe.solvers.maps.vllm.FORMATS."""
 
     pr41141 = "pr41141"
     pr49572 = "pr49572"
@@ -67,14 +67,8 @@ def export(
     """
     from semmoe.profiles.config import read_config
     from semmoe.profiles.errors import InputError
-    from semmoe.solvers.maps.write import (
-        check_config,
-        check_export_target,
-        export_map,
-        launch_lines,
-        render,
-        write_export,
-    )
+    from semmoe.solvers.maps.launch import launch_lines
+    from semmoe.solvers.maps.write import check_config, check_export_target, export_map, render, write_export
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.tables import note, print_json
 

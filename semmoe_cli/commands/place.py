@@ -119,7 +119,7 @@ def place(
     opened = [RoutingTrace.open(path) for path in traces]
     links = read_topology(topology, num_ranks=ranks, num_nodes=nodes) if topology else Topology(ranks, nodes)
     if import_ is not None:
-        from semmoe.solvers.maps.read import import_plan
+        from semmoe.solvers.maps.import_plan import import_plan
 
         kind, file = import_
         made_by = command_line(output, file, *traces)

@@ -297,20 +297,12 @@ def _import(
     max_tokens: int | None,
     resume: bool,
 ) -> dict[str, Any]:
-    from semmoe.profiles.engines.imports import import_trace
+    from semmoe.profiles.engines.imports import ImportOptions, import_trace
 
-    summary = import_trace(
-        kind.value,
-        [Path(file) for file in files],
-        output,
-        model_config=model,
-        dense_layers=dense_layers,
-        repetition=repetition.value,
-        domain=domain,
-        max_tokens=max_tokens,
-        resume=resume,
-        made_by=command_line(output, *files),
+    options = ImportOptions(
+        model, dense_layers, repetition.value, domain, max_tokens, resume, command_line(output, *files)
     )
+    summary = import_trace(kind.value, [Path(file) for file in files], output, options)
     for line in summary.notes:
         note(line)
     for reason, count in summary.dropped.items():

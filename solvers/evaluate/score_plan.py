@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from semmoe.profiles.counts import sample_requests
-from semmoe.profiles.domains import domain_groups
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
+from semmoe.profiles.sample import sample_requests
+from semmoe.profiles.split import domain_groups
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import Scores, score, uniform_scores

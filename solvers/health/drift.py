@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.counts import load_E, request_expert_BE
-from semmoe.profiles.domains import domain_groups
+from semmoe.profiles.split import domain_groups
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.health.record import DomainDrift, TimeDrift, WindowDrift
 from semmoe.solvers.place.quick import fit_ranks_LE, random_share_B, rem_T

@@ -22,7 +22,7 @@ from semmoe.commands.report import report
 from semmoe.main import app, main
 from semmoe.options import Dispatch, Effort, Method, Objective, command_line
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.reference import render_reference
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS, METRICS
 from semmoe.solvers.place.joint import OBJECTIVES
@@ -44,7 +44,7 @@ def semmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "t"
-    write_synthetic(path, num_requests=60)
+    write_synthetic(path, SyntheticWorld(num_requests=60))
     return path
 
 
@@ -320,7 +320,7 @@ def test_place_computes_on_one_thread_whatever_the_machine(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_standard_output_is_one_line(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=2)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=2))
     for words in (["--version"], ["show", str(tmp_path / "t")], ["show", str(tmp_path / "t"), "--json"]):
         with open("/dev/full", "w") as full:
             done = subprocess.run(

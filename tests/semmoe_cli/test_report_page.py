@@ -26,7 +26,7 @@ from semmoe.pages.page import Grid, Page, Picture, Section, Text, check_page_tar
 from semmoe.pages.plan import FITTED
 from semmoe.pages.plan_report import PlanReportOptions, make_plan_report
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.evaluate.pictures import scored_requests
 from semmoe.solvers.evaluate.predictable import token_predictability
@@ -46,7 +46,7 @@ def made(tmp_path_factory) -> Path:
     """A trace t, a plan p that kept its held-out requests unseen, and a plan q that was fitted
     on all of t after scoring."""
     root = tmp_path_factory.mktemp("pages")
-    write_synthetic(root / "t", num_requests=60, tokens_per_request=40, num_layers=3)
+    write_synthetic(root / "t", SyntheticWorld(num_requests=60, tokens_per_request=40, num_layers=3))
     run("place", root / "t", "--ranks", 4, "--method", "metis", "--no-refit", "-o", root / "p")
     run("place", root / "t", "--ranks", 4, "--method", "metis", "-o", root / "q")
     return root

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from semmoe.main import app
 from semmoe.pages.compare import size_text
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.solvers.evaluate.report import Report, RowTime, Times
 from semmoe.terminal.tables import print_report, times_cells
 
@@ -21,7 +21,7 @@ def made(tmp_path_factory) -> Path:
     """A trace t, plans p and n that kept their held-out requests unseen, and a plan q that was
     fitted on all of t after scoring."""
     root = tmp_path_factory.mktemp("terminal")
-    write_synthetic(root / "t", num_requests=60, tokens_per_request=40, num_layers=3)
+    write_synthetic(root / "t", SyntheticWorld(num_requests=60, tokens_per_request=40, num_layers=3))
     for name, words in (("p", ["metis", "--no-refit"]), ("n", ["spectral", "--no-refit"]), ("q", ["metis"])):
         run("place", root / "t", "--ranks", 4, "--method", *words, "-o", root / name)
     return root

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from semmoe.profiles.counts import RoutingProfile, co_activation_EE, count_batches, profile_traces
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.evaluate.score_plan import baselines
@@ -75,7 +75,7 @@ def solve(profile: RoutingProfile, ranks: int, *, method: str, load_cap: float, 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     path = tmp_path_factory.mktemp("planted") / "t"
-    group_of_LE = write_synthetic(path, num_requests=120, noise=0.05)
+    group_of_LE = write_synthetic(path, SyntheticWorld(num_requests=120, noise=0.05))
     return group_of_LE, profile_traces([RoutingTrace.open(path)])
 
 

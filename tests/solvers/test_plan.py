@@ -9,7 +9,7 @@ import pytest
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.evaluate.sums import MAX_GROUPS, resampling_groups
@@ -25,7 +25,7 @@ SETTING = Setting(batch_tokens=128, window=8)
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     path = tmp_path_factory.mktemp("traces") / "t"
-    write_synthetic(path, num_requests=60)
+    write_synthetic(path, SyntheticWorld(num_requests=60))
     return RoutingTrace.open(path)
 
 
@@ -57,10 +57,10 @@ def test_scores_are_held_out_and_refitting_changes_only_the_placement(trace, tmp
 
 
 def test_a_trace_that_was_learned_from_is_never_scored(trace, tmp_path):
-    write_synthetic(tmp_path / "more", num_requests=90)  # its first 60 requests are those of the trace
+    write_synthetic(tmp_path / "more", SyntheticWorld(num_requests=90))  # its first 60 requests are those of the trace
     report, notes = score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "more"), setting=SETTING)
     assert report.requests == 30 and "60 requests" in notes[0]
-    write_synthetic(tmp_path / "fewer", num_requests=20)
+    write_synthetic(tmp_path / "fewer", SyntheticWorld(num_requests=20))
     with pytest.raises(InputError, match="fitted on every request"):
         score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "fewer"), setting=SETTING)
 
@@ -87,7 +87,7 @@ def test_domains_can_be_held_out(trace):
 
 def test_a_plan_for_another_model_or_a_damaged_one_is_one_line(trace, tmp_path):
     plan = plan_of(trace)
-    write_synthetic(tmp_path / "other", num_requests=5, num_experts=16)
+    write_synthetic(tmp_path / "other", SyntheticWorld(num_requests=5, num_experts=16))
     with pytest.raises(InputError, match="num_experts 16, the plan is for num_experts 32"):
         score_plan(plan, RoutingTrace.open(tmp_path / "other"), setting=SETTING)
     plan.save(tmp_path / "p")

@@ -21,7 +21,7 @@ import semmoe.solvers.schedule.schedule as schedule_module
 from semmoe.profiles.counts import profile_split, profile_traces
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.mapped import mapped_empty, open_view, view_of
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.profiles.trace_writer import TraceWriter
 from semmoe.solvers.demands import Demands
@@ -93,7 +93,7 @@ def test_no_room_for_a_mapped_array_is_told(everything_mapped):
 
 
 def test_a_mapped_sample_gives_the_same_plan_in_any_number_of_processes(tmp_path, monkeypatch):
-    write_synthetic(tmp_path / "t", num_requests=40)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     trace = RoutingTrace.open(tmp_path / "t")
     plain = profile_traces([trace], sample_ids=30 * 64 * 16)
     monkeypatch.setattr(mapped_module, "SMALL_BYTES", 0)
@@ -111,7 +111,7 @@ def test_a_mapped_sample_gives_the_same_plan_in_any_number_of_processes(tmp_path
 
 
 def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, everything_mapped, monkeypatch):
-    write_synthetic(tmp_path / "t", num_requests=40)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     traces = [RoutingTrace.open(tmp_path / "t")]
     held_out_B = np.arange(40) % 3 == 0
     fitted, rest, _ = profile_split(traces, [held_out_B])
@@ -129,7 +129,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, everything_ma
 
 
 def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, everything_mapped):
-    write_synthetic(tmp_path / "t", num_requests=40)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     trace = RoutingTrace.open(tmp_path / "t")
     held_out_B = np.arange(40) % 3 == 0
     seen: list[tuple[int, int]] = []
@@ -156,7 +156,7 @@ def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, ever
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="the file of steps is named in /proc")
 def test_workers_tell_their_steps(tmp_path, everything_mapped, monkeypatch):
     monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
-    write_synthetic(tmp_path / "t", num_requests=20)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=20))
     profile = profile_traces([RoutingTrace.open(tmp_path / "t")])
     placement = Placement.from_ranks(place_contiguous(4, 32, 4), 4)
     seen: list[tuple[int, int]] = []
@@ -165,7 +165,7 @@ def test_workers_tell_their_steps(tmp_path, everything_mapped, monkeypatch):
 
 
 def test_several_traces_are_counted_as_one(tmp_path):
-    write_synthetic(tmp_path / "both", num_requests=40)
+    write_synthetic(tmp_path / "both", SyntheticWorld(num_requests=40))
     both = RoutingTrace.open(tmp_path / "both")
     batch = both.load()
     for name, requests in (("a", range(20)), ("b", range(20, 40))):
@@ -211,7 +211,7 @@ def _children(parent: int) -> list[int]:
 
 
 def test_request_homes_and_clusters_look_at_a_bounded_choice_of_requests(tmp_path, monkeypatch):
-    write_synthetic(tmp_path / "t", num_requests=60)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=60))
     profile = profile_traces([RoutingTrace.open(tmp_path / "t")])
     counts = profile.info.num_layers * profile.info.num_experts
     chosen_B = chosen_requests(profile, 0, 20 * counts)
@@ -291,5 +291,5 @@ def test_ctrl_c_in_any_stage_is_one_line_and_leaves_nothing(large_trace, tmp_pat
 def large_trace(tmp_path_factory) -> Path:
     """A trace on which every stage lasts for a while."""
     path = tmp_path_factory.mktemp("traces") / "t"
-    write_synthetic(path, num_layers=8, num_experts=64, num_requests=1000)
+    write_synthetic(path, SyntheticWorld(num_layers=8, num_experts=64, num_requests=1000))
     return path

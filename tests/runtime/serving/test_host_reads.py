@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from semmoe.profiles.capture.loading import find_model
 from semmoe.profiles.counts import profile_traces
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.runtime.ranks.group import Group
 from semmoe.runtime.serving import weight_learner
@@ -47,7 +47,7 @@ def group() -> Iterator[Group]:
 
 def traced(folder: Path, num_layers: int, num_experts: int, top_k: int) -> TraceBatch:
     sizes = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k}
-    write_synthetic(folder, **sizes, num_requests=12, tokens_per_request=10)  # pyright: ignore
+    write_synthetic(folder, SyntheticWorld(**sizes, num_requests=12, tokens_per_request=10))  # pyright: ignore
     return profile_traces([RoutingTrace.open(folder)], seed=0).sample
 
 

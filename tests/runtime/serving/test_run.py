@@ -24,7 +24,7 @@ from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.split import request_keys
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.ranks.launch import launch
 from semmoe.runtime.replay.cases import ReplayOptions, prepare
@@ -55,7 +55,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with trace `t`, plan `p` with replicas and a schedule, plan `bare` without a
     schedule, and prompts."""
     root = tmp_path_factory.mktemp("demo")
-    write_synthetic(root / "t", num_layers=4, num_experts=32, top_k=4, num_requests=40, vocab_size=4000)
+    write_synthetic(root / "t", SyntheticWorld(num_layers=4, num_experts=32, top_k=4, num_requests=40, vocab_size=4000))
     sample = profile_traces([RoutingTrace.open(root / "t")], seed=0).sample
     bare = rank_cases.with_replicas(random_plan(demo_model_path(), ranks=2), 2)
     bare.save(root / "bare")
@@ -349,7 +349,7 @@ def test_replay_refuses_experts_of_sizes_that_kernels_do_not_take(demo: Path) ->
 
 
 def test_replay_refuses_another_model(demo: Path, tmp_path: Path) -> None:
-    write_synthetic(tmp_path / "other", num_layers=2, num_experts=8, top_k=2, num_requests=4)
+    write_synthetic(tmp_path / "other", SyntheticWorld(num_layers=2, num_experts=8, top_k=2, num_requests=4))
     code, text = run("run", "--replay", str(tmp_path / "other"), "--plan", str(demo / "p"), "--hidden-size", "16")
     assert code == 1 and "num_layers 2" in text
     code, _ = run("run", "--replay", str(demo / "t"), "--plan", str(demo / "p"))

@@ -89,7 +89,7 @@ def test_random_homes_are_the_mean_over_all_homes(batch, replicated):
 
 
 def test_sums_of_groups_are_those_of_their_requests(batch):
-    from semmoe.profiles.counts import select_requests
+    from semmoe.profiles.sample import select_requests
 
     serving_LRE = serving_of(np.random.default_rng(3), False)
     whole = traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch="per-rank")

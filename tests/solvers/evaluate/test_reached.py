@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.evaluate.metrics import metrics_XL, score, uniform_scores
 from semmoe.solvers.evaluate.reached import rank_rows_LRR, reached_ranks, reached_T, reached_TR
@@ -98,7 +98,7 @@ def test_traffic_between_many_ranks_is_not_that_of_64(num_ranks, reached):
 
 
 def test_quick_rem_agrees_with_the_metrics(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=20)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=20))
     batch, topology = RoutingTrace.open(tmp_path / "t").load(), Topology(4)
     rank_of_LE = np.random.default_rng(0).permuted(np.tile(np.arange(32) % 4, (4, 1)), axis=1)
     serving_LRE = np.broadcast_to(rank_of_LE[:, None], (4, 4, 32))

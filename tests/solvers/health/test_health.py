@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from semmoe.profiles.domains import domain_groups
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.split import domain_groups
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter
 from semmoe.solvers.health.drift import load_distance
@@ -19,7 +19,7 @@ from semmoe.solvers.health.record import Health
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory) -> RoutingTrace:
     path = tmp_path_factory.mktemp("health") / "t"
-    write_synthetic(path, num_requests=80, tokens_per_request=40, num_layers=3)
+    write_synthetic(path, SyntheticWorld(num_requests=80, tokens_per_request=40, num_layers=3))
     return RoutingTrace.open(path)
 
 
@@ -68,7 +68,7 @@ def test_a_change_of_traffic_half_way_is_noticed(tmp_path):
 
 
 def test_few_requests_are_said_to_be_too_few(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=3, tokens_per_request=8, num_layers=2)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=3, tokens_per_request=8, num_layers=2))
     health = trace_health(RoutingTrace.open(tmp_path / "t"), seed=0)
     assert levels(health)["size"] == "bad" and health.learning is None and health.time is None
 

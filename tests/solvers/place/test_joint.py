@@ -1,6 +1,7 @@
 """The joint method: planted structure, exact constraints under every option, no dependence on the
 number of processes."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from semmoe.profiles.counts import RoutingProfile, count_batches
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import plant_structure, synthetic_requests
+from semmoe.profiles.synthetic import SyntheticWorld, plant_structure, synthetic_requests
 from semmoe.profiles.trace import TraceBatch, TraceInfo
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.place.align import align_labels, best_labels
@@ -35,11 +36,10 @@ def placed(profile: RoutingProfile, topology: Topology, objective: str = "tp", *
 def planted(noise: float = 0.05, n_group: int = 1, tokens: bool = True) -> tuple[RoutingProfile, np.ndarray]:
     """Profile of 24 requests of a planted model (3 layers, 16 experts, top-3), and its groups
     [L, E]."""
-    structure = plant_structure(
-        num_layers=3, num_experts=16, num_groups=GROUPS, vocab_size=300, num_domains=GROUPS, seed=1
-    )
-    options = {"top_k": 3, "num_requests": 24, "tokens_per_request": 80, "noise": noise, "seed": 2}
-    requests = list(synthetic_requests(structure, **options))
+    sizes = {"num_layers": 3, "num_experts": 16, "top_k": 3, "num_groups": GROUPS, "num_domains": GROUPS}
+    world = SyntheticWorld(**sizes, num_requests=24, tokens_per_request=80, vocab_size=300, noise=noise, seed=1)
+    structure = plant_structure(world)
+    requests = list(synthetic_requests(structure, replace(world, seed=2)))
     lengths = np.array([len(r.expert_ids_TLK) for r in requests])
     starts_B1 = np.concatenate([[0], np.cumsum(lengths)])
     token_ids_T = np.concatenate([r.token_ids[: len(r.expert_ids_TLK)] for r in requests])

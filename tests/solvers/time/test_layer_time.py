@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from semmoe.main import app
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.time.layer_time import LayerWork, Network, exchange_seconds, fit_network, layer_seconds
 from semmoe.solvers.time.links import communication_seconds_L, exchange_seconds_L, parse_links, through_nodes
@@ -120,7 +120,7 @@ def report(*words: object) -> dict:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cost")
-    write_synthetic(root / "t", num_layers=3, num_requests=60, tokens_per_request=30)
+    write_synthetic(root / "t", SyntheticWorld(num_layers=3, num_requests=60, tokens_per_request=30))
     for dispatch in ("per-rank", "per-node"):
         words = ["place", root / "t", "--ranks", 4, "--nodes", 2, "--no-refit", "--dispatch", dispatch]
         assert CliRunner().invoke(app, [*map(str, words), "-o", str(root / dispatch)]).exit_code == 0
