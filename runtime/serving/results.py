@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from semmoe.profiles.errors import InputError
 
 if TYPE_CHECKING:
-    from semmoe.runtime.serving.engine import Completion
+    from semmoe.runtime.serving.batch import Completion
 
 
 class ResultKeeper:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from semmoe.runtime.transformers.ep import RunExperts
+from semmoe.runtime.layer.tables import RunExperts
 
 
 def choose_explicitly(model: nn.Module) -> None:
