@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from semmoe.commands.trace import Dtype
-from semmoe.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField, given, refuse_mixed
+from semmoe.options import Dataset, Dtype, Json, MessagesField, Seed, Split, Subset, TextField, given, refuse_mixed
 from semmoe.profiles.errors import InputError
 from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_facts, print_json
