@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from semmoe.commands.replay import replay as replay_trace
-from semmoe.commands.trace import Dtype
-from semmoe.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField, given, refuse_mixed
+from semmoe.options import Dataset, Dtype, Json, MessagesField, Seed, Split, Subset, TextField, given, refuse_mixed
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.serving.results import kept_results, partial_path, partial_state
 from semmoe.terminal.progress import steps

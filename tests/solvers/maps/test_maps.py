@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from semmoe.commands.export import Kind, VllmFormat, export
+from semmoe.commands.export import export
+from semmoe.options import MapKind, VllmFormat
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
@@ -472,7 +473,7 @@ def saved(tmp_path) -> Path:
 
 
 def test_choices_equal_the_kinds():
-    assert [kind.value for kind in Kind] == list(KINDS) and [f.value for f in VllmFormat] == list(VLLM_FORMATS)
+    assert [kind.value for kind in MapKind] == list(KINDS) and [f.value for f in VllmFormat] == list(VLLM_FORMATS)
 
 
 def test_the_command_writes_the_map_its_origin_and_the_flags(saved, tmp_path):
