@@ -77,6 +77,15 @@ def request_expert_BE(
     ]
 
 
+def request_rows(sample: TraceBatch, requests_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the requests, int64 [T] in order, and which of the requests each belongs to, int64
+    [T]."""
+    lengths_B = np.diff(sample.starts_B1)[requests_B]
+    index_T = np.repeat(np.arange(len(requests_B)), lengths_B)
+    first_B = sample.starts_B1[requests_B] - (np.cumsum(lengths_B) - lengths_B)
+    return np.arange(len(index_T)) + first_B[index_T], index_T
+
+
 @dataclass(frozen=True, eq=False)
 class RoutingProfile:
     """Counts over all tokens, and a bounded sample of the requests for what needs single tokens."""

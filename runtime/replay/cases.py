@@ -14,8 +14,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.sample import sample_requests
 from semmoe.profiles.split import request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
-from semmoe.solvers.place.baselines import place_load
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous, place_load
 from semmoe.solvers.place.replicas import serving_LRE
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import Plan

@@ -24,7 +24,7 @@ from semmoe.runtime.reshard.ranks import SHARED, rank_directory
 from semmoe.runtime.reshard.relabel import block_bytes
 from semmoe.runtime.reshard.sidecar import SIDECAR, read_sidecar
 from semmoe.runtime.reshard.source import Checkpoint, open_checkpoint
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import Plan
 

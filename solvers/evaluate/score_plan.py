@@ -19,8 +19,7 @@ from semmoe.solvers.evaluate.report import DomainScores, Judgement, Key, LayerSc
 from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.sums import TrafficSums, resampling_groups
 from semmoe.solvers.evaluate.verdict import best_row, judge, saving, traffic_cost
-from semmoe.solvers.place.baselines import place_load_on_nodes
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous, place_load_on_nodes
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.schedule.simulate import Setting, available_schedules
 

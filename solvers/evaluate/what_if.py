@@ -14,8 +14,7 @@ from semmoe.solvers.evaluate.metrics import score
 from semmoe.solvers.evaluate.report import Skipped, WhatIf, WhatIfRow
 from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
 from semmoe.solvers.evaluate.sums import deployment_sums
-from semmoe.solvers.place.metis import place_metis
-from semmoe.solvers.place.quick import LOAD_CAP, NUM_SEEDS
+from semmoe.solvers.place.graph import place_quickly
 from semmoe.solvers.placement import Placement, Topology
 
 SHOWN = ("lar", "rem", "node", "link", "load_imbalance")
@@ -53,9 +52,7 @@ def what_if(
         # With one expert on a rank every placement is the same.
         rank_of_LE = np.broadcast_to(np.arange(num_ranks), (trace.info.num_layers, num_ranks))
         if num_ranks < trace.info.num_experts:
-            rank_of_LE = place_metis(
-                profile.co_activation_LEE, profile.load_LE, num_ranks, load_cap=LOAD_CAP, seed=seed, num_seeds=NUM_SEEDS
-            )
+            rank_of_LE = place_quickly(profile.co_activation_LEE, num_ranks, seed)
         placements = {
             "metis": Placement.from_ranks(rank_of_LE, num_ranks),
             **baselines(profile.load_LE, topology, profile.info.n_group),

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semmoe.profiles.counts import load_E, request_expert_BE
+from semmoe.profiles.counts import co_activation_EE, load_E, request_expert_BE
 from semmoe.profiles.split import domain_groups
 from semmoe.profiles.trace import TraceBatch
+from semmoe.solvers.evaluate.reached import reached_T
 from semmoe.solvers.health.record import DomainDrift, TimeDrift, WindowDrift
-from semmoe.solvers.place.quick import fit_ranks_LE, random_share_B, rem_T
+from semmoe.solvers.place.graph import place_quickly
 
 MAX_DRIFT_REQUESTS = 2000
 NUM_WAYS = 3  # ways to halve the requests that are averaged
@@ -166,3 +167,26 @@ def time_drift(
     rem_later, imbalance_later = _scored(ids_LTK, ~early_T, [earlier], num_ranks)
     rem_mixed, imbalance_mixed = _scored(ids_LTK, ~early_T, fits, num_ranks)
     return TimeDrift(windows, rem_later, rem_mixed, imbalance_later, imbalance_mixed)
+
+
+def fit_ranks_LE(ids_LTK: np.ndarray, num_experts: int, num_ranks: int, seed: int) -> np.ndarray:
+    """A quick placement by co-activation, int64 [L, E]."""
+    pairs_LEE = np.stack([co_activation_EE(ids_TK, num_experts) for ids_TK in ids_LTK])
+    return place_quickly(pairs_LEE, num_ranks, seed)
+
+
+def rem_T(ids_LTK: np.ndarray, rank_of_LE: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Remote ranks of each token at a random home, mean over layers, float64 [T]."""
+    reached = sum(
+        reached_T(ids_TK, ranks_E, num_ranks).astype(np.float64)
+        for ids_TK, ranks_E in zip(ids_LTK, rank_of_LE, strict=True)
+    )
+    return np.asarray(reached) / len(ids_LTK) * (1 - 1 / num_ranks)
+
+
+def random_share_B(batch: TraceBatch, share: float, seed: int) -> np.ndarray:
+    """A random share of the requests, at least one and not all, bool [B]."""
+    chosen_B = np.zeros(batch.num_requests, bool)
+    count = min(max(1, round(share * batch.num_requests)), batch.num_requests - 1)
+    chosen_B[np.random.default_rng(seed).permutation(batch.num_requests)[:count]] = True
+    return chosen_B

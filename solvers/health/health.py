@@ -17,7 +17,7 @@ import numpy as np
 from semmoe.profiles.counts import co_activation_EE, profile_traces
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
-from semmoe.solvers.health.drift import cross_fits, domain_drift, time_drift
+from semmoe.solvers.health.drift import cross_fits, domain_drift, random_share_B, rem_T, time_drift
 from semmoe.solvers.health.findings import health_findings
 from semmoe.solvers.health.record import (
     CurvePoint,
@@ -30,7 +30,7 @@ from semmoe.solvers.health.record import (
     UnseenPoint,
 )
 from semmoe.solvers.health.structure import measure_structure
-from semmoe.solvers.place.quick import fit_counts_LE, random_share_B, rem_T
+from semmoe.solvers.place.graph import place_quickly
 
 SAMPLE_IDS = 100_000_000  # expert ids that the check looks at
 MAX_LAYERS = 8  # layers of the curves, evenly spaced
@@ -147,7 +147,7 @@ def _learning_curve(
             added_T = added_B[request_T]
             pairs_LEE += np.stack([co_activation_EE(ids_TK[added_T], num_experts) for ids_TK in ids_LTK])
             tokens_N[i] += np.diagonal(pairs_LEE[0]).sum() / ids_LTK.shape[2] / NUM_ORDERS
-            rem_N[i, order_seed] = rem_T(held_LTK, fit_counts_LE(pairs_LEE, num_ranks, seed), num_ranks).mean()
+            rem_N[i, order_seed] = rem_T(held_LTK, place_quickly(pairs_LEE, num_ranks, seed), num_ranks).mean()
     contiguous_LE = np.broadcast_to(np.arange(num_experts) * num_ranks // num_experts, (len(ids_LTK), num_experts))
     baseline = float(rem_T(held_LTK, contiguous_LE, num_ranks).mean())
     mean_N = rem_N.mean(1)

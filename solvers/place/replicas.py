@@ -73,13 +73,21 @@ def add_replicas(
     load_slots: int = 0,
     load_cap: float = np.inf,
 ) -> np.ndarray:
-    """Experts of every rank in slot order, int32 [L, R, S]: its own in ascending order, then
-    `replicas` copies.
+    """Experts of every rank in slot order: its own in ascending order, then copies.
 
-    `expert_ids_TLK`: a sample of tokens, each taken to live on the rank where it has most experts,
-    in equal numbers per rank. The last `load_slots` copies of each rank go by load instead of
-    affinity. Copies are exchanged while a rank then serves more than `load_cap` times the mean,
-    where that helps. No expert is twice on one rank.
+    Parameters:
+        rank_of_LE: the placement of every expert once, int [L, E].
+        expert_ids_TLK: a sample of tokens, each taken to live on the rank where it has most
+            experts, in equal numbers per rank; E stands for an empty slot.
+        load_LE: activations, [L, E].
+        topology: ranks and nodes.
+        replicas: copies on each rank.
+        load_slots: the last of them, which go by load instead of affinity.
+        load_cap: copies are exchanged while a rank serves more than this times the mean, where that
+            helps.
+
+    Returns:
+        int32 [L, R, S], no expert twice on one rank.
     """
     num_ranks = topology.num_ranks
     num_experts = rank_of_LE.shape[1]

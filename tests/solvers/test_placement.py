@@ -26,9 +26,9 @@ from semmoe.solvers.place.exact_counts import (
     repair_load,
     swap_gain_EE,
 )
+from semmoe.solvers.place.graph import balanced_k_means
 from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.solve import METHODS, load_notes, solve_placement
-from semmoe.solvers.place.spectral import balanced_k_means
 from semmoe.solvers.placement import Placement, Topology
 
 
@@ -191,6 +191,18 @@ def test_replica_slots_hold_other_experts_of_every_method(method):
     assert placement.experts_LRS.shape == (2, 4, 3) and placement.num_replicas == 1
     with pytest.raises(InputError, match="a rank can host 6 more experts at most"):
         solve(profile, 4, method=method, load_cap=1.5, replicas=7)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("replicas", [0, 2])
+def test_what_a_method_returns_holds_the_loads_of_its_ranks(method, replicas):
+    profile = profile_of(random_rows(np.random.default_rng(1), 8, 80, skew=2), 8, layers=2)
+    solved = solve_placement(profile, Topology(4, 2), Demands(load_cap=1.5, replicas=replicas), method=method)
+    assert solved.loads_LR.shape == (2, 4) and np.allclose(solved.loads_LR.sum(1), profile.load_LE.sum(1))
+    hosts_LER = solved.placement.hosts_LER
+    assert (solved.loads_LR <= np.einsum("le,ler->lr", profile.load_LE, hosts_LER) + 1e-9).all()
+    assert bool(solved.notes) == bool((solved.loads_LR.max(1) > 1.5 * solved.loads_LR.mean(1) * (1 + 1e-9)).any())
+    assert solved.rounds == (3 if method == "semmoe" else 1)  # a first placement, and two turns
 
 
 def test_clusters_over_the_cap_are_said_with_replicas_too():

@@ -16,7 +16,7 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.serving.equal_slices import contiguous_slices, equal_slices, slices_by_home
 from semmoe.runtime.serving.token_homes import TokenHomes, make_homes
 from semmoe.runtime.transformers.attention_heads import heads_of_rank, keep_heads, key_heads
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS
 from semmoe.solvers.schedule.schedule import fit_schedule

@@ -9,7 +9,7 @@ import torch
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.serving.home_tables import Chosen, HomeTables
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.features import Seen
 from semmoe.solvers.schedule.schedule import fit_schedule

@@ -17,7 +17,7 @@ from semmoe.runtime.ranks.group import Group
 from semmoe.runtime.ranks.launch import launch
 from semmoe.runtime.serving import weight_learner
 from semmoe.runtime.serving.token_homes import TokenHomes
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule import simulate
 from semmoe.solvers.schedule.schedule import fit_schedule

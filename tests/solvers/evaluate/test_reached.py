@@ -10,7 +10,7 @@ from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.evaluate.metrics import metrics_XL, score, uniform_scores
 from semmoe.solvers.evaluate.reached import rank_rows_LRR, reached_ranks, reached_T, reached_TR
 from semmoe.solvers.evaluate.sums import traffic_sums
-from semmoe.solvers.place.quick import rem_T
+from semmoe.solvers.health.drift import rem_T
 from semmoe.solvers.place.remote_gains import remote_cost
 from semmoe.solvers.placement import Topology
 

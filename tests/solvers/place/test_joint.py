@@ -12,15 +12,14 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import SyntheticWorld, plant_structure, synthetic_requests
 from semmoe.profiles.trace import TraceBatch, TraceInfo
 from semmoe.solvers.demands import Demands
-from semmoe.solvers.place.align import align_labels, best_labels
-from semmoe.solvers.place.clusters import cluster_loads
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.joint import place_semmoe, sample_rows
-from semmoe.solvers.place.metis import place_metis
+from semmoe.solvers.place.exact_counts import cluster_loads
+from semmoe.solvers.place.graph import place_metis
+from semmoe.solvers.place.joint import chosen_stages, place_semmoe, sample_rows
 from semmoe.solvers.place.paper import place_paper
 from semmoe.solvers.place.partition import EFFORTS, Problem, load_limits, partition
 from semmoe.solvers.place.remote_gains import remote_cost
-from semmoe.solvers.place.request_homes import anneal_requests
+from semmoe.solvers.place.request_homes import align_labels, anneal_requests, best_labels
 from semmoe.solvers.place.swap import overload
 from semmoe.solvers.placement import Topology
 
@@ -63,6 +62,35 @@ def planted(noise: float = 0.05, n_group: int = 1, tokens: bool = True) -> tuple
 def is_exact(rank_of_LE: np.ndarray, num_ranks: int) -> bool:
     size = rank_of_LE.shape[1] // num_ranks
     return all((np.bincount(rank_of_E, minlength=num_ranks) == size).all() for rank_of_E in rank_of_LE)
+
+
+@pytest.mark.parametrize(
+    ("objective", "dispatch", "nodes", "stages"),
+    [
+        ("tp", "per-rank", 2, ["ranks"]),
+        ("tp", "per-node", 2, ["nodes"]),
+        ("tp", "per-node", 1, ["ranks"]),
+        ("dp", "per-expert", 1, ["anneal", "strong turn", "turn"]),
+        ("dp", "per-expert", 2, ["anneal", "near", "strong turn", "turn"]),
+        ("dp", "per-rank", 2, ["ranks", "labels", "near", "strong turn", "turn"]),
+        ("dp", "per-node", 2, ["nodes", "labels in nodes", "strong turn", "turn"]),
+        ("both", "per-rank", 1, ["ranks", "labels", "strong turn", "turn"]),
+        ("both", "per-rank", 2, ["ranks", "labels in nodes", "strong turn", "turn"]),
+    ],
+)
+def test_stages_follow_objective_dispatch_and_groups(
+    objective: str, dispatch: str, nodes: int, stages: list[str]
+) -> None:
+    demands = Demands(objective=objective, dispatch=dispatch)
+    assert chosen_stages(demands, Topology(4, nodes), 8) == stages
+    quick = [name for name in stages if name != "strong turn"]
+    assert chosen_stages(replace(demands, effort="fast"), Topology(4, nodes), 8) == quick
+    whole = replace(demands, expressible="permutation")
+    assert chosen_stages(whole, Topology(4, nodes), 8) == ["blocks"]
+    assert chosen_stages(whole, Topology(4, nodes), 1) == stages  # no groups to keep whole
+    costs = Topology(4, 1, np.ones((4, 4)) - np.eye(4))
+    if nodes == 1 and objective != "tp":
+        assert "near" in chosen_stages(demands, costs, 8)
 
 
 @pytest.mark.parametrize("effort", ["fast", "default"])

@@ -8,7 +8,7 @@ import pytest
 
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
 from semmoe.solvers.schedule.simulate import available_schedules, simulate
