@@ -181,7 +181,7 @@ def trace(
     refuse_mixed("--data", given(subset=subset, split=split) if data is not None else [])
 
     from semmoe.profiles.capture.requests import RequestSource, open_requests
-    from semmoe.profiles.capture.run import Generation, Limits, TraceProgress, trace_model
+    from semmoe.profiles.capture.run import Generation, Limits, TraceOptions, TraceProgress, trace_model
     from semmoe.terminal.trace_progress import shown
 
     ranks = _join_ranks()
@@ -194,11 +194,7 @@ def trace(
     )
     limits = Limits(max_requests, max_tokens, max_length)
     with shown(progress, limits, generate, ranks=ranks.size, silent=ranks.rank > 0):
-        info = trace_model(
-            sources[0],
-            requests,
-            output,
-            progress=progress,
+        options = TraceOptions(
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype.value,
@@ -211,8 +207,8 @@ def trace(
             resume=resume,
             ranks=ranks,
             made_by=command_line(output),
-            tell=tell,
         )
+        info = trace_model(sources[0], requests, output, options, progress=progress, tell=tell)
     if ranks.rank == 0:
         result = _tell_result(
             progress, output, f"{info.num_layers} layers x {info.num_experts} experts, top-{info.top_k}"

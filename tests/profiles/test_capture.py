@@ -21,14 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from semmoe.commands.trace import Dtype, Kind, Repetition
+from semmoe.profiles.capture.batches import TokenRequest, length_batches
 from semmoe.profiles.capture.hash_layers import HASH_FORMAT
-from semmoe.profiles.capture.hooks import (
-    TokenRequest,
-    length_batches,
-    record_generation,
-    record_prefill,
-    start_recording,
-)
+from semmoe.profiles.capture.hooks import record_generation, record_prefill, start_recording
 from semmoe.profiles.capture.requests import encode_requests, read_requests
 from semmoe.profiles.capture.sources import open_dataset, open_source
 from semmoe.profiles.errors import InputError
