@@ -7,7 +7,7 @@ narrowed to 8 or 16 bits and copied to the host at once.
 Reading pads on the right. In a causal model (one that can generate) nothing before the padding sees
 it, so no attention mask is given, which leaves the attention kernels their causal fast path; other
 models get the mask. Generating pads on the left with the attention mask, as `generate` expects.
-tests/profiles/test_families.py holds both equal to one request at a time for every family.
+tests/profiles/capture/test_families.py holds both equal to one request at a time for every family.
 
 Shape letters: T tokens, L MoE layers, K top-k, B requests of a batch, E experts.
 """

@@ -30,7 +30,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WORDS = [f"w{i}" for i in range(VOCAB_SIZE - 3)]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
