@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from semmoe.profiles.families import FAMILIES, IDENTITY_EXPERTS
-from semmoe.runtime.transformers.ep import RunExperts
+from semmoe.runtime.layer.tables import RunExperts
 
 
 def choose_explicitly(model: nn.Module) -> None:

@@ -1,35 +1,16 @@
 """`semmoe export`: a plan as the file that a serving engine reads."""
 
-import enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from semmoe.options import Json, command_line
-
-
-class Kind(enum.StrEnum):
-    """Choices of --to and --import; a test keeps them equal to semmoe.solvers.maps.kinds.KINDS."""
-
-    sglang = "sglang"
-    trtllm = "trtllm"
-    vllm = "vllm"
-    vllm_ascend = "vllm-ascend"
-    eplb = "eplb"
-
-
-class VllmFormat(enum.StrEnum):
-    """Choices of --format; a test keeps them equal to semmoe.solvers.maps.vllm.FORMATS."""
-
-    pr41141 = "pr41141"
-    pr49572 = "pr49572"
-    pr34811 = "pr34811"
+from semmoe.options import Json, MapKind, VllmFormat, command_line
 
 
 def export(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan directory.")],
-    to: Annotated[Kind, typer.Option(help="Engine that will read the file.")],
+    to: Annotated[MapKind, typer.Option(help="Engine that will read the file.")],
     output: Annotated[
         Path,
         typer.Option(

@@ -9,6 +9,7 @@ import numpy as np
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace, hash_file
+from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.score_plan import baselines, score_placements
 from semmoe.solvers.maps.read import import_placement
@@ -55,13 +56,10 @@ def import_plan(
     profile = profile_traces(traces, seed=setting.seed)
     everything = [np.ones(trace.num_requests, bool) for trace in traces]
     scores = score_placements(
-        {"plan": placement, **baselines(profile.load_LE, topology, profile.info.n_group)},
+        Deployment(placement, profile.load_LE, topology, dispatch),
         traces,
         everything,
-        topology,
-        load_LE=profile.load_LE,
-        dispatch=dispatch,
-        schedule=None,
+        beside=baselines(profile.load_LE, topology, profile.info.n_group),
         setting=setting,
     )
     num_requests = sum(trace.num_requests for trace in traces)

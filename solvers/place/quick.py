@@ -29,7 +29,8 @@ def fit_counts_LE(pairs_LEE: np.ndarray, num_ranks: int, seed: int) -> np.ndarra
 def rem_T(ids_LTK: np.ndarray, rank_of_LE: np.ndarray, num_ranks: int) -> np.ndarray:
     """Remote ranks of each token at a random home, mean over layers, float64 [T]."""
     reached = sum(
-        reached_T(ids_TK, ranks_E).astype(np.float64) for ids_TK, ranks_E in zip(ids_LTK, rank_of_LE, strict=True)
+        reached_T(ids_TK, ranks_E, num_ranks).astype(np.float64)
+        for ids_TK, ranks_E in zip(ids_LTK, rank_of_LE, strict=True)
     )
     return np.asarray(reached) / len(ids_LTK) * (1 - 1 / num_ranks)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from semmoe.solvers.evaluate.reached import reached_ranks
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.schedule.transport import balanced_homes
 
@@ -128,12 +129,9 @@ def serve(expert_ids_TK: np.ndarray, hosts_ER: np.ndarray, load_E: np.ndarray, t
     use_ER = np.bincount(flat, minlength=(num_experts + 1) * num_ranks).reshape(-1, num_ranks)[:num_experts]
     serving_RE = _serving_RE(hosts_ER, load_E, topology)
     load_R = served_load_R(serving_RE, load_E)
-    touched_TR = np.zeros((len(home_T), num_ranks + 1), bool)
-    rows_T = np.arange(len(home_T))
-    touched_TR[rows_T, home_T] = True
-    padded_RE = np.pad(serving_RE, ((0, 0), (0, 1)), constant_values=num_ranks)
-    touched_TR[rows_T[:, None], padded_RE[home_T[:, None], expert_ids_TK.astype(np.int64)]] = True
-    return Served(use_ER, serving_RE, load_R, float(touched_TR[:, :num_ranks].sum() - len(home_T)))
+    reached = reached_ranks(expert_ids_TK, serving_RE, home_T)
+    remote = int((reached.first_KT & (reached.ranks_KT != home_T)).sum())
+    return Served(use_ER, serving_RE, load_R, float(remote))
 
 
 def served_load_R(serving_RE: np.ndarray, load_E: np.ndarray) -> np.ndarray:

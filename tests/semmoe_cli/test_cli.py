@@ -28,8 +28,7 @@ from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS, METRICS
 from semmoe.solvers.place.joint import OBJECTIVES
 from semmoe.solvers.place.partition import EFFORTS
 from semmoe.solvers.place.solve import METHODS
-from semmoe.solvers.schedule.slices import WINDOW
-from semmoe.terminal.progress import stages
+from semmoe.solvers.schedule.windows import WINDOW
 from semmoe.terminal.tables import print_json
 
 COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands]
@@ -340,16 +339,3 @@ def test_a_full_standard_output_is_one_line(tmp_path):
 def test_the_recorded_command_line_names_no_file(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["semmoe", *words])
     assert command_line(Path("p"), Path("f.json"), "t") == "semmoe place --ranks 4 --topology"
-
-
-def test_steps_off_a_terminal_are_a_line_now_and_then(capsys, monkeypatch):
-    now = iter([0.0, 3.0, 12.0, 12.0, 15.0, 25.0, 25.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(now))
-    with stages() as show:
-        for done in (1, 2, 3):
-            show("placing layers", done, 4)
-        show("fitting schedules: layers", 1, 4)
-    printed = capsys.readouterr()
-    assert (
-        printed.err == "semmoe: placing layers 2 of 4\nsemmoe: fitting schedules: layers 1 of 4\n" and not printed.out
-    )

@@ -51,6 +51,4 @@ def learn(trace: str, num_ranks: int) -> dict[str, Any]:
 
 def plan_weights(trace: str) -> np.ndarray:
     """The weights to start from, [L, F, R]."""
-    from semmoe.runtime.serving.home_tables import feature_weights
-
-    return feature_weights(prepared(trace)[2].context)
+    return prepared(trace)[2].context.weight_LFR

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from semmoe.commands.trace import Dtype, Kind, Repetition
+from semmoe.options import Dtype, Repetition, TraceKind
 from semmoe.profiles.capture.batches import TokenRequest, length_batches
 from semmoe.profiles.capture.hash_layers import HASH_FORMAT
 from semmoe.profiles.capture.hooks import record_generation, record_prefill, start_recording
@@ -559,6 +559,6 @@ def test_choices_of_the_command_are_those_of_the_modules():
     from semmoe.profiles.capture.loading import DTYPES
     from semmoe.profiles.engines.imports import KINDS, REPETITION
 
-    assert [k.value for k in Kind] == list(KINDS)
+    assert [k.value for k in TraceKind] == list(KINDS)
     assert {r.value for r in Repetition} == set(REPETITION)
     assert tuple(d.value for d in Dtype) == DTYPES

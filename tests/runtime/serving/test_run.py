@@ -31,7 +31,8 @@ from semmoe.runtime.replay.cases import ReplayOptions, prepare
 from semmoe.runtime.reshard.records import ReshardOptions
 from semmoe.runtime.reshard.reshard import reshard_checkpoint
 from semmoe.runtime.serving.results import kept_results, partial_state
-from semmoe.solvers.evaluate.metrics import metrics_XL, traffic_sums
+from semmoe.solvers.evaluate.metrics import metrics_XL
+from semmoe.solvers.evaluate.sums import traffic_sums
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.schedule import fit_schedule
@@ -130,20 +131,11 @@ def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
             ("plan", "tp-context"),
         )
     ]
-    options = ReplayOptions(
-        str(demo / "t"), str(demo / "p"), 16, 8, 500, 65536, None, "auto", "auto", "float32", 60.0, 0
-    )
+    sizes = {"hidden_size": 16, "expert_size": 8, "batch_tokens": 500}
+    options = ReplayOptions(trace=str(demo / "t"), plan=str(demo / "p"), **sizes)
     batch, topology = RoutingTrace.open(demo / "t").load(), Topology(2)
     for row, case in zip(result["rows"], prepare(options, 2, print).cases, strict=True):
-        sums = traffic_sums(
-            [batch],
-            RoutingTrace.open(demo / "t").info,
-            case.serving_LRE,
-            topology,
-            dispatch="per-rank",
-            num_requests=batch.num_requests,
-            homes=lambda _, case=case: case.homes_TL,
-        )
+        sums = traffic_sums(batch, case.serving_LRE, topology, dispatch="per-rank", homes_TL=case.homes_TL)
         expected = metrics_XL(sums.resampled(np.ones((1, len(sums.tokens_G)))), topology, "per-rank")
         assert row["rows_per_token"] == pytest.approx(expected["rem"].mean(), abs=1e-9)
         assert row["load_imbalance"] == pytest.approx(expected["load_imbalance"].mean(), abs=1e-9)
@@ -336,9 +328,7 @@ def test_replay_leaves_out_requests_that_the_plan_was_fitted_on(demo: Path, tmp_
     told: list[str] = []
     for name, seen in (("half", slice(0, 25)), ("all", slice(None))):
         replace(Plan.load(demo / "bare"), fitted_keys=keys_B[seen]).save(tmp_path / name)
-    options = ReplayOptions(
-        str(demo / "t"), str(tmp_path / "half"), 16, 8, 500, 65536, None, "auto", "auto", "float32", 60.0, 0
-    )
+    options = ReplayOptions(trace=str(demo / "t"), plan=str(tmp_path / "half"), hidden_size=16, batch_tokens=500)
     assert len(prepare(options, 2, told.append).expert_ids_TLK) == tokens_B[25:].sum()
     assert "25 requests" in told[0] and "left out" in told[0]
     prepared = prepare(replace(options, plan=str(tmp_path / "all")), 2, told.append)

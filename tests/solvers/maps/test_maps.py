@@ -19,11 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from semmoe.commands.export import Kind, VllmFormat, export
+from semmoe.commands.export import export
+from semmoe.options import MapKind, VllmFormat
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.make_plan import make_plan
+from semmoe.solvers.demands import Demands
+from semmoe.solvers.make_plan import PlanOptions, make_plan
 from semmoe.solvers.maps.eplb import eplb_tables
 from semmoe.solvers.maps.import_plan import exported_from, import_plan
 from semmoe.solvers.maps.kinds import KINDS
@@ -31,7 +33,6 @@ from semmoe.solvers.maps.launch import launch_lines
 from semmoe.solvers.maps.read import import_placement
 from semmoe.solvers.maps.vllm import FORMATS as VLLM_FORMATS
 from semmoe.solvers.maps.write import check_config, export_map, render, sidecar_path, write_export
-from semmoe.solvers.place.solve import Demands
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
@@ -472,7 +473,7 @@ def saved(tmp_path) -> Path:
 
 
 def test_choices_equal_the_kinds():
-    assert [kind.value for kind in Kind] == list(KINDS) and [f.value for f in VllmFormat] == list(VLLM_FORMATS)
+    assert [kind.value for kind in MapKind] == list(KINDS) and [f.value for f in VllmFormat] == list(VLLM_FORMATS)
 
 
 def test_the_command_writes_the_map_its_origin_and_the_flags(saved, tmp_path):
@@ -578,29 +579,19 @@ def test_the_documented_commands_run_and_the_flags_agree(saved, tmp_path, monkey
 def test_an_imported_map_is_scored_on_all_requests(tmp_path):
     write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     trace = RoutingTrace.open(tmp_path / "t")
-    plan = make_plan(
-        [trace],
-        Topology(4),
-        Demands(load_cap=1.2),
-        method="spectral",
-        holdout=0.25,
-        holdout_domains=[],
-        refit=True,
-        certify=False,
-        setting=Setting(),
-        made_by="semmoe place",
-    )
+    how = PlanOptions(method="spectral", holdout=0.25, made_by="semmoe place")
+    plan = make_plan([trace], Topology(4), Demands(load_cap=1.2), how)
     options = {"dispatch": "per-rank", "setting": Setting(), "made_by": "semmoe place"}
     path = write(plan, tmp_path / "map.jsonl", "vllm", "pr41141")
     imported = import_plan([trace], Topology(4), kind="vllm", file=path, **options)
     assert same(imported.placement, plan.placement) and imported.method == "imported"
-    assert imported.scores["requests"] == 40 and not len(imported.fitted_keys)
+    assert imported.scores.requests == 40 and not len(imported.fitted_keys)
     assert "these scores are not held out" in imported.notes[0]
     imported.save(tmp_path / "q")
     assert Plan.load(tmp_path / "q").options["import"] == "vllm"
     sidecar_path(path).unlink()
     assert "all 40 requests are scored" in import_plan([trace], Topology(4), kind="vllm", file=path, **options).notes[0]
-    rows = {row["placement"]: row["rem"] for row in imported.scores["rows"]}
+    rows = {row.placement: row.rem for row in imported.scores.rows}
     assert rows["plan"] < rows["contiguous"]
     with pytest.raises(InputError, match="32 experts do not divide over 5 ranks"):
         import_plan([trace], Topology(5), kind="vllm", file=path, **options)

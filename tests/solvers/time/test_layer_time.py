@@ -12,7 +12,7 @@ from semmoe.main import app
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.solvers.placement import Topology
-from semmoe.solvers.time.layer_time import Network, exchange_seconds, fit_network, layer_seconds
+from semmoe.solvers.time.layer_time import LayerWork, Network, exchange_seconds, fit_network, layer_seconds
 from semmoe.solvers.time.links import communication_seconds_L, exchange_seconds_L, parse_links, through_nodes
 
 
@@ -26,13 +26,8 @@ def test_a_layer_is_three_exchanges_and_the_busiest_experts() -> None:
     seconds = layer_seconds(
         2.0,
         1.5,
-        tokens=400,
-        num_ranks=4,
-        top_k=2,
-        row_bytes=100,
-        result_bytes=50,
-        network=Network(1e6, 0.001),
-        seconds_per_activation=1e-5,
+        LayerWork(tokens=400, num_ranks=4, row_bytes=100, result_bytes=50, top_k=2, seconds_per_activation=1e-5),
+        Network(1e6, 0.001),
     )
     assert seconds == pytest.approx(3 * 0.001 + 0.02 + 0.01 + 300 * 1e-5)
 
