@@ -10,9 +10,9 @@ from rank_cases import with_replicas
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
-from semmoe.runtime.reshard.records import ReshardOptions
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.reshard import source
+from semmoe.runtime.reshard.records import ReshardOptions
 from semmoe.runtime.reshard.reshard import reshard_checkpoint
 from semmoe.runtime.transformers.rank_parts import rank_checkpoints, runs
 from semmoe.runtime.transformers.rank_weights import held_experts, rank_tensors
