@@ -146,8 +146,13 @@ def count_batches(batches: Iterable[TraceBatch], info: TraceInfo) -> tuple[int, 
 def profile_traces(
     traces: list[RoutingTrace], keep: list[np.ndarray] | None = None, *, seed: int = 0, sample_ids: int = SAMPLE_IDS
 ) -> RoutingProfile:
-    """Profile of the requests of `keep` (bool [B] per trace; all where None) over several traces of
-    one model.
+    """Profile of the requests of `keep` over several traces of one model.
+
+    Parameters:
+        traces: with routing per token.
+        keep: bool [B] per trace, which requests to count; None: all.
+        seed: of the sample, where not all requests fit into it.
+        sample_ids: expert ids that the sample holds at most.
 
     Raises InputError where a trace is of another model or holds no request to count.
     """
@@ -166,11 +171,18 @@ def profile_split(
     sample_ids: int = SAMPLE_IDS,
     progress: Progress | None = None,
 ) -> tuple[RoutingProfile, RoutingProfile, RoutingProfile]:
-    """Profiles of the requests that are not held out (bool [B] per trace), of those that are, and
-    of all; from one reading.
+    """Profiles of the requests that are not held out, of those that are, and of all; from one
+    reading.
 
     Counts are additive, and the sample of all requests is the other two one after the other in one
-    file: nothing is kept twice. Raises InputError as `profile_traces` does.
+    file: nothing is kept twice.
+
+    Parameters:
+        traces, seed, sample_ids: as in `profile_traces`; the two sides share the sample by tokens.
+        held_out: bool [B] per trace.
+        progress: told the tokens read and the tokens in all.
+
+    Raises InputError as `profile_traces` does.
     """
     (fitted, rest), ids_LTK = _profile_parts(
         traces, [[~h for h in held_out], held_out], seed=seed, sample_ids=sample_ids, progress=progress

@@ -31,13 +31,12 @@ def reshard_checkpoint(
 ) -> ReshardResult:
     """Write `checkpoint` as `out` so that the placement of `plan` holds in it.
 
-    Parameters
-    ----------
-    checkpoint: directory with config.json and safetensors files; it is only read.
-    plan: a plan for the checkpoint's model.
-    out: directory that is written; it appears at the end, whole.
-    options: layout, and how to write and verify.
-    progress: told the bytes done and the bytes in all.
+    Parameters:
+        checkpoint: directory with config.json and safetensors files; it is only read.
+        plan: a plan for the checkpoint's model.
+        out: directory that is written; it appears at the end, whole.
+        options: layout, and how to write and verify.
+        progress: told the bytes done and the bytes in all.
 
     Raises InputError where the placement, the model or the files do not allow it; then `out` is not
     there.

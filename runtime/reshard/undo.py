@@ -39,8 +39,15 @@ def undo_reshard(
     """Write as `out` the checkpoint that `checkpoint`, a reshard of either layout, was made from:
     the same bytes.
 
-    With `verify`, the checksums of semmoe.json are tested first: a reshard that was changed since
-    is refused.
+    Parameters:
+        checkpoint: directory of a reshard; it is only read.
+        out: directory that is written; it appears at the end, whole.
+        verify: "bytes" tests the checksums of semmoe.json first, so that a reshard which was
+            changed since is refused, and compares what is written; "none" trusts the disk.
+        force: replace an `out` that is a reshard.
+        progress: told the bytes done and the bytes in all.
+
+    Raises InputError where the reshard is damaged or not complete; then `out` is not there.
     """
     facts = read_sidecar(checkpoint)
     undo = undo_ranks if facts["layout"] == "ranks" else undo_permuted

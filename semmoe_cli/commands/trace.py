@@ -163,7 +163,7 @@ def _trace(
     generation, source = capture.sampling.generation(), texts.source()
     _quiet_libraries()
     from semmoe.profiles.capture.requests import open_requests
-    from semmoe.profiles.capture.run import Limits, TraceProgress, trace_model
+    from semmoe.profiles.capture.run import Limits, TraceOptions, TraceProgress, trace_model
     from semmoe.terminal.progress import tracing
 
     ranks = _join_ranks()
@@ -171,26 +171,23 @@ def _trace(
         raise InputError("--data -: standard input cannot be shared by several ranks; name a file")
     progress, limits = TraceProgress(), Limits(**asdict(capture.limits))
     tell = note if ranks.rank == 0 else lambda line: None
+    options = TraceOptions(
+        revision=capture.revision,
+        trust_remote_code=capture.trust_remote_code,
+        dtype=capture.loading.dtype.value,
+        device=capture.loading.device,
+        device_map=capture.device_map,
+        limits=limits,
+        generation=generation,
+        batch_tokens=capture.batch_tokens,
+        weights=capture.record_weights,
+        resume=resume,
+        ranks=ranks,
+        made_by=command_line(output),
+    )
     with tracing(progress, limits, generation.num_tokens, ranks=ranks.size, silent=ranks.rank > 0):
-        info = trace_model(
-            name,
-            open_requests(source, progress.read, tell=tell),
-            output,
-            progress=progress,
-            revision=capture.revision,
-            trust_remote_code=capture.trust_remote_code,
-            dtype=capture.loading.dtype.value,
-            device=capture.loading.device,
-            device_map=capture.device_map,
-            limits=limits,
-            generation=generation,
-            batch_tokens=capture.batch_tokens,
-            weights=capture.record_weights,
-            resume=resume,
-            ranks=ranks,
-            made_by=command_line(output),
-            tell=tell,
-        )
+        requests = open_requests(source, progress.read, tell=tell)
+        info = trace_model(name, requests, output, options, progress=progress, tell=tell)
     if ranks.rank > 0:
         return None, progress.interrupted
     written = _tell_written(

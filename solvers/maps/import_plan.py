@@ -34,6 +34,17 @@ def import_plan(
 
     The exception is a map that `semmoe export` wrote from a plan for the same trace; a note of the
     plan says so.
+
+    Parameters:
+        traces: of one model, with routing per token.
+        topology: the ranks that the map was made for.
+        kind: one of KINDS.
+        file: the map.
+        dispatch: one of DISPATCH_KINDS.
+        setting: of the simulated schedules; its seed also draws the sample.
+        made_by: the command, for the plan.
+
+    Raises InputError as import_placement does, and for a trace of loads.
     """
     if dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")

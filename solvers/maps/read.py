@@ -22,9 +22,14 @@ from semmoe.solvers.plan import ModelFacts
 def import_placement(kind: str, file: Path, model: ModelFacts, topology: Topology) -> Placement:
     """The placement in an engine's file, for the ranks of `topology`.
 
-    `kind`: one of KINDS. `model`: what the rows are for, from a trace. Raises InputError, one
-    line with the file, where it is damaged, of another kind, or for another model or number of
-    ranks.
+    Parameters:
+        kind: one of KINDS.
+        file: what the engine reads today.
+        model: from a trace; its layers are those that the placement will have.
+        topology: its ranks share the slots of the file in order.
+
+    Raises InputError, one line with the file, where it is damaged, of another kind, or for another
+    model or number of ranks.
     """
     # Rows of all layers of the file are checked, under their numbers there; then those of the MoE
     # layers are taken.

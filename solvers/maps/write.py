@@ -34,15 +34,14 @@ def export_map(
 ) -> Any:
     """The engine's object for a plan: a JSON value, or for eplb a dict of arrays.
 
-    Parameters
-    ----------
-    plan: the placement and its model.
-    kind: one of KINDS.
-    format: vllm: the pull request of the build, one of semmoe.solvers.maps.vllm.FORMATS.
-    num_hidden_layers: layers of the model, needed where the plan does not know it (0).
-    num_mtp_layers: trtllm: layers after the last one, which stay unplaced.
-    redundant: slots beyond the experts, of all ranks, that the server will be started with; None:
-        as many as the plan has.
+    Parameters:
+        plan: the placement and its model.
+        kind: one of KINDS.
+        format: vllm: the pull request of the build, one of semmoe.solvers.maps.vllm.FORMATS.
+        num_hidden_layers: layers of the model, needed where the plan does not know it (0).
+        num_mtp_layers: trtllm: layers after the last one, which stay unplaced.
+        redundant: slots of all ranks beyond the experts, as the server will be started; None: as
+            many as the plan has.
 
     Raises InputError where the engine could not use the plan as it is.
     """

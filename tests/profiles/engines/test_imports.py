@@ -30,7 +30,7 @@ from semmoe.profiles.engines.imports import KINDS, ImportOptions, import_trace
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
 
-SHARED = Path(__file__).parents[3] / "shared" / "traces"
+SHARED = Path(__file__).parents[4] / "shared" / "traces"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the shared traces are not here")
 
 

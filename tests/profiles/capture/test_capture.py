@@ -21,21 +21,16 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from semmoe.options import Dtype, Repetition, TraceKind
+from semmoe.profiles.capture.batches import TokenRequest, length_batches
 from semmoe.profiles.capture.hash_layers import HASH_FORMAT
-from semmoe.profiles.capture.hooks import (
-    TokenRequest,
-    length_batches,
-    record_generation,
-    record_prefill,
-    start_recording,
-)
+from semmoe.profiles.capture.hooks import record_generation, record_prefill, start_recording
 from semmoe.profiles.capture.requests import encode_requests, read_requests
 from semmoe.profiles.capture.sources import open_dataset, open_source
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WORDS = [f"w{i}" for i in range(VOCAB_SIZE - 3)]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
