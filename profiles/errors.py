@@ -42,3 +42,12 @@ def show_traceback(error: BaseException) -> None:
         behind.__suppress_context__ = False  # `raise ... from None` keeps the reader's line short
         behind = behind.__cause__ or behind.__context__
     traceback.print_exception(error)
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether the line that raised an exception is semmoe's own: a bug, not a mistake of the user
+    that another package has found."""
+    name, step = "", error.__traceback__
+    while step is not None:
+        name, step = step.tb_frame.f_globals.get("__name__", ""), step.tb_next
+    return name.partition(".")[0] == "semmoe"

@@ -16,9 +16,10 @@ from semmoe.commands.compare import compare
 from semmoe.commands.demo import demo
 from semmoe.commands.export import export
 from semmoe.commands.place import place
-from semmoe.commands.report import report, show
+from semmoe.commands.report import report
 from semmoe.commands.reshard import reshard
 from semmoe.commands.run import run
+from semmoe.commands.show import show
 from semmoe.commands.trace import trace
 from semmoe.profiles.errors import DEBUG, InputError, show_traceback
 

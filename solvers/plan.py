@@ -10,18 +10,21 @@ Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.document import read_document
+from semmoe.profiles.document import line_per_key, read_document
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import new_directory
 from semmoe.profiles.trace import TraceInfo
+from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.schedule.schedule import Schedule
 
 FORMAT = "semmoe-plan"
 VERSION = 1
@@ -55,6 +58,14 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class ScoredPlacement:
+    """What the scores of a refitted plan are about, fitted on the training requests alone."""
+
+    placement: Placement
+    load_LE: np.ndarray  # int64 [L, E]: activations of those requests
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A placement, and what it was made from and for."""
 
@@ -65,17 +76,16 @@ class Plan:
     seed: int
     dispatch: str
     load_LE: np.ndarray  # int64 [L, E]: activations of the requests that the placement was fitted on
-    fitted_keys: (
-        np.ndarray
-    )  # uint64: keys of those requests (semmoe.profiles.split.request_keys), so that none is scored on
+    fitted_keys: np.ndarray  # uint64: keys of those requests (profiles/split.py), so that none is scored on
     load_cap: float = 1.05
     options: dict[str, Any] = field(default_factory=dict)
     trace: dict[str, Any] = field(default_factory=dict)  # fingerprints and sizes of the traces
     split: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)  # the held-out report
+    scores: Report | None = None  # the held-out report
     notes: list[str] = field(default_factory=list)
     made_by: str = ""
     tables: dict[str, np.ndarray] = field(default_factory=dict)  # schedule arrays by name
+    scored: ScoredPlacement | None = None  # None where `placement` itself was scored, and in older plans
 
     def __post_init__(self) -> None:
         placement, model = self.placement, self.model
@@ -86,6 +96,12 @@ class Plan:
                 f"the placement has {placement.num_layers} layers of {placement.num_experts} experts, "
                 f"the model {model.num_layers} of {model.num_experts}"
             )
+
+    @cached_property
+    def deployment(self) -> Deployment:
+        """The placement with its schedule. Raises InputError where the schedule's tables are not
+        whole."""
+        return Deployment(self.placement, self.load_LE, self.topology, self.dispatch, Schedule.from_tables(self.tables))
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -108,7 +124,7 @@ class Plan:
             "trace": self.trace,
             "split": self.split,
             "notes": self.notes,
-            "scores": self.scores,
+            "scores": self.scores.to_json() if self.scores else {},
             "placement": self.placement.experts_LRS.tolist(),
         }
 
@@ -118,27 +134,14 @@ class Plan:
         from safetensors.numpy import save
 
         check_plan_target(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
-        try:
-            temporary.mkdir(parents=True)
-            # One line per key: people find their way, and a placement of 58 x 256 experts does not
-            # become 15,000 lines.
-            lines = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.to_json().items()]
-            (temporary / "plan.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-            arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
-            tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
-            (temporary / "tables.safetensors").write_bytes(tables)
-            if path.exists():
-                # The old plan is moved aside, not deleted first: whatever stops us here, one of the
-                # two is whole.
-                path.rename(replaced)
-            temporary.rename(path)
-            shutil.rmtree(replaced, ignore_errors=True)
-        except OSError as error:
-            raise InputError(f"cannot write the plan {path}: {error.strerror or error}") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
+        if self.scored:
+            arrays |= {"scored_placement": self.scored.placement.experts_LRS}
+            arrays |= {"scored_expert_load": self.scored.load_LE.astype(np.int64)}
+        tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
+        with new_directory(path, what=f"the plan {path}") as folder:
+            (folder / "plan.json").write_text(line_per_key(self.to_json()), encoding="utf-8")
+            (folder / "tables.safetensors").write_bytes(tables)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -153,6 +156,10 @@ class Plan:
             cost = np.asarray(topology["cost"], np.float64) if topology.get("cost") else None
             experts_LRS = np.asarray(facts["placement"], np.int32)
             tables = _read_tables(path)
+            scored = None
+            if (scored_LRS := tables.pop("scored_placement", None)) is not None:
+                scored_placement = Placement(scored_LRS, model.num_experts)
+                scored = ScoredPlacement(scored_placement, tables.pop("scored_expert_load"))
             return cls(
                 placement=Placement(experts_LRS, model.num_experts),
                 topology=Topology(topology["ranks"], topology["nodes"], cost),
@@ -160,6 +167,8 @@ class Plan:
                 load_LE=tables.pop("expert_load"),
                 fitted_keys=tables.pop("fitted_requests"),
                 tables=tables,
+                scores=Report.from_json(facts["scores"]) if facts["scores"] else None,
+                scored=scored,
                 **{
                     name: facts[name]
                     for name in (
@@ -170,7 +179,6 @@ class Plan:
                         "options",
                         "trace",
                         "split",
-                        "scores",
                         "notes",
                         "made_by",
                     )

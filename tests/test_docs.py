@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from semmoe.main import app
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -178,7 +178,7 @@ def test_diagrams_are_what_the_script_draws():
 
 
 def test_the_figure_of_co_activation_is_drawn_from_a_trace_and_a_plan(tmp_path):
-    write_synthetic(tmp_path / "trace", num_requests=60)
+    write_synthetic(tmp_path / "trace", SyntheticWorld(num_requests=60))
     words = ["place", str(tmp_path / "trace"), "--ranks", "4", "--method", "metis", "-o", str(tmp_path / "plan")]
     assert CliRunner().invoke(app, words).exit_code == 0
     svg = runpy.run_path(str(DOCS / "figures.py"))["co_activation_svg"](tmp_path)
@@ -202,7 +202,7 @@ def keys_of(value: Any) -> set[str]:
 
 def test_keys_of_results_are_documented(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_synthetic("t", num_requests=60, tokens_per_request=40, num_layers=2)
+    write_synthetic("t", SyntheticWorld(num_requests=60, tokens_per_request=40, num_layers=2))
     place = ["place", "t", "--ranks", "4", "--method", "metis", "--no-refit"]
     lines = [
         [*place, "--certify", "-o", "p"],

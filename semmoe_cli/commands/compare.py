@@ -1,9 +1,10 @@
 """`semmoe compare`: plans side by side on a trace, and what it takes to get from one to another."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from semmoe.options import BatchTokens, Json, Seed, Window
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from semmoe.solvers.evaluate.compare import Comparison
+    from semmoe.solvers.evaluate.report import ScoreRow
 
 
 def compare(
@@ -73,9 +77,9 @@ def compare(
         )
     for line in notes:
         note(line)
-    comparison |= {"trace": trace}
+    comparison = replace(comparison, trace=trace)
     if json_:
-        print_json(comparison)
+        print_json(comparison.to_json())
     else:
         _print(comparison)
     if output is not None:
@@ -86,24 +90,25 @@ def compare(
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
 
 
-def _print(comparison: dict[str, Any]) -> None:
+def _print(comparison: "Comparison") -> None:
+    from semmoe.solvers.evaluate.compare import NoMoves
     from semmoe.terminal.tables import SCORE_CAPTION, layouts, print_fitting, wide_console
 
     console = wide_console()
-    nodes = max(plan["nodes"] for plan in comparison["plans"])
+    nodes = max(plan.nodes for plan in comparison.plans)
     title = (
-        f"{comparison['model'] or 'model'}: {comparison['requests']} requests that no plan saw, {comparison['tokens']:,} tokens; "
-        f"{comparison['dispatch']} dispatch"
+        f"{comparison.model or 'model'}: {comparison.requests} requests that no plan saw, {comparison.tokens:,} tokens; "
+        f"{comparison.dispatch} dispatch"
     )
     rows = _shown_rows(comparison)
     shapes = [(facts, *layout) for layout in layouts(nodes) for facts in (("method", "ranks"), ())]
     tables = [_score_table(comparison, rows, *shape) for shape in shapes]
     print_fitting(console, tables, title=title, caption=f"{SCORE_CAPTION}; --json holds every schedule")
-    if comparison["differences"]:
+    if comparison.differences:
         print_fitting(
             console,
             [_difference_table(comparison)],
-            title=f"\nDifference to {comparison['plans'][0]['plan']}, on the same requests, tokens at random homes",
+            title=f"\nDifference to {comparison.plans[0].plan}, on the same requests, tokens at random homes",
             caption="in brackets: 95% paired bootstrap interval; better or worse where it excludes 0",
         )
     print_fitting(
@@ -113,27 +118,28 @@ def _print(comparison: dict[str, Any]) -> None:
         caption="renamed: with the one renaming of ranks, nodes kept together, that moves least and keeps the traffic; "
         "per layer: a renaming for every layer, where no schedule sends tokens to ranks",
     )
-    for moves in comparison["moves"]:
-        if "why_not" in moves:
-            console.print(f"{moves['from']} to {moves['to']}: {moves['why_not']}", markup=False)
+    for moves in comparison.moves:
+        if isinstance(moves, NoMoves):
+            console.print(f"{moves.from_} to {moves.to}: {moves.why_not}", markup=False)
 
 
-def _shown_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+def _shown_rows(comparison: "Comparison") -> "list[ScoreRow]":
     """Each plan at random homes and under its best schedule, oracles left out."""
+    from semmoe.solvers.evaluate.report import random_row
     from semmoe.solvers.evaluate.verdict import best_row
 
     shown = []
-    for plan in comparison["plans"]:
-        rows = [r for r in comparison["rows"] if r["placement"] == plan["plan"]]
-        shown.append(next(r for r in rows if r["schedule"] == "random"))
+    for plan in comparison.plans:
+        rows = [row for row in comparison.rows if row.placement == plan.plan]
+        shown.append(random_row(rows, plan.plan))
         best = best_row(rows, "per-rank")
-        if best["schedule"] != "random":
+        if best.schedule != "random":
             shown.append(best)
     return shown
 
 
 def _score_table(
-    comparison: dict[str, Any], rows: list[dict[str, Any]], facts: Sequence[str], metrics: list[str], intervals: bool
+    comparison: "Comparison", rows: "list[ScoreRow]", facts: Sequence[str], metrics: list[str], intervals: bool
 ) -> "Table":
     """`facts`: what the table tells of a plan beside its name."""
     from rich.markup import escape
@@ -145,15 +151,15 @@ def _score_table(
         table.add_column(heading, justify="right" if heading == "ranks" else "left", overflow="fold")
     for metric in metrics:
         table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
-    plans = {plan["plan"]: plan for plan in comparison["plans"]}
+    plans = {plan.plan: plan for plan in comparison.plans}
     for row in rows:
-        about = (str(plans[row["placement"]][fact]) for fact in facts)
+        about = (str(getattr(plans[row.placement], fact)) for fact in facts)
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
-        table.add_row(escape(row["placement"]), *about, row["schedule"], *cells)
+        table.add_row(escape(row.placement), *about, row.schedule, *cells)
     return table
 
 
-def _difference_table(comparison: dict[str, Any]) -> "Table":
+def _difference_table(comparison: "Comparison") -> "Table":
     from rich.markup import escape
 
     from semmoe.solvers.evaluate.compare import PAIRED
@@ -164,29 +170,29 @@ def _difference_table(comparison: dict[str, Any]) -> "Table":
     table.add_column("")
     table.add_column("difference", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for row in comparison["differences"]:
+    for row in comparison.differences:
         for metric in PAIRED:
-            value, low, high = row[metric]
+            value, low, high = getattr(row, metric)
             sure = "better" if high < 0 else "worse" if low > 0 else "same"
-            name = escape(row["plan"]) if metric == PAIRED[0] else ""
+            name = escape(row.plan) if metric == PAIRED[0] else ""
             table.add_row(name, COLUMNS[metric][0], f"{value:+.3f} \\[{low:+.3f}, {high:+.3f}]", sure)
     return table
 
 
-def _move_table(comparison: dict[str, Any]) -> "Table":
+def _move_table(comparison: "Comparison") -> "Table":
     from rich.markup import escape
 
     from semmoe.pages.compare import move_cells
+    from semmoe.solvers.evaluate.compare import PlanMoves
     from semmoe.terminal.tables import new_table
 
-    sized = bool(comparison["bytes_per_expert"])
+    sized = bool(comparison.bytes_per_expert)
     table = new_table()
     for heading in ("from", "to"):
         table.add_column(heading, overflow="fold")
     for heading in ("as named", "renamed", "renamed per layer"):
         table.add_column(heading, justify="right")
-    for moves in comparison["moves"]:
-        if "why_not" in moves:
-            continue
-        table.add_row(escape(moves["from"]), escape(moves["to"]), *move_cells(moves, sized=sized))
+    for moves in comparison.moves:
+        if isinstance(moves, PlanMoves):
+            table.add_row(escape(moves.from_), escape(moves.to), *move_cells(moves, sized=sized))
     return table

@@ -1,35 +1,16 @@
 """`semmoe export`: a plan as the file that a serving engine reads."""
 
-import enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from semmoe.options import Json, command_line
-
-
-class Kind(enum.StrEnum):
-    """Choices of --to and --import; a test keeps them equal to semmoe.solvers.maps.write.KINDS."""
-
-    sglang = "sglang"
-    trtllm = "trtllm"
-    vllm = "vllm"
-    vllm_ascend = "vllm-ascend"
-    eplb = "eplb"
-
-
-class VllmFormat(enum.StrEnum):
-    """Choices of --format; a test keeps them equal to semmoe.solvers.maps.write.VLLM_FORMATS."""
-
-    pr41141 = "pr41141"
-    pr49572 = "pr49572"
-    pr34811 = "pr34811"
+from semmoe.options import Json, MapKind, VllmFormat, command_line
 
 
 def export(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan directory.")],
-    to: Annotated[Kind, typer.Option(help="Engine that will read the file.")],
+    to: Annotated[MapKind, typer.Option(help="Engine that will read the file.")],
     output: Annotated[
         Path,
         typer.Option(
@@ -66,15 +47,9 @@ def export(
     Example: semmoe export p --to sglang -o map.json
     """
     from semmoe.profiles.config import read_config
-    from semmoe.profiles.errors import InputError, require_extra
-    from semmoe.solvers.maps.write import (
-        check_config,
-        check_export_target,
-        export_map,
-        launch_lines,
-        render,
-        write_export,
-    )
+    from semmoe.profiles.errors import InputError
+    from semmoe.solvers.maps.launch import launch_lines
+    from semmoe.solvers.maps.write import check_config, check_export_target, export_map, render, write_export
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.tables import note, print_json
 
@@ -90,8 +65,6 @@ def export(
         note(f"--num-hidden-layers is for --to sglang and trtllm: a map for {kind} has rows of MoE layers only")
     if mtp_layers and kind != "trtllm":
         note(f"--mtp-layers is for --to trtllm: a map for {kind} has no rows of such layers")
-    if output.suffix == ".pt":
-        require_extra("writing a .pt file", "torch")
     placed = Plan.load(plan)
     if model is not None:
         num_hidden_layers, from_config = check_config(placed, read_config(model))

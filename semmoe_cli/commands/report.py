@@ -1,6 +1,6 @@
-"""`semmoe report` and `semmoe show`: a plan on a trace, the health of a trace, and any trace or
-plan in a screen."""
+"""`semmoe report`: a plan on a trace, or the health of a trace."""
 
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -112,9 +112,9 @@ def report(
     )
     for line in [*made.notes, *made.left_out]:
         note(line)
-    print_report(made.to_json() | {"plan": paths[0], "trace": paths[1]}, as_json=json_)
-    if made.times and not json_:
-        print_times(made.times)
+    print_report(replace(made.report, plan=paths[0], trace=paths[1]), as_json=json_)
+    if made.report.times and not json_:
+        print_times(made.report.times)
     if not json_:
         asked = (what_if_section, tokens_section, *([costs_section] if hidden_size else []), certificate_section)
         for section in filter(None, (make(made) for make in asked)):
@@ -143,7 +143,7 @@ def _report_trace(trace: "RoutingTrace", path: str, ranks: int, seed: int, outpu
     from semmoe.terminal.tables import note, print_health
 
     with steps("health") as progress:
-        health = trace_health(trace, seed=seed, ranks=ranks, progress=progress) | {"trace": path}
+        health = replace(trace_health(trace, seed=seed, ranks=ranks, progress=progress), trace=path)
     print_health(health, as_json=as_json)
     if output is not None:
         from semmoe.pages.health import health_page
@@ -151,19 +151,3 @@ def _report_trace(trace: "RoutingTrace", path: str, ranks: int, seed: int, outpu
 
         write_page(health_page(health), output)
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
-
-
-def show(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A trace or a plan.")],
-    seed: Seed = 0,
-    json_: Json = False,
-) -> None:
-    """Describe a trace or a plan in a screen: sizes, layers, load skew, and whether there is
-    structure to use.
-
-    Example: semmoe show t
-    """
-    from semmoe.description import describe_path
-    from semmoe.terminal.tables import print_facts
-
-    print_facts(describe_path(path, seed=seed), as_json=json_)

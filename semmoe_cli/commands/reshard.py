@@ -1,34 +1,12 @@
 """`semmoe reshard`: a checkpoint and a plan in, a checkpoint out that realises the plan; and
 back."""
 
-import enum
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from semmoe.options import Json, command_line
-from semmoe.profiles.progress import Stages
-from semmoe.terminal.trace_progress import clock
-
-
-class Layout(enum.StrEnum):
-    """Choices of --layout; a test keeps them equal to semmoe.runtime.reshard.sidecar.LAYOUTS."""
-
-    permuted = "permuted"
-    ranks = "ranks"
-
-
-class Verify(enum.StrEnum):
-    """Choices of --verify; a test keeps them equal to semmoe.runtime.reshard.reshard.VERIFY."""
-
-    none = "none"
-    bytes = "bytes"
-    logits = "logits"
+from semmoe.options import Json, Layout, Verify, command_line
 
 
 def reshard(
@@ -69,13 +47,16 @@ def reshard(
     from dataclasses import asdict
 
     from semmoe.profiles.demo.paths import demo_model_path
-    from semmoe.runtime.reshard.reshard import reshard_checkpoint, undo_reshard
+    from semmoe.runtime.reshard.records import ReshardOptions
+    from semmoe.runtime.reshard.reshard import reshard_checkpoint
+    from semmoe.runtime.reshard.undo import undo_reshard
     from semmoe.solvers.plan import Plan
+    from semmoe.terminal.progress import gigabytes, stages
     from semmoe.terminal.tables import note, print_json
 
     if checkpoint == Path("demo") and not (checkpoint / "config.json").exists():
         checkpoint = demo_model_path()
-    with progress_lines() as progress:
+    with stages(gigabytes) as progress:
         if plan is None:
             result = undo_reshard(checkpoint, output, verify=verify.value, force=force, progress=progress)
         else:
@@ -83,11 +64,7 @@ def reshard(
                 checkpoint,
                 Plan.load(plan),
                 output,
-                layout=layout.value,
-                link=link,
-                verify=verify.value,
-                force=force,
-                made_by=command_line(checkpoint, plan, output),
+                ReshardOptions(layout.value, link, verify.value, force, command_line(checkpoint, plan, output)),
                 progress=progress,
             )
     for name in result.left_out:
@@ -103,30 +80,3 @@ def reshard(
     note(
         f"wrote {output} ({result.num_layers} layers, {result.files} files, {result.bytes_written / 1e9:.2f} GB{linked}; {checked})"
     )
-
-
-@contextmanager
-def progress_lines() -> Iterator[Stages | None]:
-    """A function that shows how many of how many bytes are done, and the time left: one line per
-    task on a terminal, else None.
-
-    The line is written over, and ended before anything else is said.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    started: dict[str, float] = {}
-
-    def show(what: str, done: int, total: int) -> None:
-        if started and what not in started:
-            print(file=sys.stderr)
-        seconds = time.monotonic() - started.setdefault(what, time.monotonic())
-        left = f", {clock(seconds * (total - done) / done)} left" if 0 < done < total else ""
-        line = f"{what} {done / 1e9:.2f} of {total / 1e9:.2f} GB{left}"
-        print(f"\r{line:<60}", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield show
-    finally:
-        if started:
-            print(file=sys.stderr)

@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.counts import request_expert_BE
+from semmoe.profiles.counts import request_expert_BE, request_rows
 from semmoe.profiles.trace import TraceBatch
-from semmoe.solvers.place.clusters import request_rows
 
 Sparse = Any  # scipy.sparse.csr_array, most of whose methods its type stubs lack
 RIDGE = 0.6

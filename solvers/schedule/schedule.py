@@ -20,7 +20,8 @@ from semmoe.profiles.mapped import MappedView, open_view, view_of
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule.context import ContextPredictor, default_depth, fit_context, training_rows
+from semmoe.solvers.schedule.context import ContextPredictor, default_depth
+from semmoe.solvers.schedule.context_fit import fit_context, training_rows
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS
 from semmoe.solvers.schedule.paper_table import SequenceTable, build_sequence_table
 from semmoe.solvers.schedule.request_scorer import RequestScorer, fit_request_scorer

@@ -23,14 +23,13 @@ from semmoe.commands.report import report
 from semmoe.main import app, main
 from semmoe.options import Dispatch, Effort, Method, Objective, command_line
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.reference import render_reference
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS, METRICS
 from semmoe.solvers.place.joint import OBJECTIVES
 from semmoe.solvers.place.partition import EFFORTS
 from semmoe.solvers.place.solve import METHODS
-from semmoe.solvers.schedule.slices import WINDOW
-from semmoe.terminal.progress import stages
+from semmoe.solvers.schedule.windows import WINDOW
 from semmoe.terminal.tables import print_json
 
 COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands]
@@ -45,7 +44,7 @@ def semmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "t"
-    write_synthetic(path, num_requests=60)
+    write_synthetic(path, SyntheticWorld(num_requests=60))
     return path
 
 
@@ -362,7 +361,7 @@ def test_place_computes_on_one_thread_whatever_the_machine(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_standard_output_is_one_line(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=2)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=2))
     for words in (["--version"], ["show", str(tmp_path / "t")], ["show", str(tmp_path / "t"), "--json"]):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
@@ -383,16 +382,3 @@ def test_a_full_standard_output_is_one_line(tmp_path):
 def test_the_recorded_command_line_names_no_file(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["semmoe", *words])
     assert command_line(Path("p"), Path("f.json"), "t") == "semmoe place --ranks 4 --topology"
-
-
-def test_steps_off_a_terminal_are_a_line_now_and_then(capsys, monkeypatch):
-    now = iter([0.0, 3.0, 12.0, 12.0, 15.0, 25.0, 25.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(now))
-    with stages() as show:
-        for done in (1, 2, 3):
-            show("placing layers", done, 4)
-        show("fitting schedules: layers", 1, 4)
-    printed = capsys.readouterr()
-    assert (
-        printed.err == "semmoe: placing layers 2 of 4\nsemmoe: fitting schedules: layers 1 of 4\n" and not printed.out
-    )

@@ -1,11 +1,11 @@
-"""Facts about any trace or plan, as one dictionary: what `semmoe show` prints.
-
-Heavy modules are imported inside.
-"""
+"""`semmoe show`: any trace or plan in a screen."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from semmoe.options import Json, Seed
 from semmoe.profiles.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,6 +13,21 @@ if TYPE_CHECKING:
     from semmoe.solvers.plan import Plan
 
 LARGEST_SAMPLE_IDS = 100_000_000  # enough for every statistic of a screen
+
+
+def show(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A trace or a plan.")],
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Describe a trace or a plan in a screen: sizes, layers, load skew, and whether there is
+    structure to use.
+
+    Example: semmoe show t
+    """
+    from semmoe.terminal.tables import print_facts
+
+    print_facts(describe_path(path, seed=seed), as_json=json_)
 
 
 def describe_path(path: str, *, seed: int) -> dict[str, Any]:
@@ -109,7 +124,7 @@ def _describe_plan(plan: "Plan") -> dict[str, Any]:
     facts["permuted_checkpoint"] = (
         "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
     )
-    for row in plan.scores.get("rows", []):
-        if row["schedule"] == "random":
-            facts[f"held_out_rem_{row['placement']}"] = row["rem"]
+    for row in plan.scores.rows if plan.scores else []:
+        if row.schedule == "random":
+            facts[f"held_out_rem_{row.placement}"] = row.rem
     return facts | ({"notes": plan.notes} if plan.notes else {})
