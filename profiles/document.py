@@ -1,5 +1,5 @@
 """JSON: values whatever text they are in, and documents with a format name and a version: one
-reader, one set of refusals."""
+reader, one set of refusals, and the two forms that they are written in."""
 
 import json
 import re
@@ -52,6 +52,18 @@ def read_document(
     if facts.get("version") != version:
         raise InputError(f"{where} has version {facts.get('version')}, this semmoe reads version {version}")
     return facts
+
+
+def indented(value: Any) -> str:
+    """JSON text with every value on a line of its own."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def line_per_key(facts: dict[str, Any]) -> str:
+    """JSON text with one line per key: people find their way, and a placement of 58 x 256 experts
+    does not become 15,000 lines."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _instead(folder: str) -> str:

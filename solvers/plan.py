@@ -10,16 +10,15 @@ Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.document import read_document
+from semmoe.profiles.document import line_per_key, read_document
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import new_directory
 from semmoe.profiles.trace import TraceInfo
 from semmoe.solvers.placement import Placement, Topology
 
@@ -118,27 +117,11 @@ class Plan:
         from safetensors.numpy import save
 
         check_plan_target(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
-        try:
-            temporary.mkdir(parents=True)
-            # One line per key: people find their way, and a placement of 58 x 256 experts does not
-            # become 15,000 lines.
-            lines = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.to_json().items()]
-            (temporary / "plan.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-            arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
-            tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
-            (temporary / "tables.safetensors").write_bytes(tables)
-            if path.exists():
-                # The old plan is moved aside, not deleted first: whatever stops us here, one of the
-                # two is whole.
-                path.rename(replaced)
-            temporary.rename(path)
-            shutil.rmtree(replaced, ignore_errors=True)
-        except OSError as error:
-            raise InputError(f"cannot write the plan {path}: {error.strerror or error}") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
+        tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
+        with new_directory(path, what=f"the plan {path}") as folder:
+            (folder / "plan.json").write_text(line_per_key(self.to_json()), encoding="utf-8")
+            (folder / "tables.safetensors").write_bytes(tables)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import layer_number
 from semmoe.profiles.trace import TraceInfo
 
 INDEX_NAMES = ("top_k_index", "router_indices", "selected_experts", "topk_indices", "top_k_indices", "topk_ids")
@@ -60,12 +61,6 @@ def find_moe_layers(model: Any) -> list[MoeLayer]:
         if (number := layer_number(name)) is not None and (layer := _moe_layer(name, module, number)) is not None:
             layers.append(layer)
     return sorted(layers, key=lambda layer: layer.model_layer)
-
-
-def layer_number(name: str) -> int | None:
-    """The first number in a module path or tensor key: its layer."""
-    numbers = re.findall(r"(?:^|\.)(\d+)\.", name)
-    return int(numbers[0]) if numbers else None
 
 
 def _moe_layer(name: str, module: Any, number: int) -> MoeLayer | None:

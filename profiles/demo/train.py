@@ -20,7 +20,6 @@ Axis letters: B sequences of a batch, P positions of a sequence, T tokens of a d
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -32,7 +31,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import new_directory
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_SHARE = 0.1
@@ -273,12 +274,10 @@ def report(at: Progress, budget: Budget) -> None:
 
 def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict, out: Path) -> None:
     """Writes the checkpoint beside `out` and renames it, so that `out` is whole or absent."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    partial.rename(out)
+    with new_directory(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(indented(facts), encoding="utf-8")
 
 
 def train_folder(options: argparse.Namespace) -> dict:

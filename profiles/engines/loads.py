@@ -21,6 +21,7 @@ from semmoe.profiles.document import parse_json
 from semmoe.profiles.engines.recorder import array_of, load_pt
 from semmoe.profiles.engines.records import EngineLoad, input_lines, integer
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.safetensors_file import INTEGERS, read_shard
 
 
 def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineLoad]:
@@ -38,7 +39,7 @@ def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: Counte
                 match = re.fullmatch(r"(\d+)_(\d+)", key)
                 if match is None:
                     raise InputError(f"{where}: expected a key of the form iteration_layer")
-                if count_E.shape != (meta["num_experts"],) or count_E.dtype.kind not in "iu" or count_E.min() < 0:
+                if count_E.shape != (meta["num_experts"],) or count_E.min() < 0:
                     raise InputError(
                         f"{where}: {count_E.dtype} {list(count_E.shape)}, expected {meta['num_experts']} counts from 0"
                     )
@@ -78,14 +79,11 @@ def _rank_files(folder: Path) -> list[Path]:
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "numpy") as tensors:
-            for key in sorted(tensors.keys()):
-                yield key, tensors.get_tensor(key)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as safetensors: {error}") from None
+    shard = read_shard(file)
+    for tensor in sorted(shard.tensors, key=lambda t: t.name):
+        if tensor.dtype not in INTEGERS:
+            raise InputError(f"{file}, {tensor.name}: type {tensor.dtype}, expected counts from 0")
+        yield tensor.name, shard.map(tensor, INTEGERS[tensor.dtype])
 
 
 def _json(path: Path) -> Any:

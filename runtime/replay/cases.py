@@ -21,7 +21,7 @@ from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import available_schedules, simulate
-from semmoe.solvers.schedule.slices import WINDOW
+from semmoe.solvers.schedule.windows import WINDOW
 
 SCHEDULES_OF = {"none": [], "dp": ["dp-scorer"], "tp": ["tp-context"]}
 

@@ -14,13 +14,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.keys import Key, Role
+from semmoe.runtime.reshard.keys import Key, Role, classify_one
+from semmoe.runtime.reshard.model import RoutedModel
 from semmoe.runtime.reshard.source import Checkpoint
 
 # Scales of activations: calibration may leave them out for an expert that no token came to.
 CALIBRATED = re.compile(r"(?:^|[._])input_(?:scale|amax|global_scale|zero_point)\w*$")
 
 Groups = dict[tuple[str, str, str], dict[int, dict[str, str]]]  # where, kind, projection -> member -> name -> type
+
+
+def classify_checkpoint(checkpoint: Checkpoint, model: RoutedModel, layers: set[int]) -> dict[str, Key]:
+    """The role of every tensor. Raises InputError where something of an expert would be left
+    behind, or is not there."""
+    keys: dict[str, Key] = {}
+    for shard in checkpoint.shards:
+        for tensor in shard.tensors:
+            keys[tensor.name] = classify_one(tensor, model, layers, shard.path)
+    check_complete(checkpoint, keys, model.num_experts, layers)
+    return keys
 
 
 def check_complete(checkpoint: Checkpoint, keys: Mapping[str, Key], num_experts: int, layers: set[int]) -> None:

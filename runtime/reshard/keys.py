@@ -15,9 +15,11 @@ import enum
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.source import Tensor
+from semmoe.profiles.safetensors_file import Tensor
+from semmoe.runtime.reshard.model import RoutedModel
 
 
 class Role(enum.Enum):
@@ -105,6 +107,11 @@ EXPERT_LIKE = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 TEXT_AND_VISION = "ernie4_5_vl_moe"  # one list of experts on disk, the first half for text; routers [H, E]
 
 
+def is_expert(key: Key) -> bool:
+    """Whether a tensor goes to the ranks."""
+    return key.role is Role.EXPERT or (key.role is Role.ROWS and not key.router)
+
+
 def split_key(name: str) -> tuple[str, int, str]:
     """Stack, layer number and the rest of a key; layer -1 where it belongs to no layer."""
     found = LAYER.match(name)
@@ -127,12 +134,26 @@ def has_experts(tensor: Tensor) -> bool:
     return bool(EXPERT_LIKE.search(rest) or VECTOR.match(rest) or in_block)
 
 
-def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: str, where: str) -> Key:
+def classify_one(tensor: Tensor, model: RoutedModel, layers: set[int], where: Path) -> Key:
+    """The role of one tensor of a checkpoint."""
+    stack, layer, _ = split_key(tensor.name)
+    if is_side(tensor.name):
+        return KEEP
+    if layer in layers:
+        return classify(tensor, model, where)
+    if has_experts(tensor) and (layer < 0 or layer < model.num_model_layers):
+        place = f"layer {layer}" if stack else "no layer that semmoe can read"
+        raise InputError(f"{tensor.name} belongs to the experts of {place}, the plan places none there: {where}")
+    return KEEP
+
+
+def classify(tensor: Tensor, model: RoutedModel, where: Path) -> Key:
     """The role of a tensor in a layer whose experts a plan permutes.
 
-    `extra_rows`: classes of the router after the routed experts (zero experts, shared sinks, skip),
-    which stay. Raises InputError for a tensor of an expert or a router that cannot be moved.
+    Rows of the router after the routed experts (zero experts, shared sinks, skip) stay. Raises
+    InputError for a tensor of an expert or a router that cannot be moved.
     """
+    num_experts, extra_rows, model_type = model.num_experts, model.extra_rows, model.model_type
     stack, layer, rest = split_key(tensor.name)
     shape = tensor.shape
 

@@ -1,4 +1,5 @@
-"""semmoe.json beside a resharded checkpoint: what was done, and what is needed to take it back.
+"""semmoe.json beside a resharded checkpoint: what was done, and what is needed to take it back; for
+layout "ranks" also semmoe-source.json, the headers of the source.
 
 It names the plan, the permutation of each layer, and for every safetensors file the hash of the
 source's header, the hash of the written one and checksums of the written data. Nothing in it
@@ -11,21 +12,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from semmoe.profiles.document import line_per_key
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
+from semmoe.profiles.safetensors_file import INDEX_NAME, Shard
 from semmoe.runtime.reshard.copy import FilePlan, Written, checksums, run_tasks
 from semmoe.runtime.reshard.source import Checkpoint
 from semmoe.solvers.plan import Plan
 
 SIDECAR = "semmoe.json"
+SOURCE_FILE = "semmoe-source.json"
 FORMAT = "semmoe-reshard"
 VERSION = 1
 LAYOUTS = ("permuted", "ranks")
-THREADS = 4  # copies wait for the disk and for memory, not for processors
 
 
 def hash_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def hash_header(shard: Shard) -> str:
+    with shard.path.open("rb") as stream:
+        return hash_bytes(stream.read(shard.header_bytes))
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
@@ -45,12 +53,10 @@ def file_entries(source: Checkpoint, files: Sequence[FilePlan], sums: Mapping[st
     """Hashes of each safetensors file: of the source's header, and of what was written."""
     entries = {}
     for shard, file in zip(source.shards, files, strict=True):
-        with shard.path.open("rb") as stream:
-            header = stream.read(shard.header_bytes)
         entry: dict[str, Any] = {
             "bytes": file.size,
             "source_header_bytes": shard.header_bytes,
-            "source_header_sha256": hash_bytes(header),
+            "source_header_sha256": hash_header(shard),
         }
         blob = shard.path.resolve().name  # the hub's cache names files by their SHA-256
         if len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
@@ -79,8 +85,7 @@ def write_sidecar(target: Path, facts: dict[str, Any]) -> None:
     last."""
     facts = {"format": FORMAT, "version": VERSION, **facts}
     facts["sha256"] = hash_facts(facts)
-    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
-    (target / SIDECAR).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (target / SIDECAR).write_text(line_per_key(facts), encoding="utf-8")
 
 
 def hash_facts(facts: dict[str, Any]) -> str:
@@ -108,9 +113,58 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
     }
     if missing := [key for key in needed[facts["layout"]] if key not in facts]:
         raise InputError(f"{where} is damaged: it lacks {missing[0]}")
+    if not _holds_every_expert(facts):
+        raise InputError(f"{where} is damaged: its {needed[facts['layout']][-1]} does not hold every expert")
     if facts.get("sha256", hash_facts(facts)) != hash_facts(facts):
         raise InputError(f"{where} was changed after it was written")
     return facts
+
+
+def _holds_every_expert(facts: dict[str, Any]) -> bool:
+    """Whether the orders are permutations, and every layer of the placement has all experts."""
+    try:
+        experts = list(range(facts["num_experts"]))
+        if facts["layout"] == "permuted":
+            return all(sorted(order) == experts for order in facts["new2old"].values())
+        placed = [sorted({expert for rank in layer for expert in rank}) for layer in facts["placement"]]
+        return placed == [experts] * len(facts["model_layers"])
+    except (TypeError, AttributeError):
+        return False
+
+
+def write_source_headers(target: Path, source: Checkpoint) -> str:
+    """The headers of the source's files, and its index, from which layout "ranks" is put together
+    again; their hash."""
+    headers = {
+        "format": f"{FORMAT}-source",
+        "index": (source.path / INDEX_NAME).read_text(encoding="utf-8") if source.index else None,
+        "files": {
+            shard.name: {
+                "header_bytes": shard.header_bytes,
+                "header_sha256": hash_header(shard),
+                "metadata": shard.metadata,
+                "tensors": [[t.name, t.dtype, list(t.shape), t.begin, t.end] for t in shard.tensors],
+            }
+            for shard in source.shards
+        },
+    }
+    content = json.dumps(headers).encode()
+    (target / SOURCE_FILE).write_bytes(content)
+    return hash_bytes(content)
+
+
+def read_source_headers(checkpoint: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What write_source_headers wrote. Raises InputError where it cannot be read, or is not what
+    the sidecar says."""
+    where = checkpoint / SOURCE_FILE
+    try:
+        content = where.read_bytes()
+        headers = json.loads(content)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where} cannot be read: {error}") from None
+    if facts.get("headers_sha256", hash_bytes(content)) != hash_bytes(content):
+        raise InputError(f"{where} was changed after it was written")
+    return headers
 
 
 def check_unchanged(checkpoint: Path, facts: dict[str, Any], progress: Stages | None) -> None:
@@ -136,4 +190,4 @@ def check_unchanged(checkpoint: Path, facts: dict[str, Any], progress: Stages | 
     tasks = (
         task for name, file in facts["files"].items() for task in checksums(checkpoint, name, file.get("checksums", []))
     )
-    run_tasks(tasks, threads=THREADS, done=keep)
+    run_tasks(tasks, done=keep)

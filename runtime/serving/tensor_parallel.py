@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from semmoe.profiles.capture.layers import find_moe_layers, layer_number
+from semmoe.profiles.capture.layers import find_moe_layers
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import layer_number
 from semmoe.runtime.layer.shuffle import gather_slices, pack_slice, scatter_sums, unpack_slices
 from semmoe.runtime.ranks.failures import ExchangeError, SharedRefusal, is_out_of_memory, naming
 from semmoe.runtime.serving.home_tables import put

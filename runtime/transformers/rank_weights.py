@@ -20,10 +20,10 @@ from safetensors import safe_open
 
 from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.keys import PER_EXPERT, Role, split_key
-from semmoe.runtime.reshard.ranks import SHARED, is_expert, rank_directory
-from semmoe.runtime.reshard.relabel import classify_checkpoint
-from semmoe.runtime.reshard.reshard import check_plan, routed_model
+from semmoe.runtime.reshard.complete import classify_checkpoint
+from semmoe.runtime.reshard.keys import PER_EXPERT, Role, is_expert, split_key
+from semmoe.runtime.reshard.model import check_plan, routed_model
+from semmoe.runtime.reshard.ranks import SHARED, rank_directory
 from semmoe.runtime.reshard.sidecar import SIDECAR, read_sidecar
 from semmoe.runtime.reshard.source import Checkpoint, open_checkpoint
 from semmoe.solvers.place.contiguous import place_contiguous

@@ -47,7 +47,9 @@ def reshard(
     from dataclasses import asdict
 
     from semmoe.profiles.demo.paths import demo_model_path
-    from semmoe.runtime.reshard.reshard import reshard_checkpoint, undo_reshard
+    from semmoe.runtime.reshard.records import ReshardOptions
+    from semmoe.runtime.reshard.reshard import reshard_checkpoint
+    from semmoe.runtime.reshard.undo import undo_reshard
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.progress import gigabytes, stages
     from semmoe.terminal.tables import note, print_json
@@ -62,11 +64,7 @@ def reshard(
                 checkpoint,
                 Plan.load(plan),
                 output,
-                layout=layout.value,
-                link=link,
-                verify=verify.value,
-                force=force,
-                made_by=command_line(checkpoint, plan, output),
+                ReshardOptions(layout.value, link, verify.value, force, command_line(checkpoint, plan, output)),
                 progress=progress,
             )
     for name in result.left_out:

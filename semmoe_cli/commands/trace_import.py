@@ -67,9 +67,9 @@ def import_files(
 
 def copy_hash_layers(name: str, output: Path, revision: str | None) -> dict[str, Any]:
     """Write the tables of a checkpoint's hash-routed layers, say so, and return what it was."""
+    from semmoe.profiles.capture.hash_layers import read_hash_layers, write_hash_layers
     from semmoe.profiles.capture.loading import find_model
     from semmoe.profiles.config import moe_facts
-    from semmoe.profiles.safetensors_file import read_hash_layers, write_hash_layers
 
     source = find_model(name, revision=revision)
     tables = read_hash_layers(source.folder)

@@ -83,17 +83,10 @@ class Page:
 def write_page(page: Page, path: Path) -> None:
     """Write the page in the format of the file's ending. Raises InputError for another ending,
     or where it cannot be written."""
-    from semmoe.profiles.errors import InputError
+    from semmoe.profiles.files import write_file
 
     check_page_target(path)
-    content = {".html": _html, ".md": _markdown, ".png": _png}[path.suffix](page)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    write_file(path, {".html": _html, ".md": _markdown, ".png": _png}[path.suffix](page))
 
 
 def check_page_target(path: Path) -> None:

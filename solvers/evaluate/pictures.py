@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semmoe.profiles.counts import co_activation_EE, profile_traces, sample_requests
+from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.progress import Progress
-from semmoe.profiles.safetensors_file import input_embedding
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
+from semmoe.solvers.demands import Demands
 from semmoe.solvers.evaluate.metrics import TrafficSums, score, traffic_sums
 from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines
 from semmoe.solvers.evaluate.verdict import best_row
 from semmoe.solvers.place.replicas import serving_LRE
-from semmoe.solvers.place.solve import METHODS, Demands, solve_placement
+from semmoe.solvers.place.solve import METHODS, solve_placement
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
@@ -84,7 +85,7 @@ def scored_requests(plan: Plan, trace: RoutingTrace, *, processes: int = 1, prog
     known = {f.name for f in fields(Demands)}
     options: dict[str, Any] = {name: value for name, value in plan.options.items() if name in known}
     demands = Demands(**options, load_cap=plan.load_cap, seed=plan.seed, dispatch=plan.dispatch, processes=processes)
-    placement, _ = solve_placement(profile, plan.topology, demands, method=plan.method, progress=progress)
+    placement = solve_placement(profile, plan.topology, demands, method=plan.method, progress=progress).placement
     batch = scored_batch(trace, held_out_B, seed=plan.seed)
     sums = placement_sums(placement, profile.load_LE, batch, trace, plan.topology, dispatch=plan.dispatch)
     again = score(sums, plan.topology, dispatch=plan.dispatch, num_resamples=1).means["rem"]

@@ -15,7 +15,6 @@ most copies of an expert.
 import hashlib
 import io
 import json
-import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,9 @@ from typing import Any
 import numpy as np
 
 from semmoe.profiles.config import moe_facts, text_config
+from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import write_file
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import ModelFacts, Plan
 
@@ -274,20 +275,8 @@ def write_export(path: Path, kind: str, content: bytes, plan: Plan, *, format: s
         "model": asdict(plan.model),
         "trace": plan.trace,
     }
-    try:
-        _write_whole(path, content)
-        _write_whole(sidecar_path(path), (json.dumps(origin, indent=1, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, content)
+    write_file(sidecar_path(path), indented(origin))
 
 
 def launch_lines(plan: Plan, kind: str, path: Path, *, format: str = "") -> list[str]:

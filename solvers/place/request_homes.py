@@ -2,7 +2,7 @@
 
 A request lives on one rank for all layers. Local activations are linear in the experts' ranks once
 the requests' are given, and the other way round, so each side is relaxed to shares that prices
-balance (`semmoe.solvers.schedule.slices`), and both are cooled in turn: deterministic annealing
+balance (`semmoe.solvers.schedule.transport`), and both are cooled in turn: deterministic annealing
 (Rose, 1998) of a two-sided clustering. A start costs a few matrix products, some hundred times less
 than searching every layer by swaps, and ends in better optima than alternating hard choices does.
 
@@ -12,8 +12,7 @@ Shape letters: B requests, L MoE layers, E experts, R ranks, J load vectors.
 import numpy as np
 
 from semmoe.solvers.place.clusters import usage_shares_BR
-from semmoe.solvers.schedule.slices import balanced_prices, softmax
-from semmoe.solvers.schedule.transport import balanced_homes
+from semmoe.solvers.schedule.transport import SlotPrices, balanced_homes, balanced_prices, scaled_in_slots, softmax
 
 COOLING = (1.5, 1.2, 1.0, 0.8, 0.6, 0.4, 0.3)  # temperatures of requests, in spreads of their scores
 EXPERT_TEMPERATURE = 0.1  # in standard deviations of an expert's worth over the ranks
@@ -71,11 +70,7 @@ class _Experts:
 
     def __init__(self, load_LJE: np.ndarray, limit_LJ: np.ndarray, num_ranks: int) -> None:
         self.load_LJE, self.limit_LJ = load_LJE, limit_LJ
-        num_layers, num_vectors, num_experts = load_LJE.shape
-        self.slots = num_experts / num_ranks
-        self.slot_price_LR = np.zeros((num_layers, num_ranks))
-        self.load_price_LJR = np.zeros((num_layers, num_vectors, num_ranks))
-        self.net_LER = np.zeros((num_layers, num_experts, num_ranks))
+        self.prices = SlotPrices.zero(load_LJE, num_ranks)
 
     def shares(self, worth_LER: np.ndarray) -> np.ndarray:
         """Rows that sum to 1, float64 [L, E, R]: E / R experts on each rank, and loads within
@@ -83,18 +78,15 @@ class _Experts:
         worth_LER = worth_LER - worth_LER.mean(axis=2, keepdims=True, dtype=np.float64)
         scale_L = EXPERT_TEMPERATURE * np.sqrt((worth_LER**2).mean(axis=(1, 2)))
         worth_LER /= np.maximum(scale_L, 1e-300)[:, None, None]
-        load_LEJ = self.load_LJE.transpose(0, 2, 1)
-        for _ in range(SWEEPS):
-            self.net_LER = worth_LER - self.slot_price_LR[:, None] - load_LEJ @ self.load_price_LJR
-            share_LER = softmax(self.net_LER, 1.0)
-            self.slot_price_LR += np.log(np.maximum(share_LER.sum(axis=1), 1e-9) / self.slots)
-            load_LJR = np.maximum(self.load_LJE @ share_LER, 1e-9)
-            self.load_price_LJR = np.maximum(self.load_price_LJR + np.log(load_LJR / self.limit_LJ[:, :, None]), 0)
+        share_LER, self.net_LER, self.prices = scaled_in_slots(
+            worth_LER, self.load_LJE, self.limit_LJ, self.prices, sweeps=SWEEPS
+        )
         return share_LER
 
     def rounded(self) -> np.ndarray:
         """Rank of each expert at the last prices, int64 [L, E], exactly E / R experts on each."""
         from scipy.optimize import linear_sum_assignment
 
-        rank_of_S = np.repeat(np.arange(self.net_LER.shape[2]), round(self.slots))
+        _, num_experts, num_ranks = self.net_LER.shape
+        rank_of_S = np.repeat(np.arange(num_ranks), num_experts // num_ranks)
         return np.stack([rank_of_S[linear_sum_assignment(-net_ER[:, rank_of_S])[1]] for net_ER in self.net_LER])

@@ -32,11 +32,13 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.trace import TraceBatch
-from semmoe.solvers.schedule.slices import balanced_prices, softmax
+from semmoe.solvers.schedule.transport import capped_prices, softmax
 
 PRIOR_TOKENS = 2.0
 MAX_CANDIDATES = 8
 TRAFFIC_CAP = 1.05
+PRICE_SWEEPS = 24
+PRICE_COOLING = 0.1  # last temperature over the spread of the shares
 RARE_TOKENS = 64  # successor rows are counted from ids with at most this many occurrences: others need no prior
 PRICED_IDS = 4_096  # ids that prices are computed from, and as many for all others
 BLOCK_IDS = 16_384  # ids counted at a time: bounds the memory of [ids, E] counts
@@ -278,13 +280,7 @@ def _traffic_prices(shares_UR: np.ndarray, weight_U: np.ndarray) -> tuple[np.nda
     chosen_U = np.concatenate([head_U, tail_U[::step]])
     sample_UR, traffic_U = shares_UR[chosen_U], weight_U[chosen_U].copy()
     traffic_U[len(head_U) :] *= step
-    prices_R, temperature = balanced_prices(sample_UR, traffic_U, cooling=0.1)
-    for _ in range(1000):
-        traffic_R = traffic_U @ softmax(sample_UR - prices_R, temperature)
-        if traffic_R.max() <= TRAFFIC_CAP * traffic_R.mean():
-            break
-        prices_R = prices_R + temperature * np.log(np.maximum(traffic_R / traffic_R.mean(), 1e-6))
-    return prices_R, temperature
+    return capped_prices(sample_UR, traffic_U, cap=TRAFFIC_CAP, sweeps=PRICE_SWEEPS, cooling=PRICE_COOLING)
 
 
 @dataclass(frozen=True, eq=False)

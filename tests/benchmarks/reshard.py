@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoint_factory import make_plan, random_orders  # noqa: E402
 
-from semmoe.runtime.reshard.source import INDEX_NAME, Tensor, make_header  # noqa: E402
+from semmoe.profiles.safetensors_file import INDEX_NAME, Tensor, make_header  # noqa: E402
 
 HIDDEN = 1024
 
@@ -91,8 +91,9 @@ def timed(words: list[str]) -> tuple[float, float]:
 
 RESHARD = (
     "import sys; from pathlib import Path; from semmoe.solvers.plan import Plan; "
+    "from semmoe.runtime.reshard.records import ReshardOptions; "
     "from semmoe.runtime.reshard.reshard import reshard_checkpoint; "
-    "reshard_checkpoint(Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]), verify=sys.argv[4])"
+    "reshard_checkpoint(Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]), ReshardOptions(verify=sys.argv[4]))"
 )
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from semmoe.options import Dtype, Repetition, TraceKind
+from semmoe.profiles.capture.hash_layers import HASH_FORMAT
 from semmoe.profiles.capture.hooks import (
     TokenRequest,
     length_batches,
@@ -31,7 +32,6 @@ from semmoe.profiles.capture.hooks import (
 from semmoe.profiles.capture.requests import encode_requests, read_requests
 from semmoe.profiles.capture.sources import open_dataset, open_source
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.safetensors_file import HASH_FORMAT
 from semmoe.profiles.trace import RoutingTrace
 
 torch.set_num_threads(1)

@@ -28,7 +28,7 @@ from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS, METRICS
 from semmoe.solvers.place.joint import OBJECTIVES
 from semmoe.solvers.place.partition import EFFORTS
 from semmoe.solvers.place.solve import METHODS
-from semmoe.solvers.schedule.slices import WINDOW
+from semmoe.solvers.schedule.windows import WINDOW
 from semmoe.terminal.tables import print_json
 
 COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands]

@@ -13,6 +13,7 @@ from semmoe.profiles.counts import RoutingProfile, co_activation_EE, count_batch
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
+from semmoe.solvers.demands import Demands
 from semmoe.solvers.evaluate.score_plan import baselines
 from semmoe.solvers.place.baselines import place_load
 from semmoe.solvers.place.exact_counts import (
@@ -26,7 +27,7 @@ from semmoe.solvers.place.exact_counts import (
     swap_gain_EE,
 )
 from semmoe.solvers.place.replicas import served_load_R, serving_LRE
-from semmoe.solvers.place.solve import METHODS, Demands, load_notes, solve_placement
+from semmoe.solvers.place.solve import METHODS, load_notes, solve_placement
 from semmoe.solvers.place.spectral import balanced_k_means
 from semmoe.solvers.placement import Placement, Topology
 
@@ -65,7 +66,10 @@ def profile_of(ids_TK: np.ndarray, experts: int, layers: int = 1) -> RoutingProf
 
 
 def solve(profile: RoutingProfile, ranks: int, *, method: str, load_cap: float, seed: int = 0, **demands):
-    return solve_placement(profile, Topology(ranks), Demands(load_cap=load_cap, seed=seed, **demands), method=method)
+    """The placement and what it could not keep."""
+    demanded = Demands(load_cap=load_cap, seed=seed, **demands)
+    solved = solve_placement(profile, Topology(ranks), demanded, method=method)
+    return solved.placement, solved.notes
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +236,8 @@ def test_metis_on_nodes_keeps_the_cap_where_it_does_without_them():
         ids_TK = np.array([rng.choice(16, 4, replace=False, p=w / w.sum()) for w in weights_TE])
         profile, demands = profile_of(ids_TK, 16), Demands(load_cap=1.03, seed=seed, dispatch="per-node")
         for nodes in (1, 2):
-            _, notes = solve_placement(profile, Topology(4, nodes), demands, method="metis")
-            assert notes == [], (seed, nodes)
+            solved = solve_placement(profile, Topology(4, nodes), demands, method="metis")
+            assert solved.notes == [], (seed, nodes)
 
 
 def test_balanced_k_means_separates_clouds():
@@ -285,7 +289,7 @@ def test_the_load_row_of_a_report_is_what_the_load_method_places():
     profile = profile_of(random_rows(np.random.default_rng(0), 16, 200, skew=2), 16, layers=2)
     grouped = replace(profile, info=replace(profile.info, n_group=4, topk_group=2))
     topology = Topology(4, 2)
-    placement, _ = solve_placement(grouped, topology, Demands(load_cap=9), method="load")
+    placement = solve_placement(grouped, topology, Demands(load_cap=9), method="load").placement
     row = baselines(grouped.load_LE, topology, 4)["load"]
     assert row.experts_LRS.tolist() == placement.experts_LRS.tolist()
     node_of_LE = row.rank_of_LE // 2

@@ -11,9 +11,10 @@ from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import write_synthetic
 from semmoe.profiles.trace import RoutingTrace
+from semmoe.solvers.demands import Demands
 from semmoe.solvers.evaluate.metrics import MAX_GROUPS, resampling_groups
-from semmoe.solvers.make_plan import certificate_of, make_plan, score_plan, split_requests
-from semmoe.solvers.place.solve import Demands
+from semmoe.solvers.make_plan import PlanOptions, make_plan, score_plan, split_requests
+from semmoe.solvers.place.bounds import certificate_of
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.simulate import Setting
@@ -29,15 +30,8 @@ def trace(tmp_path_factory):
 
 
 def plan_of(trace, **options) -> Plan:
-    usual = {
-        "method": "spectral",
-        "holdout": 0.25,
-        "holdout_domains": [],
-        "refit": True,
-        "certify": False,
-        "made_by": "semmoe place",
-    }
-    return make_plan([trace], Topology(4), Demands(load_cap=1.2), setting=SETTING, **{**usual, **options})
+    usual = {"method": "spectral", "holdout": 0.25, "made_by": "semmoe place"}
+    return make_plan([trace], Topology(4), Demands(load_cap=1.2), PlanOptions(setting=SETTING, **{**usual, **options}))
 
 
 def test_a_plan_round_trips_and_repeats_to_the_byte(trace, tmp_path):
@@ -202,7 +196,7 @@ def test_bounds_are_for_the_load_that_a_placement_has(trace):
     profile = profile_traces([trace])
     placement = Placement.from_ranks(np.repeat(np.arange(4), 8)[None].repeat(4, axis=0), 4)
     load_LR = profile.load_LE.reshape(4, 4, 8).sum(2)
-    loosest = [certificate_of(profile, placement, Demands(load_cap=cap)) for cap in (1.0, 1.05, 3.0)]
+    loosest = [certificate_of(profile, placement, load_cap=cap) for cap in (1.0, 1.05, 3.0)]
     assert (load_LR.max(1) > 1.05 * load_LR.mean(1)).all()
     for entries in zip(*(found["layers"] for found in loosest), strict=True):
         assert entries[0] == entries[1]
@@ -210,30 +204,9 @@ def test_bounds_are_for_the_load_that_a_placement_has(trace):
 
 
 def test_replicas_are_placed_and_scored_but_have_no_certificate(trace):
-    more = make_plan(
-        [trace],
-        Topology(4),
-        Demands(load_cap=1.2, replicas=2),
-        method="semmoe",
-        holdout=0.25,
-        holdout_domains=[],
-        refit=True,
-        certify=False,
-        setting=SETTING,
-        made_by="",
-    )
+    demands = Demands(load_cap=1.2, replicas=2)
+    more = make_plan([trace], Topology(4), demands, PlanOptions(holdout=0.25, setting=SETTING))
     assert more.placement.slots_per_rank == 10
     assert oracle_rem(more) < oracle_rem(plan_of(trace, method="semmoe"))
     with pytest.raises(InputError, match="--certify bounds placements without replicas"):
-        make_plan(
-            [trace],
-            Topology(4),
-            Demands(replicas=1),
-            method="metis",
-            holdout=0.25,
-            holdout_domains=[],
-            refit=True,
-            certify=True,
-            setting=SETTING,
-            made_by="",
-        )
+        make_plan([trace], Topology(4), Demands(replicas=1), PlanOptions(method="metis", certify=True))

@@ -16,7 +16,7 @@ import pytest
 
 import semmoe.profiles.mapped as mapped_module
 import semmoe.solvers.evaluate.rows as traffic_rows_module
-import semmoe.solvers.place.joint as coschedule_module
+import semmoe.solvers.place.joint as joint_module
 import semmoe.solvers.schedule.schedule as schedule_module
 from semmoe.profiles.counts import profile_split, profile_traces
 from semmoe.profiles.errors import InputError
@@ -24,6 +24,7 @@ from semmoe.profiles.mapped import mapped_empty, open_view, view_of
 from semmoe.profiles.synthetic import write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.profiles.trace_writer import TraceWriter
+from semmoe.solvers.demands import Demands
 from semmoe.solvers.evaluate.score_plan import baselines, score_batch, score_placements
 from semmoe.solvers.place.clusters import chosen_requests, cluster_loads, request_usage_LBE, usage_shares_BR
 from semmoe.solvers.place.contiguous import place_contiguous
@@ -100,9 +101,9 @@ def test_a_mapped_sample_gives_the_same_plan_in_any_number_of_processes(tmp_path
     assert view_of(profile.sample.expert_ids_TLK) is not None and view_of(plain.sample.expert_ids_TLK) is None
     np.testing.assert_array_equal(profile.sample.expert_ids_TLK, plain.sample.expert_ids_TLK)
     options = {"load_cap": 1.05, "seed": 0, "objective": "both", "effort": "fast"}
-    rank_of_LE = place_semmoe(plain, Topology(4), processes=1, **options)
-    np.testing.assert_array_equal(place_semmoe(profile, Topology(4), processes=3, **options), rank_of_LE)
-    placement = Placement.from_ranks(rank_of_LE, 4)
+    placement = place_semmoe(plain, Topology(4), Demands(processes=1, **options)).placement
+    mapped = place_semmoe(profile, Topology(4), Demands(processes=3, **options)).placement
+    np.testing.assert_array_equal(mapped.experts_LRS, placement.experts_LRS)
     whole = fit_schedule(plain.sample, placement, seed=0).to_tables()
     for name, array in fit_schedule(profile.sample, placement, seed=0, processes=3).to_tables().items():
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
@@ -113,7 +114,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, everything_ma
     traces = [RoutingTrace.open(tmp_path / "t")]
     held_out_B = np.arange(40) % 3 == 0
     fitted, rest, _ = profile_split(traces, [held_out_B])
-    placement = Placement.from_ranks(place_semmoe(fitted, Topology(4), load_cap=1.05, seed=0, effort="fast"), 4)
+    placement = place_semmoe(fitted, Topology(4), Demands(objective="tp", effort="fast")).placement
     schedule = fit_schedule(fitted.sample, placement, seed=0)
     options = {"load_LE": fitted.load_LE, "dispatch": "per-rank", "schedule": schedule, "setting": Setting()}
     arguments = ({"plan": placement, **baselines(fitted.load_LE, Topology(4))}, rest.sample, fitted.info, Topology(4))
@@ -228,12 +229,12 @@ def test_request_homes_and_clusters_look_at_a_bounded_choice_of_requests(tmp_pat
     some_LJE, all_LJE = (cluster_loads(profile, 3, 0, max_counts=most * counts) for most in (20, 60))
     for load_LJE in (some_LJE, all_LJE):
         np.testing.assert_array_equal(load_LJE[:, 1:].sum(axis=1), profile.load_LE)
-    options = {"load_cap": 1.1, "seed": 0, "objective": "dp", "effort": "fast"}
-    whole_LE = place_semmoe(profile, Topology(4), **options)
+    demands = Demands(load_cap=1.1, objective="dp", effort="fast")
+    whole_LE = place_semmoe(profile, Topology(4), demands).placement.rank_of_LE
     monkeypatch.setattr(
-        coschedule_module, "chosen_requests", lambda profile, seed: chosen_requests(profile, seed, 20 * counts)
+        joint_module, "chosen_requests", lambda profile, seed: chosen_requests(profile, seed, 20 * counts)
     )
-    bounded_LE = place_semmoe(profile, Topology(4), **options)
+    bounded_LE = place_semmoe(profile, Topology(4), demands).placement.rank_of_LE
     kept = [local_share(r_LE, profile) for r_LE in (whole_LE, bounded_LE)]
     assert kept[1] > 0.9 * kept[0] > 1.5 / 4
 

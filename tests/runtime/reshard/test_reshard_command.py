@@ -14,10 +14,12 @@ from semmoe.commands.reshard import reshard
 from semmoe.options import Layout, Verify
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.safetensors_file import read_shard
 from semmoe.runtime.reshard.logits import compare_logits
-from semmoe.runtime.reshard.reshard import VERIFY, reshard_checkpoint, undo_reshard
+from semmoe.runtime.reshard.records import ReshardOptions
+from semmoe.runtime.reshard.reshard import VERIFY, reshard_checkpoint
 from semmoe.runtime.reshard.sidecar import LAYOUTS
-from semmoe.runtime.reshard.source import read_shard
+from semmoe.runtime.reshard.undo import undo_reshard
 from semmoe.solvers.plan import Plan
 
 pytest.importorskip("transformers")
@@ -100,7 +102,7 @@ def test_a_trained_model_writes_the_same_text(name: str, tmp_path: Path) -> None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, out = SHARED_MODELS / name, tmp_path / "out"
-    result = reshard_checkpoint(source, random_plan(source, ranks=4), out, verify="logits")
+    result = reshard_checkpoint(source, random_plan(source, ranks=4), out, ReshardOptions(verify="logits"))
     assert result.logits_difference is not None and result.logits_difference < 1e-4
     texts = []
     for path in (source, out):

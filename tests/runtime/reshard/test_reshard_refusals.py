@@ -17,7 +17,9 @@ from checkpoint_factory import CONFIG, make_plan, random_orders, write_checkpoin
 from checkpoint_specs import PER_EXPERT, D, E, F, assert_same_files, fused_model, per_expert_model
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.reshard import reshard_checkpoint, undo_reshard
+from semmoe.runtime.reshard.records import ReshardOptions
+from semmoe.runtime.reshard.reshard import reshard_checkpoint
+from semmoe.runtime.reshard.undo import undo_reshard
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,7 +32,7 @@ def refuse(source: Path, plan, match: str, **options) -> None:
     """The reshard raises InputError of one line and leaves nothing."""
     before = sorted(p.name for p in source.parent.iterdir())
     with pytest.raises(InputError, match=match) as caught:
-        reshard_checkpoint(source, plan, source.parent / "out", **options)
+        reshard_checkpoint(source, plan, source.parent / "out", ReshardOptions(**options))
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in source.parent.iterdir()) == before
 
@@ -255,12 +257,15 @@ def test_links_to_directories_are_named(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("layout", "lost"), [("permuted", "new2old"), ("ranks", "placement")])
 def test_a_damaged_sidecar(source: Path, tmp_path: Path, layout: str, lost: str) -> None:
-    reshard_checkpoint(source, PLAN, tmp_path / "placed", layout=layout)
+    reshard_checkpoint(source, PLAN, tmp_path / "placed", ReshardOptions(layout=layout))
     facts = json.loads((tmp_path / "placed" / "semmoe.json").read_text())
-    del facts[lost]
-    (tmp_path / "placed" / "semmoe.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match=f"semmoe.json is damaged: it lacks {lost}"):
-        undo_reshard(tmp_path / "placed", tmp_path / "back")
+    del facts["sha256"]  # as older versions wrote it
+    good = facts.pop(lost)
+    bad = {"0": [0, 0], "1": good["1"]} if layout == "permuted" else [[[0, 1]], [[2]]]
+    for change, message in (({}, f"it lacks {lost}"), ({lost: bad}, f"its {lost} does not hold every expert")):
+        (tmp_path / "placed" / "semmoe.json").write_text(json.dumps(facts | change))
+        with pytest.raises(InputError, match=f"semmoe.json is damaged: {message}"):
+            undo_reshard(tmp_path / "placed", tmp_path / "back")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +278,7 @@ def test_a_damaged_sidecar(source: Path, tmp_path: Path, layout: str, lost: str)
     ],
 )
 def test_a_changed_sidecar(source: Path, tmp_path: Path, layout: str, file: str, old: str, new: str) -> None:
-    reshard_checkpoint(source, PLAN, tmp_path / "placed", layout=layout)
+    reshard_checkpoint(source, PLAN, tmp_path / "placed", ReshardOptions(layout=layout))
     text = (tmp_path / "placed" / file).read_text()
     assert old in text
     (tmp_path / "placed" / file).write_text(text.replace(old, new, 1))
@@ -294,17 +299,17 @@ def test_targets(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is there already"):
         reshard_checkpoint(source, PLAN, out)
     other = plan_of(random_orders(2, seed=1))
-    reshard_checkpoint(source, other, out, force=True)
+    reshard_checkpoint(source, other, out, ReshardOptions(force=True))
     assert json.loads((out / "semmoe.json").read_text())["plan"]["fingerprint"] == other.fingerprint
     with pytest.raises(InputError, match="is a reshard already"):
         reshard_checkpoint(out, PLAN, tmp_path / "twice")
     shutil.copytree(source, tmp_path / "precious")
     with pytest.raises(InputError, match=r"holds no semmoe\.json"):
-        reshard_checkpoint(source, PLAN, tmp_path / "precious", force=True)
+        reshard_checkpoint(source, PLAN, tmp_path / "precious", ReshardOptions(force=True))
     assert_same_files(source, tmp_path / "precious")
     for inside in (source, source / "out", tmp_path):
         with pytest.raises(InputError, match="lie in each other"):
-            reshard_checkpoint(source, PLAN, inside, force=True)
+            reshard_checkpoint(source, PLAN, inside, ReshardOptions(force=True))
     with pytest.raises(InputError, match="does not exist"):
         reshard_checkpoint(source, PLAN, tmp_path / "no" / "out")
     with pytest.raises(InputError, match="is not a reshard"):
@@ -318,7 +323,7 @@ def test_a_link_to_a_directory_and_directories_that_cannot_be_replaced(
     (tmp_path / "link").symlink_to("disk/out")
     reshard_checkpoint(source, PLAN, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "semmoe.json").is_file()
-    reshard_checkpoint(source, PLAN, tmp_path / "link", force=True)
+    reshard_checkpoint(source, PLAN, tmp_path / "link", ReshardOptions(force=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link", "source"]
     assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
     (tmp_path / "here").mkdir()
@@ -335,7 +340,7 @@ def test_an_error_of_the_disk_is_one_line(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *named)
 
-    monkeypatch.setattr("semmoe.runtime.reshard.reshard.write_sidecar", fail)
+    monkeypatch.setattr("semmoe.runtime.reshard.permuted.write_sidecar", fail)
     refuse(source, PLAN, "cannot write .*out: No space left on device" + told)
 
 
@@ -388,9 +393,9 @@ def test_a_killed_run_leaves_no_out_and_the_next_run_is_whole(tmp_path: Path) ->
 
 
 def test_two_runs_at_once(source: Path, tmp_path: Path) -> None:
-    from semmoe.runtime.reshard.output_directory import OutputDirectory
+    from semmoe.runtime.reshard.output_directory import output_directory
 
-    with OutputDirectory(tmp_path / "out", source, marker="semmoe.json", force=False):
+    with output_directory(tmp_path / "out", source, marker="semmoe.json", force=False):
         with pytest.raises(InputError, match="another run is writing"):
             reshard_checkpoint(source, PLAN, tmp_path / "out")
     reshard_checkpoint(source, PLAN, tmp_path / "out")

@@ -28,6 +28,7 @@ from semmoe.profiles.synthetic import write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.ranks.launch import launch
 from semmoe.runtime.replay.cases import ReplayOptions, prepare
+from semmoe.runtime.reshard.records import ReshardOptions
 from semmoe.runtime.reshard.reshard import reshard_checkpoint
 from semmoe.runtime.serving.results import kept_results, partial_state
 from semmoe.solvers.evaluate.metrics import metrics_XL, traffic_sums
@@ -157,10 +158,14 @@ def test_resharded_checkpoints(tmp_path: Path) -> None:
         tiny_model(family).save_pretrained(tmp_path / family)
         plan = random_plan(tmp_path / family)
         plan.save(tmp_path / f"{family}-plan")
-        reshard_checkpoint(tmp_path / family, plan, tmp_path / f"{family}-permuted", layout="permuted", verify="none")
+        reshard_checkpoint(
+            tmp_path / family, plan, tmp_path / f"{family}-permuted", ReshardOptions(layout="permuted", verify="none")
+        )
         more = rank_cases.with_replicas(plan, 1)
         more.save(tmp_path / f"{family}-ranks-plan")
-        reshard_checkpoint(tmp_path / family, more, tmp_path / f"{family}-ranks", layout="ranks", verify="none")
+        reshard_checkpoint(
+            tmp_path / family, more, tmp_path / f"{family}-ranks", ReshardOptions(layout="ranks", verify="none")
+        )
     found = launch(rank_cases.compare_layouts, (str(tmp_path), ["qwen3_moe", "gpt_oss"]), 2)
     assert len(found) == 4
     assert {name: difference for name, difference in found.items() if not difference <= 1e-4} == {}

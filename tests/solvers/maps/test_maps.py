@@ -24,7 +24,8 @@ from semmoe.options import MapKind, VllmFormat
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import write_synthetic
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.make_plan import make_plan
+from semmoe.solvers.demands import Demands
+from semmoe.solvers.make_plan import PlanOptions, make_plan
 from semmoe.solvers.maps.read import exported_from, import_placement, import_plan
 from semmoe.solvers.maps.write import (
     KINDS,
@@ -37,7 +38,6 @@ from semmoe.solvers.maps.write import (
     sidecar_path,
     write_export,
 )
-from semmoe.solvers.place.solve import Demands
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
@@ -584,18 +584,8 @@ def test_the_documented_commands_run_and_the_flags_agree(saved, tmp_path, monkey
 def test_an_imported_map_is_scored_on_all_requests(tmp_path):
     write_synthetic(tmp_path / "t", num_requests=40)
     trace = RoutingTrace.open(tmp_path / "t")
-    plan = make_plan(
-        [trace],
-        Topology(4),
-        Demands(load_cap=1.2),
-        method="spectral",
-        holdout=0.25,
-        holdout_domains=[],
-        refit=True,
-        certify=False,
-        setting=Setting(),
-        made_by="semmoe place",
-    )
+    how = PlanOptions(method="spectral", holdout=0.25, made_by="semmoe place")
+    plan = make_plan([trace], Topology(4), Demands(load_cap=1.2), how)
     options = {"dispatch": "per-rank", "setting": Setting(), "made_by": "semmoe place"}
     path = write(plan, tmp_path / "map.jsonl", "vllm", "pr41141")
     imported = import_plan([trace], Topology(4), kind="vllm", file=path, **options)

@@ -1,0 +1,60 @@
+"""Writing: whole or not at all, whatever happens inside the block."""
+
+from pathlib import Path
+
+import pytest
+
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import new_directory, new_file, write_file
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_file(path, "\u00e4lter\n")
+    with new_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == "\u00e4lter\n".encode()
+    assert path.read_bytes() == b"new" and names(tmp_path) == ["a.json"]
+    with pytest.raises(ZeroDivisionError), new_file(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"new" and names(tmp_path) == ["a.json"]
+    for wrong in (tmp_path / "no" / "b", path / "b"):
+        with pytest.raises(InputError, match=f"^cannot write {wrong}: "):
+            write_file(wrong, b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="^cannot write .*folder: "):
+        write_file(tmp_path / "folder", b"")
+    assert names(tmp_path) == ["a.json", "folder"]
+
+
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_directory_is_there_when_it_is_whole(tmp_path: Path, lock: bool) -> None:
+    path = tmp_path / "out"
+    for content in ("old", "new"):
+        with new_directory(path, lock=lock) as folder:
+            (folder / "file").write_text(content)
+            assert folder.parent == tmp_path and (not path.exists() or (path / "file").read_text() == "old")
+        assert names(path) == ["file"] and (path / "file").read_text() == content
+    with pytest.raises(ZeroDivisionError), new_directory(path, lock=lock) as folder:
+        (folder / "half").write_text("")
+        raise ZeroDivisionError
+    with pytest.raises(InputError, match=r"^cannot write the thing: .* \(/nothing/here\)$"):
+        with new_directory(path, what="the thing", lock=lock):
+            Path("/nothing/here").read_text()
+    assert names(tmp_path) == ["out"] and names(path) == ["file"]
+
+
+def test_one_run_at_a_time_and_what_a_killed_one_left(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial" / "left").mkdir(parents=True)
+    (tmp_path / ".out.replaced").mkdir()
+    with new_directory(tmp_path / "out", lock=True) as folder:
+        assert names(folder) == [".lock"]
+        with pytest.raises(InputError, match="another run is writing"), new_directory(tmp_path / "out", lock=True):
+            raise AssertionError
+        (folder / "file").write_text("first")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["file"]
