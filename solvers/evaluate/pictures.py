@@ -23,7 +23,8 @@ from semmoe.solvers.place.replicas import serving_LRE
 from semmoe.solvers.place.solve import METHODS, solve_placement
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting, simulate
 
 

@@ -16,7 +16,8 @@ from semmoe.profiles.trace import TraceBatch, TraceInfo
 from semmoe.solvers.evaluate.metrics import TrafficSums, traffic_sums
 from semmoe.solvers.place.replicas import serving_LRE
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.schedule.schedule import SMALL_TASK, Schedule
+from semmoe.solvers.schedule.fit import SMALL_TASK
+from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting, simulate
 from semmoe.solvers.workers import layer_map
 

@@ -34,7 +34,7 @@ from semmoe.runtime.serving.results import kept_results, partial_state
 from semmoe.solvers.evaluate.metrics import metrics_XL, traffic_sums
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 
 METRICS = {
     *("scheduler", "ranks", "requests", "prefill_tokens_per_s", "decode_tokens_per_s", "lar", "rem", "rows_sent"),
