@@ -37,8 +37,9 @@ from semmoe.solvers.place.joint import place_semmoe  # noqa: E402
 from semmoe.solvers.place.remote_gains import remote_cost  # noqa: E402
 from semmoe.solvers.place.solve import METHODS  # noqa: E402
 from semmoe.solvers.placement import Placement, Topology  # noqa: E402
-from semmoe.solvers.schedule.schedule import fit_schedule  # noqa: E402
-from semmoe.solvers.schedule.token_table import TokenTable, build_token_table  # noqa: E402
+from semmoe.solvers.schedule.fit import fit_schedule  # noqa: E402
+from semmoe.solvers.schedule.token_fit import build_token_table  # noqa: E402
+from semmoe.solvers.schedule.token_table import TokenTable  # noqa: E402
 from semmoe.solvers.workers import layer_map  # noqa: E402
 
 REQUEST_TOKENS = 256
