@@ -215,8 +215,8 @@ def grouped(
 
 def _parameters(function: Callable[..., Any]) -> Iterator[Parameter]:
     for parameter in signature(function).parameters.values():
-        if is_dataclass(parameter.annotation):
-            yield from _parameters(parameter.annotation)  # pyright: ignore[reportArgumentType]
+        if record := _record_of(parameter):
+            yield from _parameters(record)
         else:
             yield parameter.replace(kind=Parameter.KEYWORD_ONLY)
 
@@ -225,10 +225,16 @@ def _call(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """`function`, or the record of that class, with its records made from `values`."""
     return function(
         **{
-            name: _call(parameter.annotation, values) if is_dataclass(parameter.annotation) else values[name]
+            name: _call(record, values) if (record := _record_of(parameter)) else values[name]
             for name, parameter in signature(function).parameters.items()
         }
     )
+
+
+def _record_of(parameter: Parameter) -> type | None:
+    """The class of the record that a parameter is; None where it is an option."""
+    kind = parameter.annotation
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 
 def command_line(*path_values: Path | str) -> str:
