@@ -11,7 +11,7 @@ import typer
 
 from semmoe.commands.replay import replay as replay_trace
 from semmoe.options import Dataset, Dtype, Json, MessagesField, Seed, Split, Subset, TextField, given, refuse_mixed
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.runtime.serving.results import kept_results, partial_path, partial_state
 from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_facts, print_json
@@ -129,6 +129,7 @@ def run(
     refuse_mixed("CHECKPOINT", given(hidden_size=hidden_size, expert_size=expert_size))
     if scheduler != "tp":
         refuse_mixed("another scheduler than --scheduler tp", given(predict=predict))
+    require_extra("running a model", "torch", "transformers")
     kept: Callable[[], str] = str
     if output is not None and os.environ.get("RANK", "0") == "0":
         check_output(output)
