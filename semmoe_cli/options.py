@@ -130,37 +130,26 @@ class Verify(enum.StrEnum):
     logits = "logits"
 
 
-BatchTokens = Annotated[int, typer.Option(help="Tokens of a simulated batch.", min=1)]
-Window = Annotated[int, typer.Option(help="Requests of a simulated scheduling window.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input and seed give the same bytes.", min=0)]
-
-Dataset = Annotated[
-    str | None, typer.Option("--dataset", metavar="NAME", help="Texts: a data set of the Hugging Face hub, streamed.")
-]
-Subset = Annotated[str | None, typer.Option("--subset", help="Subset (configuration) of --dataset.")]
-Split = Annotated[str | None, typer.Option("--split", help="Split of --dataset.")]
-TextField = Annotated[
-    str | None,
-    typer.Option("--text-field", metavar="FIELD", help="Field that holds the text; found by itself otherwise."),
-]
-MessagesField = Annotated[
-    str | None,
-    typer.Option(
-        "--messages-field", metavar="FIELD", help="Field that holds chat messages, for the tokenizer's chat template."
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
     """Where texts come from beside files, and which fields hold them."""
 
-    dataset: Dataset = None
-    subset: Subset = None
-    split: Split = None
-    text_field: TextField = None
-    messages_field: MessagesField = None
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Texts: a data set of the Hugging Face hub, streamed.")
+    ] = None
+    subset: Annotated[str | None, typer.Option(help="Subset (configuration) of --dataset.")] = None
+    split: Annotated[str | None, typer.Option(help="Split of --dataset.")] = None
+    text_field: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Field that holds the text; found by itself otherwise.")
+    ] = None
+    messages_field: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Field that holds chat messages, for the tokenizer's chat template."),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +164,8 @@ class Loading:
 class Simulation:
     """How schedules are simulated."""
 
-    batch_tokens: BatchTokens = 512
-    window: Window = 256
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a simulated batch.", min=1)] = 512
+    window: Annotated[int, typer.Option(help="Requests of a simulated scheduling window.", min=1)] = 256
     seed: Seed = 0
 
     def setting(self) -> "Setting":
