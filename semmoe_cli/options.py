@@ -89,7 +89,7 @@ class Repetition(enum.StrEnum):
 
 
 class MapKind(enum.StrEnum):
-    """--to and --import: semmoe.solvers.maps.write.KINDS."""
+    """--to and --import: semmoe.solvers.maps.kinds.KINDS."""
 
     sglang = "sglang"
     trtllm = "trtllm"
@@ -99,7 +99,7 @@ class MapKind(enum.StrEnum):
 
 
 class VllmFormat(enum.StrEnum):
-    """--format: semmoe.solvers.maps.write.VLLM_FORMATS."""
+    """--format: semmoe.solvers.maps.vllm.FORMATS."""
 
     pr41141 = "pr41141"
     pr49572 = "pr49572"
@@ -130,37 +130,26 @@ class Verify(enum.StrEnum):
     logits = "logits"
 
 
-BatchTokens = Annotated[int, typer.Option(help="Tokens of a simulated batch.", min=1)]
-Window = Annotated[int, typer.Option(help="Requests of a simulated scheduling window.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input and seed give the same bytes.", min=0)]
-
-Dataset = Annotated[
-    str | None, typer.Option("--dataset", metavar="NAME", help="Texts: a data set of the Hugging Face hub, streamed.")
-]
-Subset = Annotated[str | None, typer.Option("--subset", help="Subset (configuration) of --dataset.")]
-Split = Annotated[str | None, typer.Option("--split", help="Split of --dataset.")]
-TextField = Annotated[
-    str | None,
-    typer.Option("--text-field", metavar="FIELD", help="Field that holds the text; found by itself otherwise."),
-]
-MessagesField = Annotated[
-    str | None,
-    typer.Option(
-        "--messages-field", metavar="FIELD", help="Field that holds chat messages, for the tokenizer's chat template."
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
     """Where texts come from beside files, and which fields hold them."""
 
-    dataset: Dataset = None
-    subset: Subset = None
-    split: Split = None
-    text_field: TextField = None
-    messages_field: MessagesField = None
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Texts: a data set of the Hugging Face hub, streamed.")
+    ] = None
+    subset: Annotated[str | None, typer.Option(help="Subset (configuration) of --dataset.")] = None
+    split: Annotated[str | None, typer.Option(help="Split of --dataset.")] = None
+    text_field: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Field that holds the text; found by itself otherwise.")
+    ] = None
+    messages_field: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Field that holds chat messages, for the tokenizer's chat template."),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +164,8 @@ class Loading:
 class Simulation:
     """How schedules are simulated."""
 
-    batch_tokens: BatchTokens = 512
-    window: Window = 256
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a simulated batch.", min=1)] = 512
+    window: Annotated[int, typer.Option(help="Requests of a simulated scheduling window.", min=1)] = 256
     seed: Seed = 0
 
     def setting(self) -> "Setting":
@@ -215,8 +204,8 @@ def grouped(
 
 def _parameters(function: Callable[..., Any]) -> Iterator[Parameter]:
     for parameter in signature(function).parameters.values():
-        if is_dataclass(parameter.annotation):
-            yield from _parameters(parameter.annotation)  # pyright: ignore[reportArgumentType]
+        if record := _record_of(parameter):
+            yield from _parameters(record)
         else:
             yield parameter.replace(kind=Parameter.KEYWORD_ONLY)
 
@@ -225,10 +214,16 @@ def _call(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """`function`, or the record of that class, with its records made from `values`."""
     return function(
         **{
-            name: _call(parameter.annotation, values) if is_dataclass(parameter.annotation) else values[name]
+            name: _call(record, values) if (record := _record_of(parameter)) else values[name]
             for name, parameter in signature(function).parameters.items()
         }
     )
+
+
+def _record_of(parameter: Parameter) -> type | None:
+    """The class of the record that a parameter is; None where it is an option."""
+    kind = parameter.annotation
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 
 def command_line(*path_values: Path | str) -> str:

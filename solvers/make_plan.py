@@ -30,7 +30,8 @@ from semmoe.solvers.place.bounds import NO_BOUND, certificate_of
 from semmoe.solvers.place.solve import check_demands, solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
-from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
 
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all

@@ -1,14 +1,14 @@
 """`semmoe compare`: plans side by side on a trace, and what it takes to get from one to another."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import BatchTokens, Json, Seed, Window
+from semmoe.options import Json, Simulation, grouped
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,6 +17,32 @@ if TYPE_CHECKING:
     from semmoe.solvers.evaluate.report import ScoreRow
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large an expert is."""
+
+    expert_bytes: Annotated[
+        int, typer.Option(metavar="N", help="Bytes of one expert's weights; or give its sizes.", min=0)
+    ] = 0
+    hidden_size: Annotated[int, typer.Option(metavar="D", help="Hidden size of the model.", min=0)] = 0
+    expert_size: Annotated[int, typer.Option(metavar="I", help="Intermediate size of an expert.", min=0)] = 0
+    dtype_bytes: Annotated[float, typer.Option(help="With the sizes: bytes of a weight (0.5 = 4 bits).", min=0)] = 2.0
+
+    def bytes(self) -> int:
+        """Bytes of one expert's weights; 0 where nothing says it."""
+        from semmoe.profiles.errors import InputError
+        from semmoe.solvers.place.moves import expert_bytes
+
+        if bool(self.hidden_size) != bool(self.expert_size):
+            raise InputError("--hidden-size and --expert-size go together: an expert holds three matrices of that size")
+        if not isfinite(self.dtype_bytes):
+            raise typer.BadParameter("expected a number of bytes", param_hint="--dtype-bytes")
+        if self.hidden_size and not self.expert_bytes:
+            return expert_bytes(self.hidden_size, self.expert_size, self.dtype_bytes)
+        return self.expert_bytes
+
+
+@grouped()
 def compare(
     paths: Annotated[
         list[str],
@@ -26,15 +52,9 @@ def compare(
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="Also write a page: .html (one file), .md or .png."),
     ] = None,
-    expert_bytes: Annotated[
-        int, typer.Option(metavar="N", help="Bytes of one expert's weights; or give its sizes.", min=0)
-    ] = 0,
-    hidden_size: Annotated[int, typer.Option(metavar="D", help="Hidden size of the model.", min=0)] = 0,
-    expert_size: Annotated[int, typer.Option(metavar="I", help="Intermediate size of an expert.", min=0)] = 0,
-    dtype_bytes: Annotated[float, typer.Option(help="With the sizes: bytes of a weight (0.5 = 4 bits).", min=0)] = 2.0,
-    batch_tokens: BatchTokens = 512,
-    window: Window = 256,
-    seed: Seed = 0,
+    *,
+    sizes: Sizes,
+    simulation: Simulation,
     json_: Json = False,
 ) -> None:
     """Score plans side by side on requests that none of them saw, and count the experts to move
@@ -45,9 +65,7 @@ def compare(
     from semmoe.profiles.errors import InputError
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.compare import compare_plans
-    from semmoe.solvers.place.moves import expert_bytes as bytes_of_expert
     from semmoe.solvers.plan import Plan
-    from semmoe.solvers.schedule.simulate import Setting
     from semmoe.terminal.progress import steps
     from semmoe.terminal.tables import note, print_json
 
@@ -56,12 +74,7 @@ def compare(
         raise typer.BadParameter("two plans or more, and a trace", param_hint="PLAN PLAN... TRACE")
     if len(set(plan_paths)) < len(plan_paths):
         raise InputError(f"a plan is named twice: {', '.join(plan_paths)}")
-    if bool(hidden_size) != bool(expert_size):
-        raise InputError("--hidden-size and --expert-size go together: an expert holds three matrices of that size")
-    if not isfinite(dtype_bytes):
-        raise typer.BadParameter("expected a number of bytes", param_hint="--dtype-bytes")
-    if hidden_size and not expert_bytes:
-        expert_bytes = bytes_of_expert(hidden_size, expert_size, dtype_bytes)
+    bytes_per_expert = sizes.bytes()
     if output is not None:
         from semmoe.pages.page import check_page_target
 
@@ -71,8 +84,8 @@ def compare(
         comparison, notes = compare_plans(
             plans,
             traced,
-            bytes_per_expert=expert_bytes,
-            setting=Setting(batch_tokens, window, seed),
+            bytes_per_expert=bytes_per_expert,
+            setting=simulation.setting(),
             progress=progress,
         )
     for line in notes:

@@ -22,10 +22,9 @@ from semmoe.options import (
 )
 
 if TYPE_CHECKING:
-    from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.demands import Demands
+    from semmoe.solvers.make_plan import PlanOptions
     from semmoe.solvers.placement import Topology
-    from semmoe.solvers.plan import Plan
 
 # What an expert map is scored with too, or that changes no result.
 FINE_WITH_IMPORT = ("dispatch", "effort", "processes")
@@ -108,6 +107,20 @@ class Placing:
             processes=self.processes or os.cpu_count() or 1,
         )
 
+    def options(self, simulation: Simulation, made_by: str) -> "PlanOptions":
+        """The rest, as solvers read it."""
+        from semmoe.solvers.make_plan import PlanOptions
+
+        return PlanOptions(
+            method=self.method.value,
+            holdout=self.holdout,
+            holdout_domains=self.holdout_domain or [],
+            refit=self.refit,
+            certify=self.certify,
+            setting=simulation.setting(),
+            made_by=made_by,
+        )
+
 
 @grouped(first=("ranks", "output"), last=("seed", "json_"))
 def place(
@@ -158,7 +171,12 @@ def place(
             made_by=command_line(output, file, *traces),
         )
     else:
-        plan = _place(opened, links, placing, simulation, command_line(output, network.topology or output, *traces))
+        from semmoe.solvers.make_plan import make_plan
+        from semmoe.terminal.progress import stages
+
+        options = placing.options(simulation, command_line(output, network.topology or output, *traces))
+        with stages() as show:
+            plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
     plan.save(output)
     for line in plan.notes:
         note(line)
@@ -172,27 +190,3 @@ def place(
     note(
         f"wrote {output} ({placement.num_layers} layers x {placement.slots_per_rank} slots on {placement.num_ranks} ranks)"
     )
-
-
-def _place(
-    traces: "list[RoutingTrace]", links: "Topology", placing: Placing, simulation: Simulation, made_by: str
-) -> "Plan":
-    from semmoe.solvers.make_plan import PlanOptions, make_plan
-    from semmoe.terminal.progress import stages
-
-    with stages() as show:
-        return make_plan(
-            traces,
-            links,
-            placing.demands(simulation.seed),
-            PlanOptions(
-                method=placing.method.value,
-                holdout=placing.holdout,
-                holdout_domains=placing.holdout_domain or [],
-                refit=placing.refit,
-                certify=placing.certify,
-                setting=simulation.setting(),
-                made_by=made_by,
-            ),
-            progress=show,
-        )

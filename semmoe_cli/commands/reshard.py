@@ -1,14 +1,36 @@
 """`semmoe reshard`: a checkpoint and a plan in, a checkpoint out that realises the plan; and
 back."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from semmoe.options import Json, Layout, Verify, command_line
+from semmoe.options import Json, Layout, Verify, command_line, given, grouped
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rewriting:
+    """What is written, and what is done about it afterwards."""
+
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            help="permuted: a normal checkpoint with relabelled experts, for any engine; ranks: a directory per rank."
+        ),
+    ] = Layout.permuted
+    link: Annotated[bool, typer.Option("--link/--copy", help="Hard-link the files that do not change.")] = False
+    verify: Annotated[
+        Verify, typer.Option(help="bytes: read everything again and compare; logits: also run both models (in memory).")
+    ] = Verify.bytes
+    undo: Annotated[bool, typer.Option("--undo", help="Give back the checkpoint that CHECKPOINT was made from.")] = (
+        False
+    )
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is a reshard already.")] = False
+
+
+@grouped()
 def reshard(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint directory with safetensors files.")
@@ -17,20 +39,8 @@ def reshard(
     plan: Annotated[
         Path | None, typer.Argument(metavar="PLAN", help="Plan of `semmoe place`; none with --undo.")
     ] = None,
-    layout: Annotated[
-        Layout,
-        typer.Option(
-            help="permuted: a normal checkpoint with relabelled experts, for any engine; ranks: a directory per rank."
-        ),
-    ] = Layout.permuted,
-    link: Annotated[bool, typer.Option("--link/--copy", help="Hard-link the files that do not change.")] = False,
-    verify: Annotated[
-        Verify, typer.Option(help="bytes: read everything again and compare; logits: also run both models (in memory).")
-    ] = Verify.bytes,
-    undo: Annotated[
-        bool, typer.Option("--undo", help="Give back the checkpoint that CHECKPOINT was made from.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is a reshard already.")] = False,
+    *,
+    rewriting: Rewriting,
     json_: Json = False,
 ) -> None:
     """Write a checkpoint whose experts lie as a plan places them, bit for bit the same model.
@@ -38,14 +48,13 @@ def reshard(
     Example: semmoe reshard Qwen3-30B-A3B p -o Qwen3-30B-A3B-placed; semmoe reshard --undo
     Qwen3-30B-A3B-placed -o back
     """
+    undo, verify, force = rewriting.undo, rewriting.verify, rewriting.force
     if undo == (plan is not None):
         raise typer.BadParameter("--undo takes CHECKPOINT alone" if undo else "PLAN is missing", param_hint="PLAN")
-    if undo and (link or layout is not Layout.permuted or verify is Verify.logits):
+    if undo and (verify is Verify.logits or given(rewriting, but=("undo", "verify", "force"))):
         raise typer.BadParameter(
             "--undo goes with -o, --verify none|bytes, --force and --json only", param_hint="--undo"
         )
-    from dataclasses import asdict
-
     from semmoe.profiles.demo.paths import demo_model_path
     from semmoe.runtime.reshard.records import ReshardOptions
     from semmoe.runtime.reshard.reshard import reshard_checkpoint
@@ -64,7 +73,9 @@ def reshard(
                 checkpoint,
                 Plan.load(plan),
                 output,
-                ReshardOptions(layout.value, link, verify.value, force, command_line(checkpoint, plan, output)),
+                ReshardOptions(
+                    rewriting.layout.value, rewriting.link, verify.value, force, command_line(checkpoint, plan, output)
+                ),
                 progress=progress,
             )
     for name in result.left_out:

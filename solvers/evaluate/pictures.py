@@ -21,7 +21,7 @@ from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
 from semmoe.solvers.evaluate.sums import deployment_sums
 from semmoe.solvers.evaluate.verdict import best_schedule
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import Setting, simulate
 
 ILLUSTRATION = "the pictures show the requests that the placement was fitted on: an illustration, not evidence"

@@ -52,7 +52,8 @@ class ScoreRow(JsonRecord):
 
     def interval(self, metric: str) -> Interval:
         """Interval of one of METRICS; the value itself where none is known."""
-        return self.ci[metric] if self.ci else (self.value(metric),) * 2
+        value = self.value(metric)
+        return self.ci[metric] if self.ci else (value, value)
 
     @classmethod
     def of(cls, key: Key, scores: Scores) -> "ScoreRow":
@@ -62,7 +63,7 @@ class ScoreRow(JsonRecord):
     @classmethod
     def of_layer(cls, key: Key, scores: Scores, layer: int) -> "ScoreRow":
         """The row of one layer."""
-        return cls(*key, **{name: float(scores.layers[name][layer]) for name in METRICS})
+        return cls(*key, **{name: float(scores.layers[name][layer]) for name in METRICS}, ci=None)
 
 
 @dataclass(frozen=True)

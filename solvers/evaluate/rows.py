@@ -16,7 +16,8 @@ from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Key
 from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
-from semmoe.solvers.schedule.schedule import SMALL_TASK, Schedule
+from semmoe.solvers.schedule.fit import SMALL_TASK
+from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting, simulate
 from semmoe.solvers.workers import layer_map
 

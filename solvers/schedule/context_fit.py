@@ -17,7 +17,8 @@ import numpy as np
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.schedule.context import ContextPredictor
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS, Seen, choices_before
-from semmoe.solvers.schedule.token_table import PRIOR_TOKENS, RARE_TOKENS, ShareRows, TokenTable, previous_token_ids_T
+from semmoe.solvers.schedule.token_fit import RARE_TOKENS
+from semmoe.solvers.schedule.token_table import PRIOR_TOKENS, ShareRows, TokenTable, previous_token_ids_T
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

@@ -34,8 +34,9 @@ from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.remote_gains import remote_cost
 from semmoe.solvers.place.solve import METHODS
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.schedule.schedule import fit_schedule
-from semmoe.solvers.schedule.token_table import TokenTable, build_token_table
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.token_fit import build_token_table
+from semmoe.solvers.schedule.token_table import TokenTable
 from semmoe.solvers.workers import layer_map
 
 REQUEST_TOKENS = 256

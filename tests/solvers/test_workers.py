@@ -17,7 +17,7 @@ import pytest
 import semmoe.profiles.mapped as mapped_module
 import semmoe.solvers.evaluate.rows as traffic_rows_module
 import semmoe.solvers.place.joint as joint_module
-import semmoe.solvers.schedule.schedule as schedule_module
+import semmoe.solvers.schedule.schedule as fit
 from semmoe.profiles.counts import profile_split, profile_traces
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.mapped import mapped_empty, open_view, view_of
@@ -32,7 +32,7 @@ from semmoe.solvers.place.exact_counts import cluster_loads
 from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.request_homes import chosen_requests, request_usage_LBE, usage_shares_BR
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.workers import layer_map
 
@@ -92,7 +92,7 @@ def test_a_mapped_sample_gives_the_same_plan_in_any_number_of_processes(tmp_path
     trace = RoutingTrace.open(tmp_path / "t")
     plain = profile_traces([trace], sample_ids=30 * 64 * 16)
     monkeypatch.setattr(mapped_module, "SMALL_BYTES", 0)
-    monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
+    monkeypatch.setattr(fit, "SMALL_TASK", 1)
     profile = profile_traces([trace], sample_ids=30 * 64 * 16)
     assert view_of(profile.sample.expert_ids_TLK) is not None and view_of(plain.sample.expert_ids_TLK) is None
     np.testing.assert_array_equal(profile.sample.expert_ids_TLK, plain.sample.expert_ids_TLK)
@@ -150,7 +150,7 @@ def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, ever
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="the file of steps is named in /proc")
 def test_workers_tell_their_steps(tmp_path, everything_mapped, monkeypatch):
-    monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
+    monkeypatch.setattr(fit, "SMALL_TASK", 1)
     write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=20))
     profile = profile_traces([RoutingTrace.open(tmp_path / "t")])
     placement = Placement.from_ranks(place_contiguous(4, 32, 4), 4)

@@ -12,7 +12,7 @@ def prepared(trace: str) -> tuple[Any, Any, Any]:
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.place.baselines import place_contiguous
     from semmoe.solvers.placement import Placement
-    from semmoe.solvers.schedule.schedule import fit_schedule
+    from semmoe.solvers.schedule.fit import fit_schedule
 
     batch = profile_traces([RoutingTrace.open(trace)], seed=0).sample
     placement = Placement.from_ranks(place_contiguous(batch.expert_ids_TLK.shape[1], 8, 2), 2)

@@ -19,7 +19,7 @@ from semmoe.runtime.transformers.attention_heads import heads_of_rank, keep_head
 from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import TP_SCHEDULES
 from semmoe.solvers.schedule.slices import assign_equal_slices
 

@@ -12,7 +12,7 @@ from semmoe.runtime.serving.home_tables import Chosen, HomeTables
 from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.features import Seen
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 
 LAYERS, EXPERTS, TOP_K = 5, 8, 2
 

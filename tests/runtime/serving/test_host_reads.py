@@ -28,8 +28,8 @@ from semmoe.runtime.transformers.attention_heads import keep_heads
 from semmoe.runtime.transformers.placed_model import load_placed
 from semmoe.runtime.transformers.rank_parts import rank_checkpoints
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule.schedule import fit_schedule
-from semmoe.solvers.schedule.token_table import MAX_CANDIDATES
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.token_fit import MAX_CANDIDATES
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.runtime.serving.schedulers import assign
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
-from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import simulate
 
 RANKS, SEED = 4, 3

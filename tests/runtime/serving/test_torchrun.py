@@ -20,7 +20,7 @@ from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.ranks.failures import short_reason
 from semmoe.runtime.ranks.launch import free_port
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 
 SEMMOE = ["-m", "semmoe", "run"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

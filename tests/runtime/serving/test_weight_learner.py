@@ -20,7 +20,7 @@ from semmoe.runtime.serving.token_homes import TokenHomes
 from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule import simulate
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import TP_SCHEDULES
 
 CPU = torch.device("cpu")

@@ -11,15 +11,17 @@ from semmoe.profiles.sample import select_requests
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule import schedule as schedule_module
+from semmoe.solvers.schedule import fit
 from semmoe.solvers.schedule.context import context_scores_TR, default_depth
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS, Seen, position_ids_TC, previous_experts_TLK
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.learning import LEARN_EVERY, RIDGE, learned_scores_TR, request_groups
 from semmoe.solvers.schedule.paper_table import build_sequence_table, needed_rank_T, paper_scores_TR
 from semmoe.solvers.schedule.request_scorer import fit_request_scorer, request_shares_BR
-from semmoe.solvers.schedule.schedule import PREFIX, Schedule, fit_schedule
+from semmoe.solvers.schedule.schedule import PREFIX, Schedule
 from semmoe.solvers.schedule.simulate import SCHEDULES, available_schedules, simulate
-from semmoe.solvers.schedule.token_table import build_token_table, previous_token_ids_T
+from semmoe.solvers.schedule.token_fit import build_token_table
+from semmoe.solvers.schedule.token_table import previous_token_ids_T
 
 RANKS = 4
 SIZES = {"batch_tokens": 128, "window": 40, "seed": 0}
@@ -254,7 +256,7 @@ def test_a_schedule_survives_the_plan_file(planted, schedule):
 def test_layers_fitted_apart_give_the_same_schedule(planted, schedule, monkeypatch):
     train, _, placement = planted
     whole = schedule.to_tables()
-    monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
+    monkeypatch.setattr(fit, "SMALL_TASK", 1)
     for name, array in fit_schedule(train, placement, seed=0, processes=2).to_tables().items():
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
 

@@ -10,9 +10,10 @@ from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import available_schedules, simulate
-from semmoe.solvers.schedule.token_table import MAX_CANDIDATES
+from semmoe.solvers.schedule.token_fit import MAX_CANDIDATES
 
 SIZES = {"batch_tokens": 128, "window": 40, "seed": 0}
 
