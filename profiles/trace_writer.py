@@ -101,9 +101,18 @@ class TraceWriter:
     ) -> bool:
         """Append one request; False where its id is in the trace already.
 
-        `expert_ids_TLK`: integers [T, L, K]. `token_ids`: the whole known sequence, with row i of
-        the ids at token first_position + i. Raises InputError for a wrong shape, an id out of
-        range, or a sequence shorter than its rows.
+        Parameters:
+            request_id: unique in the trace.
+            expert_ids_TLK: integers, num_experts where a slot is empty.
+            domain: what the request is about, "" where unknown.
+            token_ids: the whole known sequence, integers, with row i of the ids at token
+                first_position + i; None where unknown.
+            num_prompt_tokens: how many tokens of the sequence are its prompt.
+            first_position: place of the first row in the sequence.
+            expert_weights_TLK: weights of the chosen experts, kept as float16.
+
+        Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its
+        rows.
         """
         if request_id in self.request_ids:
             return False

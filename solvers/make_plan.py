@@ -7,26 +7,29 @@ written may then be fitted on all requests: more data only helps it, and plan.js
 Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from semmoe.profiles.counts import RoutingProfile, bounded_requests, profile_split
+from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages, unshown_stages
+from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands, Solved
+from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
+from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines, score_batch, score_placements
 from semmoe.solvers.place.bounds import NO_BOUND, certificate_of
 from semmoe.solvers.place.solve import check_demands, solve_placement
 from semmoe.solvers.placement import Topology
-from semmoe.solvers.plan import ModelFacts, Plan
+from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
@@ -36,15 +39,27 @@ OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a pla
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How a plan is made and scored, beside what its placement is asked for."""
+    """How a plan is made and scored, beside what its placement is asked for.
 
-    method: str = "semmoe"  # one of METHODS
-    holdout: float = 0.2  # share of the requests that is scored on
-    holdout_domains: list[str] = field(default_factory=list)  # scored on instead, where any are named
-    refit: bool = True  # the plan that is written is fitted on all requests
-    certify: bool = False  # bound what any placement could reach (`certificate_of`)
-    setting: Setting = field(default_factory=Setting)  # of the simulated schedules
-    made_by: str = ""  # the command, for plan.json
+    Fields:
+        method: "semmoe", "metis", "spectral", "load", "contiguous", "paper" or "exact".
+        holdout: share of the requests that is scored on and not learned from.
+        holdout_domains: requests of these domains are scored on instead, where any are named.
+        refit: the plan is fitted on all requests after scoring.
+        certify: bound what any placement could reach (`Report.certificate`).
+        setting: how schedules are simulated.
+        made_by: the command, for plan.json.
+
+    Source: solvers/make_plan.py; `semmoe place --help` names the same.
+    """
+
+    method: str = "semmoe"
+    holdout: float = 0.2
+    holdout_domains: list[str] = field(default_factory=list)
+    refit: bool = True
+    certify: bool = False
+    setting: Setting = field(default_factory=Setting)
+    made_by: str = ""
 
 
 def make_plan(
@@ -71,13 +86,10 @@ def make_plan(
     # Step 4: score on the held-out requests.
     max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
     scores = score_batch(
-        {"plan": fitted.solved.placement, **baselines(profile.load_LE, topology, profile.info.n_group)},
+        Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule),
         bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed),
         profile.info,
-        topology,
-        load_LE=profile.load_LE,
-        dispatch=demands.dispatch,
-        schedule=fitted.schedule,
+        beside=baselines(profile.load_LE, topology, profile.info.n_group),
         setting=options.setting,
         processes=demands.processes,
         progress=partial(progress, "scoring on held-out requests: rows"),
@@ -86,9 +98,12 @@ def make_plan(
     if options.certify:
         bounding = partial(progress, "bounding what any placement could reach: layers")
         placement = fitted.solved.placement
-        scores["certificate"] = certificate_of(profile, placement, load_cap=demands.load_cap, progress=bounding)
-    # Step 6: fit again on all requests, which is what gets written.
+        certificate = certificate_of(profile, placement, load_cap=demands.load_cap, progress=bounding)
+        scores = replace(scores, certificate=certificate)
+    # Step 6: fit again on all requests, which is what gets written beside what was scored.
+    scored = None
     if options.refit:
+        scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
         fitted = _fit(whole, asked, progress, again=" again")
     keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
     return Plan(
@@ -108,6 +123,7 @@ def make_plan(
         notes=fitted.solved.notes,
         made_by=options.made_by,
         tables=fitted.schedule.to_tables(),
+        scored=scored,
     )
 
 
@@ -175,7 +191,7 @@ def _split(traces: list[RoutingTrace], held_out: list[np.ndarray], seed: int, op
     }
 
 
-def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[dict[str, Any], list[str]]:
+def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[Report, list[str]]:
     """A report of the plan on a trace, and notes on which requests were scored.
 
     Requests that the plan was fitted on are never scored. Where that leaves none of a trace that
@@ -187,34 +203,25 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[di
     unseen_B = ~np.isin(request_keys(trace.requests()), plan.fitted_keys)
     num_seen = int((~unseen_B).sum())
     if not unseen_B.any():
-        if trace.fingerprint not in plan.trace["fingerprints"]:
+        if plan.scores is None or trace.fingerprint not in plan.trace["fingerprints"]:
             raise InputError(
                 f"the plan was fitted on every request of {trace.path}: nothing is left to score it on honestly"
             )
-        return plan.scores, _notes_on_own_scores(plan, setting)
+        return plan.scores, _notes_on_own_scores(plan, plan.scores.setting, setting)
     notes = [f"{num_seen} requests of this trace were used to fit the plan and are left out"] if num_seen else []
-    scores = score_placements(
-        {"plan": plan.placement, **baselines(plan.load_LE, plan.topology, plan.model.n_group)},
-        [trace],
-        [unseen_B],
-        plan.topology,
-        load_LE=plan.load_LE,
-        dispatch=plan.dispatch,
-        schedule=Schedule.from_tables(plan.tables),
-        setting=setting,
-    )
-    return scores, notes
+    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
+    return score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting), notes
 
 
-def _notes_on_own_scores(plan: Plan, setting: Setting) -> list[str]:
-    split, made = plan.split, plan.scores.get("setting")
+def _notes_on_own_scores(plan: Plan, made: Setting, setting: Setting) -> list[str]:
+    split = plan.split
     notes = [
         f"the plan was fitted on all of this trace: these are the scores, on {split['held_out_requests']} held-out requests, "
         f"of the same method fitted on the other {split['training_requests']}"
     ]
-    if made and made != asdict(setting):
+    if made != setting:
         notes.append(
-            f"they stay those of --batch-tokens {made['batch_tokens']} --window {made['window']} --seed {made['seed']}: "
+            f"they stay those of --batch-tokens {made.batch_tokens} --window {made.window} --seed {made.seed}: "
             "for other settings give another trace, or place with --no-refit"
         )
     return notes

@@ -11,6 +11,7 @@ Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from semmoe.profiles.document import line_per_key, read_document
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import new_directory
 from semmoe.profiles.trace import TraceInfo
+from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.report import Report
+from semmoe.solvers.html import facts_html
 from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.schedule.request_scorer import RequestScorer
+from semmoe.solvers.schedule.schedule import Schedule
 
 FORMAT = "semmoe-plan"
 VERSION = 1
@@ -54,8 +60,35 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class ScoredPlacement:
+    """What the scores of a refitted plan are about, fitted on the training requests alone."""
+
+    placement: Placement
+    load_LE: np.ndarray  # int64 [L, E]: activations of those requests
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """A placement, and what it was made from and for."""
+    """A placement, and what it was made from and for.
+
+    Fields:
+        placement: experts of every rank, int32 [L, R, S].
+        topology: ranks, nodes, and costs between ranks where they are known.
+        model: the model that it is for.
+        method, seed, dispatch, load_cap, options: what it was asked for (`Demands`).
+        load_LE: int64 [L, E], activations of the requests that the placement was fitted on.
+        fitted_keys: uint64, keys of those requests (profiles/split.py), so that none is scored on.
+        trace: fingerprints and sizes of the traces that it was made from.
+        split: which of their requests were held out.
+        scores: the report on held-out requests; None where there is none.
+        notes: what could not be kept, a line each.
+        made_by: the command.
+        tables: arrays of the schedule by name.
+        scored: what `scores` are about; None where `placement` itself was scored, and in older
+            plans.
+
+    Raises InputError where the parts do not fit each other. Source: docs/formats.md, "plan".
+    """
 
     placement: Placement
     topology: Topology
@@ -63,18 +96,17 @@ class Plan:
     method: str
     seed: int
     dispatch: str
-    load_LE: np.ndarray  # int64 [L, E]: activations of the requests that the placement was fitted on
-    fitted_keys: (
-        np.ndarray
-    )  # uint64: keys of those requests (semmoe.profiles.split.request_keys), so that none is scored on
+    load_LE: np.ndarray
+    fitted_keys: np.ndarray
     load_cap: float = 1.05
     options: dict[str, Any] = field(default_factory=dict)
-    trace: dict[str, Any] = field(default_factory=dict)  # fingerprints and sizes of the traces
+    trace: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)  # the held-out report
+    scores: Report | None = None
     notes: list[str] = field(default_factory=list)
     made_by: str = ""
-    tables: dict[str, np.ndarray] = field(default_factory=dict)  # schedule arrays by name
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+    scored: ScoredPlacement | None = None
 
     def __post_init__(self) -> None:
         placement, model = self.placement, self.model
@@ -85,6 +117,53 @@ class Plan:
                 f"the placement has {placement.num_layers} layers of {placement.num_experts} experts, "
                 f"the model {model.num_layers} of {model.num_experts}"
             )
+
+    @cached_property
+    def deployment(self) -> Deployment:
+        """The placement with its schedule. Raises InputError where the schedule's tables are not
+        whole."""
+        return Deployment(self.placement, self.load_LE, self.topology, self.dispatch, Schedule.from_tables(self.tables))
+
+    @property
+    def request_scorer(self) -> RequestScorer | None:
+        """What scores requests by their prompts; None where the plan has no schedule, or the traces
+        had no prompts."""
+        schedule = self.deployment.schedule
+        return schedule.request if schedule is not None and schedule.has_requests else None
+
+    def facts(self) -> dict[str, Any]:
+        """What `semmoe show` tells, by name."""
+        placement, outputs = self.placement, self.outputs
+        load_LR = (self.load_LE[:, :, None] * (placement.hosts_LER / placement.hosts_LER.sum(2, keepdims=True))).sum(1)
+        facts: dict[str, Any] = {
+            "kind": "plan",
+            "model": self.model.model,
+            "layers": placement.num_layers,
+            "experts": placement.num_experts,
+            "top_k": self.model.top_k,
+            "ranks": placement.num_ranks,
+            "nodes": self.topology.num_nodes,
+            "slots_per_rank": placement.slots_per_rank,
+            "replica_slots_per_rank": placement.num_replicas,
+            "method": self.method,
+            "dispatch": self.dispatch,
+            "seed": self.seed,
+            "made_by": self.made_by,
+            "fingerprint": self.fingerprint,
+            "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
+            "fitted_on": "all requests" if self.split.get("refit") else "training requests",
+        }
+        possible = "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
+        facts["permuted_checkpoint"] = possible
+        for row in self.scores.rows if self.scores else []:
+            if row.schedule == "random":
+                facts[f"held_out_rem_{row.placement}"] = row.rem
+        return facts | ({"notes": self.notes} if self.notes else {})
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the facts, and the scores on held-out requests."""
+        shown = {name: f"{v:.3f}" if isinstance(v, float) else v for name, v in self.facts().items() if v != ""}
+        return facts_html("semmoe plan", shown) + (self.scores._repr_html_() if self.scores else "")
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -107,17 +186,21 @@ class Plan:
             "trace": self.trace,
             "split": self.split,
             "notes": self.notes,
-            "scores": self.scores,
+            "scores": self.scores.to_json() if self.scores else {},
             "placement": self.placement.experts_LRS.tolist(),
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the plan directory; a plan that is there already is replaced. Raises InputError
-        for any other file or directory."""
+        for any other file or directory, and where it cannot be written."""
         from safetensors.numpy import save
 
+        path = Path(path)
         check_plan_target(path)
         arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
+        if self.scored:
+            arrays |= {"scored_placement": self.scored.placement.experts_LRS}
+            arrays |= {"scored_expert_load": self.scored.load_LE.astype(np.int64)}
         tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
         with new_directory(path, what=f"the plan {path}") as folder:
             (folder / "plan.json").write_text(line_per_key(self.to_json()), encoding="utf-8")
@@ -136,6 +219,10 @@ class Plan:
             cost = np.asarray(topology["cost"], np.float64) if topology.get("cost") else None
             experts_LRS = np.asarray(facts["placement"], np.int32)
             tables = _read_tables(path)
+            scored = None
+            if (scored_LRS := tables.pop("scored_placement", None)) is not None:
+                scored_placement = Placement(scored_LRS, model.num_experts)
+                scored = ScoredPlacement(scored_placement, tables.pop("scored_expert_load"))
             return cls(
                 placement=Placement(experts_LRS, model.num_experts),
                 topology=Topology(topology["ranks"], topology["nodes"], cost),
@@ -143,6 +230,8 @@ class Plan:
                 load_LE=tables.pop("expert_load"),
                 fitted_keys=tables.pop("fitted_requests"),
                 tables=tables,
+                scores=Report.from_json(facts["scores"]) if facts["scores"] else None,
+                scored=scored,
                 **{
                     name: facts[name]
                     for name in (
@@ -153,7 +242,6 @@ class Plan:
                         "options",
                         "trace",
                         "split",
-                        "scores",
                         "notes",
                         "made_by",
                     )

@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 
 from semmoe.profiles.capture.layers import explain_unsupported, find_moe_layers
 from semmoe.profiles.embedding import embedding_reference
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, raised_by_us
 from semmoe.profiles.hub import hub_in_reach, is_hub_id
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -63,7 +63,8 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
 
 @contextmanager
 def refusals(what: str):
-    """Turns the errors with which Transformers refuses a model into one line."""
+    """Turns the errors with which Transformers refuses a model into one line; what our own code
+    raises inside stays what it is."""
     try:
         yield
     except InputError:
@@ -73,6 +74,8 @@ def refusals(what: str):
             f"{what}: out of device memory ({str(error).splitlines()[0]}); try --device-map auto or fewer --batch-tokens"
         ) from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if raised_by_us(error):
+            raise
         text = str(error)
         if "trust_remote_code" in text:
             raise InputError(f"{what}: it comes with code of its own; add --trust-remote-code to run that") from None

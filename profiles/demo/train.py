@@ -76,6 +76,17 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How to train."""
+
+    seed: int
+    batch: int  # sequences of a step
+    length: int  # tokens of a sequence
+    peak_rate: float
+    report_every: int  # steps between lines of progress
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where training stands; `loss` is a running mean over about 30 steps, with the balance
     term."""
@@ -208,30 +219,23 @@ def train_step(model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, ids
     return loss.item()
 
 
-def train(
-    model: Qwen3MoeForCausalLM,
-    streams: list[np.ndarray],
-    budget: Budget,
-    *,
-    seed: int,
-    batch: int,
-    length: int,
-    peak_rate: float,
-    report_every: int,
-) -> Progress:
-    """Trains the model in place until the budget is spent, with a progress line every
-    `report_every` steps."""
-    rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+def train(model: Qwen3MoeForCausalLM, streams: list[np.ndarray], budget: Budget, recipe: Recipe) -> Progress:
+    """Trains the model in place until the budget is spent.
+
+    `streams`: token ids of each domain, int64 [T].
+    """
+    rng = np.random.default_rng(recipe.seed)
+    rate, batch, length = recipe.peak_rate, recipe.batch, recipe.length
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     model.train()
     start, at = time.monotonic(), Progress(0, 0, 0.0, math.nan)
     while (share := budget.share_used(at.step, at.seconds)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(peak_rate, at.step, share)
+            group["lr"] = learning_rate(rate, at.step, share)
         loss = train_step(model, optimizer, sample_batch(streams, rng, batch, length))
         mean = loss if at.step == 0 else 0.97 * at.loss + 0.03 * loss
         at = Progress(at.step + 1, at.tokens + batch * length, time.monotonic() - start, mean)
-        if at.step == 1 or at.step % report_every == 0:
+        if at.step == 1 or at.step % recipe.report_every == 0:
             report(at, budget)
     return at
 
@@ -293,16 +297,8 @@ def train_folder(options: argparse.Namespace) -> dict:
     check_lengths(streams, length)
     # 2. Train.
     model = build_model(size, options.seed)
-    at = train(
-        model,
-        list(streams.values()),
-        budget,
-        seed=options.seed,
-        batch=options.batch,
-        length=length,
-        peak_rate=options.peak_rate,
-        report_every=options.report_every,
-    )
+    recipe = Recipe(options.seed, options.batch, length, options.peak_rate, options.report_every)
+    at = train(model, list(streams.values()), budget, recipe)
     # 3. The held-out loss is that of the 16-bit weights that are saved.
     model.bfloat16()
     losses = {}

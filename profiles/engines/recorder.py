@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from semmoe.profiles.engines.records import EngineLoad, EngineRequest, integer, integer_array
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 
 REPEATED = "passes that another rank recorded alike"
 
@@ -36,6 +36,7 @@ def load_pt(path: Path) -> Any:
     """The content of a .pt file, loaded with weights_only=True."""
     if not path.is_file():
         raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    require_extra(f"{path}: reading a .pt file", "torch")
     import torch
 
     try:
@@ -46,6 +47,19 @@ def load_pt(path: Path) -> Any:
         raise InputError(
             f"{path} cannot be loaded as a .pt file of plain tensors: damaged, or another kind of file"
         ) from None
+
+
+def pt_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """The content of a .pt file with a dictionary of tensors; made in memory, so that the bytes do
+    not hold the name of a file. Raises InputError without torch."""
+    require_extra("writing a .pt file", "torch")
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, buffer)
+    return buffer.getvalue()
 
 
 def array_of(where: str, name: str, value: Any, ndim: int) -> np.ndarray:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.ranks.failures import SharedRefusal, is_out_of_memory, naming, short_reason
@@ -33,8 +32,6 @@ class Group:
     device: torch.device
     backend: str
     handle: dist.ProcessGroup
-    mesh: DeviceMesh  # of all ranks, one axis
-    alone: DeviceMesh  # of this rank only: its batch is shared with nobody
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
@@ -74,6 +71,11 @@ def choose_backend(backend: str, device: torch.device, local_size: int) -> str:
     return backend
 
 
+def check_group(device: str, backend: str, num_ranks: int) -> None:
+    """Raise InputError where this machine has not what that many ranks need."""
+    choose_backend(backend, choose_device(device, 0), num_ranks)
+
+
 def read_environment() -> tuple[int, int, int, int]:
     """Rank, world size, rank on this machine and ranks on this machine. Raises InputError
     outside torchrun."""
@@ -105,11 +107,10 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
         dist.init_process_group(backend, rank=rank, world_size=size, **options)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"rank {rank} cannot join the group of {size}: {short_reason(str(error))}") from None
-    mesh_device = "cuda" if backend == "nccl" else "cpu"
-    mesh = DeviceMesh(mesh_device, torch.arange(size).reshape(size, 1), mesh_dim_names=("ranks", "alone"))
-    group = mesh.get_group("ranks")
+    handle = dist.group.WORLD
+    assert handle is not None, "init_process_group has just made it"
     try:
-        yield Group(rank, size, chosen, backend, group, mesh["ranks"], mesh["alone"])
+        yield Group(rank, size, chosen, backend, handle)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -134,6 +135,24 @@ def share(make: Callable[[], Shared], group: Group) -> Shared:
     if refusal:
         raise SharedRefusal(refusal)
     return value
+
+
+def hand_out(make: Callable[[], list[Shared]], group: Group) -> Shared:
+    """Of what `make` returns on rank 0, picklable and one for each rank, this rank's own. Its
+    InputError is raised on every rank, as SharedRefusal."""
+    parts: list[Any] | None = None
+    if group.rank == 0:
+        try:
+            parts = [(part, "") for part in make()]
+        except InputError as error:
+            parts = [(None, str(error))] * group.size
+    own: list[Any] = [None]
+    with naming(group.rank, "the exchange of what rank 0 has read"):
+        dist.scatter_object_list(own, parts, src=0, group=group.handle)
+    part, refusal = own[0]
+    if refusal:
+        raise SharedRefusal(refusal)
+    return part
 
 
 def together(make: Callable[[], Shared], group: Group) -> Shared:

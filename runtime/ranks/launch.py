@@ -1,7 +1,7 @@
 """Starts R ranks on this machine, one process each, and watches them: the first that fails ends
 all, and its reason is told.
 
-Under torchrun nothing of this is used: the agent starts and watches the ranks.
+Under torchrun the agent starts and watches the ranks, and `as_rank` tells their failures.
 
 Shape letters: R ranks.
 """
@@ -13,12 +13,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, show_traceback
 
 GRACE_S = 2.0  # after a failure: how long other reasons are waited for, and processes for their end
 
@@ -34,12 +34,25 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int) -> Any:
-    """`work(*arguments)` on every rank; what rank 0 returns. `work` must be importable, its
-    arguments picklable.
+class RankError(RuntimeError):
+    """A rank met a bug: its own traceback."""
 
-    Raises InputError with the reason of the rank that failed first; the others are stopped within
-    seconds.
+
+def launch(
+    work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int, *, tasks: Sequence[Any] | None = None
+) -> Any:
+    """Run `work` on every rank of this machine.
+
+    Parameters
+    ----------
+    work : importable; called with `arguments`, and with its task where there are any.
+    arguments : picklable, the same on every rank.
+    tasks : picklable, one for each rank.
+
+    Returns
+    -------
+    What rank 0 returns. Raises InputError with the reason of the rank that failed first, RankError
+    with its traceback where that is a bug; the others are stopped within seconds.
     """
     context = multiprocessing.get_context("spawn")
     port = free_port()
@@ -48,8 +61,9 @@ def launch(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int)
     try:
         for rank in range(num_ranks):
             receiving, sending = context.Pipe(duplex=False)
+            words = arguments if tasks is None else (*arguments, tasks[rank])
             process = context.Process(
-                target=_rank_main, args=(sending, work, arguments, rank, num_ranks, port), daemon=True
+                target=_rank_main, args=(sending, work, words, (rank, num_ranks, port)), daemon=True
             )
             # Ranks inherit the mask: Ctrl-C reaches this process alone, which ends them without a
             # traceback from each.
@@ -89,8 +103,8 @@ def _watch(processes: list[Any], pipes: list[Connection]) -> Any:
     if failures:
         # A rank that died or refused is the cause; the others only saw their exchange fail.
         order = ("killed", "crashed", "refused", "exchange")
-        _, message = min(failures.values(), key=lambda failure: order.index(failure[0]))
-        raise InputError(message)
+        kind, message = min(failures.values(), key=lambda failure: order.index(failure[0]))
+        raise RankError(message) if kind == "crashed" else InputError(message)
     return result
 
 
@@ -103,7 +117,7 @@ def _receive(pipe: Connection, process: Any, rank: int) -> tuple[str, Any]:
         code = process.exitcode
         if code is not None and code < 0:
             return "killed", f"rank {rank} was killed by {signal.Signals(-code).name}: the run is over"
-        return "crashed", f"rank {rank} ended without a result (exit code {code}): the run is over"
+        return "killed", f"rank {rank} ended without a result (exit code {code}): the run is over"
 
 
 def _stop(processes: list[Any], ways: tuple[str, ...]) -> None:
@@ -125,12 +139,40 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def as_rank(work: Callable[[], Any], kept: Callable[[], str] = str) -> Any:
+    """What `work` returns on this rank under torchrun. A failure is one line, told once where all
+    ranks see it.
+
+    `kept`: what rank 0 adds to it.
+    """
+    from semmoe.runtime.ranks.failures import ExchangeError, SharedRefusal
+
+    rank = os.environ["RANK"]
+
+    def stop(*_: object) -> None:
+        raise ExchangeError(f"rank {rank} was stopped by SIGTERM: another rank has failed, or torchrun was ended")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return work()
+    except SharedRefusal as error:
+        if os.environ.get("LOCAL_RANK", rank) != "0":
+            sys.exit(1)
+        raise InputError(str(error)) from None
+    except (ExchangeError, InputError) as error:
+        raise InputError(f"{error}{kept() if rank == '0' else ''}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _rank_main(
-    pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, num_ranks: int, port: int
+    pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], place: tuple[int, int, int]
 ) -> None:
-    """One rank: its result or the reason of its failure goes through the pipe."""
+    """One rank: its result or the reason of its failure goes through the pipe. `place`: rank,
+    number of ranks, port."""
     from semmoe.runtime.ranks.failures import ExchangeError
 
+    rank, num_ranks, port = place
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -148,17 +190,15 @@ def _rank_main(
     try:
         message = ("done", work(*arguments))
     except InputError as error:
+        show_traceback(error)
         message = ("refused", str(error))
     except ExchangeError as error:
+        show_traceback(error)
         message = ("exchange", str(error))
-    except BaseException as error:
+    except BaseException:
         import traceback
 
-        traceback.print_exc()
-        message = (
-            "crashed",
-            f"rank {rank} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        )
+        message = ("crashed", f"rank {rank} failed:\n{traceback.format_exc()}")
     pipe.send(message)
     pipe.close()
     sys.stdout.flush()

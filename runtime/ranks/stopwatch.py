@@ -29,6 +29,11 @@ class Stopwatch:
         """Forget the time since the last mark."""
         self._mark(None)
 
+    def restart(self) -> None:
+        """Forget all times."""
+        self._seconds, self._events = dict.fromkeys(PHASES, 0.0), []
+        self._mark(None)
+
     def mark(self, phase: str) -> None:
         self._mark(phase)
 

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semmoe.profiles.counts import sample_requests
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.sample import sample_requests
 from semmoe.profiles.split import request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
-from semmoe.solvers.place.baselines import place_load
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous, place_load
 from semmoe.solvers.place.replicas import serving_LRE
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import Plan
@@ -26,22 +25,22 @@ from semmoe.solvers.schedule.windows import WINDOW
 SCHEDULES_OF = {"none": [], "dp": ["dp-scorer"], "tp": ["tp-context"]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReplayOptions:
     """What the user asked for."""
 
     trace: str
     plan: str
     hidden_size: int
-    expert_size: int  # 0: no experts, rows come back as they are
-    batch_tokens: int  # of all ranks together
-    max_tokens: int
-    scheduler: str | None  # None: every one that the plan's tables allow
-    backend: str
-    device: str
-    dtype: str
-    timeout_s: float
-    seed: int
+    expert_size: int = 0  # 0: no experts, rows come back as they are
+    batch_tokens: int = 4096  # of all ranks together
+    max_tokens: int = 65536
+    scheduler: str | None = None  # None: every one that the plan's tables allow
+    backend: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    timeout_s: float = 300.0
+    seed: int = 0
 
 
 class Case(NamedTuple):

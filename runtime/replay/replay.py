@@ -3,7 +3,7 @@ network, without model weights.
 
 Rows of a trace are cut into batches; at every layer each rank takes the rows that live on it under
 a schedule, with random hidden values, and runs the same exchange as a model would
-(runtime/transformers/ep.py). Rows and bytes come from its counters, milliseconds from the clock;
+(runtime/layer/dispatch.py). Rows and bytes come from its counters, milliseconds from the clock;
 the prediction comes from the evaluator's LINK and load on the same rows, and a bandwidth and
 latency measured just before.
 
@@ -12,38 +12,69 @@ Shape letters: T tokens, L MoE layers, K top-k, R ranks, E experts, S slots per 
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from semmoe.profiles.trace import TraceBatch, TraceInfo
+from semmoe.profiles.trace import TraceBatch
+from semmoe.runtime.layer.counters import stacked
+from semmoe.runtime.layer.dispatch import serve_tokens
 from semmoe.runtime.layer.permute import row_sections
+from semmoe.runtime.layer.tables import ExpertLayer, RankState, RunExperts, layer_tables
 from semmoe.runtime.ranks.failures import naming
 from semmoe.runtime.ranks.group import Group, open_group, share
 from semmoe.runtime.ranks.progress import Show, shown_nowhere
-from semmoe.runtime.ranks.stopwatch import Stopwatch
 from semmoe.runtime.replay.cases import Case, Prepared, ReplayOptions, largest_share, prepare
-from semmoe.runtime.serving.metrics import stacked
-from semmoe.runtime.transformers.ep import Counters, ExpertLayer, RankState, RunExperts, dispatch_layer, layer_tables
-from semmoe.solvers.evaluate.metrics import metrics_XL, traffic_sums
+from semmoe.solvers.evaluate.metrics import metrics_XL
+from semmoe.solvers.evaluate.sums import traffic_sums
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.time.layer_time import EXCHANGES, Network, fit_network, layer_seconds
+from semmoe.solvers.time.layer_time import EXCHANGES, LayerWork, Network, fit_network, layer_seconds
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """What all measurements of a replay share."""
+
+    options: ReplayOptions
+    expert_ids_TLK: np.ndarray
+    num_experts: int
+    group: Group
+    dtype: torch.dtype
+
+    @property
+    def top_k(self) -> int:
+        return self.expert_ids_TLK.shape[2]
+
+    @property
+    def result_bytes(self) -> int:
+        """Of a row on its way back."""
+        return self.options.hidden_size * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row on its way out."""
+        return row_sections(self.options.hidden_size, self.top_k, self.dtype, torch.float32)[2]
 
 
 def replay_rank(
     options: ReplayOptions, prepared: Prepared | None, tell: Callable[[str], None], show: Show = shown_nowhere
 ) -> dict[str, Any] | None:
-    """Replay on this process's rank: the result on rank 0, None elsewhere. `prepared` None: rank 0
-    reads the trace.
+    """Replay on this process's rank; all ranks call it.
 
-    `show("...")` gives a function that rank 0 calls with how many of how many placements and
-    schedules are measured.
+    Parameters
+    ----------
+    prepared : what is replayed; None: rank 0 reads the trace.
+    show : `show("...")` gives a function that rank 0 calls with how many of how many placements and
+        schedules are measured.
+
+    Returns
+    -------
+    The result on rank 0, None elsewhere.
     """
     with (
         open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group,
@@ -51,22 +82,21 @@ def replay_rank(
     ):
         if prepared is None:
             prepared = share(lambda: prepare(options, group.size, tell), group)
-        expert_ids_TLK, num_experts, cases = prepared
-        dtype = DTYPES[options.dtype]
-        network = measure_network(options, expert_ids_TLK.shape[2], group, dtype)
+        replay = Replay(options, prepared.expert_ids_TLK, prepared.num_experts, group, DTYPES[options.dtype])
+        network = measure_network(replay)
         rows = []
-        for number, case in enumerate(cases):
-            progress(number, len(cases))
-            run_experts, seconds = random_experts(options, case.experts_LRS.shape[2], group, dtype)
-            measured = replay_case(options, case, expert_ids_TLK, num_experts, run_experts, group, dtype)
+        for number, case in enumerate(prepared.cases):
+            progress(number, len(prepared.cases))
+            run_experts, seconds = measure_experts(replay, case.experts_LRS.shape[2])
+            measured = replay_case(replay, case, run_experts)
             if group.rank == 0:
-                predicted = predict(options, case, expert_ids_TLK, num_experts, network, seconds, dtype)
+                predicted = predict(replay, case, network, seconds)
                 rows.append({"placement": case.placement, "schedule": case.schedule, **measured, **predicted})
         if group.rank:
             return None
         return {
             "ranks": group.size,
-            "tokens": len(expert_ids_TLK),
+            "tokens": len(replay.expert_ids_TLK),
             "batch_tokens": options.batch_tokens,
             "hidden_size": options.hidden_size,
             "expert_size": options.expert_size,
@@ -77,40 +107,37 @@ def replay_rank(
         }
 
 
-def measure_network(options: ReplayOptions, top_k: int, group: Group, dtype: torch.dtype) -> Network:
+def measure_network(replay: Replay) -> Network:
     """Bandwidth and latency of this network as the exchange sees it, equal on all ranks: packing
     and adding are in them.
 
     Every rank sends each of its rows to one other rank, in turn, in batches of some sizes; nothing
     is computed.
     """
-    num_ranks, rank = group.size, group.rank
-    names, state = ["the measurement of the network"], RankState(Stopwatch(group.device), Counters.zeros(1, num_ranks))
+    options, group, num_ranks = replay.options, replay.group, replay.group.size
     one_each = Placement(np.arange(num_ranks, dtype=np.int32).reshape(1, num_ranks, 1), num_ranks)
-    serving = np.tile(np.arange(num_ranks), (1, num_ranks, 1))
-    table = layer_tables(one_each, serving, rank, names, group.device)[0]
-    layer = ExpertLayer(table, rank, num_ranks, group.handle, state, options.hidden_size, dtype, top_k)
+    serving_LRE = np.tile(np.arange(num_ranks), (1, num_ranks, 1))
+    (layer,) = expert_layers(replay, one_each, serving_LRE, ["the measurement of the network"])
     share_of_batch = max(4, options.batch_tokens // num_ranks)
     sizes, seconds = [1, share_of_batch // 2, share_of_batch, 2 * share_of_batch], []
     with torch.inference_mode():
         for size in sizes:
-            others = (rank + 1 + np.arange(size) % max(num_ranks - 1, 1)) % num_ranks
+            others = (group.rank + 1 + np.arange(size) % max(num_ranks - 1, 1)) % num_ranks
             # One choice per row, the rest empty slots: every expert more that a row meets costs its
             # rank another row of arithmetic.
-            ids_TK = np.full((size, top_k), num_ranks)
+            ids_TK = np.full((size, replay.top_k), num_ranks)
             ids_TK[:, 0] = others
             ids_TK = torch.from_numpy(ids_TK).to(group.device)
-            hidden_TD = torch.zeros(size, options.hidden_size, dtype=dtype, device=group.device)
+            hidden_TD = torch.zeros(size, options.hidden_size, dtype=replay.dtype, device=group.device)
             weight_TK = torch.ones(ids_TK.shape, device=group.device)
             best = float("inf")
             for _ in range(3):
                 barrier(group)
                 begun = time.perf_counter()
-                dispatch_layer(layer, run_nothing, hidden_TD, ids_TK, weight_TK)
+                serve_tokens(layer, run_nothing, hidden_TD, ids_TK, weight_TK)
                 best = min(best, seconds_of_slowest(time.perf_counter() - begun, group))
             seconds.append(best)
-    _, _, row_bytes = row_sections(options.hidden_size, top_k, dtype, torch.float32)
-    both_ways = row_bytes + options.hidden_size * dtype.itemsize
+    both_ways = replay.row_bytes + replay.result_bytes
     whole = fit_network(np.array(sizes, np.float64) * both_ways, np.array(seconds))
     return Network(whole.bytes_per_s, whole.latency_s / EXCHANGES)
 
@@ -136,62 +163,53 @@ def seconds_of_slowest(seconds: float, group: Group) -> float:
     return float(worst)
 
 
-def random_experts(options: ReplayOptions, slots: int, group: Group, dtype: torch.dtype) -> tuple[RunExperts, float]:
+def measure_experts(replay: Replay, slots: int) -> tuple[RunExperts, float]:
     """A gated expert layer with random weights (nothing for size 0), and its seconds per
     activation on this machine, all ranks at work."""
+    options, group = replay.options, replay.group
     if options.expert_size == 0:
         return run_nothing, 0.0
-    config = Qwen3MoeConfig(
-        hidden_size=options.hidden_size, moe_intermediate_size=options.expert_size, num_experts=slots
-    )
-    config._experts_implementation = "grouped_mm"
-    experts = Qwen3MoeExperts(config).to(device=group.device, dtype=dtype)
-    with torch.no_grad():
-        for parameter in experts.parameters():
-            parameter.normal_(std=0.02)
+    from semmoe.runtime.transformers.random_experts import random_experts
+
+    sizes = {"hidden_size": options.hidden_size, "expert_size": options.expert_size}
+    run_experts = random_experts(slots, **sizes, device=group.device, dtype=replay.dtype)
     pairs = max(slots, options.batch_tokens // group.size)
-    rows_PD = torch.randn(pairs, options.hidden_size, device=group.device).to(dtype)
+    rows_PD = torch.randn(pairs, options.hidden_size, device=group.device).to(replay.dtype)
     slot_P1 = (torch.arange(pairs, device=group.device) % slots)[:, None]
     best = float("inf")
     with torch.inference_mode():
         for _ in range(3):
             barrier(group)
             begun = time.perf_counter()
-            experts(rows_PD, slot_P1, torch.ones(pairs, 1, device=group.device))
+            run_experts(rows_PD, slot_P1, torch.ones(pairs, 1, device=group.device))
             best = min(best, seconds_of_slowest(time.perf_counter() - begun, group))
-    return experts.forward, best / pairs
+    return run_experts, best / pairs
 
 
-def replay_case(
-    options: ReplayOptions,
-    case: Case,
-    expert_ids_TLK: np.ndarray,
-    num_experts: int,
-    run_experts: RunExperts,
-    group: Group,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
+def replay_case(replay: Replay, case: Case, run_experts: RunExperts) -> dict[str, Any]:
     """Measured milliseconds per layer and batch, rows and bytes per token and layer, and the
     load of the ranks."""
-    num_tokens, num_layers, top_k = expert_ids_TLK.shape
-    layers = replay_layers(options, case, num_experts, top_k, group, dtype)
+    group = replay.group
+    num_tokens, num_layers, top_k = replay.expert_ids_TLK.shape
+    names = [f"layer {layer} of the trace" for layer in range(num_layers)]
+    layers = expert_layers(replay, Placement(case.experts_LRS, replay.num_experts), case.serving_LRE, names)
     num_batches = int(case.batch_of_T.max()) + 1
     hidden_TD = torch.randn(
-        largest_share(case, group.rank), options.hidden_size, generator=torch.Generator().manual_seed(0)
+        largest_share(case, group.rank), replay.options.hidden_size, generator=torch.Generator().manual_seed(0)
     )
-    hidden_TD = hidden_TD.to(group.device, dtype)
+    hidden_TD = hidden_TD.to(group.device, replay.dtype)
     seconds = 0.0
     with torch.inference_mode():
         # The first batch once more, unmeasured: it pays for connections and first allocations.
         for number in [0, *range(num_batches)]:
-            batch = list(own_rows(case, expert_ids_TLK, number, group))
+            batch = list(own_rows(replay, case, number))
             if number == 0:
-                layers[0].state.counters = Counters.zeros(num_layers, group.size)
+                layers[0].state.restart()
             barrier(group)
             begun = time.perf_counter()
             for layer, ids_TK in zip(layers, batch, strict=True):
                 weight_TK = torch.full(ids_TK.shape, 1 / top_k, device=group.device)
-                dispatch_layer(layer, run_experts, hidden_TD[: len(ids_TK)], ids_TK, weight_TK)
+                serve_tokens(layer, run_experts, hidden_TD[: len(ids_TK)], ids_TK, weight_TK)
             spent = seconds_of_slowest(time.perf_counter() - begun, group)
             seconds = spent if number == 0 else seconds + spent
     gathered: list[Any] = [None] * group.size
@@ -206,77 +224,48 @@ def replay_case(
     }
 
 
-def replay_layers(
-    options: ReplayOptions, case: Case, num_experts: int, top_k: int, group: Group, dtype: torch.dtype
-) -> list[ExpertLayer]:
+def expert_layers(replay: Replay, placement: Placement, serving_LRE: np.ndarray, names: list[str]) -> list[ExpertLayer]:
     """Expert layers of this rank."""
-    placement = Placement(case.experts_LRS, num_experts)
-    names = [f"layer {layer} of the trace" for layer in range(placement.num_layers)]
-    state = RankState(Stopwatch(group.device), Counters.zeros(placement.num_layers, group.size))
-    tables = layer_tables(placement, case.serving_LRE, group.rank, names, group.device)
-    return [
-        ExpertLayer(
-            table,
-            group.rank,
-            group.size,
-            group.handle,
-            state,
-            options.hidden_size,
-            dtype,
-            top_k,
-        )
-        for table in tables
-    ]
+    group = replay.group
+    state = RankState.fresh(placement.num_layers, group)
+    tables = layer_tables(placement, serving_LRE, group.rank, names, group.device)
+    size = replay.options.hidden_size
+    return [ExpertLayer(table, group, state, size, replay.dtype, replay.top_k) for table in tables]
 
 
-def own_rows(case: Case, expert_ids_TLK: np.ndarray, number: int, group: Group) -> Iterator[torch.Tensor]:
+def own_rows(replay: Replay, case: Case, number: int) -> Iterator[torch.Tensor]:
     """Choices of the rows of a batch that live on this rank, int64 [T, K] for each layer."""
+    group, ids_TLK = replay.group, replay.expert_ids_TLK
     rows = np.flatnonzero(case.batch_of_T == number)
-    for layer in range(expert_ids_TLK.shape[1]):
+    for layer in range(ids_TLK.shape[1]):
         mine = rows[case.homes_TL[rows, layer] == group.rank]
-        yield torch.from_numpy(expert_ids_TLK[mine, layer].astype(np.int64)).to(group.device)
+        yield torch.from_numpy(ids_TLK[mine, layer].astype(np.int64)).to(group.device)
 
 
-def predict(
-    options: ReplayOptions,
-    case: Case,
-    expert_ids_TLK: np.ndarray,
-    num_experts: int,
-    network: Network,
-    seconds_per_activation: float,
-    dtype: torch.dtype,
-) -> dict[str, float]:
+def predict(replay: Replay, case: Case, network: Network, seconds_per_activation: float) -> dict[str, float]:
     """Milliseconds per layer and batch by the cost model, from the evaluator's LINK and load of
     every batch."""
-    top_k, num_ranks = expert_ids_TLK.shape[2], case.serving_LRE.shape[1]
-    _, _, row_bytes = row_sections(options.hidden_size, top_k, dtype, torch.float32)
     seconds = []
     for number in range(int(case.batch_of_T.max()) + 1):
-        metrics = batch_metrics(case, expert_ids_TLK, num_experts, case.batch_of_T == number)
-        seconds += [
-            layer_seconds(
-                link,
-                load,
-                tokens=int((case.batch_of_T == number).sum()),
-                num_ranks=num_ranks,
-                top_k=top_k,
-                row_bytes=row_bytes,
-                result_bytes=options.hidden_size * dtype.itemsize,
-                network=network,
-                seconds_per_activation=seconds_per_activation,
-            )
-            for link, load in zip(metrics["link"], metrics["load_imbalance"], strict=True)
-        ]
+        rows_T = case.batch_of_T == number
+        metrics = batch_metrics(replay, case, rows_T)
+        work = LayerWork(
+            tokens=int(rows_T.sum()),
+            num_ranks=case.serving_LRE.shape[1],
+            row_bytes=replay.row_bytes,
+            result_bytes=replay.result_bytes,
+            top_k=replay.top_k,
+            seconds_per_activation=seconds_per_activation,
+        )
+        links_and_loads = zip(metrics["link"], metrics["load_imbalance"], strict=True)
+        seconds += [layer_seconds(link, load, work, network) for link, load in links_and_loads]
     return {"predicted_ms_per_layer": 1000 * float(np.mean(seconds))}
 
 
-def batch_metrics(
-    case: Case, expert_ids_TLK: np.ndarray, num_experts: int, rows_T: np.ndarray
-) -> dict[str, np.ndarray]:
+def batch_metrics(replay: Replay, case: Case, rows_T: np.ndarray) -> dict[str, np.ndarray]:
     """The evaluator's metrics per layer of some rows, float64 [L] each."""
-    ids_TLK = expert_ids_TLK[rows_T]
-    num_tokens, num_layers, top_k = ids_TLK.shape
-    info = TraceInfo("", num_layers, num_experts, top_k, tuple(range(num_layers)), empty_slots=True)
+    ids_TLK = replay.expert_ids_TLK[rows_T]
+    num_tokens = len(ids_TLK)
     ends, unknown = np.array([0, num_tokens]), np.full(num_tokens, -1, np.int32)
     batch = TraceBatch(
         [""],
@@ -291,9 +280,7 @@ def batch_metrics(
         np.empty(0, np.int32),
     )
     topology, homes_TL = Topology(case.serving_LRE.shape[1]), case.homes_TL[rows_T]
-    sums = traffic_sums(
-        [batch], info, case.serving_LRE, topology, dispatch="per-rank", num_requests=1, homes=lambda _: homes_TL
-    )
+    sums = traffic_sums(batch, case.serving_LRE, topology, dispatch="per-rank", homes_TL=homes_TL)
     return {
         name: values_XL[0]
         for name, values_XL in metrics_XL(sums.resampled(np.ones((1, 1))), topology, "per-rank").items()

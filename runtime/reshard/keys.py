@@ -1,23 +1,37 @@
-"""What each key of a checkpoint is to its experts: the names of every family of Transformers 5.23,
-in both layouts.
+"""What each key of a checkpoint is to its experts, in both layouts of every family of Transformers
+5.23 (profiles/families.py has the names).
 
 A key is read in three steps: the stack of layers it belongs to ("model.layers." 3
 "mlp.experts.5.up_proj.weight"), the place inside the layer, and the role. Roles are recognised by
 name and held to by shape: a tensor of experts or of a router with an unknown name, or with a shape
 that does not fit the number of experts, is an error, so that nothing of an expert is left behind
 silently (a scale that does not move with its weight ruins a model without any message).
-
-The names: hub layouts in transformers/conversion_mapping.py; quantised suffixes of
-compressed-tensors, FP8, MXFP4, GPTQ, AWQ and ModelOpt checkpoints.
 """
 
 import enum
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import (
+    ATTENTION_EXPERTS,
+    EXPERT_LIKE,
+    FURTHER_ROUTER,
+    FUSED,
+    FUSED_IN_BLOCK,
+    FUSED_ROWS,
+    LAYER,
+    PER_EXPERT,
+    ROUTER_KEEPS,
+    ROUTER_LIKE,
+    ROUTER_ROWS,
+    SHARED,
+    SHARED_BY_EXPERTS,
+    SIDE_STACK,
+    VALUES,
+    VECTOR,
+)
 from semmoe.profiles.safetensors_file import Tensor
 from semmoe.runtime.reshard.model import RoutedModel
 
@@ -52,59 +66,6 @@ class Key:
 
 
 KEEP = Key(Role.KEEP)
-
-LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|blocks|h))\.(?P<layer>\d+)\.(?P<rest>.+)$")
-# Stacks that no plan speaks of: towers of other modalities, MTP heads, the talker of the omni
-# models. Left as they are, experts, router and all, which keeps them right.
-SIDE_STACK = re.compile(
-    r"(?:^|[._])(?:vision|visual|audio|vit|sam_model|qwen2_model|image_encoder|talker|code2wav|token2wav|mtp|nextn)"
-    r"(?:$|[._\d])"
-)
-MOE = r"(?:mlp|ffn|feed_forward|mixer|block_sparse_moe|moe)"
-SHARED = re.compile(r"(?:^|\.)(?:shared_|share_expert|shared\.)")
-ATTENTION_EXPERTS = re.compile(r"^self_attention\.experts\.")  # JetMoE: experts of attention, with their own router
-
-PER_EXPERT = re.compile(rf"^(?:{MOE}\.)?experts\.(?P<expert>0|[1-9]\d*)\..+$")
-QUANT = (
-    r"(?:(?:[._](?:weight|bias|bias_bf16|blocks|scales|scale|scale_inv|packed|shape|global_scale|zero_point|qweight|"
-    r"qzeros|g_idx|input|input_scale|input_amax|scale_2|weight_scale|weight_scale_inv|weight_scale_2|weight_packed|"
-    r"weight_shape|weight_global_scale|input_global_scale|weight_zero_point))+)?"
-)
-FUSED_PROJECTION = (
-    r"(?:gate_up_proj|gate_and_up_projs|gate_proj|up_proj|down_proj|down_projs|gate_projs|up_projs|"
-    r"fc[123]|w13|w[123]|input_linear|output_linear)"
-)
-FUSED = re.compile(rf"^(?:{MOE}\.)?experts\.{FUSED_PROJECTION}{QUANT}$")
-# Without a module named experts: Granite and JetMoE (linear layers with an expert axis), Step 3
-# (one per projection).
-FUSED_IN_BLOCK = re.compile(
-    rf"^(?:(?:block_sparse_moe|mlp)\.(?:input|output)_linear|moe\.(?:gate|up|down)_proj){QUANT}$"
-)
-FUSED_ROWS = re.compile(r"^ffn\.experts\.mlp\.(?:w1|v1|w2)$")  # DBRX: [E * I, H]
-SHARED_BY_EXPERTS = re.compile(rf"^(?:{MOE}\.)?(?:experts\.)?(?:pre|post)_expert_(?:norm|proj)\.weight$")
-
-ROUTER_ROWS = re.compile(
-    rf"^(?:{MOE}\.)?(?:gate|router)\."
-    r"(?:(?:gate|wg|classifier|layer|proj|router_mlp\.out_proj)\.)?(?:weight|bias)$"
-)
-VECTOR = re.compile(
-    rf"^(?:{MOE}\.)?(?:(?:gate|router|experts|moe_statics|gate\.moe_statics)\.)?"
-    r"(?:e_score_correction_bias|expert_bias|balancing_biases|per_expert_scale|router_bias)$"
-)
-VALUES = re.compile(rf"^(?:{MOE}\.)?gate\.tid2eid$")
-# Tensors of a router that have no expert axis: input scales and norms, the trunk of Zaya's router,
-# Inkling's scale.
-ROUTER_KEEPS = re.compile(
-    rf"^(?:{MOE}\.)?(?:gate|router)\."
-    r"(?:scale|global_scale|norm\.weight|input_scale|router_states_scale|down_proj\.(?:weight|bias)|"
-    r"router_mlp\.(?:fc\d|norm)\.(?:weight|bias))$"
-)
-ROUTER_LIKE = re.compile(rf"^(?:{MOE}\.)?(?:gate|router)(?:\.|_(?!proj|up_proj)|$)|tid2eid|moe_statics")
-# A further router of a block, of another modality say: told from other gates by its axis of
-# experts.
-FURTHER_ROUTER = re.compile(rf"^{MOE}\.\w+_(?:gate|router)(?:\.|$)")
-EXPERT_LIKE = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
-TEXT_AND_VISION = "ernie4_5_vl_moe"  # one list of experts on disk, the first half for text; routers [H, E]
 
 
 def is_expert(key: Key) -> bool:
@@ -153,7 +114,7 @@ def classify(tensor: Tensor, model: RoutedModel, where: Path) -> Key:
     Rows of the router after the routed experts (zero experts, shared sinks, skip) stay. Raises
     InputError for a tensor of an expert or a router that cannot be moved.
     """
-    num_experts, extra_rows, model_type = model.num_experts, model.extra_rows, model.model_type
+    num_experts, extra_rows = model.num_experts, model.extra_rows
     stack, layer, rest = split_key(tensor.name)
     shape = tensor.shape
 
@@ -171,7 +132,7 @@ def classify(tensor: Tensor, model: RoutedModel, where: Path) -> Key:
         if expert >= num_experts:
             # Identity experts that some writers store, and the vision experts of Ernie: they stay
             # where they are.
-            if expert < num_experts + extra_rows or (model_type == TEXT_AND_VISION and expert < 2 * num_experts):
+            if expert < num_experts + extra_rows or (model.vision_experts and expert < 2 * num_experts):
                 return KEEP
             raise InputError(f"{tensor.name} is expert {expert}, expected 0..{num_experts - 1}: {where}")
         start = len(tensor.name) - len(rest)
@@ -182,7 +143,7 @@ def classify(tensor: Tensor, model: RoutedModel, where: Path) -> Key:
         if len(shape) == 2 and shape[0] in (1, 2):  # Ernie: [1, E], with vision experts [2, E]
             return rows(Role.COLUMNS, 1, router=True, extra=(0,))
         return rows(Role.ROWS, 0, router=True, extra=(0, extra_rows))
-    if model_type == TEXT_AND_VISION and rest in ("mlp.gate.weight", "mlp.gate.weight_1"):
+    if model.vision_experts and rest in ("mlp.gate.weight", "mlp.gate.weight_1"):
         return KEEP if rest.endswith("_1") else rows(Role.COLUMNS, 1, router=True, extra=(0,))
     if ROUTER_KEEPS.match(rest) and not (rest.endswith("bias") and shape == (num_experts,)):
         return KEEP

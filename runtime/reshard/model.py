@@ -5,37 +5,29 @@ from typing import Any
 
 from semmoe.profiles.config import moe_facts, read_config, text_config
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import find_family
 from semmoe.runtime.reshard.sidecar import SIDECAR
 from semmoe.runtime.reshard.source import Checkpoint
 from semmoe.solvers.plan import Plan
-
-NOT_RELABELLABLE = {
-    "doge": "its product-key router scores a grid, not single experts",
-    "switch_transformers": "its router drops tokens by position in the batch",
-    "nllb-moe": "its router drops tokens by position in the batch",
-    "nllb_moe": "its router drops tokens by position in the batch",
-}
 
 
 @dataclass(frozen=True)
 class RoutedModel:
     """What of config.json decides the roles of keys."""
 
-    model_type: str
     num_experts: int
     extra_rows: int  # classes of the router after the routed experts
     num_model_layers: int  # layers from here on are MTP heads
+    vision_experts: bool = False  # the second half of the experts on disk is of another modality
 
 
 def routed_model(config: dict[str, Any], num_experts: int) -> RoutedModel:
     """What the roles of keys depend on."""
-    facts, inner = moe_facts(config), text_config(config)
-    extra = int(inner.get("zero_expert_num") or 0)
-    if facts["model_type"].startswith("inkling"):
-        extra = int(inner.get("n_shared_experts") or 0)
-    elif facts["model_type"].startswith("zaya"):
-        extra = 1
-    return RoutedModel(facts["model_type"], num_experts, extra, facts["num_model_layers"])
+    facts = moe_facts(config)
+    family = find_family(facts["model_type"])
+    extras = family.router_extras
+    extra_rows = extras if isinstance(extras, int) else int(text_config(config).get(extras) or 0)
+    return RoutedModel(num_experts, extra_rows, facts["num_model_layers"], family.vision_experts)
 
 
 def check_plan(source: Checkpoint, plan: Plan) -> RoutedModel:
@@ -46,7 +38,7 @@ def check_plan(source: Checkpoint, plan: Plan) -> RoutedModel:
         )
     config = read_config(source.path)
     facts, wanted = moe_facts(config), plan.model
-    if reason := NOT_RELABELLABLE.get(facts["model_type"]):
+    if reason := find_family(facts["model_type"]).unshardable:
         raise InputError(f"{facts['model_type']} cannot be resharded: {reason}")
     pairs = [("experts", facts["num_experts"], wanted.num_experts), ("top-k", facts["top_k"], wanted.top_k)]
     if wanted.num_model_layers:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.config import moe_facts, read_config, text_config
+from semmoe.profiles.config import moe_facts, read_config
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, read_index, read_shard
@@ -30,9 +30,6 @@ from semmoe.runtime.reshard.relabel import Orders, expected_parts, relabel_shard
 from semmoe.runtime.reshard.sidecar import SIDECAR, file_entries, plan_facts, write_sidecar
 from semmoe.runtime.reshard.source import Checkpoint, copy_others
 from semmoe.solvers.plan import Plan
-
-# Routers that read topk_method, whose default "greedy" ignores the groups; no other router does.
-READ_TOPK_METHOD = ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,11 +132,9 @@ def permutation_of(plan: Plan) -> dict[int, np.ndarray]:
 def check_groups(config: dict[str, Any], orders: Orders) -> None:
     """Raise InputError where the router chooses among groups of experts and a permutation breaks
     them."""
-    facts, inner = moe_facts(config), text_config(config)
+    facts = moe_facts(config)
     num_groups, chosen = facts["n_group"], facts["topk_group"]
-    family = str(inner.get("model_type") or facts["model_type"]).removesuffix("_text")
-    ignored = family in READ_TOPK_METHOD and inner.get("topk_method", "greedy") == "greedy"
-    if num_groups <= 1 or chosen >= num_groups or ignored:
+    if num_groups <= 1 or chosen >= num_groups:
         return
     for layer, order_E in orders.items():
         group_GE = (order_E // (len(order_E) // num_groups)).reshape(num_groups, -1)

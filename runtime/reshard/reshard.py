@@ -9,7 +9,7 @@ removed by the next. semmoe.json in OUT says what was done.
 
 from pathlib import Path
 
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.progress import Stages
 from semmoe.runtime.reshard.permuted import write_permuted
 from semmoe.runtime.reshard.ranks import write_ranks
@@ -31,13 +31,12 @@ def reshard_checkpoint(
 ) -> ReshardResult:
     """Write `checkpoint` as `out` so that the placement of `plan` holds in it.
 
-    Parameters
-    ----------
-    checkpoint: directory with config.json and safetensors files; it is only read.
-    plan: a plan for the checkpoint's model.
-    out: directory that is written; it appears at the end, whole.
-    options: layout, and how to write and verify.
-    progress: told the bytes done and the bytes in all.
+    Parameters:
+        checkpoint: directory with config.json and safetensors files; it is only read.
+        plan: a plan for the checkpoint's model.
+        out: directory that is written; it appears at the end, whole.
+        options: layout, and how to write and verify.
+        progress: told the bytes done and the bytes in all.
 
     Raises InputError where the placement, the model or the files do not allow it; then `out` is not
     there.
@@ -47,5 +46,7 @@ def reshard_checkpoint(
         raise InputError(f"layout {layout!r} and verify {verify!r}: expected one of {LAYOUTS} and of {VERIFY}")
     if layout == "ranks" and verify == "logits":
         raise InputError("--verify logits needs a checkpoint that Transformers can load: use --layout permuted")
+    if verify == "logits":
+        require_extra("--verify logits runs both models, which", "torch", "transformers")
     write = write_ranks if layout == "ranks" else write_permuted
     return write(open_checkpoint(checkpoint), plan, out, options, progress)

@@ -11,10 +11,11 @@ import numpy as np
 
 from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import PER_EXPERT
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, check_offsets, make_header, read_shard
 from semmoe.runtime.reshard.copy import FilePlan, Part, Piece, merged, total_bytes, write_files
-from semmoe.runtime.reshard.keys import PER_EXPERT, split_key
+from semmoe.runtime.reshard.keys import split_key
 from semmoe.runtime.reshard.model import routed_model
 from semmoe.runtime.reshard.output_directory import check_space, output_directory
 from semmoe.runtime.reshard.permuted import Relabelling, fill_permuted
@@ -38,8 +39,15 @@ def undo_reshard(
     """Write as `out` the checkpoint that `checkpoint`, a reshard of either layout, was made from:
     the same bytes.
 
-    With `verify`, the checksums of semmoe.json are tested first: a reshard that was changed since
-    is refused.
+    Parameters:
+        checkpoint: directory of a reshard; it is only read.
+        out: directory that is written; it appears at the end, whole.
+        verify: "bytes" tests the checksums of semmoe.json first, so that a reshard which was
+            changed since is refused, and compares what is written; "none" trusts the disk.
+        force: replace an `out` that is a reshard.
+        progress: told the bytes done and the bytes in all.
+
+    Raises InputError where the reshard is damaged or not complete; then `out` is not there.
     """
     facts = read_sidecar(checkpoint)
     undo = undo_ranks if facts["layout"] == "ranks" else undo_permuted

@@ -13,13 +13,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers.utils import logging as transformers_logging
 
-from semmoe.profiles.capture.loading import ModelSource, load_model
-from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, unshown
-from semmoe.runtime.serving.engine import Prompt
-from semmoe.runtime.transformers.kv_cache import cache_name
+from semmoe.runtime.serving.batch import Limits, Prompt
+from semmoe.runtime.transformers.forward import last_logits
 
 MOST_REPORTED = 10
 TIE_STEPS = 16
@@ -33,29 +30,33 @@ class Compared(NamedTuple):
 
 
 def check_completions(
-    source: ModelSource,
+    model: Any,
     prompts: list[Prompt],
     lines: list[dict[str, Any]],
+    limits: Limits,
     *,
-    dtype: str,
-    device: torch.device,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
     tell: Callable[[str], None],
     progress: Progress = unshown,
 ) -> dict[str, Any]:
-    """{"ok", "compared", "mismatches", "ties"}, differences as {"id", "position", "expected",
-    "got", "logit_gap"}, at most 10 of each.
+    """Compare completions with what the model itself generates.
 
-    `logit_gap`: how far the model puts its own token above the one that was generated. `ok`: there
-    is no mismatch.
+    Parameters
+    ----------
+    model : whole, of plain Transformers.
+    lines : completions as output lines, in the order of `prompts`.
+    limits : those of the run.
+
+    Returns
+    -------
+    {"ok", "compared", "mismatches", "ties"}: no mismatch; completions; differences as {"id",
+    "position", "expected", "got", "logit_gap"}, at most 10 of each. `logit_gap`: how far the model
+    puts its own token above the one that was generated.
     """
-    transformers_logging.disable_progress_bar()
-    model = load_model(source, dtype=dtype, device=device)
+    how_far = {"max_new_tokens": limits.max_new_tokens, "stop_ids": limits.stop_ids}
     mismatches, ties = [], []
     for number, (prompt, line) in enumerate(zip(prompts, lines, strict=True)):
         progress(number, len(prompts))
-        found = compare_greedy(model, prompt, line["token_ids"], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        found = compare_greedy(model, prompt, line["token_ids"], **how_far)
         ties += [{"id": prompt.request_id, **tie} for tie in found.ties]
         if wrong := found.mismatch:
             mismatches.append({"id": prompt.request_id, **wrong})
@@ -80,11 +81,11 @@ def compare_greedy(
     """Where `got` leaves the model's own greedy continuation; behind a tie the model continues
     `got`."""
     ids = torch.as_tensor(prompt.token_ids, dtype=torch.int64, device=model.device)[None]
-    cache, ties, name = None, [], cache_name(model)
+    cache, ties = None, []
     with torch.inference_mode():
         for position in range(max_new_tokens):
-            output = model(input_ids=ids, use_cache=True, **{name: cache})
-            logits_V, cache = output.logits[0, -1].float(), getattr(output, name)
+            logits_BV, cache = last_logits(model, ids, cache)
+            logits_V = logits_BV[0]
             expected = int(logits_V.argmax())
             if position >= len(got):
                 return Compared(ties, difference(position, expected, None, float("inf")))
@@ -106,9 +107,3 @@ def compare_greedy(
 def difference(position: int, expected: int | None, got: int | None, gap: float) -> dict[str, Any]:
     """`expected` or `got` None: one of the two had ended."""
     return {"position": position, "expected": expected, "got": got, "logit_gap": gap}
-
-
-def require_checkable(layout_is_ranks: bool, checkpoint: str) -> None:
-    """Raise InputError for a checkpoint that plain Transformers cannot load."""
-    if layout_is_ranks:
-        raise InputError(f"--check: {checkpoint} is a reshard for ranks, which plain Transformers cannot load")

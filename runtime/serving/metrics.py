@@ -3,17 +3,11 @@
 Shape letters: R ranks, L MoE layers.
 """
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from semmoe.runtime.transformers.ep import Counters
-
-
-def stacked(counters: list[Counters]) -> dict[str, np.ndarray]:
-    """Counters of all ranks by name, with a leading rank axis: [R, L] or [R, L, R]."""
-    return {f.name: np.stack([getattr(c, f.name) for c in counters]) for f in fields(Counters)}
+from semmoe.runtime.layer.counters import Counters, stacked
 
 
 def traffic_metrics(counters: list[Counters], model_layers: tuple[int, ...]) -> dict[str, Any]:

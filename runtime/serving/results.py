@@ -12,7 +12,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import write_file
 
 if TYPE_CHECKING:
-    from semmoe.runtime.serving.engine import Completion
+    from semmoe.runtime.serving.batch import Completion
 
 
 class ResultKeeper:

@@ -1,15 +1,16 @@
-"""One run of a placed model: prompts in, completions and metrics out. What each rank does, and what
-rank 0 does besides.
+"""One run of a placed model: prompts in, completions and metrics out.
 
-Rank 0 reads the prompts, assigns them and writes results (runtime/serving/results.py).
+What is read once for all ranks (`prepare`, in the process that starts them, or on rank 0 under
+torchrun): plan, index, headers and prompts. Each rank then gets a RankTask, and `run_rank` reads
+its tensors and serves.
 
 Shape letters: B requests, R ranks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,42 +18,55 @@ import torch.distributed as dist
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from semmoe.profiles.capture.loading import DTYPES, ModelSource, find_model, load_tokenizer, refusals
-from semmoe.profiles.capture.requests import RequestSource, TextRequest, encode_requests, read_all
+from semmoe.profiles.capture.loading import DTYPES, ModelSource, find_model, load_model, load_tokenizer, refusals
+from semmoe.profiles.capture.requests import RequestSource, TextRequest, encode_requests
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.ranks.failures import naming
-from semmoe.runtime.ranks.group import open_group, share, together
+from semmoe.runtime.ranks.group import Group, choose_device, hand_out, open_group, together
 from semmoe.runtime.ranks.progress import Show, shown_nowhere
 from semmoe.runtime.reshard.ranks import SHARED
-from semmoe.runtime.serving.engine import Completion, Limits, PhaseTimes, Prompt, serve
+from semmoe.runtime.serving.batch import Completion, Limits, Prompt
+from semmoe.runtime.serving.check import check_completions
+from semmoe.runtime.serving.engine import PhaseTimes, serve
 from semmoe.runtime.serving.metrics import rate, traffic_metrics
+from semmoe.runtime.serving.probe import check_exchange
 from semmoe.runtime.serving.results import ResultKeeper
 from semmoe.runtime.serving.schedulers import assign
-from semmoe.runtime.serving.tensor_parallel import install_tensor_parallel
+from semmoe.runtime.serving.tensor_parallel import ShuffledModel, install_tensor_parallel
 from semmoe.runtime.serving.token_homes import find_schedule, make_homes
-from semmoe.runtime.transformers.ep import Counters
 from semmoe.runtime.transformers.placed_model import PlacedModel, load_placed
-from semmoe.runtime.transformers.rank_weights import find_placed
-from semmoe.solvers.place.replicas import serving_LRE
+from semmoe.runtime.transformers.rank_parts import RankCheckpoint, rank_checkpoints
 from semmoe.solvers.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What the user asked for."""
 
     checkpoint: str
     plan: str
     prompts: RequestSource
+    scheduler: str | None = None  # None: dp where the plan scores requests, else none
+    predict: str = "context"
+    backend: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    max_new_tokens: int = 32
+    batch_tokens: int = 4096
+    output: str | None = None
+    timeout_s: float = 300.0
+    check: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RankTask:
+    """What one rank is told of all that was read."""
+
     scheduler: str
-    predict: str
-    backend: str
-    dtype: str
-    device: str
-    max_new_tokens: int
-    batch_tokens: int
-    output: str | None
-    timeout_s: float
+    plan: Plan  # without what no rank needs
+    checkpoint: RankCheckpoint
+    prompts: list[Prompt]  # of all ranks
+    rank_of_B: np.ndarray  # int64, the rank that serves each; with tp all do
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +77,7 @@ class RunResult:
     lines: list[dict[str, Any]]
     metrics: dict[str, Any]
     prompts: list[Prompt]
-    stop_ids: frozenset[int]
+    limits: Limits
 
 
 def find_source(checkpoint: str) -> tuple[ModelSource, Path]:
@@ -81,27 +95,49 @@ def find_source(checkpoint: str) -> tuple[ModelSource, Path]:
     return source, source.folder
 
 
-class Assigned(NamedTuple):
-    """The prompts and the rank that serves each, int64 [B]."""
+def prepare(
+    options: RunOptions, plan: Plan, requests: list[TextRequest], num_ranks: int, tell: Callable[[str], None]
+) -> list[RankTask]:
+    """All that can be refused before weights are read, and the task of each rank.
 
-    prompts: list[Prompt]
-    rank_of_B: np.ndarray
-
-
-def assign_prompts(options: RunOptions, plan: Plan, requests: list[TextRequest]) -> Assigned:
-    """Encode and assign the requests. Raises InputError where they, the model and the plan do
-    not fit each other."""
-    prompts = encode_prompts(options, requests)
-    ids = [prompt.token_ids for prompt in prompts]
-    if options.scheduler == "tp":  # every rank serves every request; refuse before ranks start
+    Raises InputError where plan, ranks, checkpoint and requests do not fit each other.
+    """
+    check_ranks(options.plan, plan, num_ranks)
+    if options.dtype not in DTYPES:
+        raise InputError(f"--dtype {options.dtype}: expected one of {', '.join(DTYPES)}")
+    scheduler = options.scheduler if options.scheduler is not None else default_scheduler(plan, options.plan, tell)
+    source, folder = find_source(options.checkpoint)
+    checkpoints = rank_checkpoints(folder, plan)
+    if options.check and checkpoints[0].layout == "ranks":
+        raise InputError(f"--check: {options.checkpoint} is a reshard for ranks, which plain Transformers cannot load")
+    prompts = encode_prompts(options, source, requests)
+    if scheduler == "tp":  # every rank serves every request; refuse before ranks start
         find_schedule(options.predict, plan)
-        return Assigned(prompts, np.zeros(len(prompts), np.int64))
-    return Assigned(prompts, assign(options.scheduler, ids, plan, max_new_tokens=options.max_new_tokens))
+        rank_of_B = np.zeros(len(prompts), np.int64)
+    else:
+        ids = [prompt.token_ids for prompt in prompts]
+        rank_of_B = assign(scheduler, ids, plan, max_new_tokens=options.max_new_tokens)
+    tables = plan.tables if scheduler == "tp" else {}
+    told = replace(plan, tables=tables, fitted_keys=plan.fitted_keys[:0], trace={}, split={}, scores={}, notes=[])
+    return [RankTask(scheduler, told, checkpoint, prompts, rank_of_B) for checkpoint in checkpoints]
 
 
-def encode_prompts(options: RunOptions, requests: list[TextRequest]) -> list[Prompt]:
+def check_ranks(name: str, plan: Plan, num_ranks: int) -> None:
+    """Raise InputError where the plan is for another number of ranks."""
+    if num_ranks != plan.topology.num_ranks:
+        raise InputError(f"{num_ranks} ranks run, the plan {name} is for {plan.topology.num_ranks}")
+
+
+def default_scheduler(plan: Plan, name: str, tell: Callable[[str], None]) -> str:
+    """dp where the plan scores requests; else none, and a note says so."""
+    if plan.request_scorer is not None:
+        return "dp"
+    tell(f"{name} scores no requests: they go to the ranks in turn (--scheduler none)")
+    return "none"
+
+
+def encode_prompts(options: RunOptions, source: ModelSource, requests: list[TextRequest]) -> list[Prompt]:
     """The requests as token ids. Raises InputError where one is empty or too long for the model."""
-    source, _ = find_source(options.checkpoint)
     encoded = encode_requests(requests, load_tokenizer(source), answer=True)
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     for request, ids in zip(requests, encoded, strict=True):
@@ -115,23 +151,6 @@ def encode_prompts(options: RunOptions, requests: list[TextRequest]) -> list[Pro
     return [Prompt(i, r.request_id, ids) for i, (r, ids) in enumerate(zip(requests, encoded, strict=True))]
 
 
-def load_plan(options: RunOptions, num_ranks: int | None) -> Plan:
-    """The plan; raises InputError where it is for another number of ranks."""
-    plan = Plan.load(options.plan)
-    if num_ranks is not None and num_ranks != plan.topology.num_ranks:
-        raise InputError(f"{num_ranks} ranks run, the plan {options.plan} is for {plan.topology.num_ranks}")
-    if options.dtype not in DTYPES:
-        raise InputError(f"--dtype {options.dtype}: expected one of {', '.join(DTYPES)}")
-    return plan
-
-
-def prepare(options: RunOptions, num_ranks: int, tell: Callable[[str], None]) -> Assigned:
-    """All that can be refused before weights are read, and the prompts. Raises InputError."""
-    plan = load_plan(options, num_ranks)
-    find_placed(find_source(options.checkpoint)[1], plan)
-    return assign_prompts(options, plan, read_all(options.prompts, tell=tell))
-
-
 def stop_token_ids(source: ModelSource) -> frozenset[int]:
     """Ids that end a generation, from generation_config.json or config.json. Raises InputError
     where that cannot be read."""
@@ -143,73 +162,98 @@ def stop_token_ids(source: ModelSource) -> frozenset[int]:
 
 
 def run_rank(
-    options: RunOptions, assigned: Assigned | None, tell: Callable[[str], None], show: Show = shown_nowhere
+    options: RunOptions,
+    tell: Callable[[str], None],
+    show: Show = shown_nowhere,
+    task: RankTask | None = None,
+    *,
+    read: Callable[[int], list[RankTask]] | None = None,
 ) -> RunResult | None:
-    """Run this process's rank; the result on rank 0, None elsewhere. `assigned` None: rank 0 reads
-    the prompts.
+    """Run this process's rank; all ranks call it.
 
-    `show("...")` gives a function that rank 0 calls with how many of how many requests are
-    finished.
+    Parameters
+    ----------
+    show : `show("...")` gives a function that rank 0 calls with how many of how many requests are
+        finished.
+    task : what this rank is told; None: rank 0 reads it for all, by `read(number of ranks)`.
+
+    Returns
+    -------
+    The result on rank 0, None elsewhere.
     """
     transformers_logging.disable_progress_bar()  # one bar per rank would be noise, and one table of what a checkpoint lacks
     transformers_logging.set_verbosity_error()
     with open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group:
-        if assigned is None:
-            assigned = share(lambda: prepare(options, group.size, tell), group)
-        plan = load_plan(options, group.size)
+        if task is None:
+            assert read is not None, "somebody reads"
+            task = hand_out(lambda: read(group.size), group)
+        # 1. The model of this rank, and whether it says what its experts say.
         source, folder = find_source(options.checkpoint)
-        placed_checkpoint = find_placed(folder, plan)
-        prompts, rank_of_B = assigned
-        serving = serving_LRE(placed_checkpoint.placement.hosts_LER, plan.load_LE, plan.topology)
         placed, stop_ids = together(
             lambda: (
-                load_placed(source, placed_checkpoint, plan, serving, group, dtype=options.dtype),
+                load_placed(source, folder, task.checkpoint, task.plan, group, dtype=options.dtype),
                 stop_token_ids(source),
             ),
             group,
         )
-        shuffled, mine = None, [prompt for prompt, rank in zip(prompts, rank_of_B, strict=True) if rank == group.rank]
-        if options.scheduler == "tp":
-            relabelled = placed_checkpoint.layout == "permuted"
-            homes = make_homes(options.predict, plan, relabelled=relabelled, device=group.device, group=group)
-            shuffled, mine = install_tensor_parallel(placed, homes, plan.model.model_layers, source.name), prompts
-            placed.state.counters = Counters.zeros(plan.placement.num_layers, group.size)
+        check_exchange(placed, source.name)
+        shuffled = share_out_heads(options, task, placed, source.name) if task.scheduler == "tp" else None
+        # 2. Serve.
         limits = Limits(options.max_new_tokens, options.batch_tokens, stop_ids)
         keeper = ResultKeeper(options.output, load_tokenizer(source) if group.rank == 0 else None)
+        mine = [p for p, rank in zip(task.prompts, task.rank_of_B, strict=True) if shuffled or rank == group.rank]
         with torch.inference_mode(), (show if group.rank == 0 else shown_nowhere)("requests") as progress:
 
             def deliver(completions: list[Completion]) -> None:
                 keeper.add(completions)
-                progress(keeper.finished, len(prompts))
+                progress(keeper.finished, len(task.prompts))
 
             times = serve(placed, mine, limits, deliver=deliver, shuffled=shuffled)
-        metrics = collect_metrics(options, plan, placed, times, len(prompts))
+        # 3. What all ranks did.
+        metrics = collect_metrics(placed, times, task.plan.model.model_layers)
         if metrics is None:
             return None
-        return RunResult(keeper.finish(), metrics, prompts, limits.stop_ids)
+        asked = {"scheduler": task.scheduler, "ranks": group.size, "requests": len(task.prompts)}
+        return RunResult(keeper.finish(), asked | metrics, task.prompts, limits)
 
 
-def collect_metrics(
-    options: RunOptions, plan: Plan, placed: PlacedModel, times: PhaseTimes, num_requests: int
-) -> dict[str, Any] | None:
+def share_out_heads(options: RunOptions, task: RankTask, placed: PlacedModel, name: str) -> ShuffledModel:
+    """Attention-TP around the placed model."""
+    group, relabelled = placed.group, task.checkpoint.layout == "permuted"
+    homes = make_homes(options.predict, task.plan, relabelled=relabelled, device=group.device, group=group)
+    return install_tensor_parallel(placed, homes, task.plan.model.model_layers, name)
+
+
+def collect_metrics(placed: PlacedModel, times: PhaseTimes, model_layers: tuple[int, ...]) -> dict[str, Any] | None:
     """The metrics of all ranks, on rank 0."""
     group, state = placed.group, placed.state
-    mine = (state.counters, times, state.stopwatch.seconds())
-    gathered: list[Any] | None = [None] * group.size if group.rank == 0 else None
-    with naming(group.rank, "the collection of metrics"):
-        dist.gather_object(mine, gathered, dst=0, group=group.handle)
+    gathered = gather_to_first((state.counters, times, state.stopwatch.seconds()), group)
     if gathered is None:
         return None
     seconds = {phase: max(t.seconds[phase] for _, t, _ in gathered) for phase in times.seconds}
     tokens = {phase: sum(t.tokens[phase] for _, t, _ in gathered) for phase in times.tokens}
     return {
-        "scheduler": options.scheduler,
-        "ranks": group.size,
-        "requests": num_requests,
         "prefill_tokens_per_s": rate(tokens["prefill"], seconds["prefill"]),
         "decode_tokens_per_s": rate(tokens["decode"], seconds["decode"]),
-        **traffic_metrics([counters for counters, _, _ in gathered], plan.model.model_layers),
+        **traffic_metrics([counters for counters, _, _ in gathered], model_layers),
         "time": {phase: float(np.mean([clock[phase] for _, _, clock in gathered])) for phase in gathered[0][2]},
         "device": str(group.device),
         "backend": group.backend,
     }
+
+
+def gather_to_first(mine: Any, group: Group) -> list[Any] | None:
+    """What every rank has, on rank 0; None elsewhere."""
+    gathered: list[Any] | None = [None] * group.size if group.rank == 0 else None
+    with naming(group.rank, "the collection of metrics"):
+        dist.gather_object(mine, gathered, dst=0, group=group.handle)
+    return gathered
+
+
+def check_result(options: RunOptions, result: RunResult, tell: Callable[[str], None], show: Show) -> dict[str, Any]:
+    """The same prompts through plain Transformers in this process (runtime/serving/check.py)."""
+    transformers_logging.disable_progress_bar()
+    source, _ = find_source(options.checkpoint)
+    with show("check") as progress:
+        model = load_model(source, dtype=options.dtype, device=choose_device(options.device, 0))
+        return check_completions(model, result.prompts, result.lines, result.limits, tell=tell, progress=progress)

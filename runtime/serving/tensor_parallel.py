@@ -16,24 +16,23 @@ slice.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from semmoe.profiles.capture.layers import find_moe_layers
-from semmoe.profiles.errors import InputError
-from semmoe.profiles.families import layer_number
+from semmoe.profiles.errors import InputError, raised_by_us
 from semmoe.runtime.layer.shuffle import gather_slices, pack_slice, scatter_sums, unpack_slices
 from semmoe.runtime.ranks.failures import ExchangeError, SharedRefusal, is_out_of_memory, naming
+from semmoe.runtime.serving.equal_slices import Slices
 from semmoe.runtime.serving.home_tables import put
+from semmoe.runtime.serving.probe import MOST_OFF_LOGITS, limit, probe_ids, relative_difference
 from semmoe.runtime.serving.token_homes import TokenHomes
 from semmoe.runtime.transformers.attention_heads import keep_heads
-from semmoe.runtime.transformers.ep import ExpertLayer, RunExperts
+from semmoe.runtime.transformers.decoder_layers import attend, decoder_layers, feed_forward, replace_forward
+from semmoe.runtime.transformers.forward import all_logits
 from semmoe.runtime.transformers.placed_model import PlacedModel
-
-PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-PROBE_TOKENS = 24
 
 
 class ShuffledModel:
@@ -54,104 +53,106 @@ class ShuffledModel:
         self.homes.begin(ids_T, request_T, is_prompt=is_prompt)
         self.placed.state.valid_T = None  # slices hold tokens only
 
+    def finish(self) -> None:
+        """After a forward pass: what its tokens say about their next ones, and about others."""
+        self.placed.state.stopwatch.mark("attention")
+        self.homes.finish()
+        self.placed.state.stopwatch.mark("homes")
+
+    def forget(self, requests: list[int]) -> None:
+        """Requests that are finished."""
+        self.homes.forget(requests)
+
     def run_layer(
-        self,
-        layer: Any,
-        expert: tuple[int, ExpertLayer, RunExperts] | None,
-        name: str,
-        hidden_BSD: torch.Tensor,
-        named: dict[str, Any],
+        self, layer: Any, expert: int | None, name: str, hidden_BSD: torch.Tensor, named: dict[str, Any]
     ) -> torch.Tensor:
-        """The forward of one decoder layer. `expert`: number, exchange and experts of a MoE
-        layer."""
-        group, watch = self.placed.group, self.placed.state.stopwatch
-        partial = layer.self_attn(hidden_states=layer.input_layernorm(hidden_BSD), **named)
-        partial_TD = (partial[0] if isinstance(partial, tuple) else partial).reshape(-1, hidden_BSD.shape[-1])
+        """The forward of one decoder layer. `expert`: its number among MoE layers; None: it has
+        no experts."""
+        watch = self.placed.state.stopwatch
+        partial_TD = attend(layer, hidden_BSD, named).reshape(-1, hidden_BSD.shape[-1])
         watch.mark("attention")
-        slices = self.homes.slices(None if expert is None else expert[0])
+        slices = self.homes.slices(expert)
         watch.mark("homes")
-        own, counts_R = slices.of_rank(group.rank), [slices.places] * group.size
-        row_P = slices.token_P if self.valid_T is None else self.valid_T.index_select(0, slices.token_P)
-        # index_select copies whole rows: on a CPU five times faster than indexing with a tensor.
-        flat_TD, shuffled_PD = hidden_BSD.reshape(partial_TD.shape), partial_TD.index_select(0, row_P)
-        hidden_ND = flat_TD.index_select(0, row_P[own])
-        watch.mark("shuffle")
-        with naming(group.rank, f"the shuffled reduce-scatter at {name}"):
-            hidden_ND += scatter_sums(shuffled_PD, counts_R, group.rank, group.handle)
-        watch.mark("slices")
+        hidden_ND = self._scatter(slices, name, hidden_BSD.reshape(partial_TD.shape), partial_TD)
         # Empty places hold a copy of a token, which no expert sees and nobody reads.
+        own = slices.of_rank(self.placed.group.rank)
         self.placed.state.empty_T = None if slices.empty_P is None else slices.empty_P[own]
-        output = layer.mlp(layer.post_attention_layernorm(hidden_ND)[None])
-        hidden_ND = hidden_ND + (output[0] if isinstance(output, tuple) else output).reshape(hidden_ND.shape)
+        hidden_ND = hidden_ND + feed_forward(layer, hidden_ND[None]).reshape(hidden_ND.shape)
         chosen_NK = torch.zeros((len(hidden_ND), 0), dtype=torch.int16, device=hidden_ND.device)
         if expert is not None:
             chosen_NK = self.placed.state.chosen_TK
         watch.mark("attention")
+        whole_TD, chosen_PK = self._gather(slices, name, hidden_ND, chosen_NK)
+        if self.valid_T is not None:
+            whole_TD = torch.zeros_like(partial_TD).index_copy_(0, self.valid_T, whole_TD)
+        watch.mark("shuffle")
+        if expert is not None:
+            self.homes.record(expert, chosen_PK.index_select(0, slices.place_T))
+        watch.mark("homes")
+        return whole_TD.reshape(hidden_BSD.shape)
+
+    def _scatter(self, slices: Slices, name: str, flat_TD: torch.Tensor, partial_TD: torch.Tensor) -> torch.Tensor:
+        """This rank's slice with attention added, [N, D], of hidden rows and partial sums of
+        attention."""
+        group, watch = self.placed.group, self.placed.state.stopwatch
+        row_P = slices.token_P if self.valid_T is None else self.valid_T.index_select(0, slices.token_P)
+        # index_select copies whole rows: on a CPU five times faster than indexing with a tensor.
+        shuffled_PD = partial_TD.index_select(0, row_P)
+        hidden_ND = flat_TD.index_select(0, row_P[slices.of_rank(group.rank)])
+        watch.mark("shuffle")
+        with naming(group.rank, f"the shuffled reduce-scatter at {name}"):
+            hidden_ND += scatter_sums(shuffled_PD, [slices.places] * group.size, group.rank, group.handle)
+        watch.mark("slices")
+        return hidden_ND
+
+    def _gather(
+        self, slices: Slices, name: str, hidden_ND: torch.Tensor, chosen_NK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of all ranks in their own order, [T, D], and what was chosen at every place,
+        [P, K]."""
+        group, watch = self.placed.group, self.placed.state.stopwatch
         packed_NB = pack_slice(hidden_ND, chosen_NK)
         watch.mark("shuffle")
         with naming(group.rank, f"the shuffled all-gather at {name}"):
-            packed_PB = gather_slices(packed_NB, counts_R, group.handle)
+            packed_PB = gather_slices(packed_NB, [slices.places] * group.size, group.handle)
         watch.mark("slices")
         gathered_PD, chosen_PK = unpack_slices(packed_PB, hidden_ND.shape[1], chosen_NK.shape[1], hidden_ND.dtype)
-        whole_TD = gathered_PD.index_select(0, slices.place_T)
-        if self.valid_T is not None:
-            whole_TD = torch.zeros_like(flat_TD).index_copy_(0, self.valid_T, whole_TD)
-        watch.mark("shuffle")
-        if expert is not None:
-            self.homes.record(expert[0], chosen_PK.index_select(0, slices.place_T))
-        watch.mark("homes")
-        return whole_TD.reshape(hidden_BSD.shape)
+        return gathered_PD.index_select(0, slices.place_T), chosen_PK
 
 
 def install_tensor_parallel(
     placed: PlacedModel, homes: TokenHomes, model_layers: tuple[int, ...], name: str
 ) -> ShuffledModel:
-    """Change a placed model's decoder layers; all ranks call it. Raises InputError for a family
-    whose layers have another shape."""
+    """Change a placed model's decoder layers; all ranks call it.
+
+    Parameters
+    ----------
+    homes : predicts the rank of every token.
+    model_layers : numbers of the MoE layers in the model, in order.
+    name : of the model, for people.
+
+    Raises SharedRefusal for a family whose layers have another shape.
+    """
     shuffled = ShuffledModel(placed, homes)
-    stack = decoder_layers(placed.model, name)
-    ids_BQ = np.arange(PROBE_TOKENS)[None] % 50 + 5
+    ids_BQ = probe_ids()
     ids = put(ids_BQ, placed.group.device)
-    with torch.inference_mode():
-        expected = placed.model(input_ids=ids, use_cache=False).logits.float()
-    experts = {
-        number: (place, layer, run)
-        for place, (number, layer, run) in enumerate(zip(model_layers, placed.layers, placed.run_experts, strict=True))
-    }
     with refusing_other_shapes(name):
+        stack = decoder_layers(placed.model, name)
+        with torch.inference_mode():
+            expected_TV = all_logits(placed.model, ids)[0]
+        experts = {number: place for place, number in enumerate(model_layers)}
         for number, layer in enumerate(stack):
             where = f"layer {number}"
             keep_heads(layer.self_attn, placed.group.rank, placed.group.size, where)
-
-            def forward(
-                hidden_states: torch.Tensor,
-                *,
-                layer: Any = layer,
-                number: int = number,
-                where: str = where,
-                **named: Any,
-            ) -> torch.Tensor:
-                return shuffled.run_layer(layer, experts.get(number), where, hidden_states, named)
-
-            layer.forward = forward
+            replace_forward(layer, partial(shuffled.run_layer, layer, experts.get(number), where))
         with torch.inference_mode():
             shuffled.begin(ids_BQ, None, [-1], is_prompt=True)
-            found = placed.model(input_ids=ids, use_cache=False).logits.float()
-    difference = relative_difference(found[0], expected[0], placed.model.dtype)
-    if not difference <= (1e-3 if placed.model.dtype == torch.float32 else 0.1):
+            found_TV = all_logits(placed.model, ids)[0]
+    difference = relative_difference(found_TV, expected_TV, placed.model.dtype)
+    if not difference <= limit(MOST_OFF_LOGITS, placed.model.dtype):
         raise other_shape(name, f"gives other logits with its heads shared out (relative difference {difference:.2g})")
+    placed.state.restart()
     return shuffled
-
-
-def relative_difference(found_TV: torch.Tensor, expected_TV: torch.Tensor, dtype: torch.dtype) -> float:
-    """How far logits are off, in units of the largest: at the worst token in float32, at the lower
-    quartile in 16 bits.
-
-    There rounding alone turns some routers' choices, and those tokens' logits with them; layers of
-    another shape miss all tokens.
-    """
-    off_T = (found_TV - expected_TV).abs().amax(1) / expected_TV.abs().max().clamp(min=1)
-    return float(off_T.max() if dtype == torch.float32 else off_T.quantile(0.25))
 
 
 def other_shape(name: str, how: str) -> InputError:
@@ -170,18 +171,6 @@ def refusing_other_shapes(name: str) -> Iterator[None]:
     except InputError as error:
         raise SharedRefusal(str(error)) from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, ExchangeError) or is_out_of_memory(error):
+        if isinstance(error, ExchangeError) or is_out_of_memory(error) or raised_by_us(error):
             raise
         raise other_shape(name, "does not run with its heads shared out") from error
-
-
-def decoder_layers(model: Any, name: str) -> list[Any]:
-    """The decoder layers in order. Raises InputError where they lack a part of the usual shape."""
-    moe = find_moe_layers(model)
-    number = layer_number(moe[0].name)
-    stack = model.get_submodule(moe[0].name.split(f".{number}.")[0])
-    for place, layer in enumerate(stack):
-        missing = [part for part in PARTS if not hasattr(layer, part)]
-        if missing:
-            raise SharedRefusal(f"--scheduler tp: layer {place} of {name} has no {missing[0]}; use --scheduler dp")
-    return list(stack)

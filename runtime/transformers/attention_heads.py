@@ -16,6 +16,9 @@ from torch import nn
 
 from semmoe.profiles.errors import InputError
 
+LATENT = ("kv_b_proj", "o_proj")
+GROUPED = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim")
+
 
 def heads_of_rank(num_heads: int, rank: int, num_ranks: int) -> list[int]:
     """Query heads of a rank: nearly equal consecutive runs."""
@@ -50,14 +53,16 @@ class SelectedHeads(nn.Module):
 def keep_heads(attention: Any, rank: int, num_ranks: int, where: str) -> None:
     """Cut an attention module down to the heads of `rank`. Raises InputError for attention of
     another shape."""
-    if hasattr(attention, "kv_b_proj") and hasattr(attention, "o_proj"):
-        _keep_latent_heads(attention, rank, num_ranks, where)
-    elif all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim")):
-        _keep_grouped_heads(attention, rank, num_ranks, where)
-    else:
-        raise InputError(
-            f"--scheduler tp: {where} ({type(attention).__name__}) has no heads that semmoe knows how to share out"
-        )
+    unknown = f"--scheduler tp: {where} ({type(attention).__name__}) has no heads that semmoe knows how to share out"
+    try:
+        if all(hasattr(attention, name) for name in LATENT):
+            _keep_latent_heads(attention, rank, num_ranks, where)
+        elif all(hasattr(attention, name) for name in GROUPED):
+            _keep_grouped_heads(attention, rank, num_ranks, where)
+        else:
+            raise InputError(unknown)
+    except (AttributeError, IndexError) as error:  # parts of the right names and another build
+        raise InputError(unknown) from error
 
 
 def _keep_grouped_heads(attention: Any, rank: int, num_ranks: int, where: str) -> None:

@@ -8,18 +8,11 @@ finishes a batch before it starts the next.
 Shape letters: B requests, S positions (padding included).
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-
-def cache_name(model: Any) -> str:
-    """What the model's forward calls its cache, as an argument and in its output: `cache` from
-    Transformers 5.24 on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def is_joinable(cache: Any) -> bool:

@@ -2,39 +2,33 @@
 in between.
 
 The family's own class is built with expert tensors of S slots instead of E experts, filled with the
-rank's tensors (runtime/transformers/rank_weights.py), and its experts modules get SemmoeEP through
-Transformers' `ep_dispatch_experts` style.
+rank's tensors (rank_weights.py), and the exchange is put around its experts modules (ep.py).
 
-Shape letters: L MoE layers, R ranks, S slots per rank, E experts.
+Shape letters: L MoE layers, R ranks, S slots per rank, E experts, B requests, Q positions of a
+batch, T rows.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 
 from semmoe.profiles.capture.layers import MoeLayer, find_moe_layers
 from semmoe.profiles.capture.loading import ModelSource, model_class, refusals
 from semmoe.profiles.errors import InputError
+from semmoe.runtime.layer.dispatch import join_empty
+from semmoe.runtime.layer.tables import ExpertLayer, RankState, RunExperts, layer_tables
 from semmoe.runtime.ranks.group import Group
-from semmoe.runtime.ranks.stopwatch import Stopwatch
-from semmoe.runtime.transformers.ep import (
-    NAME,
-    Counters,
-    ExpertLayer,
-    RankState,
-    RunExperts,
-    join_empty,
-    layer_tables,
-    register,
-)
+from semmoe.runtime.transformers.ep import exchange_around, hold_slots, row_width
 from semmoe.runtime.transformers.families import choose_explicitly, leave_out_empty_slots, local_experts
-from semmoe.runtime.transformers.rank_weights import PlacedCheckpoint, rank_tensors
+from semmoe.runtime.transformers.rank_parts import RankCheckpoint
+from semmoe.runtime.transformers.rank_weights import held_experts, rank_tensors
+from semmoe.solvers.place.replicas import serving_LRE
 from semmoe.solvers.plan import Plan
 
 
@@ -43,8 +37,10 @@ class PlacedModel:
     """The model of this rank, its expert layers in order, and what they share."""
 
     model: Any
+    modules: tuple[nn.Module, ...]  # the experts modules
     layers: tuple[ExpertLayer, ...]
     run_experts: tuple[RunExperts, ...]
+    held_LS: np.ndarray  # int64, the expert that was read into each slot; -1 where the checkpoint does not say
     state: RankState
     group: Group
 
@@ -53,33 +49,46 @@ class PlacedModel:
         for layer, run in zip(self.layers, self.run_experts, strict=True):
             join_empty(layer, run)
 
+    def begin(self, ids_BQ: np.ndarray, kept_T: np.ndarray | None, requests: list[int], *, is_prompt: bool) -> None:
+        """Before a forward pass: which rows are tokens (None: all). What the engine asks of a
+        model, as ShuffledModel does."""
+        self.state.valid_T = None if kept_T is None else torch.from_numpy(kept_T).to(self.group.device)
+
+    def finish(self) -> None:
+        """After a forward pass."""
+
+    def forget(self, requests: list[int]) -> None:
+        """Requests that are finished."""
+
 
 def load_placed(
-    source: ModelSource, placed: PlacedCheckpoint, plan: Plan, serving_LRE: np.ndarray, group: Group, *, dtype: str
+    source: ModelSource, root: Path, checkpoint: RankCheckpoint, plan: Plan, group: Group, *, dtype: str
 ) -> PlacedModel:
-    """Load what `group.rank` holds of the model. Raises InputError where the family or the
-    checkpoint does not allow it."""
-    placement = placed.placement
-    chosen: Any = model_class(source)
-    if chosen is AutoModelForCausalLM:
-        with refusals(f"{source.name}: model type {source.config.model_type!r} is not supported"):
-            chosen = chosen._model_mapping[type(source.config)]
-    if not chosen.can_generate():
-        raise InputError(
-            f"{source.name}: model type {source.config.model_type!r} does not generate text token by token"
-        )
+    """Load what `group.rank` holds of a model.
+
+    Parameters
+    ----------
+    source : the model's configuration.
+    root : where the checkpoint lies on this machine.
+    checkpoint : what this rank reads of it (rank_parts.rank_checkpoints).
+    plan : the plan that `checkpoint` was made for.
+    dtype : "auto" (as stored) or the name of a floating type of PyTorch.
+
+    Raises InputError where the family or the checkpoint does not allow it.
+    """
+    chosen, placement = generating_class(source), checkpoint.placement
 
     def shrink(model: nn.Module) -> None:
         choose_explicitly(model)
         for layer in placed_layers(model, plan, source.name):
             hold_slots(layer, placement.num_experts, placement.slots_per_rank, source.name)
 
-    with refusals(f"{source.name} cannot be loaded"):
-        config = source.config
+    config = source.config
+    with rank_tensors(root, checkpoint) as tensors, refusals(f"{source.name} cannot be loaded"):
         model, loading = built_with(chosen, shrink).from_pretrained(
             None,
             config=config,
-            state_dict=rank_tensors(placed, group.rank),
+            state_dict=tensors,
             dtype=(config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype),
             device_map=group.device,
             output_loading_info=True,
@@ -88,11 +97,21 @@ def load_placed(
         raise InputError(
             f"{source.name}: the checkpoint lacks {len(missing)} tensors of the model, {missing[0]} among them"
         )
-    model.eval()
-    state = RankState(Stopwatch(group.device), Counters.zeros(plan.placement.num_layers, group.size))
-    layers = install(model, placed, plan, serving_LRE, state, group)
-    run_experts = tuple(run for _, run in layers)
-    return PlacedModel(model, tuple(layer for layer, _ in layers), run_experts, state, group)
+    return install(model.eval(), checkpoint, plan, group, source.name)
+
+
+def generating_class(source: ModelSource) -> Any:
+    """The model's class. Raises InputError for one that does not generate text."""
+    chosen: Any = model_class(source)
+    if chosen is AutoModelForCausalLM:
+        chosen = chosen._model_mapping.get(type(source.config))
+        if chosen is None:
+            raise InputError(f"{source.name}: model type {source.config.model_type!r} is not supported")
+    if not chosen.can_generate():
+        raise InputError(
+            f"{source.name}: model type {source.config.model_type!r} does not generate text token by token"
+        )
+    return chosen
 
 
 def built_with(chosen: type, finish: Callable[[nn.Module], None]) -> Any:
@@ -134,63 +153,21 @@ def placed_layers(model: nn.Module, plan: Plan, name: str) -> list[MoeLayer]:
     return chosen
 
 
-def hold_slots(layer: MoeLayer, num_experts: int, slots: int, name: str) -> None:
-    """Make room for `slots` experts instead of all: every parameter with an expert axis shrinks."""
-    module: Any = layer.module
-    found = False
-    for owner in module.modules():
-        # DBRX keeps all experts' rows in matrices one module further down.
-        in_rows = owner is not module and getattr(owner, "moe_num_experts", None) == num_experts
-        for key, parameter in list(owner.named_parameters(recurse=False)):
-            sizes = {num_experts: slots, num_experts + (getattr(module, "zero_expert_num", 0) or 0): slots}
-            if in_rows:
-                sizes = {parameter.shape[0]: parameter.shape[0] // num_experts * slots}
-            if (owner is module or in_rows) and parameter.shape[0] in sizes:
-                smaller = parameter.new_empty((sizes[parameter.shape[0]], *parameter.shape[1:]))
-                setattr(owner, key, nn.Parameter(smaller, requires_grad=False))
-                found = True
-    if not found:
-        raise InputError(f"{name}: {layer.name} holds no tensor with {num_experts} experts on its first axis")
-    for count in ("num_experts", "num_routed_experts", "total_experts"):
-        if count == "num_experts" or hasattr(module, count):
-            setattr(module, count, slots)
-
-
-def row_width(experts: nn.Module) -> int:
-    """Values of a row that the experts take, from the shape of their last projection: [S, D, I],
-    or [S, I, D] where transposed."""
-    weight: Any = getattr(experts, "down_proj", None)
-    if weight is None:
-        return int(experts.hidden_size)  # pyright: ignore
-    shape = weight.shape
-    return int(shape[2] if getattr(experts, "is_transposed", False) else shape[1])
-
-
-def install(
-    model: Any, placed: PlacedCheckpoint, plan: Plan, serving_LRE: np.ndarray, state: RankState, group: Group
-) -> list[tuple[ExpertLayer, RunExperts]]:
-    """Put the exchange around the experts modules of `model`."""
-    register()
-    modules = placed_layers(model, plan, str(placed.folder))
-    names = [f"layer {layer.model_layer} ({layer.name})" for layer in modules]
-    tables = layer_tables(placed.placement, serving_LRE, group.rank, names, group.device)
-    installed = []
-    for layer, table in zip(modules, tables, strict=True):
-        run_experts = layer.module.forward = local_experts(layer.module)
-        layer.module.semmoe_layer = ExpertLayer(  # pyright: ignore
-            table,
-            group.rank,
-            group.size,
-            group.handle,
-            state,
-            row_width(layer.module),
-            model.dtype,
-            plan.model.top_k,
-        )
-        installed.append((layer.module.semmoe_layer, run_experts))
-        EpDispatchExpertsParallel().install_forward(
-            layer.module, group.mesh, tp_mesh=group.alone, ep_implementation=NAME
-        )
-        if layer.empty_slots:
-            leave_out_empty_slots(layer.module, placed.placement.num_experts)
-    return installed
+def install(model: Any, checkpoint: RankCheckpoint, plan: Plan, group: Group, name: str) -> PlacedModel:
+    """Put the exchange around the experts modules of a model whose weights are there."""
+    placement, state = checkpoint.placement, RankState.fresh(plan.placement.num_layers, group)
+    found = placed_layers(model, plan, name)
+    names = [f"layer {layer.model_layer} ({layer.name})" for layer in found]
+    serving = serving_LRE(placement.hosts_LER, plan.load_LE, plan.topology)
+    layers, runs = [], []
+    for moe, tables in zip(found, layer_tables(placement, serving, group.rank, names, group.device), strict=True):
+        layer = ExpertLayer(tables, group, state, row_width(moe.module), model.dtype, plan.model.top_k)
+        run_experts = local_experts(moe.module)
+        exchange_around(moe.module, layer, run_experts)
+        if moe.empty_slots:
+            leave_out_empty_slots(moe.module, placement.num_experts)
+        layers.append(layer)
+        runs.append(run_experts)
+    held_LS = held_experts(checkpoint, plan.model.model_layers)
+    modules = tuple(moe.module for moe in found)
+    return PlacedModel(model, modules, tuple(layers), tuple(runs), held_LS, state, group)

@@ -1,142 +1,100 @@
-"""The tensors of a checkpoint as one rank needs them: the dense part, and its own experts numbered
-by slot; nothing else is read.
+"""Tensors of a rank as Transformers' loader takes them: unread, under the checkpoint's names, so
+that its own conversions (fusing, renaming, dequantising) do the rest.
 
-Three sources: a plain checkpoint of the hub (per-expert keys or fused tensors, cut to slices inside
-safetensors), a `permuted` reshard (the same, with the contiguous placement that it was made for),
-and a `ranks` reshard (the rank's own directory beside the shared one). Tensors are handed to
-Transformers as lazy slices under the names of the checkpoint, so its own conversions (fusing,
-renaming, dequantising) do the rest.
-
-Shape letters: L MoE layers, R ranks, S slots per rank.
+Shape letters: L MoE layers, S slots per rank.
 """
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
-from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.complete import classify_checkpoint
-from semmoe.runtime.reshard.keys import PER_EXPERT, Role, is_expert, split_key
-from semmoe.runtime.reshard.model import check_plan, routed_model
-from semmoe.runtime.reshard.ranks import SHARED, rank_directory
-from semmoe.runtime.reshard.sidecar import SIDECAR, read_sidecar
-from semmoe.runtime.reshard.source import Checkpoint, open_checkpoint
-from semmoe.solvers.place.contiguous import place_contiguous
-from semmoe.solvers.placement import Placement
-from semmoe.solvers.plan import Plan
+from semmoe.runtime.transformers.rank_parts import RankCheckpoint, StoredTensor
+
+DTYPES = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16},
+    **{"I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64},
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+    **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64},
+}
 
 
-@dataclass(frozen=True, eq=False)
-class PlacedCheckpoint:
-    """A checkpoint on disk with the placement that its expert numbers realise."""
+class UnreadTensor:
+    """A tensor of a file, read when it is asked for: a slice of safetensors, as far as the loader
+    looks at it."""
 
-    folder: Path  # with config.json and tokenizer
-    layout: str  # "plain", "permuted" or "ranks"
-    placement: Placement  # in the checkpoint's own expert numbers
-    model_layers: tuple[int, ...]
-    root: Path
-
-
-class ExpertRows:
-    """Some rows of a tensor's first axis, read when asked for: what Transformers' loader takes
-    for a tensor."""
-
-    def __init__(self, whole: Any, rows: list[int]) -> None:
-        self._whole, self._rows = whole, rows
+    def __init__(self, stored: StoredTensor, file: int) -> None:
+        self._stored, self._file = stored, file
 
     def get_shape(self) -> list[int]:
-        return [len(self._rows), *self._whole.get_shape()[1:]]
+        return list(self._stored.shape)
 
     def get_dtype(self) -> str:
-        return self._whole.get_dtype()
+        return self._stored.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        pieces = [self._whole[begin:end] for begin, end in runs(self._rows)]
-        return torch.cat(pieces)[index]
+        stored = self._stored
+        values = torch.empty(sum(size for _, size in stored.pieces), dtype=torch.uint8)
+        into, place = memoryview(values.numpy()), 0
+        for offset, size in stored.pieces:
+            read_into(into[place : place + size], self._file, offset, stored)
+            place += size
+        return values.view(DTYPES[stored.dtype]).reshape(stored.shape)[index]
 
 
-def runs(rows: list[int]) -> Iterator[tuple[int, int]]:
-    """Consecutive rows as (begin, end) pairs, in order: [4, 5, 6, 1] -> (4, 7), (1, 2)."""
-    begin = 0
-    for place in range(1, len(rows) + 1):
-        if place == len(rows) or rows[place] != rows[place - 1] + 1:
-            yield rows[begin], rows[place - 1] + 1
-            begin = place
+def read_into(into: memoryview, file: int, offset: int, stored: StoredTensor) -> None:
+    """Fill `into` from the file at `offset`; safe on many threads. Raises InputError where the
+    file is shorter."""
+    while into:
+        got = os.preadv(file, [into], offset)
+        if not got:
+            raise InputError(f"{stored.file} ends within {stored.name}: it has been cut short since the run began")
+        into, offset = into[got:], offset + got
 
 
-def find_placed(path: Path, plan: Plan) -> PlacedCheckpoint:
-    """What lies at `path`, checked against the plan. Raises InputError where the two do not
-    belong together."""
-    layers, placement = plan.model.model_layers, plan.placement
-    if not (path / SIDECAR).is_file():
-        check_plan(open_checkpoint(path), plan)
-        return PlacedCheckpoint(path, "plain", placement, layers, path)
-    facts = read_sidecar(path)
-    if facts["plan"]["fingerprint"] != plan.fingerprint:
-        raise InputError(
-            f"{path} was resharded for plan {facts['plan']['fingerprint']}, this plan is {plan.fingerprint}: they must be the same"
-        )
-    if facts["layout"] == "ranks":
-        return PlacedCheckpoint(path / SHARED, "ranks", placement, layers, path)
-    # Relabelled experts, router and all: the model's own order is the placement now.
-    rank_of_LE = place_contiguous(placement.num_layers, placement.num_experts, placement.num_ranks)
-    return PlacedCheckpoint(path, "permuted", Placement.from_ranks(rank_of_LE, placement.num_ranks), layers, path)
+@contextmanager
+def rank_tensors(root: Path, checkpoint: RankCheckpoint) -> Iterator[dict[str, UnreadTensor]]:
+    """The tensors of one rank by name, to be read inside the block.
+
+    `root`: where the checkpoint lies on this machine. Raises InputError where a file is not the one
+    whose header was read, or holds numbers of a type that PyTorch lacks.
+    """
+    for stored in checkpoint.tensors:
+        if stored.dtype not in DTYPES:
+            raise InputError(f"{root / stored.file} holds {stored.name} as {stored.dtype}, which PyTorch cannot read")
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(open_file(root / name)) for name in checkpoint.bytes_of_file}
+        for name, size in checkpoint.bytes_of_file.items():
+            if (found := os.fstat(files[name]).st_size) != size:
+                raise InputError(f"{root / name} has {found:,} bytes, {size:,} when its header was read")
+        yield {stored.name: UnreadTensor(stored, files[stored.file]) for stored in checkpoint.tensors}
 
 
-def rank_tensors(placed: PlacedCheckpoint, rank: int) -> dict[str, Any]:
-    """Lazy tensors for one rank by the checkpoint's names, experts renumbered by their slots."""
-    slots = dict(zip(placed.model_layers, placed.placement.experts_LRS[:, rank].tolist(), strict=True))
-    checkpoint = open_checkpoint(placed.folder)
-    if placed.layout == "ranks":
-        return dict(lazy_tensors(checkpoint)) | _tensors_of_directory(
-            open_checkpoint(placed.root / rank_directory(rank)), slots
-        )
-    return _tensors_of_whole(checkpoint, placed.placement.num_experts, slots)
+@contextmanager
+def open_file(path: Path) -> Iterator[int]:
+    """A descriptor to read `path` by. Raises InputError where it cannot be read."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
-def lazy_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
-    """Every tensor by name, unread."""
-    for shard in checkpoint.shards:
-        reader = safe_open(str(shard.path), framework="pt")
-        for tensor in shard.tensors:
-            yield tensor.name, reader.get_slice(tensor.name)
-
-
-def _tensors_of_whole(checkpoint: Checkpoint, num_experts: int, slots: dict[int, list[int]]) -> dict[str, Any]:
-    """All tensors that are not experts, and the experts of `slots` cut out of the others."""
-    config = read_config(checkpoint.path)
-    keys = classify_checkpoint(checkpoint, routed_model(config, num_experts), set(slots))
-    tensors: dict[str, Any] = {}
-    for name, lazy in lazy_tensors(checkpoint):
-        key = keys[name]
-        if not is_expert(key):
-            # LongCat's identity experts have weights that nothing reads.
-            if not (config.get("zero_expert_num") and PER_EXPERT.match(split_key(name)[2])):
-                tensors[name] = lazy
-        elif key.role is Role.ROWS:
-            per_expert = key.rows // num_experts  # 1, or the rows of an expert where all are rows of one matrix (DBRX)
-            rows = [per_expert * expert + row for expert in slots[key.layer] for row in range(per_expert)]
-            tensors[name] = ExpertRows(lazy, rows)
-        elif key.expert in slots[key.layer]:
-            tensors[key.renamed(name, slots[key.layer].index(key.expert))] = lazy
-    return tensors
-
-
-def _tensors_of_directory(checkpoint: Checkpoint, slots: dict[int, list[int]]) -> dict[str, Any]:
-    """A rank's own directory: per-expert keys are renumbered, fused tensors are in slot order
-    already."""
-    tensors: dict[str, Any] = {}
-    for name, lazy in lazy_tensors(checkpoint):
-        _, layer, rest = split_key(name)
-        if found := PER_EXPERT.match(rest):
-            slot = slots[layer].index(int(found["expert"]))
-            begin, end = (len(name) - len(rest) + place for place in found.span("expert"))
-            tensors[f"{name[:begin]}{slot}{name[end:]}"] = lazy
-        else:
-            tensors[name] = lazy
-    return tensors
+def held_experts(checkpoint: RankCheckpoint, model_layers: tuple[int, ...]) -> np.ndarray:
+    """The expert in each slot of this rank, int64 [L, S] in the checkpoint's numbers, as the
+    tensors to read say; -1 where none does."""
+    held_LS = np.full((len(model_layers), checkpoint.placement.slots_per_rank), -1, np.int64)
+    place_of = {number: place for place, number in enumerate(model_layers)}
+    for stored in checkpoint.tensors:
+        if stored.experts:
+            held_LS[place_of[stored.layer], stored.slot : stored.slot + len(stored.experts)] = stored.experts
+    return held_LS

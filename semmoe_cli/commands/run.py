@@ -1,31 +1,123 @@
-"""`semmoe run`: a placed model on many ranks, or with --replay a recorded routing on them
-without model weights."""
+"""`semmoe run`: a placed model on many ranks. With --replay see replay.py."""
 
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from semmoe.commands.trace import Dtype
-from semmoe.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField, given, refuse_mixed
-from semmoe.profiles.errors import InputError
+from semmoe.commands.replay import replay as replay_trace
+from semmoe.options import Json, Loading, Seed, Texts, given, grouped, refuse_mixed
+from semmoe.profiles.errors import InputError, require_extra
+from semmoe.runtime.serving.results import kept_results, partial_path, partial_state
 from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_facts, print_json
 
-UNMEASURED_BYTES_PER_S = 1e13  # no link is so fast: larger batches took no longer than smaller ones
-
 if TYPE_CHECKING:
-    from semmoe.runtime.replay.cases import ReplayOptions
-    from semmoe.runtime.serving.run import RunOptions, RunResult
-    from semmoe.solvers.plan import Plan
+    from semmoe.profiles.capture.requests import RequestSource
+    from semmoe.runtime.serving.run import RankTask, RunOptions, RunResult
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What is served."""
+
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts: a .jsonl, .json, .parquet, .txt or .csv file (.gz may follow), a directory of them, - for stdin, or demo.",
+        ),
+    ] = None
+    fields: Texts
+    max_requests: Annotated[int | None, typer.Option(metavar="N", help="Run the first N prompts.", min=1)] = None
+
+    def source(self) -> "RequestSource":
+        """The same as profiles read it."""
+        from semmoe.profiles.capture.requests import RequestSource
+
+        return RequestSource(self.prompts, **asdict(self.fields), max_requests=self.max_requests)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaying:
+    """What is replayed in place of a model."""
+
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACE", help="Replay this trace's routing with random values instead of running a model."
+        ),
+    ] = None
+    hidden_size: Annotated[
+        int | None, typer.Option(metavar="D", help="With --replay: values of a token's row.", min=1)
+    ] = None
+    expert_size: Annotated[
+        int, typer.Option(metavar="I", help="With --replay: width of the random experts; 0 for none.", min=0)
+    ] = 0
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="With --replay: most rows to replay, a random choice of requests.", min=1)
+    ] = 65536
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How the ranks work."""
+
+    nproc: Annotated[
+        int | None, typer.Option(metavar="R", help="Ranks to start here; the plan's number by default.", min=1)
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|dp|tp",
+            help="Where work goes. none: requests in turn. dp: requests by the plan's scorer, balanced in tokens (the default where "
+            "the plan has one). tp: heads shared over ranks, tokens by --predict. With --replay, all that the plan allows by default.",
+        ),
+    ] = None
+    predict: Annotated[
+        str | None,
+        typer.Option(
+            metavar="context|learning|table|paper|none",
+            help="With --scheduler tp: what predicts a token's rank; context by default. learning: the context predictor, whose weights "
+            "go on learning from what runs, for traffic that the plan's trace did not hold; none gives equal consecutive slices.",
+        ),
+    ] = None
+    backend: Annotated[str, typer.Option(help="auto, nccl or gloo.")] = "auto"
+    loading: Loading
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate per request.", min=1)] = 32
+    batch_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Prompt tokens of one forward pass of a rank, padding counted; with --replay, rows of a batch on all ranks together.",
+            min=1,
+        ),
+    ] = 4096
+    replaying: Replaying
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="S", help="Seconds that a rank waits for the others before the run fails.", min=1, max=1e9
+        ),
+    ] = 300.0
+    check: Annotated[
+        bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
+    ] = False
+
+    def everywhere(self, plan: Path) -> dict[str, Any]:
+        """What RunOptions and ReplayOptions have in common."""
+        options = {"plan": str(plan), "scheduler": self.scheduler, "backend": self.backend, "timeout_s": self.timeout}
+        loading = {"dtype": self.loading.dtype.value, "device": self.loading.device}
+        return options | loading | {"batch_tokens": self.batch_tokens}
+
+
+@grouped()
 def run(
     plan: Annotated[Path, typer.Option("--plan", metavar="PLAN", help="Plan directory.")],
     checkpoint: Annotated[
@@ -34,75 +126,9 @@ def run(
             metavar="CHECKPOINT", help="Hub id or directory of the model, a reshard of it (permuted or ranks), or demo."
         ),
     ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Prompts: a .jsonl, .json, .parquet, .txt or .csv file (.gz may follow), a directory of them, - for stdin, or demo.",
-        ),
-    ] = None,
-    dataset: Dataset = None,
-    subset: Subset = None,
-    split: Split = None,
-    text_field: TextField = None,
-    messages_field: MessagesField = None,
-    max_requests: Annotated[int | None, typer.Option(metavar="N", help="Run the first N prompts.", min=1)] = None,
-    nproc: Annotated[
-        int | None, typer.Option(metavar="R", help="Ranks to start here; the plan's number by default.", min=1)
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="none|dp|tp",
-            help="Where work goes. none: requests in turn. dp: requests by the plan's scorer, balanced in tokens (the default where "
-            "the plan has one). tp: heads shared over ranks, tokens by --predict. With --replay, all that the plan allows by default.",
-        ),
-    ] = None,
-    predict: Annotated[
-        str | None,
-        typer.Option(
-            metavar="context|learning|table|paper|none",
-            help="With --scheduler tp: what predicts a token's rank; context by default. learning: the context predictor, whose weights "
-            "go on learning from what runs, for traffic that the plan's trace did not hold; none gives equal consecutive slices.",
-        ),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, nccl or gloo.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Number type of the weights; auto: as stored.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate per request.", min=1)] = 32,
-    batch_tokens: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="Prompt tokens of one forward pass of a rank, padding counted; with --replay, rows of a batch on all ranks together.",
-            min=1,
-        ),
-    ] = 4096,
-    replay: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TRACE", help="Replay this trace's routing with random values instead of running a model."
-        ),
-    ] = None,
-    hidden_size: Annotated[
-        int | None, typer.Option(metavar="D", help="With --replay: values of a token's row.", min=1)
-    ] = None,
-    expert_size: Annotated[
-        int, typer.Option(metavar="I", help="With --replay: width of the random experts; 0 for none.", min=0)
-    ] = 0,
-    max_tokens: Annotated[
-        int, typer.Option(metavar="N", help="With --replay: most rows to replay, a random choice of requests.", min=1)
-    ] = 65536,
-    seed: Seed = 0,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="S", help="Seconds that a rank waits for the others before the run fails.", min=1, max=1e9
-        ),
-    ] = 300.0,
-    check: Annotated[
-        bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
-    ] = False,
+    *,
+    prompts: Prompts,
+    running: Running,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="OUT.jsonl", help="Completions, one JSON line per request.")
     ] = None,
@@ -114,248 +140,88 @@ def run(
     Examples: semmoe run demo --plan p --prompts demo -o out.jsonl; semmoe run --replay t --plan p
     --hidden-size 2880
     """
-    from semmoe.profiles.capture.requests import RequestSource, read_all
-    from semmoe.runtime.ranks.launch import launch, under_torchrun
-    from semmoe.runtime.serving.results import kept_results, partial_state
+    from semmoe.profiles.capture.requests import RequestSource
 
-    texts = RequestSource(prompts, dataset, subset, split, text_field, messages_field, None, max_requests)
-    if replay is not None:
-        if hidden_size is None or checkpoint is not None or texts != RequestSource():
+    texts, everywhere, replaying = prompts.source(), running.everywhere(plan), running.replaying
+    if replaying.replay is not None:
+        if replaying.hidden_size is None or checkpoint is not None or texts != RequestSource():
             raise typer.BadParameter("--replay needs --hidden-size, and takes neither CHECKPOINT nor prompts")
-        refuse_mixed("--replay", given(output=output, check=check, predict=predict))
+        refuse_mixed("--replay", given(output=output, check=running.check, predict=running.predict))
         from semmoe.runtime.replay.cases import ReplayOptions
 
-        run_replay(
-            ReplayOptions(
-                replay,
-                str(plan),
-                hidden_size,
-                expert_size,
-                batch_tokens,
-                max_tokens,
-                scheduler,
-                backend,
-                device,
-                dtype.value,
-                timeout,
-                seed,
-            ),
-            nproc,
-            as_json=json_,
-        )
+        sizes = asdict(replaying)
+        options = ReplayOptions(trace=sizes.pop("replay"), **sizes, **everywhere)
+        replay_trace(options, running.nproc, as_json=json_)
         return
-    if checkpoint is None or (prompts is None) == (dataset is None):
+    if checkpoint is None or (texts.data is None) == (texts.dataset is None):
         raise typer.BadParameter("CHECKPOINT and one of --prompts and --dataset are needed (or --replay TRACE)")
-    if prompts is not None and (subset or split):
+    if texts.data is not None and (texts.subset or texts.split):
         raise typer.BadParameter("--subset and --split go with --dataset")
-    refuse_mixed("CHECKPOINT", given(hidden_size=hidden_size, expert_size=expert_size))
-    if scheduler != "tp":
-        refuse_mixed("another scheduler than --scheduler tp", given(predict=predict))
+    refuse_mixed("CHECKPOINT", given(replaying, but=("max_tokens", "seed")))
+    if running.scheduler != "tp":
+        refuse_mixed("another scheduler than --scheduler tp", given(predict=running.predict))
+    require_extra("running a model", "torch", "transformers")
     kept: Callable[[], str] = str
     if output is not None and os.environ.get("RANK", "0") == "0":
         check_output(output)
         kept = partial(kept_results, output, partial_state(output))
-    # Before PyTorch is imported: a plan or prompts that are not there are told at once.
-    alone = not under_torchrun()
-    found_plan = read_plan(plan, alone=alone)
-    scheduler = default_scheduler(found_plan, str(plan)) if scheduler is None else scheduler
-    requests = read_all(texts, tell=note) if alone else []
-    from semmoe.runtime.serving.run import RunOptions, assign_prompts, load_plan, run_rank
-
-    options = RunOptions(
-        checkpoint,
-        str(plan),
-        texts,
-        scheduler,
-        predict or "context",
-        backend,
-        dtype.value,
-        device,
-        max_new_tokens,
-        batch_tokens,
-        str(output) if output else None,
-        timeout,
-    )
-    if not alone:
-        result = as_rank(lambda: run_rank(options, None, note, steps), kept)
-        if result is None:
-            return
-    else:
-        placed_plan = load_plan(options, nproc)
-        ranks = placed_plan.topology.num_ranks
-        check_start(options, ranks, check=check)
-        assigned = assign_prompts(options, placed_plan, requests)
-        try:
-            result = launch(run_rank, (options, assigned, note, steps), ranks)
-        except InputError as error:
-            raise InputError(f"{error}{kept()}") from None
+    wanted = {"checkpoint": checkpoint, "prompts": texts, "max_new_tokens": running.max_new_tokens}
+    wanted |= {"predict": running.predict or "context", "output": str(output) if output else None}
+    found = run_ranks(everywhere | wanted | {"check": running.check}, running.nproc, kept)
+    if found is None:
+        return
+    options, result = found
     metrics = result.metrics
-    if check:
-        metrics = metrics | {"check": run_check(options, result)}
+    if running.check:
+        from semmoe.runtime.serving.run import check_result
+
+        metrics = metrics | {"check": check_result(options, result, note, steps)}
     print_results(result.lines, metrics, output=output, as_json=json_)
 
 
-def read_plan(path: Path, *, alone: bool) -> "Plan":
-    """The plan. Ranks of torchrun all read it: what is wrong with it is told once on each
-    machine."""
-    from semmoe.solvers.plan import Plan
-
-    if alone:
-        return Plan.load(path)
-    from semmoe.runtime.ranks.failures import SharedRefusal
-
-    def load() -> Plan:
-        try:
-            return Plan.load(path)
-        except InputError as error:
-            raise SharedRefusal(str(error)) from None
-
-    return as_rank(load)
-
-
-def default_scheduler(plan: "Plan", path: str) -> str:
-    """dp where the plan scores requests; else none, and a note says so."""
-    from semmoe.solvers.schedule.schedule import Schedule
-
-    schedule = Schedule.from_tables(plan.tables)
-    if schedule is not None and schedule.has_requests:
-        return "dp"
-    if os.environ.get("RANK", "0") == "0":
-        note(f"{path} scores no requests: they go to the ranks in turn (--scheduler none)")
-    return "none"
-
-
-def run_replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> None:
-    """Start or join the ranks, replay, print the rows."""
-    from semmoe.runtime.ranks.launch import launch, under_torchrun
-    from semmoe.runtime.replay.cases import prepare
-    from semmoe.runtime.replay.replay import replay_rank
+def run_ranks(
+    fields: dict[str, Any], nproc: int | None, kept: Callable[[], str]
+) -> "tuple[RunOptions, RunResult] | None":
+    """Start the ranks here, or be one of torchrun's: options and result where rank 0's result is,
+    None elsewhere. `fields`: of RunOptions."""
+    from semmoe.profiles.capture.requests import read_all
+    from semmoe.runtime.ranks.launch import as_rank, launch, under_torchrun
     from semmoe.solvers.plan import Plan
 
     if under_torchrun():
-        result = as_rank(lambda: replay_rank(options, None, note, steps))
-    else:
-        ranks = Plan.load(options.plan).topology.num_ranks
-        if nproc not in (None, ranks):
-            raise InputError(f"{nproc} ranks run, the plan {options.plan} is for {ranks}")
-        check_group(options.device, options.backend, ranks)
-        result = launch(replay_rank, (options, prepare(options, ranks, note), note, steps), ranks)
-    if result is not None:
-        print_replay(result, as_json=as_json)
+        from semmoe.runtime.serving.run import RunOptions, prepare, run_rank
 
+        options = RunOptions(**fields)
 
-def print_replay(result: dict[str, Any], *, as_json: bool) -> None:
-    """Rows of a replay as JSON or as a table."""
-    if as_json:
-        print_json(result)
-        return
-    from rich.console import Console
-    from rich.table import Table
+        def read(num_ranks: int) -> "list[RankTask]":
+            plan = Plan.load(options.plan)
+            return prepare(options, plan, read_all(options.prompts, tell=note), num_ranks, note)
 
-    rate = result["network"]["bytes_per_s"]
-    link = f"{rate / 1e6:,.0f} MB/s" if rate < UNMEASURED_BYTES_PER_S else "too fast to measure in such batches"
-    title = (
-        f"{result['ranks']} ranks on {result['device']} ({result['backend']}), {result['tokens']:,} tokens in batches of "
-        f"{result['batch_tokens']:,}; link {link}, "
-        f"latency {result['network']['latency_s'] * 1e3:.2f} ms"
-    )
-    table = Table(title=title, title_justify="left")
-    for heading in ("placement", "schedule"):
-        table.add_column(heading)
-    numbers = {
-        "ms_per_layer": 3,
-        "predicted_ms_per_layer": 3,
-        "rows_per_token": 3,
-        "bytes_per_token": 0,
-        "load_imbalance": 3,
-    }
-    for heading in numbers:
-        table.add_column(heading.replace("_", " "), justify="right")
-    for row in result["rows"]:
-        table.add_row(
-            row["placement"], row["schedule"], *(f"{row[name]:,.{digits}f}" for name, digits in numbers.items())
-        )
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+        result = as_rank(lambda: run_rank(options, note, steps, read=read), kept)
+        return None if result is None else (options, result)
+    # Before PyTorch is imported: a plan or prompts that are not there are told at once.
+    plan = Plan.load(fields["plan"])
+    requests = read_all(fields["prompts"], tell=note)
+    from semmoe.runtime.ranks.group import check_group
+    from semmoe.runtime.serving.run import RunOptions, prepare, run_rank
 
-
-def as_rank(work: Callable[[], Any], kept: Callable[[], str] = str) -> Any:
-    """What `work` returns on this rank under torchrun. A failure is one line, told once where all
-    ranks see it.
-
-    `kept`: what rank 0 adds to it.
-    """
-    from semmoe.runtime.ranks.failures import ExchangeError, SharedRefusal
-
-    rank = os.environ["RANK"]
-
-    def stop(*_: object) -> None:
-        raise ExchangeError(f"rank {rank} was stopped by SIGTERM: another rank has failed, or torchrun was ended")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        return work()
-    except SharedRefusal as error:
-        if os.environ.get("LOCAL_RANK", rank) != "0":
-            sys.exit(1)
-        raise InputError(str(error)) from None
-    except (ExchangeError, InputError) as error:
-        raise InputError(f"{error}{kept() if rank == '0' else ''}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def check_start(options: "RunOptions", ranks: int, *, check: bool) -> None:
-    """Raise InputError for what can be seen before any rank starts."""
-    from semmoe.runtime.serving.check import require_checkable
-    from semmoe.runtime.serving.run import find_source
-    from semmoe.runtime.transformers.rank_weights import find_placed
-    from semmoe.solvers.plan import Plan
-
+    options, ranks = RunOptions(**fields), plan.topology.num_ranks
     check_group(options.device, options.backend, ranks)
-    _, folder = find_source(options.checkpoint)
-    placed = find_placed(folder, Plan.load(options.plan))
-    if check:
-        require_checkable(placed.layout == "ranks", options.checkpoint)
+    tasks = prepare(options, plan, requests, nproc or ranks, note)
+    try:
+        return options, launch(run_rank, (options, note, steps), ranks, tasks=tasks)
+    except InputError as error:
+        raise InputError(f"{error}{kept()}") from None
 
 
 def check_output(output: Path) -> None:
     """Raise InputError where completions could not be written: told before weights are read."""
-    from semmoe.runtime.serving.results import partial_path
-
     taken = output if output.is_dir() else partial_path(output)
     if taken.is_dir():
         raise InputError(f"cannot write {taken}: it is a directory")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         why = "cannot be written to" if output.parent.is_dir() else "does not exist"
         raise InputError(f"cannot write {output}: the directory {output.parent} {why}")
-
-
-def check_group(device: str, backend: str, ranks: int) -> None:
-    """Raise InputError where this machine has not what the ranks need."""
-    from semmoe.runtime.ranks.group import choose_backend, choose_device
-
-    choose_backend(backend, choose_device(device, 0), ranks)
-
-
-def run_check(options: "RunOptions", result: "RunResult") -> dict[str, Any]:
-    """The same prompts through plain Transformers in this process."""
-    from semmoe.runtime.ranks.group import choose_device
-    from semmoe.runtime.serving.check import check_completions
-    from semmoe.runtime.serving.run import find_source
-
-    source, _ = find_source(options.checkpoint)
-    with steps("check") as progress:
-        return check_completions(
-            source,
-            result.prompts,
-            result.lines,
-            dtype=options.dtype,
-            device=choose_device(options.device, 0),
-            max_new_tokens=options.max_new_tokens,
-            stop_ids=result.stop_ids,
-            tell=note,
-            progress=progress,
-        )
 
 
 def print_results(lines: list[dict[str, Any]], metrics: dict[str, Any], *, output: Path | None, as_json: bool) -> None:

@@ -45,7 +45,7 @@ def named_model(name: str) -> str:
 def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
     """Commands for every engine that reads a map, and for those that only split experts in
     checkpoint order."""
-    from semmoe.solvers.maps.write import launch_lines
+    from semmoe.solvers.maps.launch import launch_lines
 
     where = shlex.quote(plan_path)
     model = named_model(plan.model.model) or "CHECKPOINT"

@@ -16,7 +16,7 @@ import numpy as np
 from semmoe.profiles.counts import co_activation_EE
 from semmoe.profiles.trace import TraceBatch, TraceInfo
 from semmoe.solvers.place.exact_counts import co_activation_within, equal_counts
-from semmoe.solvers.place.spectral import spectral_starts
+from semmoe.solvers.place.graph import spectral_starts
 
 LEAST_PAIRS = 100  # held-out pairs that chance puts into one group: fewer, and their noise passes for lift
 LEAST_LIFT = 1.1  # below this, groups save less than the noise between traces

@@ -12,13 +12,15 @@ on the normalised token x expert counts.
 Shape letters: L MoE layers, E experts, R ranks, U token ids, K top-k, X kinds of tokens.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile, token_expert_UE
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, unshown
+from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.place.exact_counts import co_activation_within, load_limit, rank_load_R
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.windows import TOKEN_CAP
@@ -29,9 +31,29 @@ if TYPE_CHECKING:
 NO_BOUND = "--certify bounds placements without replicas: leave --replicas out"
 
 
+@dataclass(frozen=True)
+class CertifiedLayer(JsonRecord):
+    """Bounds on what any placement of a layer could reach (docs/formats.md)."""
+
+    layer: int
+    co_activation: float
+    co_activation_bound: float
+    gap: float
+    rem_bound: float
+    lar_bound: float | None = None
+
+
+@dataclass(frozen=True)
+class Certificate(JsonRecord):
+    """How far a placement is, at most, from the best under the same constraints."""
+
+    gap: float  # mean over layers
+    layers: list[CertifiedLayer]
+
+
 def certificate_of(
     profile: RoutingProfile, placement: Placement, *, load_cap: float, progress: Progress = unshown
-) -> dict[str, Any]:
+) -> Certificate:
     """How far the placement is, at most, from the best under the same constraints, on the profile
     it was fitted on.
 
@@ -42,9 +64,9 @@ def certificate_of(
             the load that it has.
 
     Returns:
-        "gap", the mean over layers, and "layers" (docs/formats.md): of each the co-activation
-        within ranks, its upper bound and the gap, and the bounds that follow on REM with random
-        homes and, where token ids are known, on LAR with a token table.
+        The gap, mean over layers, and of each layer the co-activation within ranks, its upper bound
+        and the gap, and the bounds that follow on REM with random homes and, where token ids are
+        known, on LAR with a token table.
     """
     if placement.num_replicas:
         raise InputError(NO_BOUND)
@@ -53,7 +75,7 @@ def certificate_of(
     for layer, rank_of_E in enumerate(placement.rank_of_LE):
         layers.append(_layer_bounds(profile, layer, rank_of_E, placement.num_ranks, load_cap, tokens))
         progress(len(layers), profile.info.num_layers)
-    return {"gap": float(np.mean([entry["gap"] for entry in layers])), "layers": layers}
+    return Certificate(float(np.mean([layer.gap for layer in layers])), layers)
 
 
 def _layer_bounds(
@@ -63,29 +85,23 @@ def _layer_bounds(
     num_ranks: int,
     load_cap: float,
     tokens: tuple[np.ndarray, np.ndarray],
-) -> dict[str, Any]:
+) -> CertifiedLayer:
     """One entry of the certificate. `tokens`: `RoutingProfile.token_index`."""
     info, load_E, affinity_EE = profile.info, profile.load_LE[layer], profile.co_activation_LEE[layer]
     # Where the cap could not be kept, the bound is for the load that the placement has.
     limit = max(load_limit(load_E, num_ranks, load_cap), float(rank_load_R(rank_of_E, load_E, num_ranks).max()))
     found = certify(rank_of_E, affinity_EE, load_E, limit, num_ranks)
     ranks_touched = remote_rank_bound(found.bound, affinity_EE, profile.num_tokens, info.top_k, num_ranks)
-    entry = {
-        "layer": layer,
-        "co_activation": found.reached,
-        "co_activation_bound": found.bound,
-        "gap": found.gap,
-        "rem_bound": ranks_touched * (1 - 1 / num_ranks),
-    }
+    rem_bound, lar_bound = ranks_touched * (1 - 1 / num_ranks), None
     ids_U, index_T = tokens
     if len(ids_U):
         counts_UE = token_expert_UE(index_T, profile.sample.expert_ids_TLK[:, layer], len(ids_U), info.num_experts)
         caps = {"load_cap": limit * num_ranks / max(float(load_E.sum()), 1.0), "token_cap": TOKEN_CAP}
-        entry["lar_bound"] = local_activation_bound(counts_UE, num_ranks, **caps)
-    return entry
+        lar_bound = local_activation_bound(counts_UE, num_ranks, **caps)
+    return CertifiedLayer(layer, found.reached, found.bound, found.gap, rem_bound, lar_bound)
 
 
-class Certificate(NamedTuple):
+class LayerBound(NamedTuple):
     """One layer's co-activation within ranks: what was reached, what nothing can exceed, and the
     rest as a share of it."""
 
@@ -105,7 +121,7 @@ def certify(
     num_ranks: int,
     *,
     iterations: int = 200,
-) -> Certificate:
+) -> LayerBound:
     """Certificate of one layer's placement without replicas.
 
     Parameters:
@@ -118,7 +134,7 @@ def certify(
     """
     reached = co_activation_within(rank_of_E, affinity_EE)
     bound = co_activation_bound(affinity_EE, load_E, limit, num_ranks, iterations=iterations)
-    return Certificate(reached, max(bound, reached))
+    return LayerBound(reached, max(bound, reached))
 
 
 def co_activation_bound(

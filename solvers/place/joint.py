@@ -19,18 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semmoe.profiles.counts import RoutingProfile
+from semmoe.profiles.counts import RoutingProfile, request_rows
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
 from semmoe.solvers.demands import Demands, Solved
-from semmoe.solvers.place.align import align_labels
-from semmoe.solvers.place.clusters import (
-    chosen_requests,
-    cluster_loads,
-    request_rows,
-    request_usage_LBE,
-    usage_shares_BR,
-)
+from semmoe.solvers.place.exact_counts import cluster_loads
 from semmoe.solvers.place.joint_layer import (
     Layer,
     Network,
@@ -43,7 +36,13 @@ from semmoe.solvers.place.joint_layer import (
 )
 from semmoe.solvers.place.nodes import label_ranks
 from semmoe.solvers.place.partition import EFFORTS, load_limits
-from semmoe.solvers.place.request_homes import anneal_requests
+from semmoe.solvers.place.request_homes import (
+    align_labels,
+    anneal_requests,
+    chosen_requests,
+    request_usage_LBE,
+    usage_shares_BR,
+)
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.schedule.transport import balanced_homes
 from semmoe.solvers.workers import LayerMap, layer_map

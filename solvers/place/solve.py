@@ -13,16 +13,13 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import TraceInfo
 from semmoe.solvers.demands import Demands, Solved
-from semmoe.solvers.place.baselines import place_load_on_nodes, place_load_replicated
-from semmoe.solvers.place.clusters import cluster_loads
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous, place_load_on_nodes, place_load_replicated
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.exact_counts import is_within_cap, rank_load_R
+from semmoe.solvers.place.exact_counts import cluster_loads, is_within_cap, rank_load_R
+from semmoe.solvers.place.graph import place_metis, place_spectral
 from semmoe.solvers.place.joint import place_semmoe
-from semmoe.solvers.place.metis import place_metis
 from semmoe.solvers.place.paper import place_paper
 from semmoe.solvers.place.replicas import add_replicas, served_load_R, serving_LRE
-from semmoe.solvers.place.spectral import place_spectral
 from semmoe.solvers.placement import Placement, Topology
 
 Method = Callable[[RoutingProfile, Topology, Demands, Progress | None], Solved]

@@ -7,8 +7,9 @@ import pytest
 from tiny_models import FAMILIES, tiny_config
 
 from semmoe.profiles.capture.loading import find_model
-from semmoe.profiles.config import FAMILY_DEFAULTS, moe_facts, read_config
+from semmoe.profiles.config import moe_facts, read_config
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import FAMILIES as SPECIAL
 
 QWEN3 = {
     "model_type": "qwen3_moe",
@@ -156,13 +157,16 @@ def test_every_family_as_transformers_saves_it(family):
             assert module.num_experts == facts["num_experts"]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILY_DEFAULTS))
+@pytest.mark.parametrize("family", sorted(name for name, family in SPECIAL.items() if family.defaults))
 def test_defaults_are_those_of_the_classes(family):
-    """A file that leaves out the keys of FAMILY_DEFAULTS means what the class says without them."""
+    """A file that leaves out the keys with defaults means what the class says without them."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if family == "kimi_k2":  # custom code on the hub, DeepSeek V3's configuration
-        assert FAMILY_DEFAULTS[family] == FAMILY_DEFAULTS["deepseek_v3"]
+        assert SPECIAL[family] == SPECIAL["deepseek_v3"]
+        return
+    if family == "nllb_moe":  # written so in older files
+        assert SPECIAL[family] == SPECIAL["nllb-moe"]
         return
     saved = CONFIG_MAPPING[family]().to_dict()
     whole = moe_facts(saved)
@@ -181,6 +185,19 @@ def test_defaults_are_those_of_the_classes(family):
         if isinstance(bare.get(key), dict):
             bare[key] = {k: v for k, v in bare[key].items() if k not in optional}
     assert moe_facts(bare) == whole
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method", "groups"),
+    [("deepseek_v2", None, 1), ("deepseek_v2", "greedy", 1), ("deepseek_v2", "group_limited_greedy", 8),
+     ("deepseek_v3", "greedy", 8)],
+)  # fmt: skip
+def test_only_routers_that_read_topk_method_ignore_groups(model_type, method, groups):
+    config = (
+        QWEN3 | {"model_type": model_type, "n_group": 8, "topk_group": 4} | ({"topk_method": method} if method else {})
+    )
+    facts = moe_facts(config)
+    assert (facts["n_group"], facts["topk_group"]) == (groups, min(groups, 4))
 
 
 def test_read_config_of_a_file_a_directory_and_neither(tmp_path):

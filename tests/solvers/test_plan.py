@@ -9,10 +9,10 @@ import pytest
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands
-from semmoe.solvers.evaluate.metrics import MAX_GROUPS, resampling_groups
+from semmoe.solvers.evaluate.sums import MAX_GROUPS, resampling_groups
 from semmoe.solvers.make_plan import PlanOptions, make_plan, score_plan, split_requests
 from semmoe.solvers.place.bounds import certificate_of
 from semmoe.solvers.placement import Placement, Topology
@@ -25,7 +25,7 @@ SETTING = Setting(batch_tokens=128, window=8)
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     path = tmp_path_factory.mktemp("traces") / "t"
-    write_synthetic(path, num_requests=60)
+    write_synthetic(path, SyntheticWorld(num_requests=60))
     return RoutingTrace.open(path)
 
 
@@ -48,28 +48,28 @@ def test_a_plan_round_trips_and_repeats_to_the_byte(trace, tmp_path):
 
 def test_scores_are_held_out_and_refitting_changes_only_the_placement(trace, tmp_path):
     refitted, scored = plan_of(trace), plan_of(trace, refit=False)
-    assert refitted.scores == scored.scores and refitted.scores["requests"] == 15
+    assert refitted.scores == scored.scores and refitted.scores.requests == 15
     assert refitted.load_LE.sum() == 60 * 64 * 4 * 4 and scored.load_LE.sum() == 45 * 64 * 4 * 4
     again, notes = score_plan(scored, trace, setting=SETTING)
-    assert again["rows"] == scored.scores["rows"] and "45 requests" in notes[0]
+    assert again.rows == scored.scores.rows and "45 requests" in notes[0]
     again, notes = score_plan(refitted, trace, setting=SETTING)
     assert again == refitted.scores and "15 held-out requests" in notes[0]
 
 
 def test_a_trace_that_was_learned_from_is_never_scored(trace, tmp_path):
-    write_synthetic(tmp_path / "more", num_requests=90)  # its first 60 requests are those of the trace
+    write_synthetic(tmp_path / "more", SyntheticWorld(num_requests=90))  # its first 60 requests are those of the trace
     report, notes = score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "more"), setting=SETTING)
-    assert report["requests"] == 30 and "60 requests" in notes[0]
-    write_synthetic(tmp_path / "fewer", num_requests=20)
+    assert report.requests == 30 and "60 requests" in notes[0]
+    write_synthetic(tmp_path / "fewer", SyntheticWorld(num_requests=20))
     with pytest.raises(InputError, match="fitted on every request"):
         score_plan(plan_of(trace), RoutingTrace.open(tmp_path / "fewer"), setting=SETTING)
 
 
 def test_the_planted_structure_pays_on_held_out_requests(trace):
-    rows = {row["placement"]: row for row in plan_of(trace).scores["rows"]}
-    assert rows["plan"]["rem"] < 0.75 * min(rows["contiguous"]["rem"], rows["load"]["rem"])
-    assert rows["plan"]["ci"]["rem"][1] < rows["load"]["ci"]["rem"][0]
-    assert rows["load"]["lar"] == pytest.approx(0.25)
+    rows = {row.placement: row for row in plan_of(trace).scores.rows if row.schedule == "random"}
+    assert rows["plan"].rem < 0.75 * min(rows["contiguous"].rem, rows["load"].rem)
+    assert rows["plan"].ci["rem"][1] < rows["load"].ci["rem"][0]
+    assert rows["load"].lar == pytest.approx(0.25)
 
 
 def test_a_request_is_given_once(trace):
@@ -82,12 +82,12 @@ def test_domains_can_be_held_out(trace):
     plan = plan_of(trace, holdout_domains=[domain])
     assert plan.split["holdout_domains"] == [domain]
     held_out = sum(d == domain for d in trace.requests().column("domain").to_pylist())
-    assert plan.scores["requests"] == held_out == plan.split["held_out_requests"]
+    assert plan.scores.requests == held_out == plan.split["held_out_requests"]
 
 
 def test_a_plan_for_another_model_or_a_damaged_one_is_one_line(trace, tmp_path):
     plan = plan_of(trace)
-    write_synthetic(tmp_path / "other", num_requests=5, num_experts=16)
+    write_synthetic(tmp_path / "other", SyntheticWorld(num_requests=5, num_experts=16))
     with pytest.raises(InputError, match="num_experts 16, the plan is for num_experts 32"):
         score_plan(plan, RoutingTrace.open(tmp_path / "other"), setting=SETTING)
     plan.save(tmp_path / "p")
@@ -100,6 +100,11 @@ def test_a_plan_for_another_model_or_a_damaged_one_is_one_line(trace, tmp_path):
         (json.dumps({k: v for k, v in facts.items() if k != "split"}), "lacks 'split'"),
         (json.dumps({**facts, "placement": [[[0]]]}), "is on no rank"),
         (json.dumps({**facts, "placement": "abc"}), "damaged"),
+        (
+            json.dumps({**facts, "scores": {**facts["scores"], "rows": [{"placement": "plan"}]}}),
+            "rows.0. lacks 'schedule'",
+        ),
+        (json.dumps({**facts, "scores": {**facts["scores"], "ranks": "4"}}), "ranks is '4', expected int"),
         (json.dumps({**facts, "topology": {"ranks": 2, "nodes": 1}}), "4 ranks, its topology 2"),
     ]:
         (tmp_path / "p" / "plan.json").write_text(broken)
@@ -148,16 +153,15 @@ def test_saving_never_overwrites_something_else(trace, tmp_path):
 
 def test_scores_by_domain_add_up(trace):
     scores = plan_of(trace, method="metis", refit=False).scores
-    domains = scores["domains"]
-    assert len(domains) > 1 and {d["domain"] for d in domains} == set(trace.requests().column("domain").to_pylist())
-    assert sum(d["tokens"] for d in domains) == scores["tokens"]
-    assert sum(d["requests"] for d in domains) == scores["requests"]
-    for i, whole in enumerate(scores["rows"]):
-        rows = [d["rows"][i] for d in domains]
-        assert {(r["placement"], r["schedule"]) for r in rows} == {(whole["placement"], whole["schedule"])}
-        mean = np.average([r["rem"] for r in rows], weights=[d["tokens"] for d in domains])
-        assert mean == pytest.approx(whole["rem"])
-        assert all(r["ci"]["rem"][0] <= r["rem"] <= r["ci"]["rem"][1] for r in rows)
+    domains = scores.domains
+    assert len(domains) > 1 and {d.domain for d in domains} == set(trace.requests().column("domain").to_pylist())
+    assert sum(d.tokens for d in domains) == scores.tokens
+    assert sum(d.requests for d in domains) == scores.requests
+    for i, whole in enumerate(scores.rows):
+        rows = [d.rows[i] for d in domains]
+        assert {row.key for row in rows} == {whole.key}
+        assert np.average([row.rem for row in rows], weights=[d.tokens for d in domains]) == pytest.approx(whole.rem)
+        assert all(row.ci["rem"][0] <= row.rem <= row.ci["rem"][1] for row in rows)
 
 
 def test_groups_of_many_requests_are_of_one_domain():
@@ -172,22 +176,22 @@ def test_groups_of_many_requests_are_of_one_domain():
 
 def test_schedules_and_the_certificate_are_in_the_scores(trace):
     plan = plan_of(trace, method="semmoe", certify=True, refit=False)
-    rows = {row["schedule"]: row for row in plan.scores["rows"] if row["placement"] == "plan"}
+    rows = {row.schedule: row for row in plan.scores.plan_rows}
     assert set(rows) >= {"random", "dp-roundrobin", "dp-scorer", "dp-oracle", "tp-table", "tp-paper", "tp-context"}
-    assert rows["random"]["lar"] == pytest.approx(0.25)
-    assert 0.3 < rows["tp-table"]["lar"] <= rows["tp-oracle"]["lar"]
-    verdict = plan.scores["verdict"]
-    assert (verdict["decision"], verdict["schedule"]) == ("insufficient evidence", "random")  # 15 requests
-    assert verdict["saved"] > 0.2 and verdict["with_schedule"]["saved"] > verdict["saved"]
-    assert rows["tp-context"]["token_imbalance"] == pytest.approx(1.0)
-    certificate = plan.scores["certificate"]
-    assert 0 <= certificate["gap"] < 0.3 and len(certificate["layers"]) == 4
-    assert all(entry["co_activation"] <= entry["co_activation_bound"] for entry in certificate["layers"])
+    assert rows["random"].lar == pytest.approx(0.25)
+    assert 0.3 < rows["tp-table"].lar <= rows["tp-oracle"].lar
+    verdict = plan.scores.verdict
+    assert (verdict.decision, verdict.schedule) == ("insufficient evidence", "random")  # 15 requests
+    assert verdict.saved > 0.2 and verdict.with_schedule.saved > verdict.saved
+    assert rows["tp-context"].token_imbalance == pytest.approx(1.0)
+    certificate = plan.scores.certificate
+    assert 0 <= certificate.gap < 0.3 and len(certificate.layers) == 4
+    assert all(layer.co_activation <= layer.co_activation_bound for layer in certificate.layers)
     assert any(name.startswith("schedule.") for name in plan.tables)
 
 
 def oracle_rem(plan: Plan) -> float:
-    return next(row["rem"] for row in plan.scores["rows"] if row["schedule"] == "tp-oracle")
+    return next(row.rem for row in plan.scores.rows if row.schedule == "tp-oracle")
 
 
 def test_bounds_are_for_the_load_that_a_placement_has(trace):
@@ -198,9 +202,9 @@ def test_bounds_are_for_the_load_that_a_placement_has(trace):
     load_LR = profile.load_LE.reshape(4, 4, 8).sum(2)
     loosest = [certificate_of(profile, placement, load_cap=cap) for cap in (1.0, 1.05, 3.0)]
     assert (load_LR.max(1) > 1.05 * load_LR.mean(1)).all()
-    for entries in zip(*(found["layers"] for found in loosest), strict=True):
+    for entries in zip(*(found.layers for found in loosest), strict=True):
         assert entries[0] == entries[1]
-        assert entries[0]["lar_bound"] < entries[2]["lar_bound"] or entries[0]["lar_bound"] == 1
+        assert entries[0].lar_bound < entries[2].lar_bound or entries[0].lar_bound == 1
 
 
 def test_replicas_are_placed_and_scored_but_have_no_certificate(trace):

@@ -10,7 +10,7 @@ def prepared(trace: str) -> tuple[Any, Any, Any]:
     """The trace's rows, contiguous experts on two ranks, and a schedule for them."""
     from semmoe.profiles.counts import profile_traces
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.place.contiguous import place_contiguous
+    from semmoe.solvers.place.baselines import place_contiguous
     from semmoe.solvers.placement import Placement
     from semmoe.solvers.schedule.fit import fit_schedule
 

@@ -28,14 +28,13 @@ def open_case(folder: Path, size: int, replicas: int, group: Any, dtype: str = "
     """The placed model of `folder` under a random placement that ignores router groups."""
     from semmoe.profiles.capture.loading import find_model
     from semmoe.runtime.transformers.placed_model import load_placed
-    from semmoe.runtime.transformers.rank_weights import find_placed
-    from semmoe.solvers.place.replicas import serving_LRE
+    from semmoe.runtime.transformers.rank_parts import rank_checkpoints
 
     plan = random_plan(folder, ranks=size, grouped=False, seed=size)
     if replicas:
         plan = with_replicas(plan, replicas)
-    serving = serving_LRE(plan.placement.hosts_LER, plan.load_LE, plan.topology)
-    return load_placed(find_model(str(folder)), find_placed(folder, plan), plan, serving, group, dtype=dtype)
+    checkpoint = rank_checkpoints(folder, plan)[group.rank]
+    return load_placed(find_model(str(folder)), folder, checkpoint, plan, group, dtype=dtype)
 
 
 def run_cases(
@@ -99,16 +98,15 @@ def compare_exchange(group: Any) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from semmoe.runtime.ranks.stopwatch import Stopwatch
-    from semmoe.runtime.transformers.ep import Counters, ExpertLayer, LayerTables, RankState, dispatch_layer, join_empty
+    from semmoe.runtime.layer.dispatch import join_empty, serve_tokens
+    from semmoe.runtime.layer.tables import ExpertLayer, LayerTables, RankState
 
     num_experts, hidden, top_k = 2 * group.size, 16, 2
     weight_EDD = torch.randn(num_experts, hidden, hidden, generator=torch.Generator().manual_seed(0))
     expert_E = torch.arange(num_experts)
     # Experts are dealt out in turn, so that no rank's experts are neighbours.
     tables = LayerTables(0, "layer 0", expert_E % group.size, expert_E // group.size, 2)
-    state = RankState(Stopwatch(group.device), Counters.zeros(1, group.size))
-    layer = ExpertLayer(tables, group.rank, group.size, group.handle, state, hidden, torch.float32, top_k)
+    layer = ExpertLayer(tables, group, RankState.fresh(1, group), hidden, torch.float32, top_k)
     own_SDD = weight_EDD[group.rank :: group.size]
 
     def run_experts(rows_PD: Any, slot_P1: Any, weight_P1: Any) -> Any:
@@ -130,7 +128,7 @@ def compare_exchange(group: Any) -> dict[str, float]:
         hidden_TD = torch.randn(len(ids_TK), hidden, generator=random)
         weight_TK = torch.rand(len(ids_TK), top_k, generator=random)
         expected_TD = torch.einsum("td,tkdf,tk->tf", hidden_TD, weight_EDD[ids_TK], weight_TK)
-        got_TD = dispatch_layer(layer, run_experts, hidden_TD, ids_TK, weight_TK)
+        got_TD = serve_tokens(layer, run_experts, hidden_TD, ids_TK, weight_TK)
         worst = torch.tensor((got_TD - expected_TD).abs().max() if len(ids_TK) else 0.0)
         dist.all_reduce(worst, dist.ReduceOp.MAX, group=group.handle)
         found[name] = float(worst)
@@ -147,8 +145,10 @@ def compare_logits(folder: Path, size: int, replicas: int, group: Any) -> list[f
     from tiny_models import tiny_input_ids
 
     from semmoe.profiles.capture.loading import find_model, load_model
+    from semmoe.runtime.serving.probe import check_exchange
 
     placed = open_case(folder, size, replicas, group)
+    check_exchange(placed, folder.name)
     batches = [
         tiny_input_ids(folder.name, batch=2 + group.rank, seed=group.rank),
         tiny_input_ids(folder.name, batch=1, length=1, seed=group.rank),
@@ -172,8 +172,9 @@ def generate_shuffled(folder: Path, size: int, lengths: list[int], group: Any) -
     import torch
 
     from semmoe.profiles.capture.loading import find_model, load_model
+    from semmoe.runtime.serving.batch import Completion, Limits, Prompt
     from semmoe.runtime.serving.check import compare_greedy
-    from semmoe.runtime.serving.engine import Completion, Limits, Prompt, serve
+    from semmoe.runtime.serving.engine import serve
     from semmoe.runtime.serving.tensor_parallel import install_tensor_parallel
     from semmoe.runtime.serving.token_homes import make_homes
 
@@ -201,8 +202,9 @@ def generate(folder: Path, size: int, lengths: list[int], group: Any) -> dict[st
     import torch
 
     from semmoe.profiles.capture.loading import find_model, load_model
+    from semmoe.runtime.serving.batch import Completion, Limits, Prompt
     from semmoe.runtime.serving.check import compare_greedy
-    from semmoe.runtime.serving.engine import Completion, Limits, Prompt, serve
+    from semmoe.runtime.serving.engine import serve
 
     placed = open_case(folder, size, 1, group)
     random = np.random.default_rng(3)
@@ -235,10 +237,10 @@ def compare_layouts(root: str, families: list[str]) -> dict[str, float]:
 
     from semmoe.profiles.capture.loading import find_model, load_model
     from semmoe.runtime.ranks.group import open_group
+    from semmoe.runtime.serving.probe import check_exchange
     from semmoe.runtime.serving.run import find_source
     from semmoe.runtime.transformers.placed_model import load_placed
-    from semmoe.runtime.transformers.rank_weights import find_placed
-    from semmoe.solvers.place.replicas import serving_LRE
+    from semmoe.runtime.transformers.rank_parts import rank_checkpoints
 
     found = {}
     with open_group(timeout_s=TIMEOUT_S) as group, torch.inference_mode():
@@ -249,10 +251,11 @@ def compare_layouts(root: str, families: list[str]) -> dict[str, float]:
             for layout, plan_name in (("permuted", f"{family}-plan"), ("ranks", f"{family}-ranks-plan")):
                 source, folder = find_source(f"{root}/{family}-{layout}")
                 plan = Plan.load(f"{root}/{plan_name}")
-                placed = find_placed(folder, plan)
-                assert placed.layout == layout
-                serving = serving_LRE(placed.placement.hosts_LER, plan.load_LE, plan.topology)
-                model = load_placed(source, placed, plan, serving, group, dtype="float32").model
+                checkpoint = rank_checkpoints(folder, plan)[group.rank]
+                assert checkpoint.layout == layout
+                placed = load_placed(source, folder, checkpoint, plan, group, dtype="float32")
+                check_exchange(placed, family)
+                model = placed.model
                 found[f"{family}-{layout}"] = float(
                     (model(input_ids=ids, use_cache=False).logits - expected).abs().max()
                 )
@@ -263,13 +266,12 @@ def exchange_forever(group: Any, before: Any) -> None:
     """Empty exchanges of a layer named "layer 7"; `before(number)` runs before each."""
     import torch
 
-    from semmoe.runtime.ranks.stopwatch import Stopwatch
-    from semmoe.runtime.transformers.ep import Counters, ExpertLayer, LayerTables, RankState, join_empty
+    from semmoe.runtime.layer.dispatch import join_empty
+    from semmoe.runtime.layer.tables import ExpertLayer, LayerTables, RankState
 
     nobody = torch.zeros(3, dtype=torch.int64)
-    state = RankState(Stopwatch(group.device), Counters.zeros(1, group.size))
     tables = LayerTables(0, "layer 7", nobody, nobody, 2)
-    layer = ExpertLayer(tables, group.rank, group.size, group.handle, state, 8, torch.float32, 2)
+    layer = ExpertLayer(tables, group, RankState.fresh(1, group), 8, torch.float32, 2)
     for number in range(10_000):
         before(number)
         join_empty(layer, lambda rows_PD, slot_P1, weight_P1: rows_PD)
@@ -329,3 +331,61 @@ def write_rank_and_wait(folder: str) -> None:
 
     (Path(folder) / os.environ["RANK"]).touch()
     time.sleep(600)
+
+
+def probe_wrong_orders(root: str, families: list[str], replicas: int) -> dict[tuple[str, str, str], list[str]]:
+    """What every rank is told by the probe before a run, by family, number type and what was
+    changed: nothing, the table of slots, or the order in which experts are read; on rank 0."""
+    import torch.distributed as dist
+
+    from semmoe.profiles.capture.loading import find_model
+    from semmoe.profiles.errors import InputError
+    from semmoe.runtime.ranks.group import open_group
+    from semmoe.runtime.serving.probe import check_exchange
+    from semmoe.runtime.transformers.placed_model import load_placed
+    from semmoe.runtime.transformers.rank_parts import rank_checkpoints
+
+    told: dict[tuple[str, str, str], list[str]] = {}
+    with open_group(timeout_s=TIMEOUT_S) as group:
+        for family in families:
+            folder = Path(root) / family
+            plan = with_replicas(random_plan(folder, ranks=2, grouped=False, seed=2), replicas)
+            for dtype in ("float32", "bfloat16"):
+                for what in ("right", "tables", "reading"):
+                    checkpoint = rank_checkpoints(folder, plan)[group.rank]
+                    if what == "reading" and group.rank == 1:
+                        tensors = [first_two_swapped(t) if t.layer == 1 else t for t in checkpoint.tensors]
+                        checkpoint = replace(checkpoint, tensors=tensors)
+                    placed = load_placed(find_model(str(folder)), folder, checkpoint, plan, group, dtype=dtype)
+                    if what == "tables":
+                        tables = placed.layers[1].tables
+                        tables.slot_of_E[:-1] = tables.slots_per_rank - 1 - tables.slot_of_E[:-1]
+                    mine, by_rank = "", [""] * group.size
+                    try:
+                        check_exchange(placed, family)
+                    except InputError as error:
+                        mine = str(error)
+                    dist.all_gather_object(by_rank, mine, group=group.handle)
+                    told[family, dtype, what] = by_rank
+    return told
+
+
+def first_two_swapped(stored: Any) -> Any:
+    """A tensor of experts read as if the first two slots were each other's."""
+    if len(stored.experts) > 1:
+        block = stored.shape[0] // len(stored.experts)
+        assert block == 1, "one row for each expert"
+        size = sum(size for _, size in stored.pieces) // len(stored.experts)
+        rows = [(offset + begin, size) for offset, length in stored.pieces for begin in range(0, length, size)]
+        order = [1, 0, *range(2, len(rows))]
+        return stored._replace(pieces=tuple(rows[i] for i in order), experts=tuple(stored.experts[i] for i in order))
+    other = {0: 1, 1: 0}.get(stored.slot, stored.slot)
+    return stored._replace(name=stored.name.replace(f".experts.{stored.slot}.", f".experts.{other}."), slot=other)
+
+
+def meet_a_bug(rank: int) -> None:
+    """Rank `rank` looks up what is not there."""
+    import os
+
+    if int(os.environ["RANK"]) == rank:
+        {}["no such key"]

@@ -60,7 +60,7 @@ def emptied(value: Any) -> Any:
         return type(value)(*map(emptied, value)) if hasattr(value, "_fields") else tuple(map(emptied, value))
     elif isinstance(value, dict):
         return {key: emptied(part) for key, part in value.items()}
-    elif is_dataclass(value) or type(value).__module__.startswith("semmoe.runtime."):
+    elif is_dataclass(value) or type(value).__module__.startswith("semmoe."):
         for name in [field.name for field in fields(value)] if is_dataclass(value) else list(vars(value)):
             object.__setattr__(value, name, emptied(getattr(value, name)))
     return value

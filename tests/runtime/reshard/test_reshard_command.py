@@ -1,7 +1,6 @@
 """`semmoe reshard` as users run it, and that a real model says the same before and after."""
 
 import json
-import sys
 import typing
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from random_plans import random_plan
 from tiny_models import tiny_model
 from typer.testing import CliRunner
 
-from semmoe.commands.reshard import Layout, Verify, progress_lines, reshard
+from semmoe.commands.reshard import reshard
+from semmoe.options import Layout, Verify
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.safetensors_file import read_shard
@@ -124,20 +124,6 @@ def test_demo_is_the_embedded_model_beside_a_folder_of_that_name(
     found = run("demo", "p", "-o", "placed")
     assert found.exit_code == 0, found.output
     assert (tmp_path / "placed" / "config.json").exists()
-
-
-def test_a_terminal_sees_how_much_time_is_left(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 100.0, 104.0, 104.0, 110.0, 110.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(now))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with pytest.raises(KeyboardInterrupt), progress_lines() as show:
-        assert show
-        for done in (0, 1, 4):
-            show("writing", done * 10**9, 4 * 10**9)
-        raise KeyboardInterrupt
-    lines = capsys.readouterr().err.split("\r")
-    assert "left" not in lines[1] and lines[2].startswith("writing 1.00 of 4.00 GB, 0:00:12 left")
-    assert lines[3].startswith("writing 4.00 of 4.00 GB  ") and lines[3].endswith(" \n")
 
 
 def test_the_bytes_done_end_at_their_total(tiny: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from semmoe.profiles.capture.loading import find_model
+from semmoe.profiles.capture.loading import find_model, load_model
+from semmoe.runtime.serving.batch import Limits, Prompt
 from semmoe.runtime.serving.check import check_completions, compare_greedy
-from semmoe.runtime.serving.engine import Prompt
 
 PROMPT = Prompt(0, "r0", np.arange(5, 17, dtype=np.int32))
 STOP = frozenset([3])
@@ -93,15 +93,7 @@ def test_tokens_of_another_model_fail(tmp_path: Path) -> None:
     told: list[str] = []
     lines = [{"token_ids": greedy(model, 4)}]
     for folder, ok in (("m", True), ("other", False)):
-        found = check_completions(
-            find_model(str(tmp_path / folder)),
-            [PROMPT],
-            lines,
-            dtype="float32",
-            device=torch.device("cpu"),
-            max_new_tokens=4,
-            stop_ids=STOP,
-            tell=told.append,
-        )
+        whole = load_model(find_model(str(tmp_path / folder)), dtype="float32", device=torch.device("cpu"))
+        found = check_completions(whole, [PROMPT], lines, Limits(4, 100, STOP), tell=told.append)
         assert (found["ok"], found["compared"], len(found["mismatches"])) == (ok, 1, 0 if ok else 1)
     assert len(told) == 1 and told[0].startswith("check: request r0 differs at generated token ")

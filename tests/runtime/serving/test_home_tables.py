@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.serving.home_tables import Chosen, HomeTables
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.features import Seen
 from semmoe.solvers.schedule.fit import fit_schedule
@@ -20,7 +20,7 @@ LAYERS, EXPERTS, TOP_K = 5, 8, 2
 @pytest.mark.parametrize("is_prompt", [True, False])
 def test_the_device_has_features_in_the_same_places(tmp_path: Path, is_prompt: bool):
     sizes = {"num_layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K}
-    write_synthetic(tmp_path / "t", num_requests=8, tokens_per_request=20, **sizes)  # pyright: ignore
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=8, tokens_per_request=20, **sizes))  # pyright: ignore
     batch = RoutingTrace.open(tmp_path / "t").load()
     placement = Placement.from_ranks(place_contiguous(LAYERS, EXPERTS, 2), 2)
     schedule = fit_schedule(batch, placement, seed=0)

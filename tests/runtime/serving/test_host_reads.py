@@ -14,12 +14,11 @@ from random_plans import random_plan
 from shapes_only import emptied, shapes_only
 from tiny_models import tiny_model
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from semmoe.profiles.capture.loading import find_model
 from semmoe.profiles.counts import profile_traces
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.runtime.ranks.group import Group
 from semmoe.runtime.serving import weight_learner
@@ -27,8 +26,7 @@ from semmoe.runtime.serving.tensor_parallel import ShuffledModel
 from semmoe.runtime.serving.token_homes import TokenHomes
 from semmoe.runtime.transformers.attention_heads import keep_heads
 from semmoe.runtime.transformers.placed_model import load_placed
-from semmoe.runtime.transformers.rank_weights import find_placed
-from semmoe.solvers.place.replicas import serving_LRE
+from semmoe.runtime.transformers.rank_parts import rank_checkpoints
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.token_fit import MAX_CANDIDATES
@@ -40,14 +38,13 @@ CPU = torch.device("cpu")
 def group() -> Iterator[Group]:
     """Rank 0 of two; the collectives do nothing."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    mesh = DeviceMesh("cpu", torch.arange(2).reshape(2, 1), mesh_dim_names=("ranks", "alone"))
-    yield Group(0, 2, CPU, "fake", mesh.get_group("ranks"), mesh["ranks"], mesh["alone"])
+    yield Group(0, 2, CPU, "fake", dist.group.WORLD)  # pyright: ignore
     dist.destroy_process_group()
 
 
 def traced(folder: Path, num_layers: int, num_experts: int, top_k: int) -> TraceBatch:
     sizes = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k}
-    write_synthetic(folder, **sizes, num_requests=12, tokens_per_request=10)  # pyright: ignore
+    write_synthetic(folder, SyntheticWorld(**sizes, num_requests=12, tokens_per_request=10))  # pyright: ignore
     return profile_traces([RoutingTrace.open(folder)], seed=0).sample
 
 
@@ -86,9 +83,8 @@ def test_homes_are_predicted_without_the_host(
 def test_a_layer_reads_the_split_sizes_only(tmp_path: Path, group: Group) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "m")
     plan = random_plan(tmp_path / "m", grouped=False)
-    serving = serving_LRE(plan.placement.hosts_LER, plan.load_LE, plan.topology)
-    source = find_model(str(tmp_path / "m"))
-    placed: Any = load_placed(source, find_placed(tmp_path / "m", plan), plan, serving, group, dtype="bfloat16")
+    source, checkpoint = find_model(str(tmp_path / "m")), rank_checkpoints(tmp_path / "m", plan)[0]
+    placed: Any = load_placed(source, tmp_path / "m", checkpoint, plan, group, dtype="bfloat16")
     placement = plan.placement
     batch = traced(tmp_path / "t", placement.num_layers, placement.num_experts, plan.model.top_k)
     schedule = fit_schedule(batch, plan.placement, seed=0)
@@ -116,8 +112,7 @@ def test_a_layer_reads_the_split_sizes_only(tmp_path: Path, group: Group) -> Non
         shuffled.valid_T = emptied(shuffled.valid_T)
         hidden_BSD, named = emptied(hidden_BSD), emptied(named)
         for number, layer in enumerate(placed.model.model.layers):
-            expert = (number, placed.layers[number], placed.run_experts[number])
-            hidden_BSD = shuffled.run_layer(layer, expert, f"layer {number}", hidden_BSD, named)
+            hidden_BSD = shuffled.run_layer(layer, number, f"layer {number}", hidden_BSD, named)
             assert len(left) == (num_layers - 1 - number) * np.size(sizes_6R)
         assert hidden_BSD.shape == (2, 3, placed.layers[0].hidden_size) and isinstance(hidden_BSD, FakeTensor)
     assert placed.state.counters.tokens_L.tolist() == [3] * num_layers

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.runtime.serving.schedulers import assign
 from semmoe.solvers.placement import Placement, Topology
@@ -38,7 +38,7 @@ def with_answers(batch: TraceBatch, prompts_B: np.ndarray, answers_B: np.ndarray
 def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[TraceBatch, Plan]:
     """Requests whose answers stop early, some of them, and a plan that was fitted on others."""
     path = tmp_path_factory.mktemp("schedulers") / "t"
-    group_of_LE = write_synthetic(path, num_requests=200, tokens_per_request=90, noise=0.3, seed=5)
+    group_of_LE = write_synthetic(path, SyntheticWorld(num_requests=200, tokens_per_request=90, noise=0.3, seed=5))
     trace = RoutingTrace.open(path)
     fitted_B = np.arange(trace.num_requests) // 4 % 2 == 0  # domains take turns of four
     placement = Placement.from_ranks(group_of_LE, RANKS)

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from semmoe.profiles.counts import profile_traces
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.ranks.group import Group
 from semmoe.runtime.ranks.launch import launch
 from semmoe.runtime.serving import weight_learner
 from semmoe.runtime.serving.token_homes import TokenHomes
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule import simulate
 from semmoe.solvers.schedule.fit import fit_schedule
@@ -31,8 +30,7 @@ CPU = torch.device("cpu")
 def alone() -> Iterator[Group]:
     """The group of one rank."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    mesh = DeviceMesh("cpu", torch.arange(1).reshape(1, 1), mesh_dim_names=("ranks", "alone"))
-    yield Group(0, 1, CPU, "gloo", mesh.get_group("ranks"), mesh["ranks"], mesh["alone"])
+    yield Group(0, 1, CPU, "gloo", dist.group.WORLD)  # pyright: ignore
     dist.destroy_process_group()
 
 
@@ -42,7 +40,7 @@ def test_weights_learn_online_as_in_the_simulation(
 ) -> None:
     layers = range(6)
     sizes = {"num_layers": 6, "num_experts": num_experts, "top_k": 2, "num_requests": 24, "tokens_per_request": 30}
-    write_synthetic(tmp_path / "t", **sizes)  # pyright: ignore
+    write_synthetic(tmp_path / "t", SyntheticWorld(**sizes))  # pyright: ignore
     batch = profile_traces([RoutingTrace.open(tmp_path / "t")], seed=0).sample
     placement = Placement.from_ranks(place_contiguous(6, num_experts, 2), 2)
     schedule = fit_schedule(batch, placement, seed=0)
@@ -73,7 +71,9 @@ def test_weights_learn_online_as_in_the_simulation(
 
 def test_all_ranks_end_up_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    write_synthetic(tmp_path / "t", num_layers=4, num_experts=8, top_k=2, num_requests=12, tokens_per_request=30)
+    write_synthetic(
+        tmp_path / "t", SyntheticWorld(num_layers=4, num_experts=8, top_k=2, num_requests=12, tokens_per_request=30)
+    )
     # 4 layers on 1 rank; on 3 ranks, of which one has two; on 5, of which one has none.
     alone, *others = [launch(learner_cases.learn, (str(tmp_path / "t"), size), size) for size in (1, 3, 5)]
     for found in others:

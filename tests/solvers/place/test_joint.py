@@ -1,6 +1,7 @@
 """The joint method: planted structure, exact constraints under every option, no dependence on the
 number of processes."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,18 +9,17 @@ import pytest
 
 from semmoe.profiles.counts import RoutingProfile, count_batches
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import plant_structure, synthetic_requests
+from semmoe.profiles.synthetic import SyntheticWorld, plant_structure, synthetic_requests
 from semmoe.profiles.trace import TraceBatch, TraceInfo
 from semmoe.solvers.demands import Demands
-from semmoe.solvers.place.align import align_labels, best_labels
-from semmoe.solvers.place.clusters import cluster_loads
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.joint import place_semmoe, sample_rows
-from semmoe.solvers.place.metis import place_metis
+from semmoe.solvers.place.exact_counts import cluster_loads
+from semmoe.solvers.place.graph import place_metis
+from semmoe.solvers.place.joint import chosen_stages, place_semmoe, sample_rows
 from semmoe.solvers.place.paper import place_paper
 from semmoe.solvers.place.partition import EFFORTS, Problem, load_limits, partition
 from semmoe.solvers.place.remote_gains import remote_cost
-from semmoe.solvers.place.request_homes import anneal_requests
+from semmoe.solvers.place.request_homes import align_labels, anneal_requests, best_labels
 from semmoe.solvers.place.swap import overload
 from semmoe.solvers.placement import Topology
 
@@ -35,11 +35,10 @@ def placed(profile: RoutingProfile, topology: Topology, objective: str = "tp", *
 def planted(noise: float = 0.05, n_group: int = 1, tokens: bool = True) -> tuple[RoutingProfile, np.ndarray]:
     """Profile of 24 requests of a planted model (3 layers, 16 experts, top-3), and its groups
     [L, E]."""
-    structure = plant_structure(
-        num_layers=3, num_experts=16, num_groups=GROUPS, vocab_size=300, num_domains=GROUPS, seed=1
-    )
-    options = {"top_k": 3, "num_requests": 24, "tokens_per_request": 80, "noise": noise, "seed": 2}
-    requests = list(synthetic_requests(structure, **options))
+    sizes = {"num_layers": 3, "num_experts": 16, "top_k": 3, "num_groups": GROUPS, "num_domains": GROUPS}
+    world = SyntheticWorld(**sizes, num_requests=24, tokens_per_request=80, vocab_size=300, noise=noise, seed=1)
+    structure = plant_structure(world)
+    requests = list(synthetic_requests(structure, replace(world, seed=2)))
     lengths = np.array([len(r.expert_ids_TLK) for r in requests])
     starts_B1 = np.concatenate([[0], np.cumsum(lengths)])
     token_ids_T = np.concatenate([r.token_ids[: len(r.expert_ids_TLK)] for r in requests])
@@ -63,6 +62,35 @@ def planted(noise: float = 0.05, n_group: int = 1, tokens: bool = True) -> tuple
 def is_exact(rank_of_LE: np.ndarray, num_ranks: int) -> bool:
     size = rank_of_LE.shape[1] // num_ranks
     return all((np.bincount(rank_of_E, minlength=num_ranks) == size).all() for rank_of_E in rank_of_LE)
+
+
+@pytest.mark.parametrize(
+    ("objective", "dispatch", "nodes", "stages"),
+    [
+        ("tp", "per-rank", 2, ["ranks"]),
+        ("tp", "per-node", 2, ["nodes"]),
+        ("tp", "per-node", 1, ["ranks"]),
+        ("dp", "per-expert", 1, ["anneal", "strong turn", "turn"]),
+        ("dp", "per-expert", 2, ["anneal", "near", "strong turn", "turn"]),
+        ("dp", "per-rank", 2, ["ranks", "labels", "near", "strong turn", "turn"]),
+        ("dp", "per-node", 2, ["nodes", "labels in nodes", "strong turn", "turn"]),
+        ("both", "per-rank", 1, ["ranks", "labels", "strong turn", "turn"]),
+        ("both", "per-rank", 2, ["ranks", "labels in nodes", "strong turn", "turn"]),
+    ],
+)
+def test_stages_follow_objective_dispatch_and_groups(
+    objective: str, dispatch: str, nodes: int, stages: list[str]
+) -> None:
+    demands = Demands(objective=objective, dispatch=dispatch)
+    assert chosen_stages(demands, Topology(4, nodes), 8) == stages
+    quick = [name for name in stages if name != "strong turn"]
+    assert chosen_stages(replace(demands, effort="fast"), Topology(4, nodes), 8) == quick
+    whole = replace(demands, expressible="permutation")
+    assert chosen_stages(whole, Topology(4, nodes), 8) == ["blocks"]
+    assert chosen_stages(whole, Topology(4, nodes), 1) == stages  # no groups to keep whole
+    costs = Topology(4, 1, np.ones((4, 4)) - np.eye(4))
+    if nodes == 1 and objective != "tp":
+        assert "near" in chosen_stages(demands, costs, 8)
 
 
 @pytest.mark.parametrize("effort", ["fast", "default"])

@@ -8,9 +8,9 @@ from semmoe.profiles.counts import RoutingProfile, count_batches
 from semmoe.profiles.trace import TraceBatch, TraceInfo
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.place.exact_counts import co_activation_within
+from semmoe.solvers.place.graph import place_metis
 from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.joint_layer import scaled_costs
-from semmoe.solvers.place.metis import place_metis
 from semmoe.solvers.place.nodes import (
     NODE_WORTH,
     NodeGains,

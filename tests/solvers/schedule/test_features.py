@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.schedule.context import ContextPredictor, context_scores_TR
 from semmoe.solvers.schedule.features import GENERATED, NUM_POSITION_IDS, PROMPT, Places, Seen, choices_before
@@ -14,7 +14,9 @@ LAYERS, EXPERTS, TOP_K = 5, 8, 2
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     path = tmp_path_factory.mktemp("features") / "t"
-    write_synthetic(path, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, num_requests=6, tokens_per_request=20)
+    write_synthetic(
+        path, SyntheticWorld(num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, num_requests=6, tokens_per_request=20)
+    )
     return Seen.of(RoutingTrace.open(path).load(), EXPERTS)
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from semmoe.profiles.counts import select_requests
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.sample import select_requests
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule import fit
@@ -32,7 +32,7 @@ def planted(tmp_path_factory) -> tuple[TraceBatch, TraceBatch, Placement]:
     """Training and held-out requests of a synthetic trace, and its best placement with labels
     that agree over layers."""
     path = tmp_path_factory.mktemp("schedule") / "trace"
-    group_of_LE = write_synthetic(path, num_requests=120, vocab_size=300, noise=0.1, seed=4)
+    group_of_LE = write_synthetic(path, SyntheticWorld(num_requests=120, vocab_size=300, noise=0.1, seed=4))
     batch = RoutingTrace.open(path).load()
     train_B = np.arange(batch.num_requests) // 4 % 2 == 0  # domains take turns of four
     placement = Placement.from_ranks(group_of_LE, RANKS)

@@ -14,7 +14,8 @@ import torch
 import transformers
 from tiny_models import FAMILIES, tiny_input_ids, tiny_model
 
-from semmoe.profiles.capture.hooks import TokenRequest, record_generation, record_prefill, start_recording
+from semmoe.profiles.capture.batches import TokenRequest
+from semmoe.profiles.capture.hooks import record_generation, record_prefill, start_recording
 from semmoe.profiles.capture.layers import find_moe_layers, trace_info
 from semmoe.profiles.config import moe_facts
 from semmoe.profiles.errors import InputError

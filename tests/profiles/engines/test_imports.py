@@ -26,18 +26,18 @@ from engine_samples import (
 )
 
 from semmoe.profiles.engines.columns import parse_layers, plausible_num_experts
-from semmoe.profiles.engines.imports import KINDS, import_trace
+from semmoe.profiles.engines.imports import KINDS, ImportOptions, import_trace
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
 
-SHARED = Path(__file__).parents[3] / "shared" / "traces"
+SHARED = Path(__file__).parents[4] / "shared" / "traces"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the shared traces are not here")
 
 
 def read(kind, files, tmp_path, **options):
     """Import and load again: the summary, the trace, its one batch."""
     files = files if isinstance(files, list) else [files]
-    summary = import_trace(kind, files, tmp_path / "out", made_by="test", **options)
+    summary = import_trace(kind, files, tmp_path / "out", ImportOptions(made_by="test", **options))
     trace = RoutingTrace.open(tmp_path / "out")
     return summary, trace, trace.load() if trace.info.kind == "tokens" else None
 
@@ -50,7 +50,7 @@ def write_config(tmp_path, **extra):
 
 def refuses(kind, files, tmp_path, message, **options):
     with pytest.raises(InputError, match=message):
-        import_trace(kind, files if isinstance(files, list) else [files], tmp_path / "out", **options)
+        import_trace(kind, files if isinstance(files, list) else [files], tmp_path / "out", ImportOptions(**options))
     assert not (tmp_path / "out").exists()
 
 
@@ -173,7 +173,7 @@ def test_dense_layers_named_taken_from_the_model_or_detected(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [sglang_record(routing(40, dense=(0, 3)))])
     by_config = {"model_config": write_config(tmp_path, moe_layer_freq=[0, 1, 1, 0, 1])}
     for i, options in enumerate(({}, {"dense_layers": "0,3"}, by_config)):
-        import_trace("sglang", [file], tmp_path / f"t{i}", **options)
+        import_trace("sglang", [file], tmp_path / f"t{i}", ImportOptions(**options))
         assert RoutingTrace.open(tmp_path / f"t{i}").info.model_layers == (1, 2, 4)
     refuses(
         "sglang", file, tmp_path, r"line 1, row 0: layer 1 is taken as dense but routes to expert", dense_layers="0-1,3"
@@ -210,7 +210,7 @@ def test_padding_columns_are_cut_and_empty_slots_kept(tmp_path):
     with pytest.raises(
         InputError, match=r"line 1, row 7, layer 2: no expert \(-1\), in a model whose every slot has one"
     ):
-        import_trace("sglang", [file], tmp_path / "c", model_config=write_config(tmp_path))
+        import_trace("sglang", [file], tmp_path / "c", ImportOptions(model_config=write_config(tmp_path)))
 
 
 def test_identity_experts_past_the_last_become_empty_slots(tmp_path):
@@ -295,7 +295,7 @@ def test_repetition_domain_max_tokens_and_names(tmp_path):
     assert summary.tokens == 130 and np.diff(batch.starts_B1).tolist() == [40, 40, 40, 10]
     assert any("1 requests are marked as loops: kept" in n for n in summary.notes)
     assert any(n.startswith("2 requests had an id that came before") for n in summary.notes)
-    dropping = import_trace("sglang", [file], tmp_path / "d", repetition="drop")
+    dropping = import_trace("sglang", [file], tmp_path / "d", ImportOptions(repetition="drop"))
     assert dropping.dropped == {"requests that fell into a loop": 1} and dropping.requests == 3
     # A name keeps its number where a loop before it is left out: both imports agree.
     assert RoutingTrace.open(tmp_path / "d").load().request_ids == ["x", "a.jsonl:3", "x#3"]
@@ -466,7 +466,7 @@ def test_shared_gpt_oss(tmp_path):
     assert summary[:4] == (314, 94_827, 24, {}) and (trace.info.num_experts, trace.info.top_k) == (32, 4)
     assert not batch.is_prompt_T.any() and (batch.token_ids_T >= 0).all()
     assert any("101 requests are marked as loops" in n for n in summary.notes)
-    dropped = import_trace("sglang", [file], tmp_path / "d", repetition="drop")
+    dropped = import_trace("sglang", [file], tmp_path / "d", ImportOptions(repetition="drop"))
     assert dropped.requests == 213 and dropped.dropped == {"requests that fell into a loop": 101}
 
 

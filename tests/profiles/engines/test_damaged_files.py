@@ -28,7 +28,7 @@ from engine_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semmoe.profiles.engines.imports import import_trace
+from semmoe.profiles.engines.imports import ImportOptions, import_trace
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
 
@@ -143,7 +143,7 @@ def test_an_import_that_goes_on_tells_what_the_whole_trace_holds(tmp_path):
         for s, name in enumerate(("first", "second"))
     ]
     import_trace("sglang", files[:1], tmp_path / "out")
-    summary = import_trace("sglang", files[1:], tmp_path / "out", resume=True)
+    summary = import_trace("sglang", files[1:], tmp_path / "out", ImportOptions(resume=True))
     assert (summary.requests, summary.tokens) == (2, 80)
 
 
@@ -232,8 +232,9 @@ import sys
 from pathlib import Path
 import semmoe.profiles.trace_writer
 semmoe.profiles.trace_writer.PART_VALUES = 20_000
-from semmoe.profiles.engines.imports import import_trace
-summary = import_trace("sglang", [Path(sys.argv[1])], Path(sys.argv[2]), resume=sys.argv[3] == "resume")
+from semmoe.profiles.engines.imports import ImportOptions, import_trace
+options = ImportOptions(resume=sys.argv[3] == "resume")
+summary = import_trace("sglang", [Path(sys.argv[1])], Path(sys.argv[2]), options)
 print(summary.requests, [note for note in summary.notes if "already" in note])
 """
 
@@ -244,7 +245,7 @@ def test_a_killed_import_resumes(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     import_trace("sglang", [file], whole)
     command = [sys.executable, "-c", CHILD, str(file), str(killed)]
-    child = subprocess.Popen([*command, "new"], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    child = subprocess.Popen([*command, "new"])
     deadline = time.monotonic() + 240
     while len(list(killed.glob("part-*.parquet"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -264,10 +265,10 @@ def test_a_killed_import_resumes(tmp_path):
 
 def test_counts_import_again_with_resume(samples, tmp_path):
     for _ in range(2):
-        import_trace("eplb", samples["eplb npy"], tmp_path / "out", resume=True)
+        import_trace("eplb", samples["eplb npy"], tmp_path / "out", ImportOptions(resume=True))
     assert len(RoutingTrace.open(tmp_path / "out").load_counts()[0]) == 1
     before = RoutingTrace.open(tmp_path / "out").load_counts()[1]
-    summary = import_trace("eplb", samples["eplb pt"], tmp_path / "out", resume=True)
+    summary = import_trace("eplb", samples["eplb pt"], tmp_path / "out", ImportOptions(resume=True))
     windows, load = RoutingTrace.open(tmp_path / "out").load_counts()
     assert windows == ["load", "load:0", "load:1", "load:2"] and "4 windows" in summary.notes[-1]
     np.testing.assert_array_equal(load[:1], before)
@@ -311,7 +312,7 @@ def test_any_routing_there_and_back(tmp_path_factory, lengths, num_layers, num_e
         }[kind]
         file = write_lines(folder / "in.jsonl", [line for i, ids in enumerate(parts) for line in lines(i, ids)])
     out = folder / "out"
-    import_trace({"openai": "sglang"}.get(kind, kind), [file], out, model_config=str(folder))
+    import_trace({"openai": "sglang"}.get(kind, kind), [file], out, ImportOptions(model_config=str(folder)))
     batch = RoutingTrace.open(out).load()
     assert batch.num_requests == len(parts)
     expected = np.concatenate(parts)[:, len(dense) :]

@@ -1,18 +1,32 @@
-"""Facts about any trace or plan, as one dictionary: what `semmoe show` prints.
-
-Heavy modules are imported inside.
-"""
+"""`semmoe show`: any trace or plan in a screen."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from semmoe.options import Json, Seed
 from semmoe.profiles.errors import InputError
 
 if TYPE_CHECKING:
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.plan import Plan
 
 LARGEST_SAMPLE_IDS = 100_000_000  # enough for every statistic of a screen
+
+
+def show(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A trace or a plan.")],
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Describe a trace or a plan in a screen: sizes, layers, load skew, and whether there is
+    structure to use.
+
+    Example: semmoe show t
+    """
+    from semmoe.terminal.tables import print_facts
+
+    print_facts(describe_path(path, seed=seed), as_json=json_)
 
 
 def describe_path(path: str, *, seed: int) -> dict[str, Any]:
@@ -21,7 +35,7 @@ def describe_path(path: str, *, seed: int) -> dict[str, Any]:
     from semmoe.solvers.plan import Plan
 
     if (Path(path) / "plan.json").is_file():
-        return _describe_plan(Plan.load(path))
+        return Plan.load(path).facts()
     if "://" not in path and not Path(path).exists():
         raise InputError(f"{path} does not exist: expected a trace or a plan")
     if "://" not in path and not (Path(path) / "trace.json").is_file():
@@ -82,34 +96,3 @@ def _load_skew(load_LE: Any) -> dict[str, Any]:
         "busiest_expert_over_mean": float((load_LE.max(1) / mean_L).mean()),
         "unused_expert_share": float((load_LE == 0).mean()),
     }
-
-
-def _describe_plan(plan: "Plan") -> dict[str, Any]:
-    placement = plan.placement
-    load_LR = (plan.load_LE[:, :, None] * (placement.hosts_LER / placement.hosts_LER.sum(2, keepdims=True))).sum(1)
-    facts: dict[str, Any] = {
-        "kind": "plan",
-        "model": plan.model.model,
-        "layers": placement.num_layers,
-        "experts": placement.num_experts,
-        "top_k": plan.model.top_k,
-        "ranks": placement.num_ranks,
-        "nodes": plan.topology.num_nodes,
-        "slots_per_rank": placement.slots_per_rank,
-        "replica_slots_per_rank": placement.num_replicas,
-        "method": plan.method,
-        "dispatch": plan.dispatch,
-        "seed": plan.seed,
-        "made_by": plan.made_by,
-        "fingerprint": plan.fingerprint,
-        "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
-        "fitted_on": "all requests" if plan.split.get("refit") else "training requests",
-    }
-    outputs = plan.outputs
-    facts["permuted_checkpoint"] = (
-        "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
-    )
-    for row in plan.scores.get("rows", []):
-        if row["schedule"] == "random":
-            facts[f"held_out_rem_{row['placement']}"] = row["rem"]
-    return facts | ({"notes": plan.notes} if plan.notes else {})

@@ -20,22 +20,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from semmoe.commands.trace import Dtype, Kind, Repetition
+from semmoe.options import Dtype, Repetition, TraceKind
+from semmoe.profiles.capture.batches import TokenRequest, length_batches
 from semmoe.profiles.capture.hash_layers import HASH_FORMAT
-from semmoe.profiles.capture.hooks import (
-    TokenRequest,
-    length_batches,
-    record_generation,
-    record_prefill,
-    start_recording,
-)
+from semmoe.profiles.capture.hooks import record_generation, record_prefill, start_recording
 from semmoe.profiles.capture.requests import encode_requests, read_requests
 from semmoe.profiles.capture.sources import open_dataset, open_source
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WORDS = [f"w{i}" for i in range(VOCAB_SIZE - 3)]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
@@ -564,6 +559,6 @@ def test_choices_of_the_command_are_those_of_the_modules():
     from semmoe.profiles.capture.loading import DTYPES
     from semmoe.profiles.engines.imports import KINDS, REPETITION
 
-    assert [k.value for k in Kind] == list(KINDS)
+    assert [k.value for k in TraceKind] == list(KINDS)
     assert {r.value for r in Repetition} == set(REPETITION)
     assert tuple(d.value for d in Dtype) == DTYPES
