@@ -12,7 +12,7 @@ from typing import Any
 
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.document import parse_json
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.families import IDENTITY_EXPERTS, NESTED, NUM_EXPERTS, Family, find_family
 from semmoe.profiles.hub import hub_in_reach, is_hub_id
 
@@ -47,6 +47,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _hub_config(name: str) -> Path:
     if not is_hub_id(name):
         raise InputError(f"{name} does not exist: expected a config.json, a checkpoint directory or a hub id")
+    require_extra(f"{name} is no file here, and asking the hub for it", "transformers")
     from transformers.utils.hub import cached_file
 
     reachable = hub_in_reach()

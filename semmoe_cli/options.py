@@ -236,7 +236,7 @@ def command_line(*path_values: Path | str) -> str:
             skip = False
         elif word in ("-o", "--output", "--processes"):
             skip = True
-        elif word == "--json" or word.startswith(("--output=", "--processes=")) or re.match("-o.", word):
+        elif word in ("--json", "--debug") or word.startswith(("--output=", "--processes=")) or re.match("-o.", word):
             continue
         elif (value := word.partition("=")[2]) and value in hidden:
             words.append(word.partition("=")[0])  # an option that names a file, as where a space stands between the two

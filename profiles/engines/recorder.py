@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from semmoe.profiles.engines.records import EngineLoad, EngineRequest, integer, integer_array
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 
 REPEATED = "passes that another rank recorded alike"
 
@@ -36,6 +36,7 @@ def load_pt(path: Path) -> Any:
     """The content of a .pt file, loaded with weights_only=True."""
     if not path.is_file():
         raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    require_extra(f"{path}: reading a .pt file", "torch")
     import torch
 
     try:

@@ -9,7 +9,7 @@ removed by the next. semmoe.json in OUT says what was done.
 
 from pathlib import Path
 
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.progress import Stages
 from semmoe.runtime.reshard.permuted import write_permuted
 from semmoe.runtime.reshard.ranks import write_ranks
@@ -46,5 +46,7 @@ def reshard_checkpoint(
         raise InputError(f"layout {layout!r} and verify {verify!r}: expected one of {LAYOUTS} and of {VERIFY}")
     if layout == "ranks" and verify == "logits":
         raise InputError("--verify logits needs a checkpoint that Transformers can load: use --layout permuted")
+    if verify == "logits":
+        require_extra("--verify logits runs both models, which", "torch", "transformers")
     write = write_ranks if layout == "ranks" else write_permuted
     return write(open_checkpoint(checkpoint), plan, out, options, progress)

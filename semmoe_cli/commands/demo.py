@@ -35,9 +35,10 @@ def demo(
 
     Example: semmoe demo --ranks 4
     """
-    from semmoe.profiles.errors import InputError
+    from semmoe.profiles.errors import InputError, require_extra
     from semmoe.solvers.placement import Topology
 
+    require_extra("the demo, which runs a model,", "torch", "transformers")
     Topology(ranks).check_experts(32)
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file: choose a directory with -o")

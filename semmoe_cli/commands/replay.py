@@ -21,7 +21,9 @@ DIGITS = {
 
 def replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> None:
     """Start or join the ranks, replay, print the rows."""
-    from semmoe.profiles.errors import InputError
+    from semmoe.profiles.errors import InputError, require_extra
+
+    require_extra("--replay", "torch", "transformers")
     from semmoe.runtime.ranks.group import check_group
     from semmoe.runtime.ranks.launch import as_rank, launch, under_torchrun
     from semmoe.runtime.replay.cases import prepare

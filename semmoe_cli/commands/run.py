@@ -12,7 +12,7 @@ import typer
 
 from semmoe.commands.replay import replay as replay_trace
 from semmoe.options import Json, Loading, Seed, Texts, given, grouped, refuse_mixed
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.runtime.serving.results import kept_results, partial_path, partial_state
 from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_facts, print_json
@@ -160,6 +160,7 @@ def run(
     refuse_mixed("CHECKPOINT", given(replaying, but=("max_tokens", "seed")))
     if running.scheduler != "tp":
         refuse_mixed("another scheduler than --scheduler tp", given(predict=running.predict))
+    require_extra("running a model", "torch", "transformers")
     kept: Callable[[], str] = str
     if output is not None and os.environ.get("RANK", "0") == "0":
         check_output(output)

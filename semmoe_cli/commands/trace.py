@@ -12,7 +12,7 @@ import typer
 
 from semmoe.commands.trace_import import EngineFiles, copy_hash_layers, import_files
 from semmoe.options import Json, Loading, Seed, Texts, command_line, given, grouped, refuse_mixed
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.terminal.tables import note, print_json
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def trace(
         refuse_mixed("a model", given(engine, but=("repetition",)))
         if len(sources) > 1:
             raise typer.BadParameter(f"one MODEL expected, got {len(sources)}; files of an engine need --from KIND")
+        require_extra("running a model", "torch", "transformers")
         if capture.hash_layers:
             refuse_mixed(
                 "--hash-layers",
@@ -160,7 +161,7 @@ def _trace(
     name: str, output: Path, texts: TracedTexts, capture: Capture, resume: bool
 ) -> tuple[dict[str, Any] | None, bool]:
     """What was written, None on all ranks but the first; and whether it was interrupted."""
-    generation, source = capture.sampling.generation(), texts.source()
+    source, generation = texts.source(), capture.sampling.generation()
     _quiet_libraries()
     from semmoe.profiles.capture.requests import open_requests
     from semmoe.profiles.capture.run import Limits, TraceOptions, TraceProgress, trace_model

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,6 +171,7 @@ def _predictable_tokens(
 def _token_texts(path: Path) -> Callable[[int], str]:
     """A function from a token id to its text, spaces and line ends made visible. Raises
     InputError where there is no tokenizer."""
+    require_extra("--tokenizer", "tokenizers")
     from tokenizers import Tokenizer
 
     from semmoe.profiles.demo.paths import demo_model_path

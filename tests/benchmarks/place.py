@@ -16,31 +16,28 @@ import argparse
 import json
 import os
 import resource
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-import numpy as np  # noqa: E402
-from process_memory import watched  # noqa: E402
-from routing_world import Tokens, draw_tokens, route_layer  # noqa: E402
+import numpy as np
+from process_memory import watched
+from routing_world import Tokens, draw_tokens, route_layer
 
-from semmoe.profiles.counts import RoutingProfile, count_batches, profile_traces  # noqa: E402
-from semmoe.profiles.mapped import MappedView, mapped_empty, open_view, view_of  # noqa: E402
-from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo  # noqa: E402
-from semmoe.solvers.demands import Demands  # noqa: E402
-from semmoe.solvers.place.exact_counts import rank_load_R  # noqa: E402
-from semmoe.solvers.place.joint import place_semmoe  # noqa: E402
-from semmoe.solvers.place.remote_gains import remote_cost  # noqa: E402
-from semmoe.solvers.place.solve import METHODS  # noqa: E402
-from semmoe.solvers.placement import Placement, Topology  # noqa: E402
-from semmoe.solvers.schedule.fit import fit_schedule  # noqa: E402
-from semmoe.solvers.schedule.token_fit import build_token_table  # noqa: E402
-from semmoe.solvers.schedule.token_table import TokenTable  # noqa: E402
-from semmoe.solvers.workers import layer_map  # noqa: E402
+from semmoe.profiles.counts import RoutingProfile, count_batches, profile_traces
+from semmoe.profiles.mapped import MappedView, mapped_empty, open_view, view_of
+from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
+from semmoe.solvers.demands import Demands
+from semmoe.solvers.place.exact_counts import rank_load_R
+from semmoe.solvers.place.joint import place_semmoe
+from semmoe.solvers.place.remote_gains import remote_cost
+from semmoe.solvers.place.solve import METHODS
+from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.token_fit import build_token_table
+from semmoe.solvers.schedule.token_table import TokenTable
+from semmoe.solvers.workers import layer_map
 
 REQUEST_TOKENS = 256
 

@@ -1,5 +1,6 @@
 """The command line: help, examples, choices, exit codes, and the main job end to end."""
 
+import errno
 import inspect
 import io
 import json
@@ -159,6 +160,47 @@ def test_mistakes_are_one_line_and_exit_code_1(trace, tmp_path, arguments, messa
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("semmoe: ") and message in result.stderr
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("asked", ["--debug", "SEMMOE_DEBUG"])
+def test_debug_shows_the_traceback_behind_the_line(tmp_path, monkeypatch, asked):
+    """Also what `raise ... from None` hides."""
+    line = f"semmoe: {tmp_path}/p is not a plan: it holds no plan.json; nothing of that name is there"
+    words = ["export", f"{tmp_path}/p", "--to", "eplb", "-o", f"{tmp_path}/m.npz"]
+    plain = semmoe(*words)
+    assert (plain.returncode, plain.stderr) == (1, f"{line}\n")
+    if asked == "--debug":
+        words.insert(0, "--debug")
+    else:
+        monkeypatch.setenv(asked, "1")
+    shown = semmoe(*words)
+    assert shown.returncode == 1 and shown.stderr.splitlines()[-1] == line
+    assert re.findall(r"^([\w.]*Error)\b", shown.stderr, re.M) == [
+        "FileNotFoundError",
+        "semmoe.profiles.errors.InputError",
+    ]
+    monkeypatch.setenv("SEMMOE_DEBUG", "0")
+    assert semmoe(*words).stderr.count("\n") == (1 if asked == "SEMMOE_DEBUG" else shown.stderr.count("\n"))
+
+
+def test_a_bug_is_a_traceback_and_other_ends_are_a_line_unless_debugged(monkeypatch, capsys):
+    def fail(error: BaseException) -> str:
+        def work() -> None:
+            raise error
+
+        monkeypatch.setattr("semmoe.main.app", work)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        return capsys.readouterr().err
+
+    with pytest.raises(KeyError):
+        fail(KeyError("ours"))
+    for error in (InputError("no"), BrokenProcessPool("died"), OSError(errno.ENOSPC, "No space left on device")):
+        monkeypatch.delenv("SEMMOE_DEBUG", raising=False)
+        assert fail(error).count("\n") == 1
+        monkeypatch.setenv("SEMMOE_DEBUG", "1")
+        assert fail(error).startswith("Traceback")
 
 
 def test_one_thing_in_place_of_another_is_named(trace, tmp_path):
@@ -332,6 +374,7 @@ def test_a_full_standard_output_is_one_line(tmp_path):
     "words",
     [
         ["place", "t", "--ranks", "4", "--topology", "f.json", "-o", "p", "--processes", "2", "--json"],
+        ["--debug", "place", "t", "--ranks", "4", "--topology", "f.json", "-o", "p"],
         ["place", "t/", "--ranks", "4", "--topology=f.json", "-op", "--processes=1"],
         ["place", "--output=p", "--ranks", "4", "--topology", "f.json", "t"],
     ],

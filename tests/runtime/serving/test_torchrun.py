@@ -44,7 +44,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(words: list[str], folder: Path) -> "subprocess.Popen[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     pipe = subprocess.PIPE
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
