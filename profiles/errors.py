@@ -16,7 +16,11 @@ DEBUG = "SEMMOE_DEBUG"  # environment variable; `semmoe --debug` sets it, for ra
 
 
 class InputError(Exception):
-    """One line for the user: the value, what was expected, and where it was found."""
+    """One line for the user: the value, what was expected, and where it was found.
+
+    Every function of semmoe raises it for what cannot be used, and nothing else for that. Source:
+    profiles/errors.py.
+    """
 
 
 def require_extra(what: str, *packages: str) -> None:

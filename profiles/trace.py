@@ -177,7 +177,17 @@ def read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) -
 
 
 class RoutingTrace:
-    """A finished trace, opened for reading. Nothing but trace.json is read until asked for."""
+    """A finished trace, opened for reading. Nothing but trace.json is read until asked for.
+
+    Fields:
+        path: where it lies.
+        info: the model (`TraceInfo`: num_layers, num_experts, top_k, model_layers, ...).
+        facts: the content of trace.json.
+
+    `requests()` is a table of requests, without their routing; `batches()` and `load()` give
+    `TraceBatch`es: expert_ids_TLK uint8 or uint16 [T, L, K], token_ids_T int32 [T], rows by
+    request. Methods raise InputError for a damaged file. Source: docs/formats.md, "trace".
+    """
 
     def __init__(
         self, path: str, info: TraceInfo, facts: dict[str, Any], filesystem: fsspec.AbstractFileSystem

@@ -89,7 +89,7 @@ class Repetition(enum.StrEnum):
 
 
 class MapKind(enum.StrEnum):
-    """--to and --import: semmoe.solvers.maps.write.KINDS."""
+    """--to and --import: semmoe.solvers.maps.kinds.KINDS."""
 
     sglang = "sglang"
     trtllm = "trtllm"
@@ -99,7 +99,7 @@ class MapKind(enum.StrEnum):
 
 
 class VllmFormat(enum.StrEnum):
-    """--format: semmoe.solvers.maps.write.VLLM_FORMATS."""
+    """--format: semmoe.solvers.maps.vllm.FORMATS."""
 
     pr41141 = "pr41141"
     pr49572 = "pr49572"

@@ -13,16 +13,33 @@ from semmoe.solvers.placement import Placement
 @dataclass(frozen=True)
 class Demands:
     """What a placement is asked for. Methods that only look at co-activation or load use the cap
-    and the seed."""
+    and the seed.
 
-    load_cap: float = 1.05  # most load of a rank over the mean
+    Fields:
+        load_cap: most load of a rank over the mean, on the fitted requests.
+        seed: of every random choice; the same input and seed give the same bytes.
+        dispatch: how the engine's all-to-all counts rows: "per-rank", "per-expert", "per-node" or
+            "gather".
+        objective: the schedules that placement is made for: "tp" (tokens), "dp" (requests) or
+            "both".
+        lar_weight: remote ranks that one more local activation per token is worth.
+        replicas: extra expert slots per rank.
+        robust: clusters of requests that each keep the cap; 0 = only all together.
+        expressible: "permutation": only what a permuted checkpoint of a grouped model can express.
+        effort: how long to search: "fast", "default" or "max".
+        processes: worker processes; the result does not depend on it.
+
+    Source: docs/method.md; `semmoe place --help` names the same.
+    """
+
+    load_cap: float = 1.05
     seed: int = 0
     dispatch: str = "per-rank"
-    objective: str = "both"  # "tp", "dp" or "both": the schedules that placement is made for
-    lar_weight: float = 0.0  # remote ranks that one more local activation is worth
-    replicas: int = 0  # extra slots per rank
-    robust: int = 0  # clusters of requests that each keep the cap
-    expressible: str | None = None  # "permutation": only what a permuted checkpoint of a grouped model can express
+    objective: str = "both"
+    lar_weight: float = 0.0
+    replicas: int = 0
+    robust: int = 0
+    expressible: str | None = None
     effort: str = "default"
     processes: int = 1
 

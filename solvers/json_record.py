@@ -72,7 +72,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where or 'the object'} lacks {', '.join(map(repr, lacking))}")
         dot = f"{where}." if where else ""
         present = {name: (k, _key(name)) for name, (k, _) in known.items() if _key(name) in value}
-        return kind(**{name: _read(k, value[key], dot + key) for name, (k, key) in present.items()})
+        make: Any = kind
+        return make(**{name: _read(k, value[key], dot + key) for name, (k, key) in present.items()})
     if not isinstance(value, NUMBERS[kind]) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"{where or 'the value'} is {str(value)[:40]!r}, expected {kind.__name__}")
     return value

@@ -39,15 +39,27 @@ OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a pla
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How a plan is made and scored, beside what its placement is asked for."""
+    """How a plan is made and scored, beside what its placement is asked for.
 
-    method: str = "semmoe"  # one of METHODS
-    holdout: float = 0.2  # share of the requests that is scored on
-    holdout_domains: list[str] = field(default_factory=list)  # scored on instead, where any are named
-    refit: bool = True  # the plan that is written is fitted on all requests
-    certify: bool = False  # bound what any placement could reach (`certificate_of`)
-    setting: Setting = field(default_factory=Setting)  # of the simulated schedules
-    made_by: str = ""  # the command, for plan.json
+    Fields:
+        method: "semmoe", "metis", "spectral", "load", "contiguous", "paper" or "exact".
+        holdout: share of the requests that is scored on and not learned from.
+        holdout_domains: requests of these domains are scored on instead, where any are named.
+        refit: the plan is fitted on all requests after scoring.
+        certify: bound what any placement could reach (`Report.certificate`).
+        setting: how schedules are simulated.
+        made_by: the command, for plan.json.
+
+    Source: solvers/make_plan.py; `semmoe place --help` names the same.
+    """
+
+    method: str = "semmoe"
+    holdout: float = 0.2
+    holdout_domains: list[str] = field(default_factory=list)
+    refit: bool = True
+    certify: bool = False
+    setting: Setting = field(default_factory=Setting)
+    made_by: str = ""
 
 
 def make_plan(

@@ -13,8 +13,15 @@ from semmoe.profiles.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """Ranks on nodes: rank r is on node r // (R / N). `cost_RR` (float, optional): cost of one
-    row from rank to rank."""
+    """Ranks on nodes.
+
+    Fields:
+        num_ranks: R, ranks of the expert-parallel group.
+        num_nodes: N; rank r is on node r // (R / N).
+        cost_RR: float [R, R], cost of one row from rank to rank; None where nodes say it all.
+
+    Raises InputError where ranks do not divide over nodes. Source: solvers/placement.py.
+    """
 
     num_ranks: int
     num_nodes: int = 1
@@ -47,10 +54,17 @@ class Topology:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which experts each rank hosts at each layer, in slot order. The array's shape makes slots
-    per rank equal."""
+    """Which experts each rank hosts at each layer. The array's shape makes slots per rank equal.
 
-    experts_LRS: np.ndarray  # int32 [L, R, S]
+    Fields:
+        experts_LRS: int32 [L, R, S], experts of layer l on rank r in slot order.
+        num_experts: E, experts of a layer; S * R - E slots hold replicas.
+
+    Raises InputError for an expert without a slot, or twice on a rank. Source:
+    solvers/placement.py.
+    """
+
+    experts_LRS: np.ndarray
     num_experts: int
 
     def __post_init__(self) -> None:

@@ -23,7 +23,9 @@ from semmoe.profiles.files import new_directory
 from semmoe.profiles.trace import TraceInfo
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Report
+from semmoe.solvers.html import facts_html
 from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.schedule.request_scorer import RequestScorer
 from semmoe.solvers.schedule.schedule import Schedule
 
 FORMAT = "semmoe-plan"
@@ -67,7 +69,26 @@ class ScoredPlacement:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A placement, and what it was made from and for."""
+    """A placement, and what it was made from and for.
+
+    Fields:
+        placement: experts of every rank, int32 [L, R, S].
+        topology: ranks, nodes, and costs between ranks where they are known.
+        model: the model that it is for.
+        method, seed, dispatch, load_cap, options: what it was asked for (`Demands`).
+        load_LE: int64 [L, E], activations of the requests that the placement was fitted on.
+        fitted_keys: uint64, keys of those requests (profiles/split.py), so that none is scored on.
+        trace: fingerprints and sizes of the traces that it was made from.
+        split: which of their requests were held out.
+        scores: the report on held-out requests; None where there is none.
+        notes: what could not be kept, a line each.
+        made_by: the command.
+        tables: arrays of the schedule by name.
+        scored: what `scores` are about; None where `placement` itself was scored, and in older
+            plans.
+
+    Raises InputError where the parts do not fit each other. Source: docs/formats.md, "plan".
+    """
 
     placement: Placement
     topology: Topology
@@ -75,17 +96,17 @@ class Plan:
     method: str
     seed: int
     dispatch: str
-    load_LE: np.ndarray  # int64 [L, E]: activations of the requests that the placement was fitted on
-    fitted_keys: np.ndarray  # uint64: keys of those requests (profiles/split.py), so that none is scored on
+    load_LE: np.ndarray
+    fitted_keys: np.ndarray
     load_cap: float = 1.05
     options: dict[str, Any] = field(default_factory=dict)
-    trace: dict[str, Any] = field(default_factory=dict)  # fingerprints and sizes of the traces
+    trace: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
-    scores: Report | None = None  # the held-out report
+    scores: Report | None = None
     notes: list[str] = field(default_factory=list)
     made_by: str = ""
-    tables: dict[str, np.ndarray] = field(default_factory=dict)  # schedule arrays by name
-    scored: ScoredPlacement | None = None  # None where `placement` itself was scored, and in older plans
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+    scored: ScoredPlacement | None = None
 
     def __post_init__(self) -> None:
         placement, model = self.placement, self.model
@@ -102,6 +123,47 @@ class Plan:
         """The placement with its schedule. Raises InputError where the schedule's tables are not
         whole."""
         return Deployment(self.placement, self.load_LE, self.topology, self.dispatch, Schedule.from_tables(self.tables))
+
+    @property
+    def request_scorer(self) -> RequestScorer | None:
+        """What scores requests by their prompts; None where the plan has no schedule, or the traces
+        had no prompts."""
+        schedule = self.deployment.schedule
+        return schedule.request if schedule is not None and schedule.has_requests else None
+
+    def facts(self) -> dict[str, Any]:
+        """What `semmoe show` tells, by name."""
+        placement, outputs = self.placement, self.outputs
+        load_LR = (self.load_LE[:, :, None] * (placement.hosts_LER / placement.hosts_LER.sum(2, keepdims=True))).sum(1)
+        facts: dict[str, Any] = {
+            "kind": "plan",
+            "model": self.model.model,
+            "layers": placement.num_layers,
+            "experts": placement.num_experts,
+            "top_k": self.model.top_k,
+            "ranks": placement.num_ranks,
+            "nodes": self.topology.num_nodes,
+            "slots_per_rank": placement.slots_per_rank,
+            "replica_slots_per_rank": placement.num_replicas,
+            "method": self.method,
+            "dispatch": self.dispatch,
+            "seed": self.seed,
+            "made_by": self.made_by,
+            "fingerprint": self.fingerprint,
+            "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
+            "fitted_on": "all requests" if self.split.get("refit") else "training requests",
+        }
+        possible = "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
+        facts["permuted_checkpoint"] = possible
+        for row in self.scores.rows if self.scores else []:
+            if row.schedule == "random":
+                facts[f"held_out_rem_{row.placement}"] = row.rem
+        return facts | ({"notes": self.notes} if self.notes else {})
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the facts, and the scores on held-out requests."""
+        shown = {name: f"{v:.3f}" if isinstance(v, float) else v for name, v in self.facts().items() if v != ""}
+        return facts_html("semmoe plan", shown) + (self.scores._repr_html_() if self.scores else "")
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -128,11 +190,12 @@ class Plan:
             "placement": self.placement.experts_LRS.tolist(),
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the plan directory; a plan that is there already is replaced. Raises InputError
-        for any other file or directory."""
+        for any other file or directory, and where it cannot be written."""
         from safetensors.numpy import save
 
+        path = Path(path)
         check_plan_target(path)
         arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
         if self.scored:

@@ -10,7 +10,7 @@ from checkpoint_specs import assert_same_files, per_expert_model
 from engine_samples import config, sample_files
 from environments import outside
 
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 
 MODELS = "pip install 'semmoe[models]'"
 
@@ -20,7 +20,10 @@ def folder(tmp_path_factory) -> Path:
     """A trace, a checkpoint that it could be of, and files of every engine."""
     root = tmp_path_factory.mktemp("light")
     experts, layers = CONFIG["num_experts"], CONFIG["num_hidden_layers"]
-    write_synthetic(root / "t", num_layers=layers, num_experts=experts, top_k=2, num_requests=60, tokens_per_request=40)
+    write_synthetic(
+        root / "t",
+        SyntheticWorld(num_layers=layers, num_experts=experts, top_k=2, num_requests=60, tokens_per_request=40),
+    )
     write_checkpoint(root / "checkpoint", per_expert_model(), shards=2)
     (root / "config.json").write_text(json.dumps(config()))
     (root / "engines").mkdir()

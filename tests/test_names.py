@@ -9,7 +9,7 @@ from environments import copy_source, install, make_environment, outside
 from random_plans import random_plan
 
 from semmoe.profiles.demo.paths import demo_model_path
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 
 NAMES = ("runtime/__init__.py", "solvers/__init__.py", "profiles.py", "semmoe_cli/__init__.py", "commands.py")
 TORCHRUN = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -22,7 +22,7 @@ def hostile(tmp_path_factory) -> Path:
     for name in NAMES:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("raise RuntimeError('a module of the current directory was imported')\n")
-    write_synthetic(root / "t", num_requests=60, tokens_per_request=40, num_layers=2)
+    write_synthetic(root / "t", SyntheticWorld(num_requests=60, tokens_per_request=40, num_layers=2))
     return root
 
 

@@ -57,11 +57,17 @@ ZERO_WINDOWS = "windows without activations"
 class ImportOptions:
     """What of the files is imported, and how.
 
-    `model_config`: config.json, checkpoint or hub id; it gives experts, top-k, groups and dense
-    layers, and saves a pass. `dense_layers`: `0,1` or `0-2`, in place of what the config says or
-    the rows show. `repetition`: "drop" leaves out requests marked as loops. `domain`: the domain of
-    every request, in place of the file's. `max_tokens`: rows in all; the last request is cut there.
-    `resume`: go on with an unfinished trace, skipping the requests that it holds.
+    Fields:
+        model_config: config.json, checkpoint or hub id; it gives experts, top-k, groups and dense
+            layers, and saves a pass.
+        dense_layers: `0,1` or `0-2`, in place of what the config says or the rows show.
+        repetition: "drop" leaves out requests marked as loops, "keep" does not.
+        domain: the domain of every request, in place of the file's.
+        max_tokens: rows in all; the last request is cut there.
+        resume: go on with an unfinished trace, skipping the requests that it holds.
+        made_by: the command, for trace.json.
+
+    Raises InputError for a value that cannot be. Source: profiles/engines/imports.py.
     """
 
     model_config: str | None = None

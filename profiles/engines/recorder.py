@@ -49,6 +49,19 @@ def load_pt(path: Path) -> Any:
         ) from None
 
 
+def pt_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """The content of a .pt file with a dictionary of tensors; made in memory, so that the bytes do
+    not hold the name of a file. Raises InputError without torch."""
+    require_extra("writing a .pt file", "torch")
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, buffer)
+    return buffer.getvalue()
+
+
 def array_of(where: str, name: str, value: Any, ndim: int) -> np.ndarray:
     """A tensor, array or nested list as an array of integers with `ndim` axes."""
     return integer_array(where, name, value.numpy() if hasattr(value, "numpy") else value, ndim)

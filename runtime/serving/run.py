@@ -37,7 +37,6 @@ from semmoe.runtime.serving.token_homes import find_schedule, make_homes
 from semmoe.runtime.transformers.placed_model import PlacedModel, load_placed
 from semmoe.runtime.transformers.rank_parts import RankCheckpoint, rank_checkpoints
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +130,7 @@ def check_ranks(name: str, plan: Plan, num_ranks: int) -> None:
 
 def default_scheduler(plan: Plan, name: str, tell: Callable[[str], None]) -> str:
     """dp where the plan scores requests; else none, and a note says so."""
-    schedule = Schedule.from_tables(plan.tables)
-    if schedule is not None and schedule.has_requests:
+    if plan.request_scorer is not None:
         return "dp"
     tell(f"{name} scores no requests: they go to the ranks in turn (--scheduler none)")
     return "none"

@@ -13,7 +13,6 @@ import numpy as np
 
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.windows import WINDOW, assign_prompts, assign_round_robin, request_tokens_B
 
 SCHEDULERS = ("none", "dp", "tp")
@@ -29,11 +28,10 @@ def assign(
         return assign_round_robin(len(prompts), plan.topology.num_ranks)
     if scheduler != "dp":
         raise InputError(f"--scheduler {scheduler}: expected one of {', '.join(SCHEDULERS)}")
-    schedule = Schedule.from_tables(plan.tables)
-    if schedule is None or not schedule.has_requests:
+    if (scorer := plan.request_scorer) is None:
         raise InputError(
             "--scheduler dp: this plan scores no requests (its trace had no token ids, or it was made without a schedule); "
             "use --scheduler none, or make the plan from a trace with token ids"
         )
     tokens_B = request_tokens_B(np.array([len(prompt) for prompt in prompts], np.int64), max_new_tokens)
-    return assign_prompts(schedule.request, prompts, tokens_B, window=window)
+    return assign_prompts(scorer, prompts, tokens_B, window=window)

@@ -46,10 +46,8 @@ def export(
 
     Example: semmoe export p --to sglang -o map.json
     """
-    from semmoe.profiles.config import read_config
     from semmoe.profiles.errors import InputError
-    from semmoe.solvers.maps.launch import launch_lines
-    from semmoe.solvers.maps.write import check_config, check_export_target, export_map, render, write_export
+    from semmoe.solvers.maps.write import MapOptions, check_export_target, write_map
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.tables import note, print_json
 
@@ -66,22 +64,9 @@ def export(
     if mtp_layers and kind != "trtllm":
         note(f"--mtp-layers is for --to trtllm: a map for {kind} has no rows of such layers")
     placed = Plan.load(plan)
-    if model is not None:
-        num_hidden_layers, from_config = check_config(placed, read_config(model))
-        mtp_layers = from_config if mtp_layers is None else mtp_layers
-    value = export_map(
-        placed,
-        kind,
-        format=vllm_format,
-        num_hidden_layers=num_hidden_layers,
-        num_mtp_layers=mtp_layers or 0,
-        redundant=redundant,
-    )
-    content = _torch_bytes(value) if output.suffix == ".pt" else render(kind, value, output.suffix)
-    write_export(output, kind, content, placed, format=vllm_format, made_by=command_line(output, plan, model or ""))
-    lines = launch_lines(placed, kind, output, format=vllm_format)
-    if kind == "trtllm" and mtp_layers is None:
-        lines.append("no rows for MTP layers: a model that has them needs --model CONFIG or --mtp-layers N here")
+    made_by = command_line(output, plan, model or "")
+    options = MapOptions(vllm_format, model, num_hidden_layers, mtp_layers, redundant, made_by)
+    lines = write_map(placed, kind, output, options)
     placement = placed.placement
     note(
         f"wrote {output}: {placement.num_layers} layers, {placement.slots_per_rank} slots on {placement.num_ranks} ranks"
@@ -90,15 +75,3 @@ def export(
         note(line)
     if json_:
         print_json({"kind": kind, "file": str(output), "plan": placed.fingerprint, "notes": lines})
-
-
-def _torch_bytes(arrays: dict) -> bytes:
-    """A .pt file of the tables; written to memory first, so that its bytes do not hold the name
-    of a temporary file."""
-    import io
-
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, buffer)
-    return buffer.getvalue()

@@ -10,7 +10,6 @@ from semmoe.profiles.errors import InputError
 
 if TYPE_CHECKING:
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.plan import Plan
 
 LARGEST_SAMPLE_IDS = 100_000_000  # enough for every statistic of a screen
 
@@ -36,7 +35,7 @@ def describe_path(path: str, *, seed: int) -> dict[str, Any]:
     from semmoe.solvers.plan import Plan
 
     if (Path(path) / "plan.json").is_file():
-        return _describe_plan(Plan.load(path))
+        return Plan.load(path).facts()
     if "://" not in path and not Path(path).exists():
         raise InputError(f"{path} does not exist: expected a trace or a plan")
     if "://" not in path and not (Path(path) / "trace.json").is_file():
@@ -97,34 +96,3 @@ def _load_skew(load_LE: Any) -> dict[str, Any]:
         "busiest_expert_over_mean": float((load_LE.max(1) / mean_L).mean()),
         "unused_expert_share": float((load_LE == 0).mean()),
     }
-
-
-def _describe_plan(plan: "Plan") -> dict[str, Any]:
-    placement = plan.placement
-    load_LR = (plan.load_LE[:, :, None] * (placement.hosts_LER / placement.hosts_LER.sum(2, keepdims=True))).sum(1)
-    facts: dict[str, Any] = {
-        "kind": "plan",
-        "model": plan.model.model,
-        "layers": placement.num_layers,
-        "experts": placement.num_experts,
-        "top_k": plan.model.top_k,
-        "ranks": placement.num_ranks,
-        "nodes": plan.topology.num_nodes,
-        "slots_per_rank": placement.slots_per_rank,
-        "replica_slots_per_rank": placement.num_replicas,
-        "method": plan.method,
-        "dispatch": plan.dispatch,
-        "seed": plan.seed,
-        "made_by": plan.made_by,
-        "fingerprint": plan.fingerprint,
-        "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
-        "fitted_on": "all requests" if plan.split.get("refit") else "training requests",
-    }
-    outputs = plan.outputs
-    facts["permuted_checkpoint"] = (
-        "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
-    )
-    for row in plan.scores.rows if plan.scores else []:
-        if row.schedule == "random":
-            facts[f"held_out_rem_{row.placement}"] = row.rem
-    return facts | ({"notes": plan.notes} if plan.notes else {})

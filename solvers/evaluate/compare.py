@@ -94,7 +94,20 @@ class NoMoves(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(JsonRecord):
-    """Plans side by side (docs/formats.md); `placement` of the rows is the plan's path."""
+    """Plans side by side. `to_json()` gives it as one JSON object.
+
+    Fields:
+        format, version: of the JSON object.
+        trace, model, dispatch: what they were scored on, and how rows are counted.
+        plans: facts of each plan.
+        requests, tokens: how many were scored.
+        rows: metrics of every plan under every schedule; `placement` is the plan's name.
+        differences: each plan against the first, paired over requests, with 95 % intervals.
+        bytes_per_expert: bytes of one expert's weights, 0 where not known.
+        moves: copies of experts, and bytes, to get from one plan to another.
+
+    Source: solvers/evaluate/compare.py; docs/formats.md.
+    """
 
     format: str = COMPARE_FORMAT
     version: int = COMPARE_VERSION

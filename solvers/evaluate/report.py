@@ -7,8 +7,10 @@ intervals over requests.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from html import escape
 
 from semmoe.solvers.evaluate.metrics import METRICS, Scores
+from semmoe.solvers.html import table_html
 from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.place.bounds import Certificate
 from semmoe.solvers.schedule.simulate import Setting
@@ -50,7 +52,8 @@ class ScoreRow(JsonRecord):
 
     def interval(self, metric: str) -> Interval:
         """Interval of one of METRICS; the value itself where none is known."""
-        return self.ci[metric] if self.ci else (self.value(metric),) * 2
+        value = self.value(metric)
+        return self.ci[metric] if self.ci else (value, value)
 
     @classmethod
     def of(cls, key: Key, scores: Scores) -> "ScoreRow":
@@ -60,7 +63,7 @@ class ScoreRow(JsonRecord):
     @classmethod
     def of_layer(cls, key: Key, scores: Scores, layer: int) -> "ScoreRow":
         """The row of one layer."""
-        return cls(*key, **{name: float(scores.layers[name][layer]) for name in METRICS})
+        return cls(*key, **{name: float(scores.layers[name][layer]) for name in METRICS}, ci=None)
 
 
 @dataclass(frozen=True)
@@ -195,11 +198,30 @@ class Times(JsonRecord):
 @dataclass(frozen=True, kw_only=True)
 class Report(JsonRecord):
     """Scores of a plan and of what engines do without one, on requests that it was not fitted on;
-    and, where asked for, what follows from them."""
+    and, where asked for, what follows from them. `to_json()` gives it as one JSON object.
+
+    Fields:
+        format, version: of the JSON object.
+        plan, trace: paths as given, "" in a stored report.
+        model, ranks, nodes, dispatch: what was scored.
+        requests, tokens: how many were scored.
+        setting: of the simulated schedules.
+        uniform: lar, rem and node of tokens that draw experts uniformly.
+        verdict: is the plan worth deploying?
+        rows: metrics of every placement under every schedule (`ScoreRow`): lar is a share, rem,
+            node and link are remote ranks, nodes and costs per token and layer, imbalances are the
+            busiest over the mean; `ci` their 95 % intervals.
+        domains: the rows on the requests of each domain.
+        layers: the rows of each layer.
+        certificate: what any placement could reach, where asked for.
+        what_if, predictable_tokens, costs, times: what `semmoe report` adds on request.
+
+    Source: solvers/evaluate/report.py; docs/formats.md, "report", and docs/method.md.
+    """
 
     format: str = REPORT_FORMAT
     version: int = REPORT_VERSION
-    plan: str  # paths as given, "" in a stored report
+    plan: str
     trace: str
     model: str
     ranks: int
@@ -207,8 +229,8 @@ class Report(JsonRecord):
     dispatch: str
     requests: int
     tokens: int
-    setting: Setting = field(default_factory=Setting)  # of the simulated schedules
-    uniform: dict[str, float]  # lar, rem and node of tokens that draw experts uniformly
+    setting: Setting = field(default_factory=Setting)
+    uniform: dict[str, float]
     verdict: Verdict | None = None
     rows: list[ScoreRow]
     domains: list[DomainScores] = field(default_factory=list)
@@ -219,10 +241,23 @@ class Report(JsonRecord):
     costs: Costs | None = None
     times: Times | None = None
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, and a table of the rows with their intervals."""
+        metrics = [metric for metric in METRICS if metric != "node" or self.nodes > 1]
+        cells = ([*row.key, *(_shown(row, metric) for metric in metrics)] for row in self.rows)
+        about = f"{self.model}: {self.requests} requests, {self.tokens} tokens, {self.ranks} ranks, {self.dispatch}"
+        said = f"{about}. {self.verdict.sentence}" if self.verdict else about
+        return f"<p>{escape(said)}</p>" + table_html(["placement", "schedule", *metrics], cells)
+
     @property
     def plan_rows(self) -> list[ScoreRow]:
         """Rows of the plan, under every schedule."""
         return [row for row in self.rows if row.placement == "plan"]
+
+
+def _shown(row: ScoreRow, metric: str) -> str:
+    low, high = row.interval(metric)
+    return f"{row.value(metric):.3f}" + (f" [{low:.3f}, {high:.3f}]" if high > low else "")
 
 
 def random_row(rows: Iterable[ScoreRow], placement: str) -> ScoreRow:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.engines.recorder import load_pt
+from semmoe.profiles.engines.recorder import load_pt, pt_bytes
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.maps.engine import Engine, Rows, Wanted, first_line, ids_of, moe_rows, some_of
 from semmoe.solvers.placement import Placement, Topology
@@ -35,7 +35,9 @@ def make_map(wanted: Wanted) -> dict[str, np.ndarray]:
 
 
 def render(value: dict[str, np.ndarray], ending: str) -> bytes:
-    """The tables in the container of the ending; a .pt file is torch's to write."""
+    """The tables in the container of the ending."""
+    if ending == ".pt":
+        return pt_bytes(value)
     if ending == ".npz":
         buffer = io.BytesIO()
         np.savez(buffer, **value)

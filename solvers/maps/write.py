@@ -5,22 +5,77 @@ where the map came from stays in a file beside it, FILE.semmoe.json.
 """
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from semmoe.profiles.config import moe_facts, text_config
+from semmoe.profiles.config import moe_facts, read_config, text_config
 from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.families import NUM_MTP_LAYERS
 from semmoe.profiles.files import write_file
 from semmoe.solvers.maps.engine import Wanted, num_extra_slots
 from semmoe.solvers.maps.kinds import KINDS, engine_of
+from semmoe.solvers.maps.launch import launch_lines
 from semmoe.solvers.plan import ModelFacts, Plan
 
 FORMAT = "semmoe-export"
 VERSION = 1
 SIDECAR = ".semmoe.json"
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """What a map depends on beside the plan.
+
+    Fields:
+        format: vllm, which needs it: the pull request of the build, "pr41141", "pr49572" or
+            "pr34811".
+        model: config.json, checkpoint directory or hub id: checks the layers, and counts the MTP
+            layers.
+        num_hidden_layers: sglang, trtllm: layers of the model where the plan does not know, 0 = as
+            the plan says.
+        num_mtp_layers: trtllm: layers after the last one, which stay unplaced.
+        redundant: slots of all ranks beyond the experts, as the server will be started; None: as
+            many as the plan has.
+        made_by: the command, for FILE.semmoe.json.
+
+    Source: solvers/maps/write.py; docs/engines.md says what each engine reads.
+    """
+
+    format: str = ""
+    model: str | None = None
+    num_hidden_layers: int = 0
+    num_mtp_layers: int | None = None
+    redundant: int | None = None
+    made_by: str = ""
+
+
+def write_map(plan: Plan, kind: str, output: Path, options: MapOptions = MapOptions()) -> list[str]:
+    """Write the plan as the file that an engine of `kind` reads, and FILE.semmoe.json beside it.
+
+    Returns lines for people: how to start the engine, and what to mind. Raises InputError where the
+    engine could not use the plan, or the file is not to be written.
+    """
+    check_export_target(output, kind)
+    depth, num_mtp_layers = options.num_hidden_layers, options.num_mtp_layers
+    if options.model is not None:
+        depth, from_config = check_config(plan, read_config(options.model))
+        num_mtp_layers = from_config if num_mtp_layers is None else num_mtp_layers
+    value = export_map(
+        plan,
+        kind,
+        format=options.format,
+        num_hidden_layers=depth,
+        num_mtp_layers=num_mtp_layers or 0,
+        redundant=options.redundant,
+    )
+    content = render(kind, value, output.suffix)
+    write_export(output, kind, content, plan, format=options.format, made_by=options.made_by)
+    lines = launch_lines(plan, kind, output, format=options.format)
+    if kind == "trtllm" and num_mtp_layers is None:
+        lines.append("no rows for MTP layers: a model that has them needs --model CONFIG or --mtp-layers N here")
+    return lines
 
 
 def export_map(
@@ -101,7 +156,7 @@ def render(kind: str, value: Any, ending: str) -> bytes:
 def check_export_target(path: Path, kind: str) -> None:
     """Raise InputError where the engine would not read a file of this name, or another file
     would be overwritten."""
-    endings = KINDS[kind].endings
+    endings = engine_of(kind, "--to").endings
     if path.suffix not in endings:
         raise InputError(f"{path}: a file for {kind} needs a name that ends in {' or '.join(endings)}")
     if not path.absolute().parent.is_dir():

@@ -42,8 +42,15 @@ from semmoe.solvers.schedule.windows import (
 
 @dataclass(frozen=True)
 class Setting:
-    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of
-    their order."""
+    """How schedules are simulated.
+
+    Fields:
+        batch_tokens: tokens of a batch (Attention-TP).
+        window: requests that are weighed against each other (Attention-DP).
+        seed: of the order of requests, and of the bootstrap.
+
+    Source: solvers/schedule/simulate.py; docs/method.md.
+    """
 
     batch_tokens: int = 512
     window: int = WINDOW

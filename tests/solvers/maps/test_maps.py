@@ -105,10 +105,7 @@ def plan_of(
 
 def write(plan: Plan, path: Path, kind: str, format: str = "", **options) -> Path:
     value = export_map(plan, kind, format=format, **options)
-    if path.suffix == ".pt":
-        torch.save({name: torch.from_numpy(array) for name, array in value.items()}, path)
-    else:
-        write_export(path, kind, render(kind, value, path.suffix), plan, format=format)
+    write_export(path, kind, render(kind, value, path.suffix), plan, format=format)
     return path
 
 
