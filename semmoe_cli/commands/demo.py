@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def demo(
+    context: typer.Context,
     ranks: Annotated[int, typer.Option(help="Ranks to place the demo model's 32 experts on.", min=2)] = 4,
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Directory for everything that is made.")
@@ -50,18 +51,18 @@ def demo(
     traced, plan, page = output / "trace", output / "plan", output / "report.html"
     placed, answers = output / "checkpoint", output / "answers.jsonl"
     result: dict[str, Any] = {}
-    result["trace"] = _step("trace", "demo", "--data", "demo", "--resume", "-o", traced)
-    result["place"] = _step("place", traced, "--ranks", ranks, "--seed", seed, "-o", plan)
+    result["trace"] = _step(context, "trace", "demo", "--data", "demo", "--resume", "-o", traced)
+    result["place"] = _step(context, "place", traced, "--ranks", ranks, "--seed", seed, "-o", plan)
     from semmoe.solvers.evaluate.report import Report
 
     scores = Report.from_json(result["place"])
     if not json_:
         print_report(scores, as_json=False)
     # Its numbers are those that place printed just now:
-    _step("report", plan, traced, "--seed", seed, "--tokenizer", "demo", "-o", page)
-    result["reshard"] = _step("reshard", "demo", plan, "--force", "-o", placed)
+    _step(context, "report", plan, traced, "--seed", seed, "--tokenizer", "demo", "-o", page)
+    result["reshard"] = _step(context, "reshard", "demo", plan, "--force", "-o", placed)
     ran = ("--prompts", "demo", "--dtype", "float32", "--max-new-tokens", 4, "--check", "-o", answers)
-    result["run"] = _step("run", placed, "--plan", plan, *ran)
+    result["run"] = _step(context, "run", placed, "--plan", plan, *ran)
     seconds = time.monotonic() - start
     if json_:
         files = {path.stem: str(path) for path in (traced, plan, page, placed, answers)}
@@ -80,17 +81,13 @@ def demo(
         print(f"  {path!s:<{width}}  {meaning}", file=sys.stderr)
 
 
-def _step(*words: object) -> dict[str, Any]:
+def _step(context: typer.Context, *words: object) -> dict[str, Any]:
     """Say the command, run it, and give back the JSON object that it prints."""
-    from typer.main import get_command
-
-    from semmoe.main import app
-
     command = [str(word) for word in words]
     print(f"\n$ {shlex.join(['semmoe', *command])}", file=sys.stderr)
-    printed, program = io.StringIO(), get_command(app)
-    with redirect_stdout(printed), program.make_context("semmoe", [*command, "--json"]) as context:
-        program.invoke(context)
+    printed, program = io.StringIO(), context.find_root().command
+    with redirect_stdout(printed), program.make_context("semmoe", [*command, "--json"]) as step:
+        program.invoke(step)
     return json.loads(printed.getvalue())
 
 

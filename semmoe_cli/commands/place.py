@@ -151,7 +151,7 @@ def place(
     compute_on_one_thread()  # before anything imports numpy
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import check_plan_target
-    from semmoe.terminal.tables import note, print_report, print_section
+    from semmoe.terminal.tables import note, print_report
 
     check_plan_target(output)
     if import_ is not None and (unused := given(placing, but=FINE_WITH_IMPORT)):
@@ -184,6 +184,7 @@ def place(
     print_report(replace(plan.scores, plan=str(output), trace=", ".join(traces)), as_json=json_)
     if plan.scores.certificate and not json_:
         from semmoe.pages.on_request import certified
+        from semmoe.pages.page import print_section
 
         print_section(certified(plan.scores.certificate))
     placement = plan.placement

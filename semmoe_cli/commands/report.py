@@ -133,11 +133,12 @@ def _report_plan(
     plan: str, trace: str, options: "PlanReportOptions", simulation: Simulation, output: Path | None, as_json: bool
 ) -> None:
     from semmoe.pages.on_request import certificate_section, costs_section, tokens_section, what_if_section
+    from semmoe.pages.page import print_section
     from semmoe.pages.plan import plan_page
     from semmoe.pages.plan_report import make_plan_report
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
-    from semmoe.terminal.tables import note, print_report, print_section, print_times
+    from semmoe.terminal.tables import note, print_report, print_times
 
     made = make_plan_report(Plan.load(plan), RoutingTrace.open(trace), options, simulation.setting(), plan_path=plan)
     for line in [*made.notes, *made.left_out]:

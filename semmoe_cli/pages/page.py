@@ -241,3 +241,23 @@ def _markdown_block(block: Block) -> list[str]:
 def _png(page: Page) -> bytes:
     pictures = [(s.title, b.draw, b.height) for s in page.sections for b in s.blocks if isinstance(b, Picture)]
     return png(pictures, title=page.verdict, subtitle=page.title)
+
+
+def print_section(section: Section) -> None:
+    """A section of a page in the terminal: its title, texts and tables, without pictures."""
+    from rich.markup import escape
+
+    from semmoe.terminal.tables import new_table, wide_console
+
+    console = wide_console()
+    console.print(f"\n{section.title}", style="bold", markup=False)
+    for block in section.blocks:
+        if isinstance(block, Text):
+            console.print(block.text, style="dim", markup=False)
+        elif isinstance(block, Grid):
+            table = new_table()
+            for number, heading in enumerate(block.headings):
+                table.add_column(heading, justify="left" if number in block.names_at else "right", overflow="fold")
+            for row in block.rows:
+                table.add_row(*map(escape, row))
+            console.print(table)

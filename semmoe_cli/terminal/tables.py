@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from semmoe.pages.page import Section
     from semmoe.solvers.evaluate.report import Report, ScoreRow, Times
     from semmoe.solvers.health.record import Health
 
@@ -162,26 +161,6 @@ def _times_table(times: "Times", shown: Sequence[int]) -> "Table":
     for placement, schedule, *values in times_cells(times):
         table.add_row(placement, schedule, *(values[n] for n in shown), style="dim" if "oracle" in schedule else None)
     return table
-
-
-def print_section(section: "Section") -> None:
-    """A section of a page in the terminal: its title, texts and tables, without pictures."""
-    from rich.markup import escape
-
-    from semmoe.pages.page import Grid, Text
-
-    console = wide_console()
-    console.print(f"\n{section.title}", style="bold", markup=False)
-    for block in section.blocks:
-        if isinstance(block, Text):
-            console.print(block.text, style="dim", markup=False)
-        elif isinstance(block, Grid):
-            table = new_table()
-            for number, heading in enumerate(block.headings):
-                table.add_column(heading, justify="left" if number in block.names_at else "right", overflow="fold")
-            for row in block.rows:
-                table.add_row(*map(escape, row))
-            console.print(table)
 
 
 def times_cells(times: "Times") -> list[list[str]]:

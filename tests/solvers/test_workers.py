@@ -17,7 +17,7 @@ import pytest
 import semmoe.profiles.mapped as mapped_module
 import semmoe.solvers.evaluate.rows as traffic_rows_module
 import semmoe.solvers.place.joint as joint_module
-import semmoe.solvers.schedule.schedule as fit
+import semmoe.solvers.schedule.fit as fit
 from semmoe.profiles.counts import profile_split, profile_traces
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.mapped import mapped_empty, open_view, view_of
