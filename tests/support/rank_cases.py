@@ -388,4 +388,4 @@ def meet_a_bug(rank: int) -> None:
     import os
 
     if int(os.environ["RANK"]) == rank:
-        {}["no such key"]  # noqa: B018
+        {}["no such key"]
