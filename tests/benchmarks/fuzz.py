@@ -52,9 +52,13 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     inputs = corpus(base)
     numbers = list(range(len(inputs)))
     if arguments.format:
-        numbers = [n for n in numbers if inputs[n].format == arguments.format]
+        numbers = [n for n in numbers if inputs[n].format in arguments.format]
     if arguments.command:
-        numbers = [n for n in numbers if inputs[n].words.startswith(arguments.command)]
+        numbers = [n for n in numbers if inputs[n].words.startswith(tuple(arguments.command))]
+    if arguments.without:
+        numbers = [
+            n for n in numbers if not f"{inputs[n].format}: {inputs[n].words}".startswith(tuple(arguments.without))
+        ]
     if arguments.sample:
         chosen = set(sample(inputs, arguments.sample))
         numbers = [n for n in numbers if n in chosen]
@@ -99,8 +103,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--failures", help="write every failure to this file: number, command line, exit code, stderr")
     parser.add_argument("--only", type=int, help="run the input of this number")
-    parser.add_argument("--format", help="run the inputs of this format, e.g. trace.json")
-    parser.add_argument("--command", help="run the inputs whose command line begins so, e.g. 'place t'")
+    parser.add_argument("--format", nargs="+", help="run the inputs of these formats, e.g. trace.json 'flipped bit'")
+    parser.add_argument("--command", nargs="+", help="run the inputs whose command lines begin so, e.g. 'place t'")
+    parser.add_argument(
+        "--without", nargs="+", help="leave out formats, or commands of one: 'flipped bit', 'prompts: run'"
+    )
     parser.add_argument("--sample", type=int, help="run about so many, of every format, without slow commands")
     parser.add_argument("--keep", help="keep the inputs, and what the commands said, in this directory")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fuzzing.damage import Damage
 
+FLIPPED = "flipped bit"
 WHOLE_FORMAT = "undamaged"  # what must be accepted, so that a refusal says something
 
 

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save
@@ -109,16 +110,21 @@ COSTS = (
 
 def plan_inputs(base: Path, draw: random.Random) -> list[Input]:
     facts = json.loads((base / FACTS).read_text())
-    facts["scores"] = {key: facts["scores"][key] for key in ("format", "verdict", "rows", "setting")}
-    values = wrong_values(facts, kinds=KINDS, optional=("made_by",), nullable=("domains",), closed=("notes", "options"))
+    scores = {key: facts["scores"][key] for key in ("format", "verdict", "rows", "setting")}
+    del facts["scores"]
+    values = sampled(values_of(facts), 220, draw) + sampled(values_of({"scores": scores}), 40, draw)
     belied = [set_to(place, raw) for place, raws in BELIED.items() for raw in raws]
     layers = [Damage(f"placement with {what}", partial(put_layer, layer)) for what, layer in LAYERS.items()]
     layers += [Damage("two experts swapped", swap_experts), Damage("two ranks swapped", swap_ranks)]
     text = no_document(draw, duplicates=("placement", "seed", "replicas"))
-    found = inputs_of("plan.json", FACTS, [*sampled(values, 240, draw), *belied, *layers, *text], READERS, draw)
+    found = inputs_of("plan.json", FACTS, [*values, *belied, *layers, *text], READERS, draw)
     costs = [set_to(("topology", "cost"), raw) for raw in COSTS]
     found += inputs_of("plan.json", "n/plan.json", costs, (SHOW_COSTS, REPORT_COSTS), draw)
     return found + inputs_of("plan tables", TABLES, table_damages(base, draw), READERS, draw)
+
+
+def values_of(facts: dict[str, Any]) -> list[Damage]:
+    return wrong_values(facts, kinds=KINDS, optional=("made_by",), nullable=("domains",), closed=("notes", "options"))
 
 
 def put_layer(layer: list, file: Path) -> None:
@@ -147,8 +153,8 @@ def swap_ranks(file: Path) -> None:
 def table_damages(base: Path, draw: random.Random) -> list[Damage]:
     arrays = load_file(base / TABLES)
     found = [
-        Damage("the tables of another plan", partial(copy_from, "q")),
-        Damage("the tables of a plan for other ranks", partial(copy_from, "one")),
+        Damage("the tables of another plan", partial(copy_from, base / "q")),
+        Damage("the tables of a plan for other ranks", partial(copy_from, base / "one")),
         changed("all arrays missing", lambda tables: {"x": np.zeros(1)}),
         *of_array("expert_load", LOADS),
         *of_array("fitted_requests", KEYS),
@@ -159,7 +165,7 @@ def table_damages(base: Path, draw: random.Random) -> list[Damage]:
             changed(f"without {name}", lambda tables, name=name: {k: v for k, v in tables.items() if k != name})
         )
         if name.startswith("schedule."):
-            schedule += of_array(name, ANY)
+            schedule += of_array(name, ANY if arrays[name].size else EMPTY)
     found += sampled(schedule, 70, draw)
     found += [*no_file(), *cuts(draw, 12), *noise(draw, 20, end=0.3), *header_damages(base / TABLES, draw, 40)]
     return found
@@ -203,6 +209,8 @@ ANY: dict[str, Change] = {
     ),
 }
 
+EMPTY = {what: ANY[what] for what in ("of another type", "flat", "short", "long")}  # of a table without values
+
 
 def changed(what: str, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Damage:
     def apply(file: Path) -> None:
@@ -219,5 +227,5 @@ def of_array(name: str, changes: dict[str, Change]) -> list[Damage]:
     ]
 
 
-def copy_from(plan: str, file: Path) -> None:
-    write(file, (Path(plan) / file.name).read_bytes())
+def copy_from(plan: Path, file: Path) -> None:
+    write(file, (plan / file.name).read_bytes())

@@ -1,6 +1,7 @@
 """Runs inputs: each in a directory and a process of its own, forked from one that has imported
 everything; and says what is wrong with the answer."""
 
+import ctypes
 import json
 import os
 import re
@@ -34,6 +35,7 @@ OUTCOMES = (
     "exit code",
     "lines",
     "undamaged input refused",
+    "not made",
 )
 
 
@@ -105,6 +107,7 @@ def become_command(words: Sequence[str], folder: Path, log: Path) -> None:
     code = 70
     try:
         os.setsid()
+        end_with_parent()
         os.chdir(folder)
         for descriptor, name in ((0, os.devnull), (1, log / "stdout"), (2, log / "stderr")):
             opened = os.open(name, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -135,6 +138,12 @@ def command(words: Sequence[str]) -> int:
     except BaseException:
         traceback.print_exc()
         return 1
+
+
+def end_with_parent() -> None:
+    """Let a killed harness leave nothing behind."""
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def address_space() -> int:
@@ -267,6 +276,7 @@ def run_many(
     for worker in range(processes):
         child = os.fork()
         if child == 0:
+            end_with_parent()
             os.close(giving)
             work(inputs, taking, base, root, root / f"results-{worker}.jsonl", keep=keep)
         workers.append(child)
@@ -308,7 +318,11 @@ def run_number(inputs: Sequence[Input], number: int, base: Path, root: Path, *, 
     one, folder = inputs[number], root / f"{number:05d}"
     for old in (folder, folder.with_suffix(".log")):
         shutil.rmtree(old, ignore_errors=True)
-    found, answer = run_input(one, base, folder)
+    try:
+        found, answer = run_input(one, base, folder)
+    except Exception:
+        found, answer = "not made", Answer(None, 0, 0.0, traceback.format_exc(), [])
+        os.chdir("/")
     if not keep:
         for old in (folder, folder.with_suffix(".log")):
             shutil.rmtree(old, ignore_errors=True)

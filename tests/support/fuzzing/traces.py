@@ -24,7 +24,7 @@ from fuzzing.damage import (
     write,
     wrong_values,
 )
-from fuzzing.inputs import Input, inputs_of
+from fuzzing.inputs import FLIPPED, Input, inputs_of
 
 SHOW = "show t"
 PLACE = "place t --ranks 2 --method contiguous --effort fast --no-refit -o out"
@@ -104,7 +104,7 @@ def flipped_inputs(base: Path, draw: random.Random, count: int) -> list[Input]:
         file = f"t/part-0000{number % 2}.parquet"
         place, bit = draw.random(), draw.randrange(8)
         damage = Damage(f"bit {bit} at {place:.4%}", partial(flip, place, bit))
-        found += [Input("flipped bit", file, damage, words) for words in PART_READERS]
+        found += [Input(FLIPPED, file, damage, words) for words in PART_READERS]
     return found
 
 
@@ -148,10 +148,16 @@ def with_column(name: str, what: str, values: Callable[[list[Any]], list[Any]], 
     """The part with another column of that name; `values` makes it from the old one's."""
 
     def change(table: pa.Table) -> pa.Table:
-        new = pa.array(values(table.column(name).to_pylist()), type)
-        return table.set_column(table.schema.get_field_index(name), name, new)
+        return with_array(table, name, pa.array(values(table.column(name).to_pylist()), type))
 
     return rewritten(f"{name} {what}", change)
+
+
+def with_array(table: pa.Table, name: str, array: pa.Array) -> pa.Table:
+    """The table with another column, which may hold nulls only where it does."""
+    index = table.schema.get_field_index(name)
+    nullable = table.schema.field(index).nullable or array.null_count > 0
+    return table.set_column(index, pa.field(name, array.type, nullable=nullable), array)
 
 
 def instead(value: Any) -> Callable[[list[Any]], list[Any]]:
@@ -220,8 +226,7 @@ def text_columns() -> list[Damage]:
 
 
 def not_utf8(name: str, table: pa.Table) -> pa.Table:
-    column = pa.array([b"\xff\xfe"] * len(table), pa.binary()).view(pa.string())
-    return table.set_column(table.schema.get_field_index(name), name, column)
+    return with_array(table, name, pa.array([b"\xff\xfe"] * len(table), pa.binary()).view(pa.string()))
 
 
 def number_columns() -> list[Damage]:
