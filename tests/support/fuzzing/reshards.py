@@ -20,6 +20,7 @@ from fuzzing.damage import (
     set_to,
     signed,
     to_outside,
+    victims,
     write,
     wrong_values,
 )
@@ -44,6 +45,7 @@ KINDS = {
     "nodes": "positive",
 }
 FREE = ("made_by", "sha256", "headers_sha256")
+FREE_SOURCE = ("metadata", "header_sha256")
 NAMES = ("../x.safetensors", "../../victim/x.safetensors", f"{FOLDER}/x.safetensors", "x", "", ".", "..", "semmoe.json")
 NAMES = (
     *NAMES,
@@ -207,7 +209,9 @@ def source_inputs(base: Path, draw: random.Random) -> list[Input]:
     file = "split/semmoe-source.json"
     facts = json.loads((base / file).read_text())
     shard = next(iter(facts["files"]))
-    values = sampled(wrong_values(facts, kinds=KINDS, nullable=("index",)), 70, draw)
+    values = sampled(
+        wrong_values(facts, kinds=KINDS, nullable=("index",), optional=FREE_SOURCE, closed=("metadata",)), 70, draw
+    )
     values += [set_to(("files", shard, "header_bytes"), raw) for raw in HEADER_BYTES]
     values += [
         set_to(("index",), raw)
@@ -220,7 +224,45 @@ def source_inputs(base: Path, draw: random.Random) -> list[Input]:
     values += [Damage("a file less", partial(remove, ("files", shard)))]
     crafted = [damage._replace(apply=partial(hash_source, damage)) for damage in [*values, *no_document(draw)]]
     found = inputs_of("semmoe-source.json", file, crafted, RANKS, draw)
-    return found + inputs_of("semmoe-source.json", file, sampled(values, 8, draw), RANKS, draw)
+    found += inputs_of("semmoe-source.json", file, sampled(values, 8, draw), RANKS, draw)
+    names = [Damage(f"all that names {name!r}", partial(name_consistently, name)) for name in PATHS]
+    return found + inputs_of("semmoe-source.json", "split", names, RANKS, draw)
+
+
+# Names that would be written outside of OUT, or over its other files.
+PATHS = (
+    "../x.safetensors",
+    "../../x.safetensors",
+    "../../../victim/x.safetensors",
+    f"{FOLDER}/x.safetensors",
+    "a/../../x.safetensors",
+    "a/b.safetensors",
+    "./x.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "semmoe.json",
+)
+
+
+def name_consistently(name: str, folder: Path) -> None:
+    """One file under another name: where it lies, in semmoe.json and in semmoe-source.json."""
+    name = name.replace(FOLDER, str(victims()))
+    shared = "model-00005-of-00005.safetensors"  # no rank has a part of it
+    (folder / "shared" / "model.safetensors.index.json").unlink()
+    (folder / "shared" / "a").mkdir()
+    inner = Path(f"{folder}/shared/{name}")  # of an absolute name too
+    inner.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "shared" / shared).replace(inner)
+    source = folder / "semmoe-source.json"
+    headers = json.loads(source.read_text())
+    headers["files"] = {name if key == shared else key: value for key, value in headers["files"].items()}
+    headers["index"] = headers["index"].replace(shared, name)
+    write(source, json.dumps(headers).encode())
+    sidecar = folder / "semmoe.json"
+    facts = json.loads(sidecar.read_text())
+    facts["files"] = {key.replace(shared, name): value for key, value in facts["files"].items()}
+    facts["headers_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    write(sidecar, signed(json.dumps(facts)).encode())
 
 
 def hash_source(damage: Damage, file: Path) -> None:
