@@ -341,9 +341,12 @@ def statistics_inputs(base: Path, draw: random.Random) -> list[Input]:
     )
     values += [set_to(("num_experts",), raw) for raw in ("15", "17", "1000000000")]
     values += [set_to(("num_experts_per_token",), raw) for raw in ("17", "1000000000")]
-    found = inputs_of("statistics of TensorRT-LLM", meta, [*values, *no_document(draw)], [TRTLLM], draw)
+    text = [damage for damage in no_document(draw) if damage.what != "packed"]
+    found = inputs_of("statistics of TensorRT-LLM", meta, [*values, *text], [TRTLLM], draw)
     damages = [counts(what, change) for what, change in STATISTICS.items()]
-    damages += [*no_file(), *cuts(draw, 5), *noise(draw, 6, end=0.3), *header_damages(base / rank, draw, 24)]
+    # Nothing tells how many ranks there were: the last one may be absent.
+    damages += [damage for damage in no_file() if damage.what != "absent"]
+    damages += [*cuts(draw, 5), *noise(draw, 6, end=0.3), *header_damages(base / rank, draw, 24)]
     found += inputs_of("statistics of TensorRT-LLM", rank, damages, [TRTLLM], draw)
     first = [
         Damage("absent", lambda file: file.unlink()),

@@ -294,7 +294,6 @@ def torch_damages() -> list[Damage]:
         "sparse": {"phy2log": rows.to_sparse()},
         "on no device": {"phy2log": rows.to("meta")},
         "with a gradient": {"phy2log": rows.float().requires_grad_()},
-        "quantised": {"phy2log": torch.quantize_per_tensor(rows.float(), 1.0, 0, torch.qint8)},
         "a list of texts": {"phy2log": ["x"]},
         "a text": "x",
         "a number": 5,
