@@ -254,10 +254,8 @@ def cause(answer: Answer) -> str:
     exception."""
     last = answer.stderr.rpartition("Traceback (most recent call last)")[2]
     frames = re.findall(r'File "[^"]*?((?:semmoe_cli|profiles|solvers|runtime)/[^"]+)", line (\d+), in (\S+)', last)
-    lines = [line for line in last.splitlines() if line and not line.startswith((" ", "Traceback"))]
-    error = next(
-        (line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Warning|Exit|Interrupt)?\b", line)), ""
-    )
+    said = last.rpartition('  File "')[2].splitlines()[1:]  # the source line of the last frame, then the exception
+    error = next((line for line in said if line and not line.startswith(" ")), "")
     where = "{}:{} in {}".format(*frames[-1]) if frames else "outside of this project"
     return f"{where}: {error[:160]}"
 
