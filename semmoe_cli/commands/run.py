@@ -18,6 +18,7 @@ from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_facts, print_json
 
 if TYPE_CHECKING:
+    from semmoe.profiles.capture.requests import RequestSource
     from semmoe.runtime.serving.options import RunOptions
     from semmoe.runtime.serving.run import RankTask, RunResult
 
