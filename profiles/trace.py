@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semmoe.profiles.checkpoint import IDENTITY
 from semmoe.profiles.document import (
     SHA256,
     anything,
@@ -74,6 +75,7 @@ FACTS = record(
         "empty_slots": boolean,
         "kind": one_of("tokens", "counts"),
         "embedding": null_or(EMBEDDING),
+        "checkpoint": null_or(IDENTITY),
         "made_by": text(),
         "notes": map_of(anything),
     },
@@ -98,6 +100,7 @@ class TraceInfo:
     empty_slots: bool = False  # ids may hold num_experts: no routed expert in this slot
     kind: str = "tokens"  # "tokens", or "counts": loads per window only
     embedding: dict[str, Any] | None = None  # where the checkpoint keeps the input embedding
+    checkpoint: dict[str, Any] | None = None  # which it was: profiles/checkpoint.py
     made_by: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -291,7 +294,7 @@ class RoutingTrace:
     @property
     def fingerprint(self) -> str:
         """Hash of the model facts and of every part: equal exactly where the routing is."""
-        facts = {k: v for k, v in asdict(self.info).items() if k not in ("made_by", "notes", "embedding")}
+        facts = {k: v for k, v in asdict(self.info).items() if k not in ("made_by", "notes", "embedding", "checkpoint")}
         parts = [part["sha256"] for part in self.facts["parts"]]
         return hashlib.sha256(json.dumps([facts, parts], sort_keys=True).encode()).hexdigest()[:16]
 

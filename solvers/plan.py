@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from semmoe.profiles.checkpoint import IDENTITY
 from semmoe.profiles.document import (
     SHA256,
     anything,
@@ -62,7 +63,7 @@ MODEL = record(
         "model_layers": distinct(list_of(integer(0, 10 * MAX_LAYERS), most=MAX_LAYERS)),
         "num_model_layers": integer(0, 10 * MAX_LAYERS),
     },
-    {"n_group": integer(1, 65_535), "topk_group": integer(0, 65_535)},
+    {"n_group": integer(1, 65_535), "topk_group": integer(0, 65_535), "checkpoint": null_or(IDENTITY)},
 )
 FACTS = record(
     {
@@ -105,10 +106,16 @@ class ModelFacts:
     num_model_layers: int
     n_group: int = 1
     topk_group: int = 1
+    checkpoint: dict[str, Any] | None = field(default=None, compare=False)  # of the trace: profiles/checkpoint.py
 
     @classmethod
     def of(cls, info: TraceInfo) -> "ModelFacts":
         return cls(**{f.name: getattr(info, f.name) for f in fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of plan.json; without the checkpoint where none is known."""
+        named = {**asdict(self), "model_layers": list(self.model_layers)}
+        return {key: value for key, value in named.items() if key != "checkpoint" or value is not None}
 
     def check(self, info: TraceInfo, where: str) -> None:
         """Raise InputError where the trace is not one of this model."""
@@ -241,7 +248,7 @@ class Plan:
             "dispatch": self.dispatch,
             "load_cap": self.load_cap,
             "options": self.options,
-            "model": {**asdict(self.model), "model_layers": list(self.model.model_layers)},
+            "model": self.model.to_json(),
             "topology": topology,
             "replicas": self.placement.num_replicas,
             "outputs": self.outputs,
@@ -338,7 +345,8 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Short hash of the placement and the model it is for."""
-        digest = hashlib.sha256(json.dumps(asdict(self.model), sort_keys=True).encode())
+        facts = {key: value for key, value in asdict(self.model).items() if key != "checkpoint"}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(self.placement.experts_LRS).tobytes())
         return digest.hexdigest()[:16]
 

@@ -109,6 +109,12 @@ class Running:
     check: Annotated[
         bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
     ] = False
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Compare a reshard with the checksums in its semmoe.json while it is read, on every machine."
+        ),
+    ] = True
 
     def everywhere(self, plan: Path) -> dict[str, Any]:
         """What RunOptions and ReplayOptions have in common."""
@@ -167,7 +173,7 @@ def run(
         kept = partial(kept_results, output, partial_state(output))
     wanted = {"checkpoint": checkpoint, "prompts": texts, "max_new_tokens": running.max_new_tokens}
     wanted |= {"predict": running.predict or "context", "output": str(output) if output else None}
-    found = run_ranks(everywhere | wanted | {"check": running.check}, running.nproc, kept)
+    found = run_ranks(everywhere | wanted | {"check": running.check, "verify": running.verify}, running.nproc, kept)
     if found is None:
         return
     options, result = found

@@ -5,7 +5,7 @@ where the map came from stays in a file beside it, FILE.semmoe.json.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def write_export(path: Path, kind: str, content: bytes, plan: Plan, *, format: s
         "ranks": plan.topology.num_ranks,
         "nodes": plan.topology.num_nodes,
         "slots": int(plan.placement.physical_to_logical_LP.shape[1]),
-        "model": asdict(plan.model),
+        "model": plan.model.to_json(),
         "trace": plan.trace,
     }
     write_file(path, content)
