@@ -196,7 +196,7 @@ class TraceWriter:
             table = pa.concat_tables([before.cast(table.schema), table.filter([w not in known for w in windows])])
         self._write_part(COUNTS_FILE, table)
 
-    def _write_part(self, name: str, table: pa.Table, **options: int) -> None:
+    def _write_part(self, name: str, table: pa.Table, **options: Any) -> None:
         with new_file(self.path / name) as file:
             pq.write_table(table, file, compression="zstd", **options)
         self._hashes[name] = hash_file(self.path / name)

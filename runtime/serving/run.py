@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from semmoe.profiles.capture.loading import DTYPES, ModelSource, find_model, load_model, load_tokenizer, refusals
-from semmoe.profiles.capture.requests import RequestSource, TextRequest, encode_requests
+from semmoe.profiles.capture.requests import TextRequest, encode_requests
 from semmoe.profiles.checkpoint import compare_checkpoint
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.ranks.failures import naming
@@ -30,6 +30,7 @@ from semmoe.runtime.serving.batch import Completion, Limits, Prompt
 from semmoe.runtime.serving.check import check_completions
 from semmoe.runtime.serving.engine import PhaseTimes, serve
 from semmoe.runtime.serving.metrics import rate, traffic_metrics
+from semmoe.runtime.serving.options import RunOptions
 from semmoe.runtime.serving.probe import check_exchange
 from semmoe.runtime.serving.results import ResultKeeper
 from semmoe.runtime.serving.schedulers import assign
@@ -39,26 +40,6 @@ from semmoe.runtime.serving.verify import Entries, entries_to_verify, my_share, 
 from semmoe.runtime.transformers.placed_model import PlacedModel, load_placed
 from semmoe.runtime.transformers.rank_parts import RankCheckpoint, rank_checkpoints
 from semmoe.solvers.plan import Plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What the user asked for."""
-
-    checkpoint: str
-    plan: str
-    prompts: RequestSource
-    scheduler: str | None = None  # None: dp where the plan scores requests, else none
-    predict: str = "context"
-    backend: str = "auto"
-    dtype: str = "auto"
-    device: str = "auto"
-    max_new_tokens: int = 32
-    batch_tokens: int = 4096
-    output: str | None = None
-    timeout_s: float = 300.0
-    check: bool = False
-    verify: bool = True  # compare a reshard with the checksums of its semmoe.json
 
 
 @dataclass(frozen=True, eq=False)

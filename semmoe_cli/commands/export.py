@@ -1,13 +1,43 @@
 """`semmoe export`: a plan as the file that a serving engine reads."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from semmoe.options import Json, MapKind, VllmFormat, command_line
+from semmoe.options import Json, MapKind, VllmFormat, command_line, grouped
 
 
+@dataclass(frozen=True, kw_only=True)
+class MapFacts:
+    """What an engine's map depends on beside the plan."""
+
+    format: Annotated[
+        VllmFormat | None,
+        typer.Option("--format", help="vllm: pull request that your build contains; no release reads a map yet."),
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG", help="config.json, checkpoint or hub id: checks the layers, and counts the MTP layers."
+        ),
+    ] = None
+    num_hidden_layers: Annotated[
+        int, typer.Option(help="sglang, trtllm: layers of the model, where the plan does not know.", min=0)
+    ] = 0
+    mtp_layers: Annotated[
+        int | None, typer.Option(metavar="N", help="trtllm: MTP layers after the last one; they stay unplaced.", min=0)
+    ] = None
+    redundant: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Redundant experts that the server starts with; checked against the plan.", min=0
+        ),
+    ] = None
+
+
+@grouped()
 def export(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan directory.")],
     to: Annotated[MapKind, typer.Option(help="Engine that will read the file.")],
@@ -17,28 +47,8 @@ def export(
             "-o", "--output", metavar="FILE", help="File to write; its ending decides the container of eplb tables."
         ),
     ],
-    format: Annotated[
-        VllmFormat | None,
-        typer.Option("--format", help="vllm: pull request that your build contains; no release reads a map yet."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CONFIG", help="config.json, checkpoint or hub id: checks the layers, and counts the MTP layers."
-        ),
-    ] = None,
-    num_hidden_layers: Annotated[
-        int, typer.Option(help="sglang, trtllm: layers of the model, where the plan does not know.", min=0)
-    ] = 0,
-    mtp_layers: Annotated[
-        int | None, typer.Option(metavar="N", help="trtllm: MTP layers after the last one; they stay unplaced.", min=0)
-    ] = None,
-    redundant: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Redundant experts that the server starts with; checked against the plan.", min=0
-        ),
-    ] = None,
+    *,
+    facts: MapFacts,
     json_: Json = False,
 ) -> None:
     """Write a placement as the expert map of SGLang, TensorRT-LLM, vLLM, vLLM-Ascend or EPLB, and
@@ -51,7 +61,7 @@ def export(
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.tables import note, print_json
 
-    kind, vllm_format = to.value, format.value if format else ""
+    kind, vllm_format = to.value, facts.format.value if facts.format else ""
     check_export_target(output, kind)
     if kind == "vllm" and not vllm_format:
         raise InputError(
@@ -59,13 +69,13 @@ def export(
         )
     if vllm_format and kind != "vllm":
         raise InputError(f"--format is for --to vllm, not for {kind}")
-    if num_hidden_layers and kind not in ("sglang", "trtllm"):
+    if facts.num_hidden_layers and kind not in ("sglang", "trtllm"):
         note(f"--num-hidden-layers is for --to sglang and trtllm: a map for {kind} has rows of MoE layers only")
-    if mtp_layers and kind != "trtllm":
+    if facts.mtp_layers and kind != "trtllm":
         note(f"--mtp-layers is for --to trtllm: a map for {kind} has no rows of such layers")
     placed = Plan.load(plan)
-    made_by = command_line(output, plan, model or "")
-    options = MapOptions(vllm_format, model, num_hidden_layers, mtp_layers, redundant, made_by)
+    made_by = command_line(output, plan, facts.model or "")
+    options = MapOptions(vllm_format, facts.model, facts.num_hidden_layers, facts.mtp_layers, facts.redundant, made_by)
     lines = write_map(placed, kind, output, options)
     placement = placed.placement
     note(

@@ -161,7 +161,7 @@ def _trace(
     name: str, output: Path, texts: TracedTexts, capture: Capture, resume: bool
 ) -> tuple[dict[str, Any] | None, bool]:
     """What was written, None on all ranks but the first; and whether it was interrupted."""
-    generation, source = capture.sampling.generation(), texts.source()
+    source, generation = texts.source(), capture.sampling.generation()
     _quiet_libraries()
     from semmoe.profiles.capture.requests import open_requests
     from semmoe.profiles.capture.run import Limits, TraceOptions, TraceProgress, trace_model

@@ -34,7 +34,7 @@ def make_map(wanted: Wanted) -> dict[str, np.ndarray]:
     return eplb_tables(wanted.placement)
 
 
-def render(value: dict[str, np.ndarray], ending: str) -> bytes:
+def render(value: dict[str, Any], ending: str) -> bytes:
     """The tables in the container of the ending."""
     if ending == ".pt":
         return pt_bytes(value)

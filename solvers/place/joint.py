@@ -191,10 +191,9 @@ class Work:
             num_groups=self.profile.info.n_group,
         )
 
-    def solve_layers(
-        self, place: Callable[[Layer, Network, Search], np.ndarray], layers: Iterable[Layer], search: Search
-    ) -> np.ndarray:
-        """Rank of each expert, int64 [L, E], layer by layer in the worker processes."""
+    def solve_layers(self, place: Callable[..., np.ndarray], layers: Iterable[Layer], search: Search) -> np.ndarray:
+        """Rank of each expert, int64 [L, E], layer by layer in the worker processes; `place` takes
+        (layer, network, search)."""
         placed = []
         for rank_of_E in self.run(partial(place, network=self.network, search=search), layers):
             placed.append(rank_of_E)
