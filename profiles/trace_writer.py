@@ -84,7 +84,12 @@ class TraceWriter:
         # must hold that too.
         if self.info.id_dtype != info.id_dtype:
             raise InputError(f"{self.path} stores ids as {info.id_dtype}, this run needs {self.info.id_dtype}")
-        self._hashes = {part["file"]: part["sha256"] for part in facts.get("parts", [])}
+        self._hashes = {part["file"]: part["sha256"] for part in facts["parts"] if "sha256" in part}
+        for name, digest in self._hashes.items():
+            if (self.path / name).is_file() and hash_file(self.path / name) != digest:
+                raise InputError(
+                    f"{self.path / name} was changed after it was written: its SHA-256 is not the one in trace.json"
+                )
         for part in sorted(self.path.glob("*.parquet")) if info.kind == "tokens" else []:
             self.request_ids.update(open_part(part).read(["request_id"]).column(0).to_pylist())
 

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.config import moe_facts, read_config
+from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.engines.columns import (
     Layout,
     Survey,
@@ -114,7 +116,12 @@ class Import:
         model = _model_name(self.options.model_config) or model or "unknown"
         notes = {**self.origin, **more.pop("notes", {})}
         return TraceInfo(
-            model=model, made_by=self.options.made_by, notes=notes, **more, **{**(self.facts or {}), **own}
+            model=model,
+            made_by=self.options.made_by,
+            notes=notes,
+            checkpoint=_checkpoint(self.options.model_config),
+            **more,
+            **{**(self.facts or {}), **own},
         )
 
     def note_dense(self, num_dense: int, num_kept: int) -> None:
@@ -164,6 +171,12 @@ def _remove_if_empty(out: Path) -> None:
         (out / "trace.json").unlink(missing_ok=True)
         if not any(out.iterdir()):
             out.rmdir()
+
+
+def _checkpoint(model_config: str | None) -> dict[str, Any] | None:
+    """Which checkpoint the user named, where its files are here."""
+    folder = demo_model_path() if model_config == "demo" else Path(model_config or "")
+    return checkpoint_identity(folder) if model_config and folder.is_dir() else None
 
 
 def _model_name(model_config: str | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from semmoe.profiles.document import line_per_key
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
-from semmoe.profiles.safetensors_file import INDEX_NAME, Shard
+from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, read_shard
 from semmoe.runtime.reshard.copy import FilePlan, Written, checksums, run_tasks
 from semmoe.runtime.reshard.source import Checkpoint
 from semmoe.solvers.plan import Plan
@@ -176,6 +176,8 @@ def check_unchanged(checkpoint: Path, facts: dict[str, Any], progress: Stages | 
         path = checkpoint / name
         if not path.exists() or path.stat().st_size != file["bytes"]:
             raise InputError(f"{path} is missing or has another size than when it was written")
+        if "header_sha256" in file and hash_header(read_shard(path)) != file["header_sha256"]:
+            raise InputError(f"{path} was changed after it was written (its header)")
     total, done = sum(num_bytes for _, _, num_bytes in want), 0
 
     def keep(found: Written) -> None:

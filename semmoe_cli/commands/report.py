@@ -138,9 +138,11 @@ def _report_plan(
     from semmoe.pages.plan_report import make_plan_report
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
-    from semmoe.terminal.tables import note, print_report, print_times
+    from semmoe.terminal.tables import note, note_unchecked, print_report, print_times
 
-    made = make_plan_report(Plan.load(plan), RoutingTrace.open(trace), options, simulation.setting(), plan_path=plan)
+    placed, traced = Plan.load(plan), RoutingTrace.open(trace)
+    made = make_plan_report(placed, traced, options, simulation.setting(), plan_path=plan)
+    note_unchecked(placed, traced)
     for line in [*made.notes, *made.left_out]:
         note(line)
     print_report(replace(made.report, plan=plan, trace=trace), as_json=as_json)
@@ -163,11 +165,12 @@ def _report_trace(path: str, ranks: int, seed: int, output: Path | None, as_json
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.health.health import trace_health
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import print_health
+    from semmoe.terminal.tables import note_unchecked, print_health
 
     trace = RoutingTrace.open(path)
     with steps("health") as progress:
         health = replace(trace_health(trace, seed=seed, ranks=ranks, progress=progress), trace=path)
+    note_unchecked(trace)
     print_health(health, as_json=as_json)
     if output is not None:
         from semmoe.pages.health import health_page

@@ -110,6 +110,12 @@ class Running:
     check: Annotated[
         bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
     ] = False
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Compare a reshard with the checksums in its semmoe.json while it is read, on every machine."
+        ),
+    ] = True
 
     def everywhere(self, plan: Path) -> dict[str, Any]:
         """What RunOptions and ReplayOptions have in common."""
@@ -175,6 +181,7 @@ def run(
         max_new_tokens=running.max_new_tokens,
         output=str(output) if output else None,
         check=running.check,
+        verify=running.verify,
         **everywhere,
     )
     result = run_ranks(options, running.nproc, kept)

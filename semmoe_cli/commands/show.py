@@ -16,6 +16,13 @@ LARGEST_SAMPLE_IDS = 100_000_000  # enough for every statistic of a screen
 
 def show(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A trace or a plan.")],
+    accept_edits: Annotated[
+        bool,
+        typer.Option(
+            "--accept-edits",
+            help="The plan.json of a plan was edited on purpose: check all else, sign it again, and note the edit in it.",
+        ),
+    ] = False,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -26,21 +33,32 @@ def show(
     """
     from semmoe.terminal.tables import print_facts
 
-    print_facts(describe_path(path, seed=seed), as_json=json_)
+    print_facts(describe_path(path, seed=seed, accept_edits=accept_edits), as_json=json_)
 
 
-def describe_path(path: str, *, seed: int) -> dict[str, Any]:
-    """Facts about the trace or plan at `path`. Raises InputError where it is neither."""
+def describe_path(path: str, *, seed: int, accept_edits: bool = False) -> dict[str, Any]:
+    """Facts about the trace or plan at `path`. Raises InputError where it is neither. With
+    `accept_edits` a plan is signed again first."""
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.plan import Plan
+    from semmoe.solvers.plan import Plan, sign_again
+    from semmoe.terminal.tables import note, note_unchecked
 
     if (Path(path) / "plan.json").is_file():
-        return Plan.load(path).facts()
+        plan = sign_again(path) if accept_edits else Plan.load(path)
+        if accept_edits:
+            note(f"signed {path} as it is now")
+        note_unchecked(plan)
+        return plan.facts()
+    if accept_edits:
+        raise InputError(f"--accept-edits: {path} is not a plan, it holds no plan.json")
     if "://" not in path and not Path(path).exists():
         raise InputError(f"{path} does not exist: expected a trace or a plan")
     if "://" not in path and not (Path(path) / "trace.json").is_file():
         raise InputError(f"{path} is neither a trace nor a plan: it holds no trace.json and no plan.json")
-    return _describe_trace(RoutingTrace.open(path), seed)
+    trace = RoutingTrace.open(path)
+    facts = _describe_trace(trace, seed)
+    note_unchecked(trace)
+    return facts
 
 
 def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.report import Report, ScoreRow, Times
     from semmoe.solvers.health.record import Health
+    from semmoe.solvers.plan import Plan
 
 COLUMNS = {
     "lar": ("LAR", True),
@@ -34,6 +36,13 @@ SCORE_CAPTION = "* best of its column, oracles left out; in brackets: 95% bootst
 def note(line: str) -> None:
     """A line for people on stderr."""
     print(f"semmoe: {line}", file=sys.stderr)
+
+
+def note_unchecked(*inputs: "RoutingTrace | Plan") -> None:
+    """Say which files of traces and plans were used without being compared with a hash of them."""
+    for opened in inputs:
+        for file, why in opened.unchecked.items():
+            note(f"{file} was not checked: {why}")
 
 
 def print_json(value: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from semmoe.profiles.document import parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
@@ -70,19 +71,21 @@ def identity_row(placement: Placement) -> list[int]:
 
 def read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_bounded(file).decode()
     except FileNotFoundError:
         raise InputError(f"{file} does not exist") from None
     except UnicodeDecodeError:
         raise InputError(f"{file} is not text in UTF-8") from None
+    except ValueError as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def read_json(file: Path) -> Any:
     try:
-        return json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_text(file), strict=True)
+    except ValueError as error:
         raise InputError(f"{file} is not JSON: {first_line(error)}") from None
 
 

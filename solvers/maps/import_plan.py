@@ -1,19 +1,19 @@
 """A plan of a map that an engine runs today, so that it can be scored and compared."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from semmoe.profiles.counts import profile_traces
+from semmoe.profiles.document import read_bounded, read_document, validate
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace, hash_file
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.score_plan import baselines, score_placements
 from semmoe.solvers.maps.read import import_placement
-from semmoe.solvers.maps.write import FORMAT, sidecar_path
+from semmoe.solvers.maps.write import FORMAT, ORIGIN, VERSION, sidecar_path
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
@@ -68,7 +68,12 @@ def import_plan(
         f"the map of {file} was not made from this trace: all {num_requests} requests are scored; the load baseline is packed "
         "on the same requests, which flatters its balance"
     ]
-    if set(exported_from(file).get("trace", {}).get("fingerprints", [])) & set(fingerprints):
+    origin = exported_from(file)
+    if origin is None:
+        notes.append(
+            f"{sidecar_path(file)} is about other bytes than those of {file}: where the map came from is not known"
+        )
+    elif set(origin["trace"].get("fingerprints", [])) & set(fingerprints):
         notes = [
             f"{file} was exported from a plan for this very trace: these scores are not held out, "
             "`semmoe report` on the plan has those that are"
@@ -102,12 +107,19 @@ def import_plan(
     )
 
 
-def exported_from(file: Path) -> dict[str, Any]:
-    """What FILE.semmoe.json says of where the file came from; empty where there is none or it is
-    of other bytes."""
-    try:
-        origin = json.loads(sidecar_path(file).read_text(encoding="utf-8"))
-        good = isinstance(origin, dict) and origin.get("format") == FORMAT and origin.get("sha256") == hash_file(file)
-        return origin if good else {}
-    except (OSError, ValueError):
-        return {}
+def exported_from(file: Path) -> dict[str, Any] | None:
+    """What FILE.semmoe.json says of where the file came from, with a trace that is empty where
+    there is none; None where it is about other bytes. Raises InputError where it is damaged."""
+    sidecar = sidecar_path(file)
+    if not sidecar.exists():
+        return {"trace": {}}
+    origin = read_document(
+        lambda: read_bounded(sidecar),
+        str(sidecar.parent),
+        sidecar.name,
+        kind="sidecar of an engine's map",
+        format=FORMAT,
+        version=VERSION,
+    )
+    validate(origin, ORIGIN, str(sidecar))
+    return origin if origin["sha256"] == hash_file(file) else None
