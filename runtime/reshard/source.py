@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import wrong_file
 from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, read_index, read_shard
 
 # Weights in other formats: a copy of them beside permuted tensors would be another model under the
@@ -24,7 +25,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index: dict[str, Any] | None
     others: tuple[str, ...]  # relative paths of the files that are carried over as they are
-    left_out: tuple[str, ...]  # relative paths of weights in other formats
+    left_out: tuple[str, ...]  # relative paths of weights in other formats, links out of the checkpoint, devices
 
     @property
     def num_bytes(self) -> int:
@@ -79,7 +80,10 @@ def check_index(weight_map: dict[str, str], shards: dict[str, Shard], path: Path
 
 def other_files(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Relative paths of the files to carry over, and of what is not: weights in other formats or
-    places, links to directories."""
+    places, links to directories and out of the checkpoint, pipes and devices.
+
+    Raises InputError where config.json is such a link: without it nothing can load the output.
+    """
     others, left_out = [], []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
@@ -91,7 +95,10 @@ def other_files(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
             weights = name.endswith(WEIGHT_SUFFIXES) or name.endswith((".safetensors.index.json", ".bin.index.json"))
             if name.startswith(".") or relative == INDEX_NAME or (relative == name and name.endswith(".safetensors")):
                 continue
-            (left_out if weights else others).append(relative)
+            foreign = "" if weights else wrong_file(path, Path(folder, name))
+            if foreign and relative == "config.json":
+                raise InputError(f"{path / relative} is {foreign}")
+            (left_out if weights or foreign else others).append(relative)
     return tuple(others), tuple(left_out)
 
 

@@ -86,6 +86,8 @@ def undo_ranks(
     }
     written = {name: read_shard(checkpoint / name) for name in facts["files"]}
     files = [joined_file(name, entry, written, homes) for name, entry in headers["files"].items()]
+    if not (checkpoint / SHARED).resolve().is_relative_to(checkpoint.resolve()):
+        raise InputError(f"{checkpoint / SHARED} is a link out of {checkpoint}, expected a directory in it")
     shared = open_checkpoint(checkpoint / SHARED)
     with output_directory(out, checkpoint, marker=SIDECAR, force=options.force) as folder:
         check_space(folder, total_bytes(files) + shared.other_bytes)
