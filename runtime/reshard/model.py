@@ -18,6 +18,7 @@ class RoutedModel:
     num_experts: int
     extra_rows: int  # classes of the router after the routed experts
     num_model_layers: int  # layers from here on are MTP heads
+    hidden_size: int = 0  # 0: unknown
     vision_experts: bool = False  # the second half of the experts on disk is of another modality
 
 
@@ -27,7 +28,14 @@ def routed_model(config: dict[str, Any], num_experts: int) -> RoutedModel:
     family = find_family(facts["model_type"])
     extras = family.router_extras
     extra_rows = extras if isinstance(extras, int) else int(text_config(config).get(extras) or 0)
-    return RoutedModel(num_experts, extra_rows, facts["num_model_layers"], family.vision_experts)
+    hidden = text_config(config).get("hidden_size")
+    return RoutedModel(
+        num_experts,
+        extra_rows,
+        facts["num_model_layers"],
+        hidden if type(hidden) is int else 0,
+        family.vision_experts,
+    )
 
 
 def check_plan(source: Checkpoint, plan: Plan) -> RoutedModel:
