@@ -116,6 +116,14 @@ def classify_one(tensor: Tensor, model: RoutedModel, layers: set[int], where: Pa
     return KEEP
 
 
+def classify_written(tensor: Tensor, model: RoutedModel, layers: set[int], where: Path) -> Key:
+    """The role of a tensor that is not refused: it stays where it cannot be moved."""
+    try:
+        return classify_one(tensor, model, layers, where)
+    except InputError:
+        return KEEP
+
+
 def could_be_experts(rest: str, shape: tuple[int, ...], model: RoutedModel) -> bool:
     """Whether a tensor of an unknown name may belong to single experts of its layer.
 

@@ -54,7 +54,9 @@ class Relabelling:
             for shard in self.source.shards
         ]
 
-    def result(self, out: Path, files: Sequence[FilePlan], verify: str, **facts: Any) -> ReshardResult:
+    def result(
+        self, out: Path, files: Sequence[FilePlan], verify: str, *, notes: Sequence[str] = (), **facts: Any
+    ) -> ReshardResult:
         """What writing the files did."""
         moved = sum(int((order != np.arange(len(order))).sum()) for order in self.orders.values())
         return ReshardResult(
@@ -65,6 +67,7 @@ class Relabelling:
             **size_facts(files),
             verified=verify,
             left_out=self.source.left_out,
+            notes=(*self.source.unselected_notes(), *notes),
             **facts,
         )
 
@@ -160,10 +163,11 @@ def check_written(relabelling: Relabelling, files: Sequence[FilePlan], root: Pat
                 file.parts,
             )
         for tensor in written.tensors:
-            if index.pop(tensor.name, file.name) != file.name:
-                raise InputError(f"{root / INDEX_NAME} names another file for {tensor.name}: nothing was kept")
+            if index.get(tensor.name) == file.name:
+                del index[tensor.name]
     if index:
-        raise InputError(f"{root / INDEX_NAME} names {next(iter(index))}, which no file holds: nothing was kept")
+        name, file_name = next(iter(index.items()))
+        raise InputError(f"{root / INDEX_NAME} names {name}, which {file_name} does not hold: nothing was kept")
 
 
 def relabel_configs(source: Checkpoint, orders: Orders, target: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.safetensors_file import INTEGERS, Shard, Tensor, make_header
 from semmoe.runtime.reshard.copy import Edit, FilePlan, Part, Piece, merged
-from semmoe.runtime.reshard.keys import Key, Role, classify_one, is_side
+from semmoe.runtime.reshard.keys import Key, Role, classify_written, is_side
 from semmoe.runtime.reshard.model import RoutedModel
 
 EDIT_BYTES = 4 << 20  # smaller tensors are gathered in memory, larger ones by copies of each expert's bytes
@@ -125,7 +125,7 @@ def expected_parts(shard: Shard, source: Shard, model: RoutedModel, orders: Orde
     sources = {tensor.name: tensor for tensor in source.tensors}
     parts: list[Part] = []
     for tensor in shard.tensors:
-        key = classify_one(tensor, model, set(orders), written)
+        key = classify_written(tensor, model, set(orders), written)
         name = key.renamed(tensor.name, int(orders[key.layer][key.expert])) if key.role is Role.EXPERT else tensor.name
         original = sources.pop(name, None)
         if original is None or (original.dtype, original.shape) != (tensor.dtype, tensor.shape):

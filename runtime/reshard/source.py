@@ -3,13 +3,14 @@ never loaded."""
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import wrong_file
-from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, read_index, read_shard
+from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, read_index, read_shard
 
 # Weights in other formats: a copy of them beside permuted tensors would be another model under the
 # same name.
@@ -26,6 +27,25 @@ class Checkpoint:
     index: dict[str, Any] | None
     others: tuple[str, ...]  # relative paths of the files that are carried over as they are
     left_out: tuple[str, ...]  # relative paths of weights in other formats, links out of the checkpoint, devices
+
+    def selects(self, shard: Shard, tensor: Tensor) -> bool:
+        """Whether a loader reads this tensor: the index decides where there is one."""
+        return self.index is None or self.index["weight_map"].get(tensor.name) == shard.name
+
+    def selected(self) -> Iterator[tuple[Shard, Tensor]]:
+        """The tensors that a loader reads, each with its file."""
+        return ((shard, tensor) for shard in self.shards for tensor in shard.tensors if self.selects(shard, tensor))
+
+    def unselected_notes(self) -> tuple[str, ...]:
+        """One line for every file with tensors that the index does not select."""
+        notes = []
+        for shard in self.shards:
+            if names := [tensor.name for tensor in shard.tensors if not self.selects(shard, tensor)]:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                notes.append(
+                    f"{shard.name}: {INDEX_NAME} does not select {names[0]}{more}; carried along with the file"
+                )
+        return tuple(notes)
 
     @property
     def num_bytes(self) -> int:
@@ -54,15 +74,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not found:
         raise InputError(f"{path} holds no safetensors file: other weight formats cannot be resharded")
     shards = tuple(read_shard(path / name) for name in found)
-    check_names(shards, path)
-    if index:
+    if not index:
+        check_names(shards, path)
+    else:
         check_index(index["weight_map"], {shard.name: shard for shard in shards}, path)
     others, left_out = other_files(path)
     return Checkpoint(path, shards, index, others, left_out)
 
 
 def check_names(shards: tuple[Shard, ...], path: Path) -> None:
-    """Raise InputError where a tensor is in two files: which of them counts, nobody knows."""
+    """Raise InputError where a tensor is in two files and no index says which of them counts."""
     found: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:
