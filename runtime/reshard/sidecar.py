@@ -118,6 +118,7 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
     if missing := [key for key in needed[facts["layout"]] if key not in facts]:
         raise InputError(f"{where} is damaged: it lacks {missing[0]}")
     check_files(checkpoint, facts, where)
+    check_settings(facts.get("settings", {}), where)
     if not _holds_every_expert(facts):
         raise InputError(f"{where} is damaged: its {needed[facts['layout']][-1]} does not hold every expert")
     if facts.get("sha256", hash_facts(facts)) != hash_facts(facts):
@@ -139,6 +140,13 @@ def check_files(checkpoint: Path, facts: dict[str, Any], where: Path) -> None:
         check_count(entry.get("bytes"), f"{of}.bytes")
         if not ranks:
             check_count(entry.get("source_header_bytes"), f"{of}.source_header_bytes", most=8 + MAX_HEADER_BYTES)
+
+
+def check_settings(settings: object, where: Path) -> None:
+    """Raise InputError unless these are texts of Latin-1 by file name."""
+    texts = list(settings.values()) if isinstance(settings, dict) else [None]
+    if not all(isinstance(text, str) and max(text, default="") < "\u0100" for text in texts):
+        raise InputError(f"{where}: settings is {shortened(settings)}, expected texts by file name")
 
 
 def check_count(value: object, where: str, most: int = 2**63 - 1) -> None:

@@ -4,6 +4,7 @@ Shape letters: L MoE layers, R ranks, S slots per rank.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def undo_permuted(
     orders = {int(layer): np.argsort(order) for layer, order in facts["new2old"].items()}
     if options.compares:
         check_unchanged(checkpoint, facts, progress)
-    relabelling = Relabelling.of(source, model, orders)
+    relabelling = replace(Relabelling.of(source, model, orders), stored=facts.get("settings", {}))
     entries = facts["files"].items()
     files = relabelling.files(header_bytes={name: entry["source_header_bytes"] for name, entry in entries})
     with output_directory(out, checkpoint, marker=SIDECAR, force=options.force) as folder:
