@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.config import moe_facts, read_config
+from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, read_index, read_shard
 from semmoe.runtime.reshard.complete import classify_checkpoint
 from semmoe.runtime.reshard.copy import FilePlan, check_parts, total_bytes, write_files
 from semmoe.runtime.reshard.keys import Key
-from semmoe.runtime.reshard.model import RoutedModel, check_plan
+from semmoe.runtime.reshard.model import RoutedModel, check_plan, permutation_facts, top_k_notes
 from semmoe.runtime.reshard.output_directory import check_space, output_directory
 from semmoe.runtime.reshard.records import ReshardOptions, ReshardResult, size_facts
 from semmoe.runtime.reshard.relabel import Orders, expected_parts, relabel_shard, relabelled_index
@@ -138,7 +138,8 @@ def write_permuted(
             "files": file_entries(source, files, sums),
         }
         write_sidecar(folder, facts)
-    return relabelling.result(out, files, options.verify, logits_difference=difference)
+    notes = top_k_notes(source, plan)
+    return relabelling.result(out, files, options.verify, notes=notes, logits_difference=difference)
 
 
 def fill_permuted(
@@ -174,7 +175,7 @@ def permutation_of(plan: Plan) -> dict[int, np.ndarray]:
 def check_groups(config: dict[str, Any], orders: Orders) -> None:
     """Raise InputError where the router chooses among groups of experts and a permutation breaks
     them."""
-    facts = moe_facts(config)
+    facts = permutation_facts(config)
     num_groups, chosen = facts["n_group"], facts["topk_group"]
     if num_groups <= 1 or chosen >= num_groups:
         return

@@ -29,7 +29,7 @@ from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, make_hea
 from semmoe.runtime.reshard.complete import classify_checkpoint
 from semmoe.runtime.reshard.copy import FilePlan, Part, Piece, check_parts, merged, total_bytes, write_files
 from semmoe.runtime.reshard.keys import KEEP, Key, Role, is_expert
-from semmoe.runtime.reshard.model import check_plan
+from semmoe.runtime.reshard.model import check_plan, top_k_notes
 from semmoe.runtime.reshard.output_directory import check_space, output_directory
 from semmoe.runtime.reshard.records import ReshardOptions, ReshardResult, size_facts
 from semmoe.runtime.reshard.relabel import block_bytes
@@ -99,7 +99,7 @@ def write_ranks(
         **size_facts(files),
         verified=options.verify,
         left_out=source.left_out,
-        notes=source.unselected_notes(),
+        notes=(*source.unselected_notes(), *top_k_notes(source, plan)),
     )
 
 
