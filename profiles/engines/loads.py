@@ -10,7 +10,6 @@ Shape letters: W windows, L layers, E experts.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ import numpy as np
 
 from semmoe.profiles.document import parse_json
 from semmoe.profiles.engines.recorder import array_of, load_pt
-from semmoe.profiles.engines.records import EngineLoad, input_lines, integer
+from semmoe.profiles.engines.records import EngineLoad, LeftOut, input_lines, integer
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.safetensors_file import INTEGERS, read_shard
 
 
-def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineLoad]:
+def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut) -> Iterator[EngineLoad]:
     """One load for each iteration of each statistics directory, summed over its ranks."""
     for path in files:
         folder = path if path.is_dir() else path.parent
@@ -93,7 +92,7 @@ def _json(path: Path) -> Any:
         raise InputError(f"{path} is not JSON: {error}") from None
 
 
-def read_eplb(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineLoad]:
+def read_eplb(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut) -> Iterator[EngineLoad]:
     """The windows of each matrix; a matrix without an axis of windows is one."""
     for file in files:
         value = _matrix(file)

@@ -63,11 +63,14 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
         windows, load_WLE = trace.load_counts()
         return facts | {"windows": len(windows), "activations": int(load_WLE.sum())} | _load_skew(load_WLE.sum(0))
     from semmoe.profiles.counts import profile_traces
+    from semmoe.solvers.health.health import left_out_facts
     from semmoe.solvers.health.structure import measure_structure
 
     requests = trace.requests()
     domains = requests.column("domain").to_pylist()
     facts |= {"requests": trace.num_requests, "tokens": trace.num_tokens, "domains": len(set(domains))}
+    if left_out := left_out_facts(trace):
+        facts["left_out"] = str(left_out)
     if not trace.num_tokens:
         return facts
     profile = profile_traces([trace], seed=seed, sample_ids=LARGEST_SAMPLE_IDS)

@@ -34,6 +34,7 @@ def health_page(health: "Health") -> Page:
                 f"{model or 'not named'}: {health.layers} MoE layers, {health.experts} experts, top-{health.top_k}",
             ),
             ("Trace", f"{health.requests:,} requests, {health.tokens:,} tokens"),
+            *([("Left out", str(health.left_out))] if health.left_out else []),
             ("Phase", f"{health.prompt_share:.0%} prompt, {1 - health.prompt_share:.0%} generated"),
             ("Curves", f"{len(health.curve_layers)} layers, {health.ranks} ranks, METIS"),
         ],

@@ -4,7 +4,7 @@ Levels: "good" (nothing to do), "watch" (works, with a limit to know), "bad" (do
 placing).
 """
 
-from semmoe.solvers.health.record import DomainDrift, Finding, Health, TimeDrift
+from semmoe.solvers.health.record import DomainDrift, Finding, Health, LeftOutFacts, TimeDrift
 
 FEW_ACTIVATIONS = 50  # of the median expert at a layer: below, co-activation counts are mostly noise
 FEW_REQUESTS = 4  # of a domain: below, its REM says more of the requests than of the domain
@@ -12,6 +12,7 @@ SMALL_SHARE = 0.05  # of the saving that is there already: less is not worth tra
 DRIFT_SHARE = 0.10  # of the saving: more is worth a plan of its own
 DRIFT_IMBALANCE = 0.10  # busiest rank over mean: more makes a layer as much slower
 MANY_UNSEEN = 0.10
+MANY_LEFT_OUT = 0.20  # of the requests or tokens: what is left may be another traffic than the server's
 
 Answer = tuple[str, str]  # level and sentence
 
@@ -27,7 +28,16 @@ def health_findings(health: Health) -> list[Finding]:
         "token ids": _unseen,
     }
     answers = {topic: question(health) for topic, question in questions.items()}
+    if health.left_out is not None:
+        answers["left out"] = _left_out(health.left_out)
     return [Finding(topic, *answer) for topic, answer in answers.items()]
+
+
+def _left_out(left_out: LeftOutFacts) -> Answer:
+    text = f"the import left out {left_out}"
+    if max(left_out.requests_share, left_out.tokens_share) > MANY_LEFT_OUT:
+        return "watch", f"Much of the traffic is not in the trace: {text}."
+    return "good", f"Little is missing: {text}."
 
 
 def saving(health: Health) -> float:

@@ -24,6 +24,7 @@ from semmoe.solvers.health.record import (
     Forecast,
     Health,
     Learning,
+    LeftOutFacts,
     LoadFacts,
     PowerLaw,
     StructureFacts,
@@ -80,8 +81,28 @@ def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Pr
         learning=done(_learning_curve(ids_LTK, batch, info.num_experts, num_ranks, seed)),
         domains=done(domain_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
         time=done(time_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
+        left_out=left_out_facts(trace),
     )
     return replace(health, findings=health_findings(health))
+
+
+def left_out_facts(trace: RoutingTrace) -> LeftOutFacts | None:
+    """What the notes of a trace say of requests that its import left out; None where they say
+    nothing that can be counted."""
+    noted = trace.info.notes.get("left_out")
+    requests, tokens = (
+        ((noted or {}).get(name) for name in ("requests", "tokens")) if isinstance(noted, dict) else ({}, {})
+    )
+    counts = [c for c in (requests, tokens) if isinstance(c, dict)]
+    if not requests or len(counts) < 2 or not all(isinstance(n, int) and n >= 0 for c in counts for n in c.values()):
+        return None
+    num_requests, num_tokens = sum(requests.values()), sum(tokens.values())
+    return LeftOutFacts(
+        requests,
+        num_requests / max(num_requests + trace.num_requests, 1),
+        num_tokens,
+        num_tokens / max(num_tokens + trace.num_tokens, 1),
+    )
 
 
 def _load_facts(load_LE: np.ndarray) -> LoadFacts:
