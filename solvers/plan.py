@@ -153,6 +153,8 @@ class Plan:
             "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
             "fitted_on": "all requests" if self.split.get("refit") else "training requests",
         }
+        if placement.num_wasted:
+            facts["wasted_slots"] = placement.num_wasted
         possible = "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
         facts["permuted_checkpoint"] = possible
         for row in self.scores.rows if self.scores else []:
@@ -224,7 +226,7 @@ class Plan:
                 scored_placement = Placement(scored_LRS, model.num_experts)
                 scored = ScoredPlacement(scored_placement, tables.pop("scored_expert_load"))
             return cls(
-                placement=Placement(experts_LRS, model.num_experts),
+                placement=Placement(experts_LRS, model.num_experts, bool(facts["options"].get("wasted_slots"))),
                 topology=Topology(topology["ranks"], topology["nodes"], cost),
                 model=model,
                 load_LE=tables.pop("expert_load"),
