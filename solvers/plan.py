@@ -135,6 +135,7 @@ class Plan:
         """What `semmoe show` tells, by name."""
         placement, outputs = self.placement, self.outputs
         load_LR = (self.load_LE[:, :, None] * (placement.hosts_LER / placement.hosts_LER.sum(2, keepdims=True))).sum(1)
+        load_LR = load_LR[load_LR.any(axis=1)]  # layers without any load say nothing of balance
         facts: dict[str, Any] = {
             "kind": "plan",
             "model": self.model.model,
@@ -153,6 +154,8 @@ class Plan:
             "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
             "fitted_on": "all requests" if self.split.get("refit") else "training requests",
         }
+        if "balance" in self.options:
+            facts |= {"fitted_on": "expert loads", "scored": "for balance only, on the loads that it was made from"}
         if placement.num_wasted:
             facts["wasted_slots"] = placement.num_wasted
         possible = "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"

@@ -318,7 +318,7 @@ def _import_loads(job: Import, loads: Iterable[EngineLoad]) -> ImportSummary:
         writer.add_counts(list(windows), load_WLE[:, rows.kept_L])
     num_windows = len(RoutingTrace.open(job.out).load_counts()[0])
     job.notes.append(
-        f"{num_windows} windows of loads; semmoe show describes them, semmoe place needs routing per token"
+        f"{num_windows} windows of loads; semmoe place --method load takes them, other methods need routing per token"
     )
     return ImportSummary(0, 0, len(rows.kept_L), dict(job.dropped), job.notes)
 

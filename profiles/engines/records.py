@@ -13,6 +13,8 @@ import base64
 import binascii
 import gzip
 import json
+import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -175,6 +177,45 @@ def json_objects(path: Path, left_out: LeftOut) -> Iterator[tuple[str, dict[str,
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True) if not isinstance(value, np.ndarray) else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+
+def described_array(where: str, value: dict[str, Any]) -> np.ndarray:
+    """Integers of an object that gives raw bytes or a flat list beside their shape and type:
+    {"data", "shape"[, "dtype"]}; without a type, the one whose size fits the bytes.
+
+    Raises InputError where they do not fit each other.
+    """
+    data, shape = value.get("data"), integer_array(where, "routed_experts.shape", value.get("shape"), 1).tolist()
+    if not shape or min(shape) < 0:
+        raise InputError(f"{where}: routed_experts.shape is {_short(value.get('shape'))}, expected sizes from 0")
+    count = math.prod(shape)
+    if isinstance(data, list):
+        flat = np.asarray(integer_array(where, "routed_experts.data", data, np.ndim(data) or 1)).reshape(-1)
+    else:
+        raw = base64_bytes(where, data)
+        name = value.get("dtype")
+        if name is None:
+            name = {count * size: f"int{8 * size}" if size > 1 else "uint8" for size in (8, 4, 2, 1)}.get(
+                len(raw), "int32"
+            )
+        kind = str(name).removeprefix("torch.").removeprefix("numpy.").removeprefix("np.")
+        dtype = np.dtype(kind).newbyteorder("<") if kind in DTYPES else _typed(where, name)
+        if len(raw) % dtype.itemsize:
+            raise InputError(f"{where}: routed_experts has {len(raw)} bytes, expected values of {dtype.itemsize} bytes")
+        flat = np.frombuffer(raw, dtype)
+    if flat.size != count:
+        raise InputError(f"{where}: routed_experts holds {flat.size} values, its shape says {shape}")
+    return flat.reshape(shape)
+
+
+def _typed(where: str, name: Any) -> np.dtype:
+    """The dtype of a numpy type string such as "<i4"."""
+    if isinstance(name, str) and re.fullmatch(r"[<>|=]?[iu][1248]", name):
+        return np.dtype(name)
+    raise InputError(f"{where}: routed_experts.dtype is {_short(name)}, expected one of {', '.join(DTYPES)}")
 
 
 def base64_bytes(where: str, value: Any) -> bytes:

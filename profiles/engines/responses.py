@@ -29,6 +29,7 @@ from semmoe.profiles.engines.records import (
     LeftOut,
     UnusableError,
     base64_bytes,
+    described_array,
     integer,
     integer_array,
     json_objects,
@@ -152,7 +153,10 @@ def _dictionaries(where: str, name: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _raw_ids(where: str, part: dict[str, Any], shape: tuple[int, ...] | None) -> np.ndarray:
-    """int32 [T, L, K] of base64 text over raw bytes."""
+    """Integers [T, L, K] of base64 text over raw bytes (int32), of an object of data and shape, or
+    of nested lists."""
+    if isinstance(part["routed_experts"], dict | list):
+        return _array(where, "routed_experts", part["routed_experts"])
     data = base64_bytes(where, part["routed_experts"])
     if data.startswith(NPY_MAGIC):
         raise InputError(f"{where}: routed_experts is a .npy array, as vLLM writes it: --from vllm reads that")
@@ -206,14 +210,21 @@ def _vllm_request(where: str, file: Path, record: dict[str, Any], part: Part) ->
 
 
 def _npy_ids(where: str, value: Any) -> np.ndarray:
-    """Integers [T, L, K] of base64 text over .npy bytes, or of nested lists."""
-    if isinstance(value, list):
-        return integer_array(where, "routed_experts", value, 3)
+    """Integers [T, L, K] of base64 text over .npy bytes, of an object of data and shape, or of
+    nested lists."""
+    if isinstance(value, dict | list):
+        return _array(where, "routed_experts", value)
     try:
         array = np.load(io.BytesIO(base64_bytes(where, value)), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{where}: routed_experts is not a .npy array: {error}") from None
     return integer_array(where, "routed_experts", array, 3)
+
+
+def _array(where: str, name: str, value: dict[str, Any] | list[Any]) -> np.ndarray:
+    if isinstance(value, dict) and isinstance(value.get("data"), str) and value.get("shape") is None:
+        return _npy_ids(where, value["data"])
+    return integer_array(where, name, described_array(where, value) if isinstance(value, dict) else value, 3)
 
 
 def _request(

@@ -111,7 +111,9 @@ def _load_facts(load_LE: np.ndarray) -> LoadFacts:
     return LoadFacts(
         busiest_over_mean=float(skew_L.mean()),
         busiest_over_mean_layers=skew_L.tolist(),
-        unused_share=float((load_LE == 0).mean()),
+        unused_share=float(
+            (load_LE == 0)[load_LE.any(axis=1)].sum() / max(load_LE.any(axis=1).sum() * load_LE.shape[1], 1)
+        ),
         least_activations=int(load_LE.min()),
         median_activations=float(np.median(load_LE)),
         share_by_popularity=share_E.tolist(),
