@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from semmoe.profiles.engines.containers import container_of
+from semmoe.profiles.engines.load_rows import counted_rows
 from semmoe.profiles.engines.records import EngineLoad, EngineRequest, LeftOut, integer, integer_array
 from semmoe.profiles.errors import InputError, require_extra
 
@@ -85,7 +87,11 @@ def read_recorder(
     ranks: dict[bytes, int] = {}
     places: dict[str, str] = {}
     modes: dict[str, Path] = {}
-    for file in recorder_files(files):
+    found = recorder_files(files)
+    if found and all(container_of(file) == "text" and file.suffix != ".pt" for file in found):
+        yield counted_rows(found, facts)
+        return
+    for file in found:
         dump = load_pt(file)
         mode = _mode(file, dump)
         modes.setdefault(mode, file)
