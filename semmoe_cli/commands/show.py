@@ -65,6 +65,7 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
         return facts | {"scored": "for balance only (--method load)"} | _load_skew(load_WLE.sum(0), info.model_layers)
     from semmoe.profiles.counts import profile_traces
     from semmoe.solvers.health.health import left_out_facts
+    from semmoe.solvers.health.impossible import impossible_routing
     from semmoe.solvers.health.structure import measure_structure
 
     requests = trace.requests()
@@ -81,7 +82,10 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
         "token_ids_seen": len(np.unique(profile.sample.token_ids_T[known])),
     }
     facts |= _load_skew(profile.load_LE, info.model_layers)
-    if structure := measure_structure(profile.sample, info, seed=seed):
+    if impossible := impossible_routing(profile.load_LE, profile.sample, info):
+        facts["impossible_routing"] = list(impossible.values())
+        facts["structure"] = "not judged: the trace holds routing that cannot be"
+    elif structure := measure_structure(profile.sample, info, seed=seed):
         facts["co_activation_lift"] = float(structure.lift_L.mean())
         facts["co_activation_lift_per_layer"] = [round(float(v), 3) for v in structure.lift_L]
         facts["structure"] = structure.verdict

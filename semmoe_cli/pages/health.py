@@ -94,7 +94,7 @@ def _learning(health: "Health") -> Section | None:
 
 def _structure(health: "Health") -> Section | None:
     structure = health.structure
-    if structure is None:
+    if structure is None or health.impossible:
         return None
     picture = Picture(
         figures_health.structure_bars(structure, health.curve_layers),

@@ -19,6 +19,7 @@ from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.health.drift import cross_fits, domain_drift, random_share_B, rem_T, time_drift
 from semmoe.solvers.health.findings import health_findings
+from semmoe.solvers.health.impossible import impossible_routing
 from semmoe.solvers.health.record import (
     CurvePoint,
     Forecast,
@@ -58,6 +59,7 @@ def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Pr
     num_ranks = ranks or next((r for r in (8, 4, 2) if info.num_experts % r == 0 and info.num_experts > r), 1)
     layers = np.unique(np.linspace(0, info.num_layers - 1, min(MAX_LAYERS, info.num_layers)).astype(int))
     ids_LTK = np.ascontiguousarray(np.moveaxis(batch.expert_ids_TLK[:, layers], 1, 0))
+    impossible = impossible_routing(load_LE, batch, info)
     structure = done(measure_structure(replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:, layers]), info, seed=seed))
     fits = cross_fits(ids_LTK, batch, info.num_experts, num_ranks, seed)
     health = Health(
@@ -82,6 +84,7 @@ def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Pr
         domains=done(domain_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
         time=done(time_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
         left_out=left_out_facts(trace),
+        impossible={str(info.model_layers[layer]): text for layer, text in impossible.items()} or None,
     )
     return replace(health, findings=health_findings(health))
 

@@ -166,4 +166,5 @@ class Health(JsonRecord):
     domains: list[DomainDrift] | None
     time: TimeDrift | None
     left_out: LeftOutFacts | None = None
+    impossible: dict[str, str] | None = None  # by number of the layer in the model
     findings: list[Finding] = field(default_factory=list)
