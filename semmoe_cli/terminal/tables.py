@@ -216,6 +216,17 @@ def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
         print(f"{visible(name).replace('_', ' '):<{width}}  {visible(str(value))}")
 
 
+def print_balance(rows: list[dict[str, Any]], names: dict[str, str], *, as_json: bool) -> None:
+    """How evenly placements load their ranks, where nothing else can be scored. `names`: of plan
+    and trace."""
+    if as_json:
+        print_json({**names, "scored": "balance", "rows": rows})
+        return
+    print(f"{'placement':<12}{'load max/mean':>15}{'load max/median':>17}")
+    for row in rows:
+        print(f"{row['placement']:<12}{row['load_imbalance']:>15.3f}{row['load_imbalance_median']:>17.3f}")
+
+
 def _shortened(values: list[Any]) -> str:
     texts = [str(v) for v in values]
     if len(texts) > 12:
