@@ -16,6 +16,7 @@ from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.families import IDENTITY_EXPERTS, NESTED, NUM_EXPERTS, TOP_K, Family, find_family
 from semmoe.profiles.hub import hub_in_reach, is_hub_id
 
+ZERO_EXPERTS = (IDENTITY_EXPERTS, "num_zero_experts", "n_zero_experts", "moe_num_zero_experts", "num_identity_experts")
 BLOCK_PARTS = ("ffn", "mlp", "moe", "feed_forward")  # where an entry of block_configs keeps what it says of experts
 MOST = 1_000_000  # experts, layers or choices of a model; beyond that a config is damaged
 
@@ -113,7 +114,7 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": _integer(facts.get("vocab_size"), 0),
         "n_group": _group(facts, inner, ("n_group", "num_expert_group")) if grouped else 1,
         "topk_group": _group(facts, inner, ("topk_group",)) if grouped else 1,
-        "empty_slots": bool(facts.get(IDENTITY_EXPERTS)) or family.skips or top_k_differs,
+        "empty_slots": any(_integer(facts.get(key), 0) for key in ZERO_EXPERTS) or family.skips or top_k_differs,
     }
 
 

@@ -204,6 +204,8 @@ def _import_requests(job: Import, survey: Survey, requests: Iterator[EngineReque
     if job.facts is None:
         job.notes.append(_expert_note(layout, survey.num_experts))
     job.note_dense(len(layout.dense_L), layout.num_kept)
+    if shared := int((survey.largest_K[layout.top_k :] >= 0).sum()):
+        job.notes.append(f"{shared} columns past the top-{layout.top_k} are taken as fused shared experts and left out")
     own = {
         "num_layers": layout.num_kept,
         "num_experts": layout.num_experts,

@@ -270,6 +270,8 @@ def _request(
 def _first_row(where: str, num_rows: int, start: int | None, num_prompt: int, num_output: int) -> int:
     """Position of the first row; checks that the rows end one token before the sequence does."""
     last = num_prompt + num_output - 1
+    if num_output == 0 and num_rows == num_prompt and not start:
+        return 0  # nothing was generated, and the prompt's last token was routed like the others
     if start is None:
         start = last - num_rows
     if start < 0 or start + num_rows != last:
