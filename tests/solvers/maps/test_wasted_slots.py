@@ -44,8 +44,8 @@ def test_a_wasted_slot_serves_nothing_and_is_counted(trace, tmp_path):
     facts = json.loads((tmp_path / "p" / "plan.json").read_text())
     del facts["options"]["wasted_slots"]
     (tmp_path / "p" / "plan.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="twice on rank 0|was changed"):
-        Plan.load(tmp_path / "p")
+    with pytest.raises(InputError, match="twice on rank 0"):
+        Plan.load(tmp_path / "p", accept_edits=True)
 
 
 def test_maps_with_an_axis_of_ranks_by_content_not_by_ending(tmp_path):
