@@ -60,6 +60,12 @@ def _is_router(name: str) -> bool:
     return bool(layer and (ROUTER_ROWS.match(layer["rest"]) or VECTOR.match(layer["rest"])))
 
 
+def same_routers(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool | None:
+    """Whether two checkpoints have the same routers; None where that is not known."""
+    hashes = [(known or {}).get("router_sha256") for known in (one, other)]
+    return hashes[0] == hashes[1] if all(hashes) else None
+
+
 def compare_checkpoint(traced: dict[str, Any] | None, folder: Path, where: str) -> tuple[bool | None, str]:
     """Whether the checkpoint in `folder` is the one that was traced, and a line for people where it
     is not; None and no line where nothing tells.

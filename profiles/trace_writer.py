@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import new_file, write_file
@@ -80,6 +81,8 @@ class TraceWriter:
         facts, info = read_facts(self.path.as_posix())
         if wrong := info.mismatch(self.info):
             raise InputError(f"{self.path} is the trace of another model or run: {wrong}")
+        if same_routers(info.checkpoint, self.info.checkpoint) is False:
+            raise InputError(f"{self.path} is the trace of another checkpoint: its router weights are others")
         # The first writer's facts stay, but a slot of a later run may be empty: the stored type
         # must hold that too.
         if self.info.id_dtype != info.id_dtype:
