@@ -87,7 +87,7 @@ class TraceWriter:
         # must hold that too.
         if self.info.id_dtype != info.id_dtype:
             raise InputError(f"{self.path} stores ids as {info.id_dtype}, this run needs {self.info.id_dtype}")
-        self._hashes = {part["file"]: part["sha256"] for part in facts["parts"] if "sha256" in part}
+        self._hashes = {part["file"]: part["sha256"] for part in facts["parts"]}
         for name, digest in self._hashes.items():
             if (self.path / name).is_file() and hash_file(self.path / name) != digest:
                 raise InputError(
