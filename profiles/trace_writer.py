@@ -62,6 +62,7 @@ class TraceWriter:
         self._weights = False
         self.request_ids: set[str] = set()
         self._hashes: dict[str, str] = {}
+        self.facts_before: dict[str, Any] = {}  # trace.json of a trace that is continued
         if resume and (self.path / "trace.json").exists():
             self._continue()
         else:
@@ -79,6 +80,7 @@ class TraceWriter:
 
     def _continue(self) -> None:
         facts, info = read_facts(self.path.as_posix())
+        self.facts_before = facts
         if wrong := info.mismatch(self.info):
             raise InputError(f"{self.path} is the trace of another model or run: {wrong}")
         if same_routers(info.checkpoint, self.info.checkpoint) is False:

@@ -22,6 +22,7 @@ from semmoe.commands.run import run
 from semmoe.commands.show import show
 from semmoe.commands.trace import trace
 from semmoe.profiles.errors import DEBUG, InputError, show_traceback
+from semmoe.terminal.text import visible
 
 app = typer.Typer(
     name="semmoe",
@@ -94,7 +95,7 @@ def main() -> None:
 
 def _end(error: BaseException, line: str) -> NoReturn:
     show_traceback(error)
-    print(f"semmoe: {line}", file=sys.stderr)
+    print(f"semmoe: {visible(line)}", file=sys.stderr)
     sys.exit(1)
 
 

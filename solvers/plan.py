@@ -204,6 +204,7 @@ class Plan:
         """What `semmoe show` tells, by name."""
         placement, outputs = self.placement, self.outputs
         load_LR = (self.load_LE[:, :, None] * (placement.hosts_LER / placement.hosts_LER.sum(2, keepdims=True))).sum(1)
+        load_LR = load_LR[load_LR.any(axis=1)]  # layers without any load say nothing of balance
         facts: dict[str, Any] = {
             "kind": "plan",
             "model": self.model.model,
@@ -222,6 +223,10 @@ class Plan:
             "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
             "fitted_on": "all requests" if self.split.get("refit") else "training requests",
         }
+        if "balance" in self.options:
+            facts |= {"fitted_on": "expert loads", "scored": "for balance only, on the loads that it was made from"}
+        if placement.num_wasted:
+            facts["wasted_slots"] = placement.num_wasted
         possible = "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
         facts["permuted_checkpoint"] = possible
         for row in self.scores.rows if self.scores else []:
@@ -286,7 +291,8 @@ class Plan:
             model = ModelFacts(**{**facts["model"], "model_layers": tuple(facts["model"]["model_layers"])})
             topology = facts["topology"]
             cost = np.asarray(topology["cost"], np.float64) if topology.get("cost") else None
-            placement = Placement(np.asarray(facts["placement"], np.int32), model.num_experts)
+            may_waste = bool(facts["options"].get("wasted_slots"))
+            placement = Placement(np.asarray(facts["placement"], np.int32), model.num_experts, may_waste)
             tables = _read_tables(path, (placement.num_layers, placement.num_experts), placement.experts_LRS.shape)
             scored = None
             if (scored_LRS := tables.pop("scored_placement", None)) is not None:

@@ -113,7 +113,7 @@ def prepare(
         ids = [prompt.token_ids for prompt in prompts]
         rank_of_B = assign(scheduler, ids, plan, max_new_tokens=options.max_new_tokens)
     tables = plan.tables if scheduler == "tp" else {}
-    told = replace(plan, tables=tables, fitted_keys=plan.fitted_keys[:0], trace={}, split={}, scores={}, notes=[])
+    told = replace(plan, tables=tables, fitted_keys=plan.fitted_keys[:0], trace={}, split={}, scores=None, notes=[])
     return [
         RankTask(scheduler, told, checkpoint, prompts, rank_of_B, entries[rank], verified, same)
         for rank, checkpoint in enumerate(checkpoints)

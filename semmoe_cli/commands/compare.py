@@ -107,6 +107,7 @@ def compare(
 def _print(comparison: "Comparison") -> None:
     from semmoe.solvers.evaluate.compare import NoMoves
     from semmoe.terminal.tables import SCORE_CAPTION, layouts, print_fitting, wide_console
+    from semmoe.terminal.text import visible
 
     console = wide_console()
     nodes = max(plan.nodes for plan in comparison.plans)
@@ -134,7 +135,7 @@ def _print(comparison: "Comparison") -> None:
     )
     for moves in comparison.moves:
         if isinstance(moves, NoMoves):
-            console.print(f"{moves.from_} to {moves.to}: {moves.why_not}", markup=False)
+            console.print(visible(f"{moves.from_} to {moves.to}: {moves.why_not}"))
 
 
 def _shown_rows(comparison: "Comparison") -> "list[ScoreRow]":
@@ -156,9 +157,8 @@ def _score_table(
     comparison: "Comparison", rows: "list[ScoreRow]", facts: Sequence[str], metrics: list[str], intervals: bool
 ) -> "Table":
     """`facts`: what the table tells of a plan beside its name."""
-    from rich.markup import escape
-
     from semmoe.terminal.tables import COLUMNS, new_table, score_cell
+    from semmoe.terminal.text import add_row
 
     table = new_table()
     for heading in ("plan", *facts, "schedule"):
@@ -169,15 +169,14 @@ def _score_table(
     for row in rows:
         about = (str(getattr(plans[row.placement], fact)) for fact in facts)
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
-        table.add_row(escape(row.placement), *about, row.schedule, *cells)
+        add_row(table, row.placement, *about, row.schedule, *cells)
     return table
 
 
 def _difference_table(comparison: "Comparison") -> "Table":
-    from rich.markup import escape
-
     from semmoe.solvers.evaluate.compare import PAIRED
     from semmoe.terminal.tables import COLUMNS, new_table
+    from semmoe.terminal.text import add_row
 
     table = new_table()
     table.add_column("plan", overflow="fold")
@@ -188,17 +187,16 @@ def _difference_table(comparison: "Comparison") -> "Table":
         for metric in PAIRED:
             value, low, high = getattr(row, metric)
             sure = "better" if high < 0 else "worse" if low > 0 else "same"
-            name = escape(row.plan) if metric == PAIRED[0] else ""
-            table.add_row(name, COLUMNS[metric][0], f"{value:+.3f} \\[{low:+.3f}, {high:+.3f}]", sure)
+            name = row.plan if metric == PAIRED[0] else ""
+            add_row(table, name, COLUMNS[metric][0], f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", sure)
     return table
 
 
 def _move_table(comparison: "Comparison") -> "Table":
-    from rich.markup import escape
-
     from semmoe.pages.compare import move_cells
     from semmoe.solvers.evaluate.compare import PlanMoves
     from semmoe.terminal.tables import new_table
+    from semmoe.terminal.text import add_row
 
     sized = bool(comparison.bytes_per_expert)
     table = new_table()
@@ -208,5 +206,5 @@ def _move_table(comparison: "Comparison") -> "Table":
         table.add_column(heading, justify="right")
     for moves in comparison.moves:
         if isinstance(moves, PlanMoves):
-            table.add_row(escape(moves.from_), escape(moves.to), *move_cells(moves, sized=sized))
+            add_row(table, moves.from_, moves.to, *move_cells(moves, sized=sized))
     return table

@@ -6,7 +6,6 @@ first lesson.
 
 import io
 import json
-import shlex
 import sys
 import time
 from contextlib import redirect_stdout
@@ -17,6 +16,7 @@ import typer
 
 from semmoe.options import Json, Seed
 from semmoe.terminal.tables import new_table, print_fitting, print_json, print_report, wide_console
+from semmoe.terminal.text import add_row, quoted, visible
 
 if TYPE_CHECKING:
     from semmoe.solvers.evaluate.report import Report
@@ -70,7 +70,7 @@ def demo(
         return
     _print_summary(result, scores, ranks)
     print(f"\nDone in {seconds:.0f} s. Files:", file=sys.stderr)
-    width = max(len(str(path)) for path in (traced, plan, page, placed, answers))
+    width = max(len(visible(str(path))) for path in (traced, plan, page, placed, answers))
     for path, meaning in (
         (traced, "routing of the demo model on its prompts (Parquet)"),
         (plan, "placement and schedules with their held-out scores"),
@@ -78,13 +78,13 @@ def demo(
         (placed, "the demo model with its experts placed: an ordinary Hugging Face checkpoint"),
         (answers, f"its answers on {ranks} local ranks"),
     ):
-        print(f"  {path!s:<{width}}  {meaning}", file=sys.stderr)
+        print(f"  {visible(str(path)):<{width}}  {meaning}", file=sys.stderr)
 
 
 def _step(context: typer.Context, *words: object) -> dict[str, Any]:
     """Say the command, run it, and give back the JSON object that it prints."""
     command = [str(word) for word in words]
-    print(f"\n$ {shlex.join(['semmoe', *command])}", file=sys.stderr)
+    print(f"\n$ {' '.join(map(quoted, ['semmoe', *command]))}", file=sys.stderr)
     printed, program = io.StringIO(), context.find_root().command
     with redirect_stdout(printed), program.make_context("semmoe", [*command, "--json"]) as step:
         program.invoke(step)
@@ -111,6 +111,6 @@ def _print_summary(result: dict[str, Any], scores: "Report", ranks: int) -> None
         ("reshard", f"{checkpoint['num_layers']} layers relabelled, {checkpoint['verified']} compared"),
         ("run", f"{ran['check']['compared']:,} answers on {ranks} ranks {same} those of plain Transformers"),
     ):
-        table.add_row(name, found)
+        add_row(table, name, found)
     console = wide_console()
     print_fitting(console, [table], title="\nSummary", caption="remote ranks per token: REM, a mean over layers")

@@ -50,6 +50,8 @@ def print_rows(result: dict[str, Any], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from semmoe.terminal.text import add_row, visible
+
     rate = result["network"]["bytes_per_s"]
     link = f"{rate / 1e6:,.0f} MB/s" if rate < UNMEASURED_BYTES_PER_S else "too fast to measure in such batches"
     title = (
@@ -57,12 +59,12 @@ def print_rows(result: dict[str, Any], *, as_json: bool) -> None:
         f"{result['batch_tokens']:,}; link {link}, "
         f"latency {result['network']['latency_s'] * 1e3:.2f} ms"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=visible(title), title_justify="left")
     for heading in ("placement", "schedule"):
         table.add_column(heading)
     for heading in DIGITS:
         table.add_column(heading.replace("_", " "), justify="right")
     for row in result["rows"]:
         numbers = (f"{row[name]:,.{digits}f}" for name, digits in DIGITS.items())
-        table.add_row(row["placement"], row["schedule"], *numbers)
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+        add_row(table, row["placement"], row["schedule"], *numbers)
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False).print(table)

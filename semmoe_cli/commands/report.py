@@ -12,6 +12,8 @@ from semmoe.options import Json, Simulation, given, grouped
 if TYPE_CHECKING:
     from semmoe.pages.page import Page
     from semmoe.pages.plan_report import PlanReportOptions
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,9 @@ def _report_plan(
     from semmoe.terminal.tables import note, note_unchecked, print_report, print_times
 
     placed, traced = Plan.load(plan), RoutingTrace.open(trace)
+    if traced.info.kind == "counts":
+        _report_balance(placed, traced, {"plan": plan, "trace": trace}, output, as_json)
+        return
     made = make_plan_report(placed, traced, options, simulation.setting(), plan_path=plan)
     note_unchecked(placed, traced)
     for line in [*made.notes, *made.left_out]:
@@ -159,6 +164,22 @@ def _report_plan(
             print_section(section)
     if output is not None:
         _write(plan_page(made), output)
+
+
+def _report_balance(
+    plan: "Plan", trace: "RoutingTrace", names: dict[str, str], output: Path | None, as_json: bool
+) -> None:
+    """What can be said of a plan on loads alone."""
+    from semmoe.solvers.plan_of_counts import ONLY_BALANCE, balance_of, counted_load_LE
+    from semmoe.terminal.tables import note, print_balance
+
+    if output is not None:
+        trace.require_tokens("a page")
+    plan.model.check(trace.info, trace.path)
+    note(f"{trace.path}: {ONLY_BALANCE}")
+    if trace.fingerprint in plan.trace.get("fingerprints", []):
+        note("the plan was made from these very loads: its balance is not held out")
+    print_balance(balance_of(plan, counted_load_LE([trace])), names, as_json=as_json)
 
 
 def _report_trace(path: str, ranks: int, seed: int, output: Path | None, as_json: bool) -> None:

@@ -1,6 +1,5 @@
 """`semmoe run`: a placed model on many ranks. With --replay see replay.py."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -244,7 +243,7 @@ def print_results(lines: list[dict[str, Any]], metrics: dict[str, Any], *, outpu
         return
     if output is None:
         for line in lines:
-            print(json.dumps(line, ensure_ascii=False))
+            print_json(line)
     facts = {k: v for k, v in metrics.items() if k not in ("layers", "time", "check")}
     facts |= {f"time_{phase}": seconds for phase, seconds in metrics["time"].items()}
     if "check" in metrics:

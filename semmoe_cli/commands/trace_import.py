@@ -29,6 +29,12 @@ class EngineFiles:
         Repetition, typer.Option(help="With --from: what to do with requests that fell into a loop.")
     ] = Repetition.drop
     domain: Annotated[str | None, typer.Option(help="With --from: the domain of every request.")] = None
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="With --from: stop at the first record that cannot be used; default: leave it out."
+        ),
+    ] = False
 
 
 def import_files(
@@ -45,6 +51,7 @@ def import_files(
         engine.domain,
         max_tokens,
         resume,
+        engine.strict,
         command_line(output, *files),
     )
     summary = import_trace(engine.from_.value, [Path(file) for file in files], output, options)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from semmoe.profiles.progress import Progress, Stages
+from semmoe.terminal.text import visible
 
 if TYPE_CHECKING:
     from semmoe.profiles.capture.run import Limits, TraceProgress
@@ -42,7 +43,11 @@ def display() -> Iterator[Callable[[Moment], None]]:
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[aside]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[aside]}", markup=False),
+    )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task, stage = bar.add_task("", total=None, visible=False, aside=""), None
 
@@ -51,7 +56,9 @@ def display() -> Iterator[Callable[[Moment], None]]:
             if moment.stage != stage:
                 bar.remove_task(task)
                 task, stage = bar.add_task("", total=None, aside=""), moment.stage
-            bar.update(task, description=moment.text, completed=moment.done, total=moment.total, aside=moment.aside)
+            bar.update(
+                task, description=visible(moment.text), completed=moment.done, total=moment.total, aside=moment.aside
+            )
 
         yield show
 
@@ -64,7 +71,7 @@ def _lines() -> Callable[[Moment], None]:
         nonlocal last, shown
         if time.monotonic() - last >= LINE_SECONDS and shown != moment[:2]:
             last, shown = time.monotonic(), moment[:2]
-            print(f"semmoe: {moment.line}", file=sys.stderr, flush=True)
+            print(f"semmoe: {visible(moment.line)}", file=sys.stderr, flush=True)
 
     return show
 

@@ -4,14 +4,16 @@ Tables fit the terminal: intervals go first, then the columns that matter less. 
 inside: `semmoe --help` does not need it.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from semmoe.terminal.text import add_row, json_line, visible, visible_lines
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.report import Report, ScoreRow, Times
@@ -35,7 +37,7 @@ SCORE_CAPTION = "* best of its column, oracles left out; in brackets: 95% bootst
 
 def note(line: str) -> None:
     """A line for people on stderr."""
-    print(f"semmoe: {line}", file=sys.stderr)
+    print(f"semmoe: {visible(line)}", file=sys.stderr)
 
 
 def note_unchecked(*inputs: "RoutingTrace | Plan") -> None:
@@ -48,11 +50,11 @@ def note_unchecked(*inputs: "RoutingTrace | Plan") -> None:
 def print_json(value: Any) -> None:
     """One JSON object on stdout; with escapes where stdout cannot write its text (another
     encoding, a path that is not UTF-8)."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json_line(value)
     try:
         text.encode(sys.stdout.encoding or "utf-8")  # a text buffer has none
     except UnicodeEncodeError:
-        text = json.dumps(value)
+        text = json_line(value, ascii_only=True)
     print(text)
 
 
@@ -66,10 +68,10 @@ def print_report(report: "Report", *, as_json: bool) -> None:
     print_fitting(console, tables, title=_title(report), caption=SCORE_CAPTION)
     if verdict := report.verdict:
         colour = {"good": "green", "bad": "red"}.get(verdict.level, "yellow")
-        console.print(f"\n{verdict.sentence}", style=colour, markup=False)
+        console.print(f"\n{visible(verdict.sentence)}", style=colour)
         more = verdict.with_schedule
         if more and more.sentence != verdict.sentence and more.schedule != verdict.schedule:
-            console.print(more.sentence, markup=False)
+            console.print(visible(more.sentence))
     if report.dispatch == "gather":
         console.print("Placement cannot reduce traffic here, only balance load.")
 
@@ -84,10 +86,10 @@ def layouts(num_nodes: int) -> list[tuple[list[str], bool]]:
 
 def wide_console() -> "Console":
     """A console on stdout: the terminal's width, a fixed one elsewhere; colours only on a
-    terminal, and not with NO_COLOR."""
+    terminal, and not with NO_COLOR. No text is read as markup or as names of emoji."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, markup=False, emoji=False)
 
 
 def print_fitting(console: "Console", tables: list["Table"], *, title: str, caption: str) -> None:
@@ -95,9 +97,9 @@ def print_fitting(console: "Console", tables: list["Table"], *, title: str, capt
     caption."""
     unbounded = console.options.update(width=1000)
     fitting = [t for t in tables if console.measure(t, options=unbounded).maximum <= console.width]
-    console.print(title, style="bold", markup=False)
+    console.print(visible_lines(title), style="bold")
     console.print((fitting or tables[-1:])[0])
-    console.print(caption, style="dim", markup=False)
+    console.print(visible_lines(caption), style="dim")
 
 
 def new_table() -> "Table":
@@ -117,9 +119,9 @@ def _score_table(report: "Report", metrics: list[str], intervals: bool) -> "Tabl
     rows, uniform = report.rows, report.uniform
     for row in rows:
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
-        table.add_row(*row.key, *cells, style="dim" if row.is_oracle else None)
+        add_row(table, *row.key, *cells, style="dim" if row.is_oracle else None)
     cells = (f"{uniform[m]:{_width(m, rows)}.3f}" if m in uniform else "" for m in metrics)
-    table.add_row("uniform", "random", *cells, style="dim")
+    add_row(table, "uniform", "random", *cells, style="dim")
     return table
 
 
@@ -136,7 +138,7 @@ def _width(metric: str, rows: "Sequence[ScoreRow]") -> int:
     return max(len(f"{row.value(metric):.3f}") for row in rows)
 
 
-def score_cell(row: "ScoreRow", metric: str, rows: "Sequence[ScoreRow]", *, intervals: bool) -> str:
+def score_cell(row: "ScoreRow", metric: str, rows: "Sequence[ScoreRow]", *, intervals: bool) -> "Text":
     """A value, marked where it is the best of `rows`, and its interval; digits are aligned in a
     left-justified column."""
     low, high = row.interval(metric)
@@ -146,8 +148,10 @@ def score_cell(row: "ScoreRow", metric: str, rows: "Sequence[ScoreRow]", *, inte
     best = not row.is_oracle and len(set(values)) > 1 and value == better(values)
     text = f"{value:{_width(metric, rows)}.3f}{'*' if best else ' '}"
     # An interval without width (a value that does not depend on the data) is left out.
-    interval = f" \\[{low:.3f}, {high:.3f}]" if intervals and high - low > 5e-4 else ""
-    return f"[bold]{text}[/bold]{interval}" if best else f"{text}{interval}"
+    interval = f" [{low:.3f}, {high:.3f}]" if intervals and high - low > 5e-4 else ""
+    from rich.text import Text
+
+    return Text.assemble((text, "bold" if best else ""), interval)
 
 
 def print_times(times: "Times") -> None:
@@ -168,7 +172,8 @@ def _times_table(times: "Times", shown: Sequence[int]) -> "Table":
     for number in shown:
         table.add_column(headings[number], justify="right", no_wrap=True)
     for placement, schedule, *values in times_cells(times):
-        table.add_row(placement, schedule, *(values[n] for n in shown), style="dim" if "oracle" in schedule else None)
+        cells = (values[n] for n in shown)
+        add_row(table, placement, schedule, *cells, style="dim" if "oracle" in schedule else None)
     return table
 
 
@@ -208,7 +213,18 @@ def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
             value = f"{value:.3f}"
         elif isinstance(value, int):
             value = f"{value:,}"
-        print(f"{name.replace('_', ' '):<{width}}  {value}")
+        print(f"{visible(name).replace('_', ' '):<{width}}  {visible(str(value))}")
+
+
+def print_balance(rows: list[dict[str, Any]], names: dict[str, str], *, as_json: bool) -> None:
+    """How evenly placements load their ranks, where nothing else can be scored. `names`: of plan
+    and trace."""
+    if as_json:
+        print_json({**names, "scored": "balance", "rows": rows})
+        return
+    print(f"{'placement':<12}{'load max/mean':>15}{'load max/median':>17}")
+    for row in rows:
+        print(f"{row['placement']:<12}{row['load_imbalance']:>15.3f}{row['load_imbalance_median']:>17.3f}")
 
 
 def _shortened(values: list[Any]) -> str:
@@ -223,7 +239,7 @@ def print_health(health: "Health", *, as_json: bool) -> None:
     if as_json:
         print_json(health.to_json())
         return
-    from rich.markup import escape
+    from rich.text import Text
 
     console = wide_console()
     colours = {"good": "green", "watch": "yellow", "bad": "red"}
@@ -231,7 +247,7 @@ def print_health(health: "Health", *, as_json: bool) -> None:
     for heading in ("question", "", "answer"):
         table.add_column(heading, overflow="fold")
     for found in health.findings:
-        table.add_row(found.topic, f"[{colours[found.level]}]{found.level}[/]", escape(found.text))
+        add_row(table, found.topic, Text(found.level, colours[found.level]), found.text)
     title = f"{health.model or 'model'}: {health.requests:,} requests, {health.tokens:,} tokens"
     print_fitting(
         console, [table], title=title, caption="good: nothing to do; watch: a limit to know; bad: act before placing"
@@ -241,9 +257,9 @@ def print_health(health: "Health", *, as_json: bool) -> None:
         for heading in ("training tokens", "REM", ""):
             curve.add_column(heading, justify="left" if not heading else "right")
         for point in learning.points:
-            curve.add_row(f"{point.tokens:,.0f}", f"{point.rem:.3f}", "")
+            add_row(curve, f"{point.tokens:,.0f}", f"{point.rem:.3f}", "")
         for point in learning.forecast:
-            curve.add_row(f"{point.tokens:,.0f}", f"{point.rem:.3f}", "expected", style="dim")
+            add_row(curve, f"{point.tokens:,.0f}", f"{point.rem:.3f}", "expected", style="dim")
         title = f"\nHeld-out REM on {health.ranks} ranks by training tokens; contiguous experts: {learning.contiguous_rem:.3f}"
         caption = "quick METIS on some layers; expected: read off a power law through the points"
         print_fitting(console, [curve], title=title, caption=caption)

@@ -12,7 +12,7 @@ from semmoe.profiles.trace import RoutingTrace, hash_file
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.score_plan import baselines, score_placements
-from semmoe.solvers.maps.read import import_placement
+from semmoe.solvers.maps.read import read_placement
 from semmoe.solvers.maps.write import FORMAT, ORIGIN, VERSION, sidecar_path
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
@@ -44,7 +44,7 @@ def import_plan(
         setting: of the simulated schedules; its seed also draws the sample.
         made_by: the command, for the plan.
 
-    Raises InputError as import_placement does, and for a trace of loads.
+    Raises InputError as read_placement does, and for a trace of loads.
     """
     if dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
@@ -52,7 +52,7 @@ def import_plan(
         trace.require_tokens("the score of an imported map")
     model = ModelFacts.of(traces[0].info)
     topology.check_experts(model.num_experts)
-    placement = import_placement(kind, file, model, topology)
+    placement, notes_on_map = read_placement(kind, file, model, topology)
     profile = profile_traces(traces, seed=setting.seed)
     everything = [np.ones(trace.num_requests, bool) for trace in traces]
     scores = score_placements(
@@ -87,7 +87,8 @@ def import_plan(
         dispatch=dispatch,
         load_LE=profile.load_LE,
         fitted_keys=np.empty(0, np.uint64),
-        options={"import": kind, "sha256": hash_file(file)},
+        options={"import": kind, "sha256": hash_file(file)}
+        | ({"wasted_slots": placement.num_wasted} if placement.num_wasted else {}),
         trace={
             "fingerprints": fingerprints,
             "requests": num_requests,
@@ -102,7 +103,7 @@ def import_plan(
             "refit": False,
         },
         scores=scores,
-        notes=notes,
+        notes=notes + notes_on_map,
         made_by=made_by,
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from semmoe.pages.figures.style import Draw, Palette, plain_axes
+from semmoe.pages.figures.style import Draw, Palette, name_rows, plain_axes
 
 if TYPE_CHECKING:
     from semmoe.solvers.health.record import (
@@ -170,7 +170,7 @@ def drift_points(rows: "Sequence[DomainDrift | WindowDrift]", names: list[str]) 
                 markersize=6.5,
                 zorder=2,
             )
-        axes.set_yticks(range(len(rows)), names)
+        name_rows(axes, names)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.set_xlabel("activations that would have to change expert, %")

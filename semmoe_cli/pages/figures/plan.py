@@ -6,7 +6,7 @@ Matplotlib is imported inside `figures`; here are only drawings on what it is gi
 
 from typing import TYPE_CHECKING, Any
 
-from semmoe.pages.figures.style import Draw, Palette, heat, plain_axes, shade
+from semmoe.pages.figures.style import Draw, Palette, heat, name_rows, plain_axes, shade
 
 if TYPE_CHECKING:
     from semmoe.solvers.evaluate.pictures import Details
@@ -51,7 +51,7 @@ def score_rows(rows: "list[ScoreRow]", metric: str, uniform: float | None = None
                 color=palette.muted,
                 fontsize=7.5,
             )
-        left.set_yticks(range(len(rows)), labels)
+        name_rows(left, labels)
 
     return draw
 
@@ -251,7 +251,7 @@ def domain_dumbbells(names: list[str], pairs: "list[tuple[ScoreRow, ScoreRow]]",
                     textcoords="offset points",
                     fontsize=8,
                 )
-        axes.set_yticks(range(len(names)), names)
+        name_rows(axes, names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.margins(x=0.1)
         axes.set_xlabel(f"{label}; in brackets: requests")
