@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.config import read_config, text_config
-from semmoe.profiles.document import SHA256, anything, map_of, null_or, record
+from semmoe.profiles.document import SHA256, integer, null_or, record, text
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.families import LAYER, ROUTER_ROWS, VECTOR
 from semmoe.profiles.files import inside
 from semmoe.profiles.safetensors_file import Shard, read_shard, tensor_files
 
-CONFIG_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size", "moe_intermediate_size")
+SIZES = ("num_hidden_layers", "hidden_size", "vocab_size", "moe_intermediate_size")
 MUST_AGREE = ("num_hidden_layers", "hidden_size", "moe_intermediate_size")  # a fine-tune may add to the vocabulary
-IDENTITY = record({"config": map_of(anything)}, {"router_sha256": null_or(SHA256), "index_sha256": null_or(SHA256)})
+CONFIG = record({}, {"model_type": text(), **dict.fromkeys(SIZES, integer())})
+IDENTITY = record({"config": CONFIG}, {"router_sha256": null_or(SHA256), "index_sha256": null_or(SHA256)})
 
 
 def checkpoint_identity(folder: Path) -> dict[str, Any] | None:
@@ -33,7 +34,8 @@ def checkpoint_identity(folder: Path) -> dict[str, Any] | None:
     config = text_config(read_config(folder))
     index = next(iter(sorted(folder.glob("*.index.json"))), None)
     return {
-        "config": {key: config[key] for key in CONFIG_KEYS if isinstance(config.get(key), int | str)},
+        "config": {"model_type": str(config.get("model_type") or "")}
+        | {key: config[key] for key in SIZES if type(config.get(key)) is int and config[key] >= 0},
         "router_sha256": router_sha256(folder),
         "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest() if index else None,
     }
@@ -58,6 +60,12 @@ def router_sha256(folder: Path) -> str | None:
 def _is_router(name: str) -> bool:
     layer = LAYER.match(name)
     return bool(layer and (ROUTER_ROWS.match(layer["rest"]) or VECTOR.match(layer["rest"])))
+
+
+def same_routers(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool | None:
+    """Whether two checkpoints have the same routers; None where that is not known."""
+    hashes = [(known or {}).get("router_sha256") for known in (one, other)]
+    return hashes[0] == hashes[1] if all(hashes) else None
 
 
 def compare_checkpoint(traced: dict[str, Any] | None, folder: Path, where: str) -> tuple[bool | None, str]:

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.document import parse_json
+from semmoe.profiles.document import parse_json, read_bounded
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import shortened, wrong_name
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -101,7 +102,7 @@ def read_shard(path: Path) -> Shard:
         return shapes.setdefault(shape, shape)
 
     try:
-        entries = parse_json(text)
+        entries = parse_json(text, strict=True)  # a tensor that stands twice is two tensors
         metadata = entries.pop("__metadata__", None) or {}
         tensors = tuple(
             sorted(
@@ -166,7 +167,7 @@ def make_header(tensors: tuple[Tensor, ...], metadata: dict[str, str], *, header
 def read_index(path: Path) -> dict[str, Any]:
     """The index of a sharded checkpoint: {"metadata": {...}, "weight_map": {tensor: file}}."""
     try:
-        index = parse_json(path.read_text(encoding="utf-8"))
+        index = parse_json(read_bounded(path), strict=True)
     except ValueError as error:  # of the encoding too
         raise InputError(f"{path} is not JSON: {error}") from None
     except OSError as error:
@@ -175,6 +176,9 @@ def read_index(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} has no weight_map: expected the index of a sharded checkpoint")
     if not all(isinstance(file, str) for file in index["weight_map"].values()):
         raise InputError(f"{path} is damaged: its weight_map names something else than files")
+    for file in set(index["weight_map"].values()):
+        if wrong := wrong_name(file):
+            raise InputError(f"{path}: weight_map names {shortened(file)}: {wrong}")
     index["weight_map"] = {key: sys.intern(file) for key, file in index["weight_map"].items()}
     return index
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import new_file, write_file
@@ -82,11 +83,13 @@ class TraceWriter:
         self.facts_before = facts
         if wrong := info.mismatch(self.info):
             raise InputError(f"{self.path} is the trace of another model or run: {wrong}")
+        if same_routers(info.checkpoint, self.info.checkpoint) is False:
+            raise InputError(f"{self.path} is the trace of another checkpoint: its router weights are others")
         # The first writer's facts stay, but a slot of a later run may be empty: the stored type
         # must hold that too.
         if self.info.id_dtype != info.id_dtype:
             raise InputError(f"{self.path} stores ids as {info.id_dtype}, this run needs {self.info.id_dtype}")
-        self._hashes = {part["file"]: part["sha256"] for part in facts["parts"] if "sha256" in part}
+        self._hashes = {part["file"]: part["sha256"] for part in facts["parts"]}
         for name, digest in self._hashes.items():
             if (self.path / name).is_file() and hash_file(self.path / name) != digest:
                 raise InputError(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
@@ -124,7 +125,7 @@ def make_plan(
         trace=_traced(traces),
         split=_split(traces, held_out, demands.seed, options),
         scores=scores,
-        notes=fitted.solved.notes,
+        notes=fitted.solved.notes + _notes_on_checkpoints(traces),
         made_by=options.made_by,
         tables=fitted.schedule.to_tables(),
         scored=scored,
@@ -171,6 +172,13 @@ def _fit(profile: RoutingProfile, asked: _Asked, progress: Stages, again: str = 
         progress=partial(progress, f"fitting schedules{again}: layers"),
     )
     return _Fitted(profile, solved, schedule)
+
+
+def _notes_on_checkpoints(traces: list[RoutingTrace]) -> list[str]:
+    first = traces[0].info.checkpoint
+    others = [t for t in traces[1:] if same_routers(first, t.info.checkpoint) is False]
+    said = "was recorded on another checkpoint of the model: the plan names the first trace's"
+    return [f"one of the traces {said}"] if others else []
 
 
 def _traced(traces: list[RoutingTrace]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.config import MOST
-from semmoe.profiles.document import line_per_key, parse_json
+from semmoe.profiles.document import line_per_key, parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import inside, shortened, wrong_name
 from semmoe.profiles.progress import Stages
@@ -102,7 +102,7 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
     """semmoe.json of a reshard. Raises InputError where there is none, or it is of another kind."""
     where = checkpoint / SIDECAR
     try:
-        facts = parse_json(where.read_text(encoding="utf-8"))
+        facts = parse_json(read_bounded(where), strict=True)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{checkpoint} is not a reshard: it holds no {SIDECAR}") from None
     except (ValueError, UnicodeDecodeError) as error:
@@ -195,8 +195,8 @@ def read_source_headers(checkpoint: Path, facts: dict[str, Any]) -> dict[str, An
     the sidecar says."""
     where = checkpoint / SOURCE_FILE
     try:
-        content = where.read_bytes()
-        headers = parse_json(content)
+        content = read_bounded(where)
+        headers = parse_json(content, strict=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{where} cannot be read: {error}") from None
     if facts.get("headers_sha256", hash_bytes(content)) != hash_bytes(content):

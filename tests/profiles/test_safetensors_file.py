@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from semmoe.profiles.embedding import MAX_FEATURES, input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.safetensors_file import INTEGERS, make_header, read_shard
+from semmoe.profiles.safetensors_file import INTEGERS, make_header, read_index, read_shard
 
 
 def test_mapped_values_are_the_library_s(tmp_path: Path) -> None:
@@ -52,3 +52,26 @@ def test_the_embedding_that_a_trace_refers_to(tmp_path: Path, columns: int) -> N
     (tmp_path / "m.safetensors").write_bytes(b"no header")
     with pytest.raises(InputError, match="does not begin with a safetensors header"):
         input_embedding(place)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"weight_map": {"a": "../x.safetensors"}}', "weight_map names '../x.safetensors': expected a single name"),
+        ('{"weight_map": {"a": "/x.safetensors"}}', "this one is absolute"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "the key 'a' stands twice"),
+        ('{"weight_map": {"a": "x"}, "metadata": {"total_size": Infinity}}', "Infinity is no number of JSON"),
+    ],
+)
+def test_an_index_that_cannot_be_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "i.json").write_text(text)
+    with pytest.raises(InputError, match=f"i.json.*{message}"):
+        read_index(tmp_path / "i.json")
+
+
+def test_a_tensor_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    entry = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+    header = b"{" + entry + b"," + entry + b"}"
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    with pytest.raises(InputError, match="its safetensors header cannot be read"):
+        read_shard(tmp_path / "a.safetensors")

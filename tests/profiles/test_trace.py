@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -143,6 +144,20 @@ def test_resume_adds_only_what_is_missing(tmp_path):
     assert (trace.num_requests, trace.num_tokens) == (3, 14) and trace.fingerprint != first
     with pytest.raises(InputError, match="another model or run: num_experts 9 against 8"):
         TraceWriter(tmp_path / "t", TraceInfo("tiny", 2, 9, 3, (1, 2)), resume=True)
+
+
+def test_a_trace_of_another_checkpoint_is_not_continued(tmp_path):
+    def info(digit):
+        return replace(INFO, checkpoint={"config": {}, "router_sha256": 64 * digit, "index_sha256": None})
+
+    write(tmp_path / "t", (5,), info("a"))
+    first = RoutingTrace.open(tmp_path / "t")
+    assert first.info.checkpoint == info("a").checkpoint
+    write(tmp_path / "t", (5, 6), info("a"), resume=True)
+    with pytest.raises(InputError, match="is the trace of another checkpoint: its router weights are others"):
+        TraceWriter(tmp_path / "t", info("b"), resume=True)
+    write(tmp_path / "u", (5,))
+    assert RoutingTrace.open(tmp_path / "u").fingerprint == first.fingerprint  # of the routing, however it was made
 
 
 def test_a_killed_writer_loses_only_the_current_part(tmp_path):
