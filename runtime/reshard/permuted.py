@@ -21,9 +21,10 @@ from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, read_index, read_shard
+from semmoe.runtime.reshard.audit import unaccounted
 from semmoe.runtime.reshard.complete import classify_checkpoint
 from semmoe.runtime.reshard.copy import FilePlan, check_parts, total_bytes, write_files
-from semmoe.runtime.reshard.keys import Key
+from semmoe.runtime.reshard.keys import Key, Role
 from semmoe.runtime.reshard.model import RoutedModel, check_plan, permutation_facts, top_k_notes
 from semmoe.runtime.reshard.output_directory import check_space, output_directory
 from semmoe.runtime.reshard.records import ReshardOptions, ReshardResult, size_facts
@@ -138,7 +139,8 @@ def write_permuted(
             "files": file_entries(source, files, sums),
         }
         write_sidecar(folder, facts)
-    notes = top_k_notes(source, plan)
+    kept = {name for name, key in relabelling.keys.items() if key.role is Role.KEEP}
+    notes = (*top_k_notes(source, plan), *(unaccounted(source, kept, model.num_experts) if options.compares else ()))
     return relabelling.result(out, files, options.verify, notes=notes, logits_difference=difference)
 
 

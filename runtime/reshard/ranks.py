@@ -26,6 +26,7 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, make_header, read_shard
+from semmoe.runtime.reshard.audit import unaccounted
 from semmoe.runtime.reshard.complete import classify_checkpoint
 from semmoe.runtime.reshard.copy import FilePlan, Part, Piece, check_parts, merged, total_bytes, write_files
 from semmoe.runtime.reshard.keys import KEEP, Key, Role, is_expert
@@ -90,6 +91,8 @@ def write_ranks(
             "files": {f.name: written_entry(f, sums.get(f.name, [])) for f in files},
         }
         write_sidecar(folder, facts)
+    kept = {name for name, key in division.keys.items() if key.role is Role.KEEP}
+    audit = unaccounted(source, kept, model.num_experts) if options.compares else ()
     home_E = np.arange(model.num_experts) // max(1, model.num_experts // num_ranks)
     return ReshardResult(
         out=str(out),
@@ -99,7 +102,7 @@ def write_ranks(
         **size_facts(files),
         verified=options.verify,
         left_out=source.left_out,
-        notes=(*source.unselected_notes(), *top_k_notes(source, plan)),
+        notes=(*source.unselected_notes(), *top_k_notes(source, plan), *audit),
     )
 
 
