@@ -13,9 +13,11 @@ from typing import Any
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.document import parse_json
 from semmoe.profiles.errors import InputError, require_extra
-from semmoe.profiles.families import IDENTITY_EXPERTS, NESTED, NUM_EXPERTS, Family, find_family
+from semmoe.profiles.families import IDENTITY_EXPERTS, NESTED, NUM_EXPERTS, TOP_K, Family, find_family
 from semmoe.profiles.hub import hub_in_reach, is_hub_id
 
+ZERO_EXPERTS = (IDENTITY_EXPERTS, "num_zero_experts", "n_zero_experts", "moe_num_zero_experts", "num_identity_experts")
+BLOCK_PARTS = ("ffn", "mlp", "moe", "feed_forward")  # where an entry of block_configs keeps what it says of experts
 MOST = 1_000_000  # experts, layers or choices of a model; beyond that a config is damaged
 
 
@@ -66,13 +68,13 @@ def _hub_config(name: str) -> Path:
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that names the experts of the language model; with the outer
     keys beneath it."""
-    if any(config.get(key) for key in NUM_EXPERTS):
+    if any(config.get(key) for key in (*NUM_EXPERTS, "block_configs")):
         return config
     for key in NESTED:
         inner = config.get(key)
         if isinstance(inner, dict):
             found = text_config(inner if key != "ffn_config" else {**inner, "model_type": config.get("model_type", "")})
-            if any(found.get(name) for name in NUM_EXPERTS):
+            if any(found.get(name) for name in (*NUM_EXPERTS, "block_configs")):
                 return {**config, **found}
     return config
 
@@ -83,17 +85,20 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
     Keys: model_type (the outermost), num_layers (MoE layers), num_experts, top_k, model_layers
     (number of each MoE layer in the model, encoder before decoder), num_model_layers, vocab_size (0
     = unknown), n_group, topk_group (1 where the router has no groups), empty_slots (the router can
-    choose no routed expert: identity experts or a skip class). Raises InputError where the file
+    choose no routed expert: identity experts or a skip class; or layers differ in top-k, which is
+    then the largest). Raises InputError where the file
     lacks a fact, or the model has no experts.
     """
-    inner = text_config(config)
+    inner = _with_blocks(text_config(config))
     model_type = str(config.get("model_type") or inner.get("model_type") or "")
     family = find_family(model_type, str(inner.get("model_type") or ""))
     facts = {**family.defaults, **inner}
     name = model_type or "config.json"
+    _refuse_uneven_experts(facts, name)
     num_experts = _uniform(facts, NUM_EXPERTS, f"{name}: the number of experts", first_of_list=True)
     if num_experts < 2:
         raise InputError(f"{name} has {num_experts} experts: it is not a Mixture-of-Experts model")
+    facts, top_k_differs = _widest_top_k(facts, family.top_k)
     top_k = _uniform(facts, family.top_k, f"{name}: top-k")
     num_model_layers, model_layers = _model_layers(facts, family, name)
     if not model_layers:
@@ -109,8 +114,60 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": _integer(facts.get("vocab_size"), 0),
         "n_group": _group(facts, inner, ("n_group", "num_expert_group")) if grouped else 1,
         "topk_group": _group(facts, inner, ("topk_group",)) if grouped else 1,
-        "empty_slots": bool(facts.get(IDENTITY_EXPERTS)) or family.skips,
+        "empty_slots": any(_integer(facts.get(key), 0) for key in ZERO_EXPERTS) or family.skips or top_k_differs,
     }
+
+
+def _with_blocks(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts with those of `block_configs`, one entry a layer, as lists over the layers that
+    route (pruned hybrids: Nemotron-H Puzzle)."""
+    blocks = facts.get("block_configs")
+    if not isinstance(blocks, list) or not blocks or not all(isinstance(block, dict) for block in blocks):
+        return facts
+    flat = [
+        {**block, **next((block[k] for k in BLOCK_PARTS if isinstance(block.get(k), dict)), {})} for block in blocks
+    ]
+    moe = {i: block for i, block in enumerate(flat) if _is_moe_block(block)}
+    if not moe:
+        return facts
+    found: dict[str, Any] = {"layers_block_type": ["moe" if i in moe else "other" for i in range(len(flat))]}
+    for keys in (NUM_EXPERTS, TOP_K):
+        key = next((k for k in keys if any(block.get(k) is not None for block in moe.values())), None)
+        if key is not None:
+            found[key] = [block.get(key, facts.get(key)) for block in moe.values()]
+    return {**facts, **found}
+
+
+def _is_moe_block(block: dict[str, Any]) -> bool:
+    """Whether a layer of block_configs routes: it says so, or it has several experts."""
+    if str(block.get("block_type", block.get("type", "moe"))).lower() != "moe" or block.get("no_op") is True:
+        return False
+    return any(_integer(block.get(key), 0) > 1 for key in NUM_EXPERTS) or block.get("block_type") == "moe"
+
+
+def _refuse_uneven_experts(facts: dict[str, Any], name: str) -> None:
+    """Raise InputError where the layers have different numbers of experts, with the layers."""
+    value = next((facts[key] for key in NUM_EXPERTS if facts.get(key) is not None), None)
+    blocks = facts.get("layers_block_type") or []
+    routed = [i for i, kind in enumerate(blocks) if kind in ("moe", "E")] if isinstance(blocks, list) else []
+    if not isinstance(value, list) or not all(isinstance(v, int) for v in value) or len(set(value)) < 2:
+        return
+    layers = routed if len(routed) == len(value) else list(range(len(value)))
+    if len(value) == 2 and len(routed) != 2:
+        return  # text and vision experts (Ernie VL)
+    by_number = {number: [layer for layer, v in zip(layers, value, strict=True) if v == number] for number in value}
+    said = "; ".join(f"{number} in layer {', '.join(map(str, where))}" for number, where in by_number.items())
+    raise InputError(f"{name}: the number of experts differs between layers ({said}); a trace has one for all layers")
+
+
+def _widest_top_k(facts: dict[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
+    """The facts with one top-k where layers differ in it, the largest: the slots past a layer's own
+    are empty; and whether they do."""
+    key = next((key for key in keys if facts.get(key) is not None), None)
+    value = facts.get(key) if key is not None else None
+    if not isinstance(value, list) or not value or not all(isinstance(v, int) and 0 < v <= MOST for v in value):
+        return facts, False
+    return {**facts, str(key): max(value)}, len(set(value)) > 1
 
 
 def _integer(value: Any, default: int) -> int:

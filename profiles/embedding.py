@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import inside
 from semmoe.profiles.safetensors_file import read_shard, tensor_files
 
 NAMES_END = (
@@ -35,7 +36,7 @@ def embedding_reference(
     files = tensor_files(folder)
     candidates = [key for key in files if key == name] or [key for key in files if key.endswith(NAMES_END)]
     for key in candidates:
-        file = folder / files[key]
+        file = inside(folder, files[key], f"{folder}: the file of {key}")
         if file.exists() and list(read_shard(file).find(key).shape) == shape:
             return {"checkpoint": checkpoint, "revision": revision, "file": files[key], "key": key, "shape": shape}
     return None
@@ -50,7 +51,7 @@ def input_embedding(reference: dict[str, Any] | None) -> np.ndarray | None:
     """
     if reference is None or not reference.get("file"):
         return None
-    file = Path(reference["checkpoint"]) / reference["file"]
+    file = inside(Path(reference["checkpoint"]), reference["file"], "the file of the trace's embedding")
     if not file.is_file():
         return None
     rows, columns = reference["shape"]

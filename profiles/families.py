@@ -169,9 +169,10 @@ ATTENTION_EXPERTS = re.compile(r"^self_attention\.experts\.")  # JetMoE: experts
 
 PER_EXPERT = re.compile(rf"^(?:{MOE}\.)?experts\.(?P<expert>0|[1-9]\d*)\..+$")
 QUANT = (
-    r"(?:(?:[._](?:weight|bias|bias_bf16|blocks|scales|scale|scale_inv|packed|shape|global_scale|zero_point|qweight|"
+    r"(?:(?:[._]{1,2}(?:weight|bias|bias_bf16|blocks|scales|scale|scale_inv|packed|shape|global_scale|zero_point|qweight|"
     r"qzeros|g_idx|input|input_scale|input_amax|scale_2|weight_scale|weight_scale_inv|weight_scale_2|weight_packed|"
-    r"weight_shape|weight_global_scale|input_global_scale|weight_zero_point))+)?"
+    r"weight_shape|weight_global_scale|input_global_scale|weight_zero_point|alpha|amax|quantizer|weight_quantizer|"
+    r"input_quantizer|output_quantizer|pre_quant_scale|scale_1|scale_3|global))+)?"
 )
 FUSED_PROJECTION = (
     r"(?:gate_up_proj|gate_and_up_projs|gate_proj|up_proj|down_proj|down_projs|gate_projs|up_projs|"
@@ -180,11 +181,20 @@ FUSED_PROJECTION = (
 FUSED = re.compile(rf"^(?:{MOE}\.)?experts\.{FUSED_PROJECTION}{QUANT}$")
 # Without a module named experts: Granite and JetMoE (linear layers with an expert axis), Step 3
 # (one per projection).
-FUSED_IN_BLOCK = re.compile(
-    rf"^(?:(?:block_sparse_moe|mlp)\.(?:input|output)_linear|moe\.(?:gate|up|down)_proj){QUANT}$"
-)
+IN_BLOCK = r"(?:(?:block_sparse_moe|mlp)\.(?:input|output)_linear|moe\.(?:gate|up|down)_proj)"
+FUSED_IN_BLOCK = re.compile(rf"^{IN_BLOCK}{QUANT}$")
+BESIDE_FUSED = re.compile(rf"^{IN_BLOCK}[._]")  # whatever else a stacked projection has
 FUSED_ROWS = re.compile(r"^ffn\.experts\.mlp\.(?:w1|v1|w2)$")  # DBRX: [E * I, H]
 SHARED_BY_EXPERTS = re.compile(rf"^(?:{MOE}\.)?(?:experts\.)?(?:pre|post)_expert_(?:norm|proj)\.weight$")
+# By name one for all experts of a layer, norms and projections around them (Kimi K3's
+# routed_expert_down_proj), unless the shape says otherwise.
+AROUND_EXPERTS = re.compile(
+    rf"^(?:{MOE}\.)?(?:experts\.(?=[a-z_]*(?:norm|latent))|(?=[a-z_]*(?:norm|proj|latent|linear)))"
+    rf"[a-z_]+(?:\.weight|\.bias)?{QUANT}$"
+)
+LATENT = re.compile(rf"^{MOE}\.\w*latent")
+# What may be of any shape beside experts of other names: a dense network beside them (Gemma 4).
+DENSE_BESIDE = re.compile(r"^(?:mlp|feed_forward)\.(?:gate|up|down|gate_up)_proj\.|(?:^|[._])(?:layer)?norm\.")
 
 ROUTER_ROWS = re.compile(
     rf"^(?:{MOE}\.)?(?:gate|router)\."
@@ -207,6 +217,9 @@ ROUTER_LIKE = re.compile(rf"^(?:{MOE}\.)?(?:gate|router)(?:\.|_(?!proj|up_proj)|
 # experts.
 FURTHER_ROUTER = re.compile(rf"^{MOE}\.\w+_(?:gate|router)(?:\.|$)")
 EXPERT_LIKE = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
+OF_EXPERTS = re.compile(rf"^(?:{MOE}\.)?experts\.|[._]\d+(?:[._]|$)")  # of their module, or with a number
+NUMBERED = re.compile(r"[._]\d+(?:[._]|$)")
+OF_BLOCK = re.compile(rf"^{MOE}\.")
 
 
 def layer_number(name: str) -> int | None:

@@ -81,6 +81,8 @@ class Shard:
 def read_shard(path: Path) -> Shard:
     """Read and check the header of a safetensors file. Raises InputError where the file is
     damaged or cut short."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path} is no file: expected safetensors")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -61,6 +61,7 @@ class TraceWriter:
         self._weights = False
         self.request_ids: set[str] = set()
         self._hashes: dict[str, str] = {}
+        self.facts_before: dict[str, Any] = {}  # trace.json of a trace that is continued
         if resume and (self.path / "trace.json").exists():
             self._continue()
         else:
@@ -78,13 +79,19 @@ class TraceWriter:
 
     def _continue(self) -> None:
         facts, info = read_facts(self.path.as_posix())
+        self.facts_before = facts
         if wrong := info.mismatch(self.info):
             raise InputError(f"{self.path} is the trace of another model or run: {wrong}")
         # The first writer's facts stay, but a slot of a later run may be empty: the stored type
         # must hold that too.
         if self.info.id_dtype != info.id_dtype:
             raise InputError(f"{self.path} stores ids as {info.id_dtype}, this run needs {self.info.id_dtype}")
-        self._hashes = {part["file"]: part["sha256"] for part in facts.get("parts", [])}
+        self._hashes = {part["file"]: part["sha256"] for part in facts["parts"] if "sha256" in part}
+        for name, digest in self._hashes.items():
+            if (self.path / name).is_file() and hash_file(self.path / name) != digest:
+                raise InputError(
+                    f"{self.path / name} was changed after it was written: its SHA-256 is not the one in trace.json"
+                )
         for part in sorted(self.path.glob("*.parquet")) if info.kind == "tokens" else []:
             self.request_ids.update(open_part(part).read(["request_id"]).column(0).to_pylist())
 

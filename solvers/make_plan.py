@@ -30,6 +30,7 @@ from semmoe.solvers.place.bounds import NO_BOUND, certificate_of
 from semmoe.solvers.place.solve import check_demands, solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
+from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
@@ -71,8 +72,11 @@ def make_plan(
     progress: Stages = unshown_stages,
 ) -> Plan:
     """The plan for the traces' model, with scores on held-out requests beside the baselines (see
-    `score_placements`)."""
+    `score_placements`); of traces that hold loads only, a plan by load without them."""
     # Step 1: refuse what cannot be made, before anything is read.
+    if any(trace.info.kind == "counts" for trace in traces):
+        check_method(traces, options.method, demands, certify=options.certify)
+        return plan_of_counts(traces, topology, demands, method=options.method, made_by=options.made_by)
     _check(traces, topology, demands, options)
     # Step 2: hold requests out and count both sides, in one reading.
     embedding_VD = input_embedding(traces[0].info.embedding)

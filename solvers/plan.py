@@ -17,10 +17,28 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.document import line_per_key, read_document
+from semmoe.profiles.checkpoint import IDENTITY
+from semmoe.profiles.document import (
+    SHA256,
+    anything,
+    distinct,
+    grid,
+    integer,
+    line_per_key,
+    list_of,
+    map_of,
+    null_or,
+    number,
+    read_bounded,
+    read_document,
+    record,
+    text,
+    validate,
+)
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.files import new_directory
-from semmoe.profiles.trace import TraceInfo
+from semmoe.profiles.files import inside, new_directory, write_file
+from semmoe.profiles.safetensors_file import read_shard
+from semmoe.profiles.trace import MAX_LAYERS, TraceInfo, hash_file
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.html import facts_html
@@ -30,6 +48,49 @@ from semmoe.solvers.schedule.schedule import Schedule
 
 FORMAT = "semmoe-plan"
 VERSION = 1
+TABLES = "tables.safetensors"
+MAX_RANKS = 1_000_000
+RESIGNED = "plan.json was edited by hand and signed again: its scores are those of before"
+NO_DIGEST = "it stores no digest, an older semmoe wrote it"
+
+MODEL = record(
+    {
+        "model": text(),
+        "model_type": text(),
+        "num_layers": integer(1, MAX_LAYERS),
+        "num_experts": integer(1, 65_535),
+        "top_k": integer(1, 65_535),
+        "model_layers": distinct(list_of(integer(0, 10 * MAX_LAYERS), most=MAX_LAYERS)),
+        "num_model_layers": integer(0, 10 * MAX_LAYERS),
+    },
+    {"n_group": integer(1, 65_535), "topk_group": integer(0, 65_535), "checkpoint": null_or(IDENTITY)},
+)
+FACTS = record(
+    {
+        "made_by": text(),
+        "method": text(),
+        "seed": integer(-(2**63)),
+        "dispatch": text(),
+        "load_cap": number(0),
+        "options": map_of(anything),
+        "model": MODEL,
+        "topology": record(
+            {"ranks": integer(1, MAX_RANKS), "nodes": integer(1, MAX_RANKS)},
+            {"cost": null_or(list_of(list_of(number(0), most=MAX_RANKS), most=MAX_RANKS))},
+        ),
+        "trace": map_of(anything),
+        "split": map_of(anything),
+        "notes": list_of(text()),
+        "scores": map_of(anything),
+        "placement": grid((None, None, None), 0, 65_535),
+    },
+    {
+        "replicas": integer(0, MAX_RANKS),
+        "outputs": map_of(anything),
+        "tables_sha256": SHA256,
+        "digest": SHA256,
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +106,16 @@ class ModelFacts:
     num_model_layers: int
     n_group: int = 1
     topk_group: int = 1
+    checkpoint: dict[str, Any] | None = field(default=None, compare=False)  # of the trace: profiles/checkpoint.py
 
     @classmethod
     def of(cls, info: TraceInfo) -> "ModelFacts":
         return cls(**{f.name: getattr(info, f.name) for f in fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of plan.json; without the checkpoint where none is known."""
+        named = {**asdict(self), "model_layers": list(self.model_layers)}
+        return {key: value for key, value in named.items() if key != "checkpoint" or value is not None}
 
     def check(self, info: TraceInfo, where: str) -> None:
         """Raise InputError where the trace is not one of this model."""
@@ -86,6 +153,7 @@ class Plan:
         tables: arrays of the schedule by name.
         scored: what `scores` are about; None where `placement` itself was scored, and in older
             plans.
+        unchecked: files that were read and could not be compared with a hash, and why.
 
     Raises InputError where the parts do not fit each other. Source: docs/formats.md, "plan".
     """
@@ -107,6 +175,7 @@ class Plan:
     made_by: str = ""
     tables: dict[str, np.ndarray] = field(default_factory=dict)
     scored: ScoredPlacement | None = None
+    unchecked: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         placement, model = self.placement, self.model
@@ -135,6 +204,7 @@ class Plan:
         """What `semmoe show` tells, by name."""
         placement, outputs = self.placement, self.outputs
         load_LR = (self.load_LE[:, :, None] * (placement.hosts_LER / placement.hosts_LER.sum(2, keepdims=True))).sum(1)
+        load_LR = load_LR[load_LR.any(axis=1)]  # layers without any load say nothing of balance
         facts: dict[str, Any] = {
             "kind": "plan",
             "model": self.model.model,
@@ -153,6 +223,10 @@ class Plan:
             "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
             "fitted_on": "all requests" if self.split.get("refit") else "training requests",
         }
+        if "balance" in self.options:
+            facts |= {"fitted_on": "expert loads", "scored": "for balance only, on the loads that it was made from"}
+        if placement.num_wasted:
+            facts["wasted_slots"] = placement.num_wasted
         possible = "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
         facts["permuted_checkpoint"] = possible
         for row in self.scores.rows if self.scores else []:
@@ -179,7 +253,7 @@ class Plan:
             "dispatch": self.dispatch,
             "load_cap": self.load_cap,
             "options": self.options,
-            "model": {**asdict(self.model), "model_layers": list(self.model.model_layers)},
+            "model": self.model.to_json(),
             "topology": topology,
             "replicas": self.placement.num_replicas,
             "outputs": self.outputs,
@@ -203,30 +277,32 @@ class Plan:
             arrays |= {"scored_expert_load": self.scored.load_LE.astype(np.int64)}
         tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
         with new_directory(path, what=f"the plan {path}") as folder:
-            (folder / "plan.json").write_text(line_per_key(self.to_json()), encoding="utf-8")
-            (folder / "tables.safetensors").write_bytes(tables)
+            (folder / "plan.json").write_text(line_per_key(signed(self.to_json(), tables)), encoding="utf-8")
+            (folder / TABLES).write_bytes(tables)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Plan":
-        """Read and check a plan directory. Raises InputError where it is none, or damaged."""
+    def load(cls, path: str | Path, *, accept_edits: bool = False) -> "Plan":
+        """Read and check a plan directory. Raises InputError where it is none, damaged, or not as
+        it was written; with `accept_edits` a plan.json that was edited passes where all else does,
+        with a note of it."""
         path = Path(path)
-        facts = read_document(
-            (path / "plan.json").read_bytes, str(path), "plan.json", kind="plan", format=FORMAT, version=VERSION
-        )
+        facts, unchecked = read_facts(path, accept_edits=accept_edits)
         try:
             model = ModelFacts(**{**facts["model"], "model_layers": tuple(facts["model"]["model_layers"])})
             topology = facts["topology"]
             cost = np.asarray(topology["cost"], np.float64) if topology.get("cost") else None
-            experts_LRS = np.asarray(facts["placement"], np.int32)
-            tables = _read_tables(path)
+            may_waste = bool(facts["options"].get("wasted_slots"))
+            placement = Placement(np.asarray(facts["placement"], np.int32), model.num_experts, may_waste)
+            tables = _read_tables(path, (placement.num_layers, placement.num_experts), placement.experts_LRS.shape)
             scored = None
             if (scored_LRS := tables.pop("scored_placement", None)) is not None:
                 scored_placement = Placement(scored_LRS, model.num_experts)
                 scored = ScoredPlacement(scored_placement, tables.pop("scored_expert_load"))
             return cls(
-                placement=Placement(experts_LRS, model.num_experts),
+                placement=placement,
                 topology=Topology(topology["ranks"], topology["nodes"], cost),
                 model=model,
+                unchecked=unchecked,
                 load_LE=tables.pop("expert_load"),
                 fitted_keys=tables.pop("fitted_requests"),
                 tables=tables,
@@ -249,8 +325,11 @@ class Plan:
             )
         except KeyError as error:
             raise InputError(f"{path} is not a whole plan: it lacks {error}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path / 'plan.json'} is damaged: {error}") from None
+        except InputError as error:
+            named = str(error).startswith(str(path))
+            raise error if named else InputError(f"{path / 'plan.json'}: {error}") from None
 
     @property
     def outputs(self) -> dict[str, Any]:
@@ -272,7 +351,8 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Short hash of the placement and the model it is for."""
-        digest = hashlib.sha256(json.dumps(asdict(self.model), sort_keys=True).encode())
+        facts = {key: value for key, value in asdict(self.model).items() if key != "checkpoint"}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(self.placement.experts_LRS).tobytes())
         return digest.hexdigest()[:16]
 
@@ -286,14 +366,85 @@ def check_plan_target(path: Path) -> None:
         raise InputError(f"cannot write the plan {path}: the directory {path.absolute().parent} does not exist")
 
 
-def _read_tables(path: Path) -> dict[str, np.ndarray]:
+def signed(facts: dict[str, Any], tables: bytes) -> dict[str, Any]:
+    """plan.json with the hash of its tables, and its own."""
+    facts = json.loads(json.dumps(facts)) | {"tables_sha256": hashlib.sha256(tables).hexdigest()}
+    return {**facts, "digest": digest_of(facts)}
+
+
+def digest_of(facts: dict[str, Any]) -> str:
+    """SHA-256 of the content of plan.json but for its digest, as JSON with sorted keys: it does
+    not depend on how the file is laid out."""
+    content = json.dumps({key: facts[key] for key in facts if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_facts(path: Path, *, accept_edits: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """plan.json, checked by itself and against its tables; and what could not be checked, as
+    Plan.unchecked has it. With `accept_edits` a wrong digest becomes a note in it."""
+    where = path / "plan.json"
+
+    def read() -> bytes:
+        return read_bounded(where)
+
+    facts = read_document(read, str(path), "plan.json", kind="plan", format=FORMAT, version=VERSION)
+    validate(facts, FACTS, str(where))
+    if "digest" in facts and digest_of(facts) != facts["digest"]:
+        if not accept_edits:
+            raise InputError(
+                f"{where} was edited after it was written: its digest is not that of its content; where that is meant, "
+                f"`semmoe show {path} --accept-edits` checks the rest and signs it again"
+            )
+        facts["notes"] += [RESIGNED] * (RESIGNED not in facts["notes"])
+    tables = inside(path, TABLES, str(path))
+    if not tables.is_file():
+        raise InputError(f"{path} is not a whole plan: it holds no {TABLES}")
+    if "tables_sha256" in facts:
+        if hash_file(tables) != facts["tables_sha256"]:
+            raise InputError(
+                f"{tables} is not what {where} was written with: it was changed, or is the {TABLES} of another plan"
+            )
+    elif "digest" in facts:
+        raise InputError(f"{where} lacks the key 'tables_sha256'")
+    return facts, {} if "digest" in facts else {str(path): NO_DIGEST}
+
+
+def sign_again(path: str | Path) -> Plan:
+    """The plan of a directory whose plan.json was edited on purpose, signed again. Raises
+    InputError where anything else is wrong with it; then nothing is written."""
+    path = Path(path)
+    plan = Plan.load(path, accept_edits=True)
+    facts = {**read_facts(path, accept_edits=True)[0], "outputs": plan.outputs}
+    write_file(path / "plan.json", line_per_key(signed(facts, (path / TABLES).read_bytes())))
+    return plan
+
+
+def _read_tables(path: Path, load_shape: tuple[int, int], placement_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The arrays beside a placement of that shape, with the types and shapes of all that every
+    plan has."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    where = path / "tables.safetensors"
+    where = path / TABLES
+    found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in read_shard(where).tensors}
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {"expert_load": ("I64", load_shape)}
+    if "scored_placement" in found:
+        wanted |= {"scored_placement": ("I32", placement_shape), "scored_expert_load": ("I64", load_shape)}
+    wanted["fitted_requests"] = ("U64", found.get("fitted_requests", ("", (0,)))[1][:1] or (0,))
+    for name, (dtype, shape) in wanted.items():
+        if name not in found:
+            raise InputError(f"{where} lacks the tensor {name}")
+        if found[name] != (dtype, shape):
+            raise InputError(
+                f"{where}: {name} is {found[name][0]} {list(found[name][1])}, expected {dtype} {list(shape)}"
+            )
     try:
-        return load_file(where)
-    except FileNotFoundError:
-        raise InputError(f"{path} is not a whole plan: it holds no tables.safetensors") from None
-    except (SafetensorError, OSError) as error:
+        tables = load_file(where)
+    except (SafetensorError, OSError, TypeError, KeyError) as error:
         raise InputError(f"{where} is damaged: {error}") from None
+    for name, table in tables.items():
+        if table.dtype.kind == "f" and not np.isfinite(table).all():
+            raise InputError(f"{where}: {name} holds values that are no finite numbers")
+        if name.endswith("expert_load") and table.size and table.min() < 0:
+            raise InputError(f"{where}: {name} holds {table.min()}, expected counts from 0")
+    return tables

@@ -59,7 +59,7 @@ def semmoe_lines(code: str) -> list[list[str]]:
         words = words[: next((i for i, w in enumerate(words) if set(w) <= set("<>")), len(words))]
         before = zip(["-m", *words], words, strict=False)
         start = next(
-            (i for i, (b, w) in enumerate(before) if w.endswith("/semmoe") or (b in STARTS and w == "semmoe")), None
+            (i for i, (b, w) in enumerate(before) if w.endswith("/bin/semmoe") or (b in STARTS and w == "semmoe")), None
         )
         if start is not None:
             found.append(words[start + 1 :])

@@ -31,6 +31,7 @@ from semmoe.profiles.capture.loading import (
 )
 from semmoe.profiles.capture.requests import TextRequest, encode_requests
 from semmoe.profiles.capture.sources import ReadProgress
+from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter, refuse_existing_trace
@@ -150,6 +151,7 @@ def trace_model(
         embedding=find_embedding(source, model),
         made_by=options.made_by,
     )
+    info = replace(info, checkpoint=checkpoint_identity(source.folder))
     longest = _longest_input(source, model, generation.num_tokens, limits.max_length)
     budget = options.batch_tokens or default_batch_tokens(recording, model.device)
     encoded = encoded_requests(

@@ -2,7 +2,8 @@
 what to leave out.
 
 Engines record every layer of the model; a dense layer is a row of zeros (or of -1) and is dropped
-by its number, never counted as expert 0. The ids of a row are distinct, so with top-k > 1 one row
+by its number, never counted as expert 0. A fused shared expert is a last column of ids at or above
+E, or of one id: it is left out. The ids of a row are distinct, so with top-k > 1 one row
 that repeats an id tells a dense layer; with top-1 only a whole file of zeros does. Rows in which
 every layer says the same are warm-up dummies: no prompt ran.
 
@@ -20,6 +21,7 @@ from semmoe.profiles.engines.records import EngineRequest
 from semmoe.profiles.errors import InputError
 
 MOST_EXPERTS = 4096  # a larger id is a damaged record: no model of today has as many
+LEAST_REQUESTS = 5  # with the same id in a column, all of them: fewer may be chance
 CHANCE = 1e-9  # a row that is the same in every layer is a dummy where luck makes fewer of them than this
 
 
@@ -37,6 +39,7 @@ class Layout:
     num_experts: int
     empty_slots: bool  # -1 and ids past num_experts mean no routed expert
     layer_ids: tuple[int, ...] | None  # as the records state them
+    shared_K: np.ndarray  # int64: the one id in each column past top_k, of a fused shared expert; -1 = none
 
     @property
     def repeats_are_dummies(self) -> bool:
@@ -58,7 +61,8 @@ class Survey:
     routes_L: np.ndarray  # bool: some row of this layer is more than zeros or padding
     used_K: np.ndarray  # bool: some row of a layer that routes has an id in this column
     empty_LK: np.ndarray  # bool: some row that is not blank all over has none there
-    largest: int
+    lowest_K: np.ndarray  # int64: least and largest id of a column, over rows of layers that route
+    largest_K: np.ndarray
     num_experts: int
     layer_ids: tuple[int, ...] | None
     model: str
@@ -69,12 +73,14 @@ def survey_requests(requests: Iterable[EngineRequest]) -> Survey:
     first: EngineRequest | None = None
     count, largest, num_experts, model = 0, -1, 0, ""
     routes_L = used_K = empty_LK = np.zeros(0, bool)
+    lowest_K = largest_K = np.zeros(0, np.int64)
     for request in requests:
         ids = request.expert_ids_TLK
         if first is None:
             first = request
             routes_L, used_K = np.zeros(ids.shape[1], bool), np.zeros(ids.shape[2], bool)
             empty_LK = np.zeros(ids.shape[1:], bool)
+            lowest_K, largest_K = np.full(ids.shape[2], MOST_EXPERTS), np.full(ids.shape[2], -1)
         _check_shape(request, first.expert_ids_TLK.shape[1], first.expert_ids_TLK.shape[2], first.layer_ids)
         count += 1
         num_experts, model = max(num_experts, request.num_experts), model or request.model
@@ -88,6 +94,9 @@ def survey_requests(requests: Iterable[EngineRequest]) -> Survey:
             )
         routes_TL = ids[:, :, 0] != ids[:, :, 1] if ids.shape[2] > 1 else ids[:, :, 0] > 0
         routes_L |= routes_TL.any(axis=0)
+        if routes_TL.any():
+            lowest_K = np.minimum(lowest_K, ids[routes_TL].min(axis=0))
+            largest_K = np.maximum(largest_K, ids[routes_TL].max(axis=0))
         if ids.min() < 0:
             used_K |= (ids[routes_TL] >= 0).any(axis=0)
             empty_LK |= (ids[(ids >= 0).any(axis=(1, 2))] < 0).any(axis=0)
@@ -97,7 +106,7 @@ def survey_requests(requests: Iterable[EngineRequest]) -> Survey:
         raise InputError("the files hold no request")
     _, num_rows, width = first.expert_ids_TLK.shape
     return Survey(
-        count, num_rows, width, routes_L, used_K, empty_LK, largest, num_experts, first.layer_ids, model
+        count, num_rows, width, routes_L, used_K, empty_LK, lowest_K, largest_K, num_experts, first.layer_ids, model
     )  # fmt: skip
 
 
@@ -203,7 +212,10 @@ def find_layout(survey: Survey, facts: dict[str, Any] | None, dense: set[int] | 
     else:
         used = np.flatnonzero(survey.used_K)
         top_k = int(used[-1]) + 1 if used.size else survey.width
-        num_experts = survey.num_experts or plausible_num_experts(survey.largest)
+        constant_K = (survey.lowest_K == survey.largest_K) & (survey.largest_K == survey.largest_K.max())
+        while top_k > 1 and constant_K[top_k - 1] and not constant_K[0] and survey.num_requests >= LEAST_REQUESTS:
+            top_k -= 1
+        num_experts = survey.num_experts or plausible_num_experts(int(survey.largest_K[:top_k].max()))
         empty = bool(survey.empty_LK[rows.kept_L, :top_k].any())
     return Layout(
         num_rows=survey.num_rows,
@@ -216,6 +228,7 @@ def find_layout(survey: Survey, facts: dict[str, Any] | None, dense: set[int] | 
         num_experts=num_experts,
         empty_slots=empty,
         layer_ids=survey.layer_ids,
+        shared_K=np.where(survey.lowest_K == survey.largest_K, survey.largest_K, -1)[top_k:],
     )
 
 
@@ -232,7 +245,8 @@ def kept_runs(request: EngineRequest, layout: Layout, dtype: np.dtype) -> tuple[
         _check_dense(request, layout)
         ids = ids[:, layout.kept_L]
     dummy_T = _dummy_rows(ids, layout)
-    past_TLK = ids[:, :, layout.top_k :] >= 0
+    past_TLK = ids[:, :, layout.top_k :]
+    past_TLK = (past_TLK >= 0) & (past_TLK < layout.num_experts) & (past_TLK != layout.shared_K)
     past_TLK[dummy_T] = False
     if past_TLK.any():
         t, layer, column = np.argwhere(past_TLK)[0]
@@ -297,7 +311,9 @@ def _checked(request: EngineRequest, layout: Layout, start: int, ids_TLK: np.nda
     if largest >= num_experts and not layout.empty_slots:
         raise refuse(ids_TLK >= num_experts, f"expert {{}} is outside 0..{num_experts - 1}")
     if layout.empty_slots:
-        ids_TLK = np.where((ids_TLK < 0) | (ids_TLK >= num_experts), num_experts, ids_TLK)
+        # Some engines write 0 for a zero expert: of several, one may be expert 0.
+        again_TLK = (ids_TLK == 0) & (np.cumsum(ids_TLK == 0, axis=2) > 1)
+        ids_TLK = np.where((ids_TLK < 0) | (ids_TLK >= num_experts) | again_TLK, num_experts, ids_TLK)
     if layout.top_k > 1:
         sorted_TLK = np.sort(ids_TLK.astype(np.uint8 if num_experts < 256 else np.uint16), axis=2)
         repeated = (sorted_TLK[:, :, 1:] == sorted_TLK[:, :, :-1]) & (sorted_TLK[:, :, 1:] < num_experts)

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.config import moe_facts, read_config
+from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.engines.columns import (
     Layout,
     Survey,
@@ -31,7 +33,7 @@ from semmoe.profiles.engines.columns import (
 from semmoe.profiles.engines.loads import read_eplb, read_trtllm
 from semmoe.profiles.engines.megatron import read_megatron
 from semmoe.profiles.engines.recorder import read_recorder
-from semmoe.profiles.engines.records import EngineLoad, EngineRequest, Reader
+from semmoe.profiles.engines.records import EngineLoad, EngineRequest, LeftOut, Reader
 from semmoe.profiles.engines.responses import read_sglang, read_vllm
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace, TraceInfo
@@ -50,6 +52,7 @@ REPETITION = ("drop", "keep")
 DUMMY_ROWS = "warm-up rows"
 EMPTY_REQUESTS = "requests without rows"
 LOOPS = "requests that fell into a loop"
+KEEP_LOOPS = " (--repetition keep keeps them)"
 ZERO_WINDOWS = "windows without activations"
 
 
@@ -65,6 +68,7 @@ class ImportOptions:
         domain: the domain of every request, in place of the file's.
         max_tokens: rows in all; the last request is cut there.
         resume: go on with an unfinished trace, skipping the requests that it holds.
+        strict: stop at the first record that cannot be used, in place of leaving it out.
         made_by: the command, for trace.json.
 
     Raises InputError for a value that cannot be. Source: profiles/engines/imports.py.
@@ -76,6 +80,7 @@ class ImportOptions:
     domain: str | None = None
     max_tokens: int | None = None
     resume: bool = False
+    strict: bool = False
     made_by: str = ""
 
     def __post_init__(self) -> None:
@@ -105,7 +110,7 @@ class Import:
     facts: dict[str, Any] | None  # of the model's config.json
     dense: set[int] | None  # model layers that do not route, as the user says
     origin: dict[str, Any]
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: LeftOut
     notes: list[str] = field(default_factory=list)
 
     def trace_info(self, own: dict[str, Any], *, model: str = "", **more: Any) -> TraceInfo:
@@ -114,7 +119,12 @@ class Import:
         model = _model_name(self.options.model_config) or model or "unknown"
         notes = {**self.origin, **more.pop("notes", {})}
         return TraceInfo(
-            model=model, made_by=self.options.made_by, notes=notes, **more, **{**(self.facts or {}), **own}
+            model=model,
+            made_by=self.options.made_by,
+            notes=notes,
+            checkpoint=_checkpoint(self.options.model_config),
+            **more,
+            **{**(self.facts or {}), **own},
         )
 
     def note_dense(self, num_dense: int, num_kept: int) -> None:
@@ -136,10 +146,14 @@ def import_trace(kind: str, files: list[Path], out: Path, options: ImportOptions
     _refuse_pipes(files)
     facts = None if options.model_config is None else moe_facts(read_config(options.model_config))
     dense = None if options.dense_layers is None else parse_layers(options.dense_layers)
-    job = Import(out, options, facts, dense, {"from": kind, "files": [file.name for file in files]})
-    reader = KINDS[kind]
-    records = reader(files, facts, Counter())
+    origin = {"from": kind, "files": [file.name for file in files]}
+    job = Import(out, options, facts, dense, origin, LeftOut(strict=options.strict))
+    reader, looked_at = KINDS[kind], LeftOut(strict=options.strict)
+    records = reader(files, facts, looked_at)
     first = next(records, None)
+    if first is None and looked_at.first is not None:
+        alone = looked_at.total() == 1
+        raise InputError(f"{looked_at.first}" + ("" if alone else f"; nothing is left to import: {looked_at}"))
     if first is None:
         raise InputError(f"{files[0]} holds no record of kind {kind}")
     if isinstance(first, EngineLoad):
@@ -166,6 +180,12 @@ def _remove_if_empty(out: Path) -> None:
             out.rmdir()
 
 
+def _checkpoint(model_config: str | None) -> dict[str, Any] | None:
+    """Which checkpoint the user named, where its files are here."""
+    folder = demo_model_path() if model_config == "demo" else Path(model_config or "")
+    return checkpoint_identity(folder) if model_config and folder.is_dir() else None
+
+
 def _model_name(model_config: str | None) -> str:
     if model_config is None:
         return ""
@@ -184,6 +204,8 @@ def _import_requests(job: Import, survey: Survey, requests: Iterator[EngineReque
     if job.facts is None:
         job.notes.append(_expert_note(layout, survey.num_experts))
     job.note_dense(len(layout.dense_L), layout.num_kept)
+    if shared := int((survey.largest_K[layout.top_k :] >= 0).sum()):
+        job.notes.append(f"{shared} columns past the top-{layout.top_k} are taken as fused shared experts and left out")
     own = {
         "num_layers": layout.num_kept,
         "num_experts": layout.num_experts,
@@ -202,6 +224,7 @@ def _import_requests(job: Import, survey: Survey, requests: Iterator[EngineReque
                     break
                 adder.add(request)
             adder.tell()
+            _note_left_out(job, writer)
     except InputError:
         _remove_if_empty(job.out)
         raise
@@ -233,13 +256,13 @@ class RequestAdder:
             name = f"{name}#{times}"
         self._loops += request.repetition
         if request.repetition and options.repetition == "drop":
-            dropped[LOOPS] += 1
+            dropped.leave_request(LOOPS, len(request.expert_ids_TLK))
             return
         runs, num_dummies = kept_runs(request, self._layout, self._writer.info.id_dtype)
         if num_dummies:
             dropped[DUMMY_ROWS] += num_dummies
         if not runs:
-            dropped[EMPTY_REQUESTS] += 1
+            dropped.leave_request(EMPTY_REQUESTS, 0)
         for piece, (start, ids_TLK) in enumerate(runs):
             if options.max_tokens is not None:
                 ids_TLK = ids_TLK[: max(0, options.max_tokens - self._tokens)]
@@ -263,14 +286,26 @@ class RequestAdder:
         """Note what was met. Raises InputError where nothing was added."""
         dropped, notes = self._job.dropped, self._job.notes
         if not self._requests:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-            raise InputError(f"no request is left to write: {reasons}")
+            raise InputError(f"no request is left to write: {dropped}{KEEP_LOOPS if dropped[LOOPS] else ''}")
+        if dropped[LOOPS]:
+            notes.append(f"{dropped[LOOPS]} {LOOPS} are left out{KEEP_LOOPS}")
         if self._loops and self._job.options.repetition == "keep":
             notes.append(f"{self._loops} requests are marked as loops: kept, --repetition drop leaves them out")
         if self._renamed:
             notes.append(f"{self._renamed} requests had an id that came before: they are named #2, #3, ...")
         if self._before:
             notes.append(f"{self._before} requests were in the trace already")
+
+
+def _note_left_out(job: Import, writer: TraceWriter) -> None:
+    """Let trace.json tell what was left out, of files that the trace was made of before too."""
+    left_out = {"requests": Counter(job.dropped.requests), "tokens": Counter(job.dropped.tokens)}
+    before = writer.facts_before.get("notes", {})
+    if before.get("files") != job.origin["files"]:
+        for name, counts in (before.get("left_out") or {}).items():
+            left_out[name].update(counts)
+    if left_out["requests"]:
+        writer.info.notes["left_out"] = {name: dict(counts) for name, counts in left_out.items()}
 
 
 def _import_loads(job: Import, loads: Iterable[EngineLoad]) -> ImportSummary:
@@ -298,7 +333,7 @@ def _import_loads(job: Import, loads: Iterable[EngineLoad]) -> ImportSummary:
         writer.add_counts(list(windows), load_WLE[:, rows.kept_L])
     num_windows = len(RoutingTrace.open(job.out).load_counts()[0])
     job.notes.append(
-        f"{num_windows} windows of loads; semmoe show describes them, semmoe place needs routing per token"
+        f"{num_windows} windows of loads; semmoe place --method load takes them, other methods need routing per token"
     )
     return ImportSummary(0, 0, len(rows.kept_L), dict(job.dropped), job.notes)
 

@@ -19,14 +19,15 @@ Shape letters: L layers of the record, E experts, S physical slots, T tokens, K 
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.engines.records import EngineLoad, EngineRequest, integer, integer_array
+from semmoe.profiles.engines.containers import container_of
+from semmoe.profiles.engines.load_rows import counted_rows
+from semmoe.profiles.engines.records import EngineLoad, EngineRequest, LeftOut, integer, integer_array
 from semmoe.profiles.errors import InputError, require_extra
 
 REPEATED = "passes that another rank recorded alike"
@@ -79,14 +80,18 @@ def recorder_files(files: list[Path]) -> list[Path]:
 
 
 def read_recorder(
-    files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]
+    files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut
 ) -> Iterator[EngineRequest | EngineLoad]:
     """Requests of a per_token recording, loads of the other modes."""
     passes: dict[str, np.ndarray] = {}
     ranks: dict[bytes, int] = {}
     places: dict[str, str] = {}
     modes: dict[str, Path] = {}
-    for file in recorder_files(files):
+    found = recorder_files(files)
+    if found and all(container_of(file) == "text" and file.suffix != ".pt" for file in found):
+        yield counted_rows(found, facts)
+        return
+    for file in found:
         dump = load_pt(file)
         mode = _mode(file, dump)
         modes.setdefault(mode, file)
@@ -145,7 +150,7 @@ def _logical_load(where: str, value: Any, map_LS: np.ndarray) -> np.ndarray:
 
 
 def _fragments(
-    where: str, record: dict[str, Any], map_LS: np.ndarray, ranks: dict[bytes, int], dropped: Counter[str]
+    where: str, record: dict[str, Any], map_LS: np.ndarray, ranks: dict[bytes, int], dropped: LeftOut
 ) -> Iterator[EngineRequest]:
     slots_LTK = array_of(where, "topk_ids_of_layer", record.get("topk_ids_of_layer"), 3)
     tokens = array_of(where, "input_ids", record.get("input_ids"), 1)

@@ -80,6 +80,8 @@ def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None])
     )
     if not batch.num_tokens:
         raise InputError(f"{options.trace} holds no rows to replay")
+    for name, why in {**plan.unchecked, **trace.unchecked}.items():
+        tell(f"{name} was not checked: {why}")
     if batch.num_tokens < trace.num_tokens:
         tell(f"replaying {batch.num_tokens:,} of {trace.num_tokens:,} tokens")
     cases = [

@@ -15,13 +15,20 @@ from pathlib import Path
 
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.families import (
+    AROUND_EXPERTS,
     ATTENTION_EXPERTS,
+    BESIDE_FUSED,
+    DENSE_BESIDE,
     EXPERT_LIKE,
     FURTHER_ROUTER,
     FUSED,
     FUSED_IN_BLOCK,
     FUSED_ROWS,
+    LATENT,
     LAYER,
+    NUMBERED,
+    OF_BLOCK,
+    OF_EXPERTS,
     PER_EXPERT,
     ROUTER_KEEPS,
     ROUTER_LIKE,
@@ -86,13 +93,14 @@ def is_side(name: str) -> bool:
     return bool(SIDE_STACK.search(stack if layer >= 0 else rest))
 
 
-def has_experts(tensor: Tensor) -> bool:
-    """Whether the tensor belongs to routed experts or to their router, by name alone."""
+def has_experts(tensor: Tensor, model: RoutedModel) -> bool:
+    """Whether the tensor belongs to routed experts or to their router, in any layer."""
     rest = split_key(tensor.name)[2]
     if SHARED.search(rest) or ATTENTION_EXPERTS.match(rest) or SHARED_BY_EXPERTS.match(rest):
         return False
     in_block = FUSED_IN_BLOCK.match(rest) and len(tensor.shape) == 3
-    return bool(EXPERT_LIKE.search(rest) or VECTOR.match(rest) or in_block)
+    named = EXPERT_LIKE.search(rest) and could_be_experts(rest, tensor.shape, model)
+    return bool(named or VECTOR.match(rest) or in_block)
 
 
 def classify_one(tensor: Tensor, model: RoutedModel, layers: set[int], where: Path) -> Key:
@@ -102,10 +110,37 @@ def classify_one(tensor: Tensor, model: RoutedModel, layers: set[int], where: Pa
         return KEEP
     if layer in layers:
         return classify(tensor, model, where)
-    if has_experts(tensor) and (layer < 0 or layer < model.num_model_layers):
+    if has_experts(tensor, model) and (layer < 0 or layer < model.num_model_layers):
         place = f"layer {layer}" if stack else "no layer that semmoe can read"
         raise InputError(f"{tensor.name} belongs to the experts of {place}, the plan places none there: {where}")
     return KEEP
+
+
+def classify_written(tensor: Tensor, model: RoutedModel, layers: set[int], where: Path) -> Key:
+    """The role of a tensor that is not refused: it stays where it cannot be moved."""
+    try:
+        return classify_one(tensor, model, layers, where)
+    except InputError:
+        return KEEP
+
+
+def could_be_experts(rest: str, shape: tuple[int, ...], model: RoutedModel) -> bool:
+    """Whether a tensor of an unknown name may belong to single experts of its layer.
+
+    Its name says so, or its first axis: as many entries as experts, or beside a stack of experts
+    as many blocks of rows. What has no such axis stays, whatever its name.
+    """
+    one_each = shape[:1] == (model.num_experts,)
+    blocks = len(shape) > 0 and shape[0] > 0 and shape[0] % model.num_experts == 0
+    if EXPERT_LIKE.search(rest):
+        if AROUND_EXPERTS.match(rest) and len(shape) in (1, 2) and not one_each:
+            return blocks and shape[0] > model.hidden_size
+        if OF_EXPERTS.search(rest):
+            return shape not in ((), (1,)) or bool(NUMBERED.search(rest))
+        return blocks or model.num_experts in shape
+    if BESIDE_FUSED.match(rest):
+        return blocks
+    return one_each and bool(OF_BLOCK.match(rest)) and not LATENT.match(rest) and not DENSE_BESIDE.search(rest)
 
 
 def classify(tensor: Tensor, model: RoutedModel, where: Path) -> Key:
@@ -151,12 +186,12 @@ def classify(tensor: Tensor, model: RoutedModel, where: Path) -> Key:
         return rows(Role.ROWS, 0, router=True, extra=(0, extra_rows))
     if FUSED_ROWS.match(rest) and len(shape) == 2 and shape[0] % num_experts == 0:
         return Key(Role.ROWS, stack, layer, rows=shape[0])
-    if FUSED.match(rest) or (FUSED_IN_BLOCK.match(rest) and len(shape) >= 2):
+    if FUSED.match(rest) or FUSED_IN_BLOCK.match(rest):
         if shape in ((), (1,)):
             return KEEP  # one scale for all experts
         return rows(Role.ROWS, 0, router=False, extra=(0,))
     further = FURTHER_ROUTER.match(rest) and num_experts in shape[:1]
-    if further or EXPERT_LIKE.search(rest) or ROUTER_LIKE.search(rest):
+    if further or ROUTER_LIKE.search(rest) or could_be_experts(rest, shape, model):
         raise InputError(
             f"{tensor.name} (shape {list(shape)}) belongs to the experts or the router of layer {layer}, "
             f"and semmoe does not know how to move it: {where}"

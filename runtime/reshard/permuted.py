@@ -10,23 +10,25 @@ Shape letters: L MoE layers, E experts, R ranks, S slots per rank, G groups of e
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.config import moe_facts, read_config
+from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, read_index, read_shard
 from semmoe.runtime.reshard.complete import classify_checkpoint
 from semmoe.runtime.reshard.copy import FilePlan, check_parts, total_bytes, write_files
 from semmoe.runtime.reshard.keys import Key
-from semmoe.runtime.reshard.model import RoutedModel, check_plan
+from semmoe.runtime.reshard.model import RoutedModel, check_plan, permutation_facts, top_k_notes
 from semmoe.runtime.reshard.output_directory import check_space, output_directory
 from semmoe.runtime.reshard.records import ReshardOptions, ReshardResult, size_facts
-from semmoe.runtime.reshard.relabel import Orders, expected_parts, relabel_shard, relabelled_config, relabelled_index
+from semmoe.runtime.reshard.relabel import Orders, expected_parts, relabel_shard, relabelled_index
+from semmoe.runtime.reshard.settings import ExpertNames, names_settings, relabelled_settings
 from semmoe.runtime.reshard.sidecar import SIDECAR, file_entries, plan_facts, write_sidecar
 from semmoe.runtime.reshard.source import Checkpoint, copy_others
 from semmoe.solvers.plan import Plan
@@ -40,11 +42,46 @@ class Relabelling:
     model: RoutedModel
     orders: Orders
     keys: Mapping[str, Key]
+    stored: Mapping[str, str] = field(default_factory=dict)  # files of settings to write as they are given
 
     @classmethod
     def of(cls, source: Checkpoint, model: RoutedModel, orders: Orders) -> "Relabelling":
         """Raises InputError where the checkpoint is not whole."""
         return cls(source, model, orders, classify_checkpoint(source, model, set(orders)))
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Files of settings that name experts, as they are to be: config.json,
+        hf_quant_config.json, recipe.yaml, ...
+
+        As Latin-1: what is changed is ASCII, and every other byte stays.
+        """
+        experts, changed = ExpertNames.of(self.keys, self.orders), {}
+        for name in filter(names_settings, self.source.others):
+            text = self.read_settings(name)
+            where = str(self.source.path / name)
+            new = self.stored[name] if name in self.stored else relabelled_settings(text, where, experts)
+            if new != text:
+                changed[name] = new
+        return changed
+
+    def read_settings(self, name: str) -> str:
+        return (self.source.path / name).read_bytes().decode("latin-1")
+
+    def one_way_settings(self) -> dict[str, str]:
+        """Files of settings that the inverse permutation would not give back to the letter: "[35]"
+        became "(?:3|12)"."""
+        back = ExpertNames.of(self.keys, {layer: np.argsort(order) for layer, order in self.orders.items()})
+        kept = {}
+        for name, new in self.settings.items():
+            old = self.read_settings(name)
+            try:
+                same = relabelled_settings(new, name, back) == old
+            except InputError:
+                same = False
+            if not same:
+                kept[name] = old
+        return kept
 
     def files(self, *, link: bool = False, header_bytes: Mapping[str, int] = {}) -> list[FilePlan]:
         """The safetensors files to write. `header_bytes`: lengths of headers by file; default
@@ -54,7 +91,9 @@ class Relabelling:
             for shard in self.source.shards
         ]
 
-    def result(self, out: Path, files: Sequence[FilePlan], verify: str, **facts: Any) -> ReshardResult:
+    def result(
+        self, out: Path, files: Sequence[FilePlan], verify: str, *, notes: Sequence[str] = (), **facts: Any
+    ) -> ReshardResult:
         """What writing the files did."""
         moved = sum(int((order != np.arange(len(order))).sum()) for order in self.orders.values())
         return ReshardResult(
@@ -65,6 +104,7 @@ class Relabelling:
             **size_facts(files),
             verified=verify,
             left_out=self.source.left_out,
+            notes=(*self.source.unselected_notes(), *notes),
             **facts,
         )
 
@@ -80,7 +120,7 @@ def write_permuted(
     model, orders = check_plan(source, plan), permutation_of(plan)
     check_groups(read_config(source.path), orders)
     relabelling = Relabelling.of(source, model, orders)
-    files = relabelling.files(link=options.link)
+    files, one_way = relabelling.files(link=options.link), relabelling.one_way_settings()
     with output_directory(out, source.path, marker=SIDECAR, force=options.force) as folder:
         sums = fill_permuted(relabelling, files, folder, compare=options.compares, progress=progress)
         difference = None
@@ -94,10 +134,12 @@ def write_permuted(
             "made_by": options.made_by,
             "num_experts": model.num_experts,
             "new2old": {str(layer): order.tolist() for layer, order in orders.items()},
+            **({"settings": one_way} if one_way else {}),
             "files": file_entries(source, files, sums),
         }
         write_sidecar(folder, facts)
-    return relabelling.result(out, files, options.verify, logits_difference=difference)
+    notes = top_k_notes(source, plan)
+    return relabelling.result(out, files, options.verify, notes=notes, logits_difference=difference)
 
 
 def fill_permuted(
@@ -105,10 +147,11 @@ def fill_permuted(
 ) -> dict[str, list[list[int]]]:
     """Write the relabelled checkpoint into `folder`; checksums by file name where
     it is compared."""
-    source, orders = relabelling.source, relabelling.orders
+    source = relabelling.source
     check_space(folder, total_bytes(files) + source.other_bytes)
     copy_others(source, folder, skip=(SIDECAR,))
-    relabel_configs(source, orders, folder)
+    for name, text in relabelling.settings.items():
+        (folder / name).write_bytes(text.encode("latin-1"))
     write_index(relabelling, folder)
     sums = write_files(files, folder, verify=compare, progress=progress)
     if compare:
@@ -132,7 +175,7 @@ def permutation_of(plan: Plan) -> dict[int, np.ndarray]:
 def check_groups(config: dict[str, Any], orders: Orders) -> None:
     """Raise InputError where the router chooses among groups of experts and a permutation breaks
     them."""
-    facts = moe_facts(config)
+    facts = permutation_facts(config)
     num_groups, chosen = facts["n_group"], facts["topk_group"]
     if num_groups <= 1 or chosen >= num_groups:
         return
@@ -160,21 +203,11 @@ def check_written(relabelling: Relabelling, files: Sequence[FilePlan], root: Pat
                 file.parts,
             )
         for tensor in written.tensors:
-            if index.pop(tensor.name, file.name) != file.name:
-                raise InputError(f"{root / INDEX_NAME} names another file for {tensor.name}: nothing was kept")
+            if index.get(tensor.name) == file.name:
+                del index[tensor.name]
     if index:
-        raise InputError(f"{root / INDEX_NAME} names {next(iter(index))}, which no file holds: nothing was kept")
-
-
-def relabel_configs(source: Checkpoint, orders: Orders, target: Path) -> None:
-    """Quantisation settings may name experts: config.json, hf_quant_config.json,
-    quantize_config.json, ..."""
-    for name in source.others:
-        if "/" not in name and name.endswith(".json") and ("config" in name or "quant" in name):
-            text = (target / name).read_bytes().decode("utf-8", errors="surrogateescape")
-            renamed = relabelled_config(text, orders)
-            if renamed != text:
-                (target / name).write_bytes(renamed.encode("utf-8", errors="surrogateescape"))
+        name, file_name = next(iter(index.items()))
+        raise InputError(f"{root / INDEX_NAME} names {name}, which {file_name} does not hold: nothing was kept")
 
 
 def write_index(relabelling: Relabelling, target: Path) -> None:

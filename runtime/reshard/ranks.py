@@ -29,7 +29,7 @@ from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, make_hea
 from semmoe.runtime.reshard.complete import classify_checkpoint
 from semmoe.runtime.reshard.copy import FilePlan, Part, Piece, check_parts, merged, total_bytes, write_files
 from semmoe.runtime.reshard.keys import KEEP, Key, Role, is_expert
-from semmoe.runtime.reshard.model import check_plan
+from semmoe.runtime.reshard.model import check_plan, top_k_notes
 from semmoe.runtime.reshard.output_directory import check_space, output_directory
 from semmoe.runtime.reshard.records import ReshardOptions, ReshardResult, size_facts
 from semmoe.runtime.reshard.relabel import block_bytes
@@ -76,7 +76,7 @@ def write_ranks(
         (folder / SHARED).mkdir()
         copy_others(source, folder / SHARED)
         sums = write_files(files, folder, verify=options.compares, progress=progress)
-        write_indices(files, folder)
+        write_indices(source, files, folder)
         if options.compares:
             check_written(division, files, folder)
         facts = {
@@ -99,6 +99,7 @@ def write_ranks(
         **size_facts(files),
         verified=options.verify,
         left_out=source.left_out,
+        notes=(*source.unselected_notes(), *top_k_notes(source, plan)),
     )
 
 
@@ -164,13 +165,15 @@ def lay(parts: Sequence[Piece], offset: int) -> list[Part]:
     return laid
 
 
-def write_indices(files: Sequence[FilePlan], root: Path) -> None:
-    """An index in every directory with more than one safetensors file."""
+def write_indices(source: Checkpoint, files: Sequence[FilePlan], root: Path) -> None:
+    """An index in every directory with more than one safetensors file, of what the source's index
+    selects."""
     for directory in sorted({file.name.split("/")[0] for file in files}):
         shards = [read_shard(root / file.name) for file in files if file.name.split("/")[0] == directory]
         if len(shards) > 1:
-            weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-            size = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
+            pairs = [(shard, tensor) for shard in shards for tensor in shard.tensors if source.selects(shard, tensor)]
+            weight_map = {tensor.name: shard.name for shard, tensor in pairs}
+            size = sum(tensor.num_bytes for _, tensor in pairs)
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             (root / directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -187,17 +190,17 @@ def written_parts(division: Division, files: Sequence[FilePlan], root: Path) -> 
     """What every written file must hold, told from its own header. Raises InputError where a
     tensor is not anywhere."""
     keys = division.keys
-    tensors = {tensor.name: (shard, tensor) for shard in division.source.shards for tensor in shard.tensors}
-    due = {(SHARED, name) for name, key in keys.items() if not is_expert(key)}
+    tensors = {(s.name, tensor.name): (s, tensor) for s in division.source.shards for tensor in s.tensors}
+    due = {(SHARED, *place) for place in tensors if not is_expert(keys[place[1]])}
     for rank, mine in enumerate(division.ranks):
-        due |= {(rank_directory(rank), name) for name, key in keys.items() if on_rank(key, mine)}
+        due |= {(rank_directory(rank), *place) for place in tensors if on_rank(keys[place[1]], mine)}
     parts: dict[str, list[Part]] = {}
     for file in files:
-        directory = file.name.split("/")[0]
+        directory, shard_name = file.name.split("/")
         written, expected = read_shard(root / file.name), []
         for tensor in written.tensors:
-            due.discard((directory, tensor.name))
-            shard, original = tensors[tensor.name]
+            due.discard((directory, shard_name, tensor.name))
+            shard, original = tensors[shard_name, tensor.name]
             key = keys[tensor.name] if directory != SHARED else KEEP
             pieces = source_parts(shard, original, key, division.slots(directory), division.num_experts)
             if tensor.dtype != original.dtype or sum(p.num_bytes for p in pieces) != tensor.num_bytes:
@@ -206,8 +209,8 @@ def written_parts(division: Division, files: Sequence[FilePlan], root: Path) -> 
         if not file.link:
             parts[file.name] = merged(expected)
     if due:
-        directory, name = min(due)
-        raise InputError(f"{root / directory} lacks {name}: nothing was kept")
+        directory, shard_name, name = min(due)
+        raise InputError(f"{root / directory / shard_name} lacks {name}: nothing was kept")
     return parts
 
 

@@ -43,6 +43,7 @@ class ReshardResult:
     logits_difference: float | None = None  # largest absolute difference, where logits were compared
     left_out: tuple[str, ...] = ()  # files of the checkpoint that were not carried over
     notes: tuple[str, ...] = ()
+    same_checkpoint: bool | None = None  # as the plan was traced on; None where it does not know
 
 
 def size_facts(files: Sequence[FilePlan]) -> dict[str, Any]:

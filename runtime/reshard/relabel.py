@@ -10,7 +10,6 @@ source, so that a mistake in one direction shows in the comparison.
 Shape letters: E experts.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +19,10 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.safetensors_file import INTEGERS, Shard, Tensor, make_header
 from semmoe.runtime.reshard.copy import Edit, FilePlan, Part, Piece, merged
-from semmoe.runtime.reshard.keys import Key, Role, classify_one, is_side
+from semmoe.runtime.reshard.keys import Key, Role, classify_written
 from semmoe.runtime.reshard.model import RoutedModel
 
 EDIT_BYTES = 4 << 20  # smaller tensors are gathered in memory, larger ones by copies of each expert's bytes
-NAMED_EXPERT = re.compile(
-    r"(?P<before>[\w.]*(?:layers|blocks|h)\.(?P<layer>\d+)\.(?!self_attention\.)(?:\w+\.)?experts\.)(?P<expert>\d+)(?![\w*])"
-)
-
 Orders = Mapping[int, np.ndarray]
 
 
@@ -125,7 +120,7 @@ def expected_parts(shard: Shard, source: Shard, model: RoutedModel, orders: Orde
     sources = {tensor.name: tensor for tensor in source.tensors}
     parts: list[Part] = []
     for tensor in shard.tensors:
-        key = classify_one(tensor, model, set(orders), written)
+        key = classify_written(tensor, model, set(orders), written)
         name = key.renamed(tensor.name, int(orders[key.layer][key.expert])) if key.role is Role.EXPERT else tensor.name
         original = sources.pop(name, None)
         if original is None or (original.dtype, original.shape) != (tensor.dtype, tensor.shape):
@@ -137,20 +132,6 @@ def expected_parts(shard: Shard, source: Shard, model: RoutedModel, orders: Orde
     if sources or shard.metadata != source.metadata:
         raise InputError(f"{written} lacks {next(iter(sources), 'the metadata')} of {source.path}: nothing was kept")
     return merged(parts)
-
-
-def relabelled_config(text: str, orders: Orders) -> str:
-    """A configuration file whose lists of modules (kept in high precision, say) name single
-    experts, renamed likewise."""
-    old2new = {layer: np.argsort(order) for layer, order in orders.items()}
-
-    def rename(found: re.Match[str]) -> str:
-        layer, expert = int(found["layer"]), int(found["expert"])
-        if is_side(found["before"]) or layer not in old2new or expert >= len(old2new[layer]):
-            return found[0]
-        return f"{found['before']}{old2new[layer][expert]}"
-
-    return NAMED_EXPERT.sub(rename, text)
 
 
 def relabelled_index(weight_map: Mapping[str, str], keys: Mapping[str, Key], orders: Orders) -> dict[str, str]:

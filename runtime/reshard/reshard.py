@@ -7,8 +7,10 @@ source byte by byte, and renamed: it appears whole or not at all, and what a kil
 removed by the next. semmoe.json in OUT says what was done.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+from semmoe.profiles.checkpoint import compare_checkpoint
 from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.progress import Stages
 from semmoe.runtime.reshard.permuted import write_permuted
@@ -49,4 +51,7 @@ def reshard_checkpoint(
     if verify == "logits":
         require_extra("--verify logits runs both models, which", "torch", "transformers")
     write = write_ranks if layout == "ranks" else write_permuted
-    return write(open_checkpoint(checkpoint), plan, out, options, progress)
+    source = open_checkpoint(checkpoint)
+    same, line = compare_checkpoint(plan.model.checkpoint, checkpoint, str(checkpoint))
+    result = write(source, plan, out, options, progress)
+    return replace(result, same_checkpoint=same, notes=(*result.notes, *filter(None, [line])))

@@ -3,12 +3,14 @@ never loaded."""
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, read_index, read_shard
+from semmoe.profiles.files import wrong_file
+from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, read_index, read_shard
 
 # Weights in other formats: a copy of them beside permuted tensors would be another model under the
 # same name.
@@ -24,7 +26,26 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index: dict[str, Any] | None
     others: tuple[str, ...]  # relative paths of the files that are carried over as they are
-    left_out: tuple[str, ...]  # relative paths of weights in other formats
+    left_out: tuple[str, ...]  # relative paths of weights in other formats, links out of the checkpoint, devices
+
+    def selects(self, shard: Shard, tensor: Tensor) -> bool:
+        """Whether a loader reads this tensor: the index decides where there is one."""
+        return self.index is None or self.index["weight_map"].get(tensor.name) == shard.name
+
+    def selected(self) -> Iterator[tuple[Shard, Tensor]]:
+        """The tensors that a loader reads, each with its file."""
+        return ((shard, tensor) for shard in self.shards for tensor in shard.tensors if self.selects(shard, tensor))
+
+    def unselected_notes(self) -> tuple[str, ...]:
+        """One line for every file with tensors that the index does not select."""
+        notes = []
+        for shard in self.shards:
+            if names := [tensor.name for tensor in shard.tensors if not self.selects(shard, tensor)]:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                notes.append(
+                    f"{shard.name}: {INDEX_NAME} does not select {names[0]}{more}; carried along with the file"
+                )
+        return tuple(notes)
 
     @property
     def num_bytes(self) -> int:
@@ -53,15 +74,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not found:
         raise InputError(f"{path} holds no safetensors file: other weight formats cannot be resharded")
     shards = tuple(read_shard(path / name) for name in found)
-    check_names(shards, path)
-    if index:
+    if not index:
+        check_names(shards, path)
+    else:
         check_index(index["weight_map"], {shard.name: shard for shard in shards}, path)
     others, left_out = other_files(path)
     return Checkpoint(path, shards, index, others, left_out)
 
 
 def check_names(shards: tuple[Shard, ...], path: Path) -> None:
-    """Raise InputError where a tensor is in two files: which of them counts, nobody knows."""
+    """Raise InputError where a tensor is in two files and no index says which of them counts."""
     found: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:
@@ -79,7 +101,10 @@ def check_index(weight_map: dict[str, str], shards: dict[str, Shard], path: Path
 
 def other_files(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Relative paths of the files to carry over, and of what is not: weights in other formats or
-    places, links to directories."""
+    places, links to directories and out of the checkpoint, pipes and devices.
+
+    Raises InputError where config.json is such a link: without it nothing can load the output.
+    """
     others, left_out = [], []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
@@ -91,7 +116,10 @@ def other_files(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
             weights = name.endswith(WEIGHT_SUFFIXES) or name.endswith((".safetensors.index.json", ".bin.index.json"))
             if name.startswith(".") or relative == INDEX_NAME or (relative == name and name.endswith(".safetensors")):
                 continue
-            (left_out if weights else others).append(relative)
+            foreign = "" if weights else wrong_file(path, Path(folder, name))
+            if foreign and relative == "config.json":
+                raise InputError(f"{path / relative} is {foreign}")
+            (left_out if weights or foreign else others).append(relative)
     return tuple(others), tuple(left_out)
 
 

@@ -4,6 +4,7 @@ Shape letters: L MoE layers, R ranks, S slots per rank.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def undo_permuted(
     orders = {int(layer): np.argsort(order) for layer, order in facts["new2old"].items()}
     if options.compares:
         check_unchanged(checkpoint, facts, progress)
-    relabelling = Relabelling.of(source, model, orders)
+    relabelling = replace(Relabelling.of(source, model, orders), stored=facts.get("settings", {}))
     entries = facts["files"].items()
     files = relabelling.files(header_bytes={name: entry["source_header_bytes"] for name, entry in entries})
     with output_directory(out, checkpoint, marker=SIDECAR, force=options.force) as folder:
@@ -86,6 +87,8 @@ def undo_ranks(
     }
     written = {name: read_shard(checkpoint / name) for name in facts["files"]}
     files = [joined_file(name, entry, written, homes) for name, entry in headers["files"].items()]
+    if not (checkpoint / SHARED).resolve().is_relative_to(checkpoint.resolve()):
+        raise InputError(f"{checkpoint / SHARED} is a link out of {checkpoint}, expected a directory in it")
     shared = open_checkpoint(checkpoint / SHARED)
     with output_directory(out, checkpoint, marker=SIDECAR, force=options.force) as folder:
         check_space(folder, total_bytes(files) + shared.other_bytes)

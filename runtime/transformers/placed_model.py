@@ -104,7 +104,7 @@ def generating_class(source: ModelSource) -> Any:
     """The model's class. Raises InputError for one that does not generate text."""
     chosen: Any = model_class(source)
     if chosen is AutoModelForCausalLM:
-        chosen = chosen._model_mapping.get(type(source.config))
+        chosen = chosen._model_mapping.get(type(source.config), None)
         if chosen is None:
             raise InputError(f"{source.name}: model type {source.config.model_type!r} is not supported")
     if not chosen.can_generate():

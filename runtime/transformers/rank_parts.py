@@ -109,9 +109,8 @@ def whole_tensor(shard: Shard, tensor: Tensor, folder: str) -> StoredTensor:
 
 def dense_tensors(checkpoint: Checkpoint, folder: str) -> Iterator[StoredTensor]:
     """Every tensor of a directory as it is."""
-    for shard in checkpoint.shards:
-        for tensor in shard.tensors:
-            yield whole_tensor(shard, tensor, folder)
+    for shard, tensor in checkpoint.selected():
+        yield whole_tensor(shard, tensor, folder)
 
 
 def tensors_of_directory(checkpoint: Checkpoint, slots: Slots, folder: str) -> Iterator[StoredTensor]:
@@ -137,21 +136,20 @@ def tensors_of_whole(
     keys = classify_checkpoint(checkpoint, routed_model(config, num_experts), set(slots[0]))
     places = places_of_experts(slots)
     parts: list[list[StoredTensor]] = [[] for _ in slots]
-    for shard in checkpoint.shards:
-        for tensor in shard.tensors:
-            key, whole = keys[tensor.name], whole_tensor(shard, tensor, "")
-            if not is_expert(key):
-                # LongCat's identity experts have weights that nothing reads.
-                if not (config.get(IDENTITY_EXPERTS) and PER_EXPERT.match(split_key(tensor.name)[2])):
-                    for part in parts:
-                        part.append(whole)
-            elif key.role is Role.ROWS:
-                for part, own in zip(parts, slots, strict=True):
-                    part.append(rows_of_experts(shard, tensor, key, own[key.layer], num_experts))
-            else:
-                for rank, slot in places[key.layer, key.expert]:
-                    name = key.renamed(tensor.name, slot)
-                    parts[rank].append(whole._replace(name=name, layer=key.layer, slot=slot, experts=(key.expert,)))
+    for shard, tensor in checkpoint.selected():
+        key, whole = keys[tensor.name], whole_tensor(shard, tensor, "")
+        if not is_expert(key):
+            # LongCat's identity experts have weights that nothing reads.
+            if not (config.get(IDENTITY_EXPERTS) and PER_EXPERT.match(split_key(tensor.name)[2])):
+                for part in parts:
+                    part.append(whole)
+        elif key.role is Role.ROWS:
+            for part, own in zip(parts, slots, strict=True):
+                part.append(rows_of_experts(shard, tensor, key, own[key.layer], num_experts))
+        else:
+            for rank, slot in places[key.layer, key.expert]:
+                name = key.renamed(tensor.name, slot)
+                parts[rank].append(whole._replace(name=name, layer=key.layer, slot=slot, experts=(key.expert,)))
     return parts
 
 

@@ -41,7 +41,7 @@ class UnreadTensor:
     def __getitem__(self, index: Any) -> torch.Tensor:
         stored = self._stored
         values = torch.empty(sum(size for _, size in stored.pieces), dtype=torch.uint8)
-        into, place = memoryview(values.numpy()), 0
+        into, place = values.numpy().data, 0
         for offset, size in stored.pieces:
             read_into(into[place : place + size], self._file, offset, stored)
             place += size

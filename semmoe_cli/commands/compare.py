@@ -67,7 +67,7 @@ def compare(
     from semmoe.solvers.evaluate.compare import compare_plans
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import note, print_json
+    from semmoe.terminal.tables import note, note_unchecked, print_json
 
     *plan_paths, trace = paths
     if len(plan_paths) < 2:
@@ -88,6 +88,7 @@ def compare(
             setting=simulation.setting(),
             progress=progress,
         )
+    note_unchecked(*plans.values(), traced)
     for line in notes:
         note(line)
     comparison = replace(comparison, trace=trace)

@@ -151,7 +151,7 @@ def place(
     compute_on_one_thread()  # before anything imports numpy
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import check_plan_target
-    from semmoe.terminal.tables import note, print_report
+    from semmoe.terminal.tables import note, note_unchecked, print_balance, print_report
 
     check_plan_target(output)
     if import_ is not None and (unused := given(placing, but=FINE_WITH_IMPORT)):
@@ -178,11 +178,14 @@ def place(
         with stages() as show:
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
     plan.save(output)
+    note_unchecked(*opened)
     for line in plan.notes:
         note(line)
-    assert plan.scores is not None, "a plan that was just made has its scores"
-    print_report(replace(plan.scores, plan=str(output), trace=", ".join(traces)), as_json=json_)
-    if plan.scores.certificate and not json_:
+    if plan.scores is None:
+        print_balance(plan.options["balance"], {"plan": str(output), "trace": ", ".join(traces)}, as_json=json_)
+    else:
+        print_report(replace(plan.scores, plan=str(output), trace=", ".join(traces)), as_json=json_)
+    if plan.scores and plan.scores.certificate and not json_:
         from semmoe.pages.on_request import certified
         from semmoe.pages.page import print_section
 

@@ -12,6 +12,8 @@ from semmoe.options import Json, Simulation, given, grouped
 if TYPE_CHECKING:
     from semmoe.pages.page import Page
     from semmoe.pages.plan_report import PlanReportOptions
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +140,14 @@ def _report_plan(
     from semmoe.pages.plan_report import make_plan_report
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
-    from semmoe.terminal.tables import note, print_report, print_times
+    from semmoe.terminal.tables import note, note_unchecked, print_report, print_times
 
-    made = make_plan_report(Plan.load(plan), RoutingTrace.open(trace), options, simulation.setting(), plan_path=plan)
+    placed, traced = Plan.load(plan), RoutingTrace.open(trace)
+    if traced.info.kind == "counts":
+        _report_balance(placed, traced, {"plan": plan, "trace": trace}, output, as_json)
+        return
+    made = make_plan_report(placed, traced, options, simulation.setting(), plan_path=plan)
+    note_unchecked(placed, traced)
     for line in [*made.notes, *made.left_out]:
         note(line)
     print_report(replace(made.report, plan=plan, trace=trace), as_json=as_json)
@@ -159,15 +166,32 @@ def _report_plan(
         _write(plan_page(made), output)
 
 
+def _report_balance(
+    plan: "Plan", trace: "RoutingTrace", names: dict[str, str], output: Path | None, as_json: bool
+) -> None:
+    """What can be said of a plan on loads alone."""
+    from semmoe.solvers.plan_of_counts import ONLY_BALANCE, balance_of, counted_load_LE
+    from semmoe.terminal.tables import note, print_balance
+
+    if output is not None:
+        trace.require_tokens("a page")
+    plan.model.check(trace.info, trace.path)
+    note(f"{trace.path}: {ONLY_BALANCE}")
+    if trace.fingerprint in plan.trace.get("fingerprints", []):
+        note("the plan was made from these very loads: its balance is not held out")
+    print_balance(balance_of(plan, counted_load_LE([trace])), names, as_json=as_json)
+
+
 def _report_trace(path: str, ranks: int, seed: int, output: Path | None, as_json: bool) -> None:
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.health.health import trace_health
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import print_health
+    from semmoe.terminal.tables import note_unchecked, print_health
 
     trace = RoutingTrace.open(path)
     with steps("health") as progress:
         health = replace(trace_health(trace, seed=seed, ranks=ranks, progress=progress), trace=path)
+    note_unchecked(trace)
     print_health(health, as_json=as_json)
     if output is not None:
         from semmoe.pages.health import health_page

@@ -79,7 +79,10 @@ def reshard(
                 progress=progress,
             )
     for name in result.left_out:
-        note(f"left out {name}: weights in another format or place, and links to directories, are not carried over")
+        note(
+            f"left out {name}: weights in another format or place, links to directories or out of the checkpoint, "
+            "pipes and devices are not carried over"
+        )
     for line in result.notes:
         note(line)
     if json_:

@@ -18,7 +18,8 @@ from semmoe.terminal.tables import note, print_facts, print_json
 
 if TYPE_CHECKING:
     from semmoe.profiles.capture.requests import RequestSource
-    from semmoe.runtime.serving.run import RankTask, RunOptions, RunResult
+    from semmoe.runtime.serving.options import RunOptions
+    from semmoe.runtime.serving.run import RankTask, RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,12 @@ class Running:
     check: Annotated[
         bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
     ] = False
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Compare a reshard with the checksums in its semmoe.json while it is read, on every machine."
+        ),
+    ] = True
 
     def everywhere(self, plan: Path) -> dict[str, Any]:
         """What RunOptions and ReplayOptions have in common."""
@@ -164,12 +171,21 @@ def run(
     if output is not None and os.environ.get("RANK", "0") == "0":
         check_output(output)
         kept = partial(kept_results, output, partial_state(output))
-    wanted = {"checkpoint": checkpoint, "prompts": texts, "max_new_tokens": running.max_new_tokens}
-    wanted |= {"predict": running.predict or "context", "output": str(output) if output else None}
-    found = run_ranks(everywhere | wanted | {"check": running.check}, running.nproc, kept)
-    if found is None:
+    from semmoe.runtime.serving.options import RunOptions
+
+    options = RunOptions(
+        checkpoint=checkpoint,
+        prompts=texts,
+        predict=running.predict or "context",
+        max_new_tokens=running.max_new_tokens,
+        output=str(output) if output else None,
+        check=running.check,
+        verify=running.verify,
+        **everywhere,
+    )
+    result = run_ranks(options, running.nproc, kept)
+    if result is None:
         return
-    options, result = found
     metrics = result.metrics
     if running.check:
         from semmoe.runtime.serving.run import check_result
@@ -178,37 +194,34 @@ def run(
     print_results(result.lines, metrics, output=output, as_json=json_)
 
 
-def run_ranks(
-    fields: dict[str, Any], nproc: int | None, kept: Callable[[], str]
-) -> "tuple[RunOptions, RunResult] | None":
-    """Start the ranks here, or be one of torchrun's: options and result where rank 0's result is,
-    None elsewhere. `fields`: of RunOptions."""
+def run_ranks(options: "RunOptions", nproc: int | None, kept: Callable[[], str]) -> "RunResult | None":
+    """Start the ranks here, or be one of torchrun's: the result where rank 0's is, None elsewhere.
+
+    `kept`: what a failure adds to its line.
+    """
     from semmoe.profiles.capture.requests import read_all
     from semmoe.runtime.ranks.launch import as_rank, launch, under_torchrun
     from semmoe.solvers.plan import Plan
 
     if under_torchrun():
-        from semmoe.runtime.serving.run import RunOptions, prepare, run_rank
-
-        options = RunOptions(**fields)
+        from semmoe.runtime.serving.run import prepare, run_rank
 
         def read(num_ranks: int) -> "list[RankTask]":
             plan = Plan.load(options.plan)
             return prepare(options, plan, read_all(options.prompts, tell=note), num_ranks, note)
 
-        result = as_rank(lambda: run_rank(options, note, steps, read=read), kept)
-        return None if result is None else (options, result)
+        return as_rank(lambda: run_rank(options, note, steps, read=read), kept)
     # Before PyTorch is imported: a plan or prompts that are not there are told at once.
-    plan = Plan.load(fields["plan"])
-    requests = read_all(fields["prompts"], tell=note)
+    plan = Plan.load(options.plan)
+    requests = read_all(options.prompts, tell=note)
     from semmoe.runtime.ranks.group import check_group
-    from semmoe.runtime.serving.run import RunOptions, prepare, run_rank
+    from semmoe.runtime.serving.run import prepare, run_rank
 
-    options, ranks = RunOptions(**fields), plan.topology.num_ranks
+    ranks = plan.topology.num_ranks
     check_group(options.device, options.backend, ranks)
     tasks = prepare(options, plan, requests, nproc or ranks, note)
     try:
-        return options, launch(run_rank, (options, note, steps), ranks, tasks=tasks)
+        return launch(run_rank, (options, note, steps), ranks, tasks=tasks)
     except InputError as error:
         raise InputError(f"{error}{kept()}") from None
 

@@ -29,6 +29,12 @@ class EngineFiles:
         Repetition, typer.Option(help="With --from: what to do with requests that fell into a loop.")
     ] = Repetition.drop
     domain: Annotated[str | None, typer.Option(help="With --from: the domain of every request.")] = None
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="With --from: stop at the first record that cannot be used; default: leave it out."
+        ),
+    ] = False
 
 
 def import_files(
@@ -45,6 +51,7 @@ def import_files(
         engine.domain,
         max_tokens,
         resume,
+        engine.strict,
         command_line(output, *files),
     )
     summary = import_trace(engine.from_.value, [Path(file) for file in files], output, options)
@@ -67,13 +74,17 @@ def copy_hash_layers(name: str, output: Path, revision: str | None) -> dict[str,
     """Write the tables of a checkpoint's hash-routed layers, say so, and return what it was."""
     from semmoe.profiles.capture.hash_layers import read_hash_layers, write_hash_layers
     from semmoe.profiles.capture.loading import find_model
-    from semmoe.profiles.config import moe_facts
+    from semmoe.profiles.config import moe_facts, read_config
 
-    source = find_model(name, revision=revision)
-    tables = read_hash_layers(source.folder)
+    if Path(name).is_dir():  # nothing is run: Transformers need not know the model yet
+        folder, config = Path(name), read_config(name)
+    else:
+        source = find_model(name, revision=revision)
+        folder, config = source.folder, source.config.to_dict()
+    tables = read_hash_layers(folder)
     if not tables:
         raise InputError(f"{name}: no layer of the checkpoint is routed by a hash table (no tensor ends in .tid2eid)")
-    facts = moe_facts(source.config.to_dict())
+    facts = moe_facts(config)
     write_hash_layers(output, tables, list(facts["model_layers"]), facts["num_experts"], name)
     vocabulary, top_k = next(iter(tables.values())).shape
     note(f"wrote {output}: {len(tables)} hash layers, {vocabulary} tokens x top-{top_k}")

@@ -34,6 +34,7 @@ def health_page(health: "Health") -> Page:
                 f"{model or 'not named'}: {health.layers} MoE layers, {health.experts} experts, top-{health.top_k}",
             ),
             ("Trace", f"{health.requests:,} requests, {health.tokens:,} tokens"),
+            *([("Left out", str(health.left_out))] if health.left_out else []),
             ("Phase", f"{health.prompt_share:.0%} prompt, {1 - health.prompt_share:.0%} generated"),
             ("Curves", f"{len(health.curve_layers)} layers, {health.ranks} ranks, METIS"),
         ],
@@ -93,7 +94,7 @@ def _learning(health: "Health") -> Section | None:
 
 def _structure(health: "Health") -> Section | None:
     structure = health.structure
-    if structure is None:
+    if structure is None or health.impossible:
         return None
     picture = Picture(
         figures_health.structure_bars(structure, health.curve_layers),

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.report import Report, ScoreRow, Times
     from semmoe.solvers.health.record import Health
+    from semmoe.solvers.plan import Plan
 
 COLUMNS = {
     "lar": ("LAR", True),
@@ -37,6 +39,13 @@ SCORE_CAPTION = "* best of its column, oracles left out; in brackets: 95% bootst
 def note(line: str) -> None:
     """A line for people on stderr."""
     print(f"semmoe: {visible(line)}", file=sys.stderr)
+
+
+def note_unchecked(*inputs: "RoutingTrace | Plan") -> None:
+    """Say which files of traces and plans were used without being compared with a hash of them."""
+    for opened in inputs:
+        for file, why in opened.unchecked.items():
+            note(f"{file} was not checked: {why}")
 
 
 def print_json(value: Any) -> None:
@@ -206,6 +215,17 @@ def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
         elif isinstance(value, int):
             value = f"{value:,}"
         print(f"{visible(name).replace('_', ' '):<{width}}  {visible(str(value))}")
+
+
+def print_balance(rows: list[dict[str, Any]], names: dict[str, str], *, as_json: bool) -> None:
+    """How evenly placements load their ranks, where nothing else can be scored. `names`: of plan
+    and trace."""
+    if as_json:
+        print_json({**names, "scored": "balance", "rows": rows})
+        return
+    print(f"{'placement':<12}{'load max/mean':>15}{'load max/median':>17}")
+    for row in rows:
+        print(f"{row['placement']:<12}{row['load_imbalance']:>15.3f}{row['load_imbalance_median']:>17.3f}")
 
 
 def _shortened(values: list[Any]) -> str:

@@ -4,16 +4,21 @@ Levels: "good" (nothing to do), "watch" (works, with a limit to know), "bad" (do
 placing).
 """
 
-from semmoe.solvers.health.record import DomainDrift, Finding, Health, TimeDrift
+from semmoe.solvers.health.record import DomainDrift, Finding, Health, LeftOutFacts, TimeDrift
 
 FEW_ACTIVATIONS = 50  # of the median expert at a layer: below, co-activation counts are mostly noise
 FEW_REQUESTS = 4  # of a domain: below, its REM says more of the requests than of the domain
+LEAST_SAVING = 0.005  # REM: shares of less than that say nothing
 SMALL_SHARE = 0.05  # of the saving that is there already: less is not worth tracing for
 DRIFT_SHARE = 0.10  # of the saving: more is worth a plan of its own
 DRIFT_IMBALANCE = 0.10  # busiest rank over mean: more makes a layer as much slower
 MANY_UNSEEN = 0.10
+MANY_LEFT_OUT = 0.20  # of the requests or tokens: what is left may be another traffic than the server's
 
 Answer = tuple[str, str]  # level and sentence
+
+
+NOT_JUDGED = ("watch", "Not judged: the trace holds routing that cannot be.")
 
 
 def health_findings(health: Health) -> list[Finding]:
@@ -27,7 +32,24 @@ def health_findings(health: Health) -> list[Finding]:
         "token ids": _unseen,
     }
     answers = {topic: question(health) for topic, question in questions.items()}
+    if health.impossible:
+        answers = {"routing": _impossible(health.impossible), **answers, "structure": NOT_JUDGED}
+    if health.left_out is not None:
+        answers["left out"] = _left_out(health.left_out)
     return [Finding(topic, *answer) for topic, answer in answers.items()]
+
+
+def _impossible(impossible: dict[str, str]) -> Answer:
+    texts = list(impossible.values())
+    more = f"; and {len(texts) - 5} layers more: {', '.join(list(impossible)[5:25])}" if len(texts) > 5 else ""
+    return "bad", f"Impossible routing: {'; '.join(texts[:5])}{more}."
+
+
+def _left_out(left_out: LeftOutFacts) -> Answer:
+    text = f"the import left out {left_out}"
+    if max(left_out.requests_share, left_out.tokens_share) > MANY_LEFT_OUT:
+        return "watch", f"Much of the traffic is not in the trace: {text}."
+    return "good", f"Little is missing: {text}."
 
 
 def saving(health: Health) -> float:
@@ -49,6 +71,9 @@ def _size(health: Health) -> Answer:
             f"Too few tokens: the median expert was chosen {median:.0f} times. Trace {more:.0f} times as many.",
         )
     now, forecast = learning.points[-1].rem, learning.forecast
+    if saving(health) < LEAST_SAVING:
+        brings = ", ".join(f"{f.factor} times as many {now - f.rem:.2f}" for f in forecast)
+        return "watch", f"Placement saves no REM on held-out requests; more tokens would bring: {brings}."
     gains = {f.factor: (now - f.rem) / saving(health) for f in forecast}
     numbers = (
         f"twice as many would add {gains[2]:.0%} to the saving of {saving(health):.2f} REM, ten times {gains[10]:.0%}"

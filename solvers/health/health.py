@@ -19,11 +19,13 @@ from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.health.drift import cross_fits, domain_drift, random_share_B, rem_T, time_drift
 from semmoe.solvers.health.findings import health_findings
+from semmoe.solvers.health.impossible import impossible_routing
 from semmoe.solvers.health.record import (
     CurvePoint,
     Forecast,
     Health,
     Learning,
+    LeftOutFacts,
     LoadFacts,
     PowerLaw,
     StructureFacts,
@@ -57,6 +59,7 @@ def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Pr
     num_ranks = ranks or next((r for r in (8, 4, 2) if info.num_experts % r == 0 and info.num_experts > r), 1)
     layers = np.unique(np.linspace(0, info.num_layers - 1, min(MAX_LAYERS, info.num_layers)).astype(int))
     ids_LTK = np.ascontiguousarray(np.moveaxis(batch.expert_ids_TLK[:, layers], 1, 0))
+    impossible = impossible_routing(load_LE, batch, info)
     structure = done(measure_structure(replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:, layers]), info, seed=seed))
     fits = cross_fits(ids_LTK, batch, info.num_experts, num_ranks, seed)
     health = Health(
@@ -80,8 +83,29 @@ def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Pr
         learning=done(_learning_curve(ids_LTK, batch, info.num_experts, num_ranks, seed)),
         domains=done(domain_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
         time=done(time_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
+        left_out=left_out_facts(trace),
+        impossible={str(info.model_layers[layer]): text for layer, text in impossible.items()} or None,
     )
     return replace(health, findings=health_findings(health))
+
+
+def left_out_facts(trace: RoutingTrace) -> LeftOutFacts | None:
+    """What the notes of a trace say of requests that its import left out; None where they say
+    nothing that can be counted."""
+    noted = trace.info.notes.get("left_out")
+    requests, tokens = (
+        ((noted or {}).get(name) for name in ("requests", "tokens")) if isinstance(noted, dict) else ({}, {})
+    )
+    counts = [c for c in (requests, tokens) if isinstance(c, dict)]
+    if not requests or len(counts) < 2 or not all(isinstance(n, int) and n >= 0 for c in counts for n in c.values()):
+        return None
+    num_requests, num_tokens = sum(requests.values()), sum(tokens.values())
+    return LeftOutFacts(
+        requests,
+        num_requests / max(num_requests + trace.num_requests, 1),
+        num_tokens,
+        num_tokens / max(num_tokens + trace.num_tokens, 1),
+    )
 
 
 def _load_facts(load_LE: np.ndarray) -> LoadFacts:
@@ -90,7 +114,9 @@ def _load_facts(load_LE: np.ndarray) -> LoadFacts:
     return LoadFacts(
         busiest_over_mean=float(skew_L.mean()),
         busiest_over_mean_layers=skew_L.tolist(),
-        unused_share=float((load_LE == 0).mean()),
+        unused_share=float(
+            (load_LE == 0)[load_LE.any(axis=1)].sum() / max(load_LE.any(axis=1).sum() * load_LE.shape[1], 1)
+        ),
         least_activations=int(load_LE.min()),
         median_activations=float(np.median(load_LE)),
         share_by_popularity=share_E.tolist(),

@@ -128,6 +128,20 @@ class Finding(JsonRecord):
     text: str
 
 
+@dataclass(frozen=True)
+class LeftOutFacts(JsonRecord):
+    """Requests that an import left out, by reason, and their share of all."""
+
+    requests: dict[str, int]
+    requests_share: float
+    tokens: int  # as far as the records told
+    tokens_share: float
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.requests.items())
+        return f"{reasons}: {self.requests_share:.1%} of the requests, {self.tokens_share:.1%} of the tokens"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Health(JsonRecord):
     """Is a trace good enough to place experts by?"""
@@ -151,4 +165,6 @@ class Health(JsonRecord):
     learning: Learning | None
     domains: list[DomainDrift] | None
     time: TimeDrift | None
+    left_out: LeftOutFacts | None = None
+    impossible: dict[str, str] | None = None  # by number of the layer in the model
     findings: list[Finding] = field(default_factory=list)

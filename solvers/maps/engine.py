@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from semmoe.profiles.document import parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
@@ -30,12 +31,16 @@ class Wanted:
     format: str = ""  # where an engine has several
 
 
+MOST_DRAFT_LAYERS = 4  # behind the last layer of a model: more rows are another model's
+
+
 class Rows(NamedTuple):
     """What a file says: one row for each of its layers."""
 
     experts_MP: np.ndarray  # integers
     layer_of_M: list[int]  # number of each row's layer, as the file counts
     wanted_L: list[int]  # numbers of the MoE layers there
+    num_draft: int = 0  # rows behind those of the model, which are its draft layers' and left out
 
 
 def json_line(value: Any) -> bytes:
@@ -70,19 +75,21 @@ def identity_row(placement: Placement) -> list[int]:
 
 def read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_bounded(file).decode()
     except FileNotFoundError:
         raise InputError(f"{file} does not exist") from None
     except UnicodeDecodeError:
         raise InputError(f"{file} is not text in UTF-8") from None
+    except ValueError as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def read_json(file: Path) -> Any:
     try:
-        return json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_text(file), strict=True)
+    except ValueError as error:
         raise InputError(f"{file} is not JSON: {first_line(error)}") from None
 
 
@@ -108,11 +115,13 @@ def ids_of(where: str, name: str, value: Any, ndim: int) -> np.ndarray:
 
 
 def moe_rows(where: str, experts_LP: np.ndarray, model: ModelFacts) -> Rows:
-    """Rows of a file that has one for every MoE layer, counted from 0."""
-    if len(experts_LP) != model.num_layers:
+    """Rows of a file that has one for every MoE layer, counted from 0, and perhaps some for draft
+    layers behind them."""
+    num_draft = len(experts_LP) - model.num_layers
+    if not 0 <= num_draft <= MOST_DRAFT_LAYERS:
         raise InputError(f"{where} has {len(experts_LP)} rows, expected {model.num_layers}: one for every MoE layer")
     layers = list(range(model.num_layers))
-    return Rows(experts_LP, layers, layers)
+    return Rows(experts_LP[: model.num_layers], layers, layers, num_draft)
 
 
 def some_of(names: Any) -> str:

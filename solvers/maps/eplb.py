@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from semmoe.profiles.engines.containers import container_of
 from semmoe.profiles.engines.recorder import load_pt, pt_bytes
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.maps.engine import Engine, Rows, Wanted, first_line, ids_of, moe_rows, some_of
@@ -48,7 +49,9 @@ def render(value: dict[str, Any], ending: str) -> bytes:
 
 
 def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
-    """The three tables by name, the tuple that rebalance_experts returns, or phy2log alone."""
+    """The three tables by name, the tuple that rebalance_experts returns, or phy2log alone; or
+    what each rank holds, [layers, ranks, slots], or vLLM's expert_map of every rank, [layers,
+    ranks, experts]: an expert's slot there, or -1."""
     where = str(file)
     value = _read_tensors(file)
     if isinstance(value, (tuple, list)) and len(value) == 3 and hasattr(value[0], "shape"):
@@ -56,10 +59,14 @@ def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
     tables = value if isinstance(value, dict) else {"phy2log": value}
     if "phy2log" not in tables:
         raise InputError(f"{where} has no phy2log, but {some_of(tables)}")
-    rows = moe_rows(where, ids_of(where, "phy2log", tables["phy2log"], 2), model)
+    phy2log = tables["phy2log"]
+    if len(getattr(phy2log, "shape", ())) == 3:
+        phy2log = _slots_of_ranks(where, ids_of(where, "the map", phy2log, 3), model, topology)
+    rows = moe_rows(where, ids_of(where, "phy2log", phy2log, 2), model)
     if "logcnt" in tables:
         logcnt_LE = ids_of(where, "logcnt", tables["logcnt"], 2)
         experts = np.arange(model.num_experts)
+        logcnt_LE = logcnt_LE[: model.num_layers]
         sorted_LP = np.sort(rows.experts_MP)
         counts_LE = np.stack([np.searchsorted(r, experts, "right") - np.searchsorted(r, experts) for r in sorted_LP])
         if not np.array_equal(logcnt_LE, counts_LE):
@@ -67,15 +74,38 @@ def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
     return rows
 
 
+def _slots_of_ranks(where: str, map_LRX: np.ndarray, model: ModelFacts, topology: Topology) -> np.ndarray:
+    """Experts by slot, integers [L, P], of a map with an axis of ranks."""
+    num_ranks, num_columns = map_LRX.shape[1:]
+    if num_ranks != topology.num_ranks:
+        raise InputError(
+            f"{where} is a map of {num_ranks} ranks ({list(map_LRX.shape)}), expected {topology.num_ranks}"
+        )
+    if map_LRX.min() >= 0:
+        return map_LRX.reshape(len(map_LRX), -1)  # experts of every rank, slot by slot
+    held_LR = (map_LRX >= 0).sum(axis=2)
+    num_slots = int(held_LR.max())
+    in_order_LRX = np.sort(map_LRX, axis=2)[:, :, num_columns - num_slots :]
+    if num_columns != model.num_experts or (held_LR != num_slots).any() or (in_order_LRX != np.arange(num_slots)).any():
+        raise InputError(
+            f"{where}: a map of shape {list(map_LRX.shape)} with -1 gives each expert its slot on each rank: expected "
+            f"{model.num_experts} columns, and the slots 0..{max(num_slots - 1, 0)} once on every rank"
+        )
+    slot_LRE = np.where(map_LRX < 0, num_slots, map_LRX)
+    return np.argsort(slot_LRE, axis=2, kind="stable")[:, :, :num_slots].reshape(len(map_LRX), -1)
+
+
 def _read_tensors(file: Path) -> Any:
-    if file.suffix == ".pt":
+    """What the file holds, whatever its name."""
+    kind = container_of(file)
+    if kind == "pt" or file.suffix in (".pt", ".pth"):
         return load_pt(file)
-    if file.suffix not in (".safetensors", ".npz", ".npy"):
-        raise InputError(f"{file}: an EPLB map has a name that ends in .pt, .safetensors, .npz or .npy")
-    if not file.is_file():
-        raise InputError(f"{file} {'is not a file' if file.exists() else 'does not exist'}")
+    if kind not in ("safetensors", "npz", "npy"):
+        raise InputError(
+            f"{file} is {kind}, expected a map as .pt, .safetensors, .npz or .npy: damaged, or of another kind"
+        )
     try:
-        if file.suffix == ".safetensors":
+        if kind == "safetensors":
             from safetensors.numpy import load_file
 
             return load_file(file)

@@ -1,19 +1,19 @@
 """A plan of a map that an engine runs today, so that it can be scored and compared."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from semmoe.profiles.counts import profile_traces
+from semmoe.profiles.document import read_bounded, read_document, validate
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace, hash_file
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.score_plan import baselines, score_placements
-from semmoe.solvers.maps.read import import_placement
-from semmoe.solvers.maps.write import FORMAT, sidecar_path
+from semmoe.solvers.maps.read import read_placement
+from semmoe.solvers.maps.write import FORMAT, ORIGIN, VERSION, sidecar_path
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
@@ -44,7 +44,7 @@ def import_plan(
         setting: of the simulated schedules; its seed also draws the sample.
         made_by: the command, for the plan.
 
-    Raises InputError as import_placement does, and for a trace of loads.
+    Raises InputError as read_placement does, and for a trace of loads.
     """
     if dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
@@ -52,7 +52,7 @@ def import_plan(
         trace.require_tokens("the score of an imported map")
     model = ModelFacts.of(traces[0].info)
     topology.check_experts(model.num_experts)
-    placement = import_placement(kind, file, model, topology)
+    placement, notes_on_map = read_placement(kind, file, model, topology)
     profile = profile_traces(traces, seed=setting.seed)
     everything = [np.ones(trace.num_requests, bool) for trace in traces]
     scores = score_placements(
@@ -68,7 +68,12 @@ def import_plan(
         f"the map of {file} was not made from this trace: all {num_requests} requests are scored; the load baseline is packed "
         "on the same requests, which flatters its balance"
     ]
-    if set(exported_from(file).get("trace", {}).get("fingerprints", [])) & set(fingerprints):
+    origin = exported_from(file)
+    if origin is None:
+        notes.append(
+            f"{sidecar_path(file)} is about other bytes than those of {file}: where the map came from is not known"
+        )
+    elif set(origin["trace"].get("fingerprints", [])) & set(fingerprints):
         notes = [
             f"{file} was exported from a plan for this very trace: these scores are not held out, "
             "`semmoe report` on the plan has those that are"
@@ -82,7 +87,8 @@ def import_plan(
         dispatch=dispatch,
         load_LE=profile.load_LE,
         fitted_keys=np.empty(0, np.uint64),
-        options={"import": kind, "sha256": hash_file(file)},
+        options={"import": kind, "sha256": hash_file(file)}
+        | ({"wasted_slots": placement.num_wasted} if placement.num_wasted else {}),
         trace={
             "fingerprints": fingerprints,
             "requests": num_requests,
@@ -97,17 +103,24 @@ def import_plan(
             "refit": False,
         },
         scores=scores,
-        notes=notes,
+        notes=notes + notes_on_map,
         made_by=made_by,
     )
 
 
-def exported_from(file: Path) -> dict[str, Any]:
-    """What FILE.semmoe.json says of where the file came from; empty where there is none or it is
-    of other bytes."""
-    try:
-        origin = json.loads(sidecar_path(file).read_text(encoding="utf-8"))
-        good = isinstance(origin, dict) and origin.get("format") == FORMAT and origin.get("sha256") == hash_file(file)
-        return origin if good else {}
-    except (OSError, ValueError):
-        return {}
+def exported_from(file: Path) -> dict[str, Any] | None:
+    """What FILE.semmoe.json says of where the file came from, with a trace that is empty where
+    there is none; None where it is about other bytes. Raises InputError where it is damaged."""
+    sidecar = sidecar_path(file)
+    if not sidecar.exists():
+        return {"trace": {}}
+    origin = read_document(
+        lambda: read_bounded(sidecar),
+        str(sidecar.parent),
+        sidecar.name,
+        kind="sidecar of an engine's map",
+        format=FORMAT,
+        version=VERSION,
+    )
+    validate(origin, ORIGIN, str(sidecar))
+    return origin if origin["sha256"] == hash_file(file) else None

@@ -8,9 +8,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from semmoe.profiles.engines.containers import is_pt
 from semmoe.profiles.engines.recorder import load_pt
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.maps.engine import (
+    MOST_DRAFT_LAYERS,
     Engine,
     Rows,
     Wanted,
@@ -36,7 +38,7 @@ def make_map(wanted: Wanted) -> dict[str, Any]:
 
 def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
     where = str(file)
-    value = object_of(where, load_pt(file) if file.suffix == ".pt" else read_json(file))
+    value = object_of(where, load_pt(file) if is_pt(file) else read_json(file))
     # A recorder's dump holds the map that the server ran at its end, under a name of its own.
     key = "last_physical_to_logical_map" if "last_physical_to_logical_map" in value else "physical_to_logical_map"
     if key not in value:
@@ -47,10 +49,11 @@ def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
         raise InputError(f"{where} has the key {str(extra)[:40]!r}: SGLang takes physical_to_logical_map alone")
     rows_MP = ids_of(where, key, value[key], 2)
     depth = model.num_model_layers or len(rows_MP)
-    if len(rows_MP) != depth or max(model.model_layers) >= depth:
+    num_draft = len(rows_MP) - depth
+    if not 0 <= num_draft <= MOST_DRAFT_LAYERS or max(model.model_layers) >= depth:
         expected = model.num_model_layers or f"more than {max(model.model_layers)}"
         raise InputError(f"{where} has {len(rows_MP)} rows, expected {expected}: one for every layer of the model")
-    return Rows(rows_MP, list(range(len(rows_MP))), list(model.model_layers))
+    return Rows(rows_MP[:depth], list(range(depth)), list(model.model_layers), num_draft)
 
 
 def launch_lines(plan: Plan, file: str, format: str) -> list[str]:

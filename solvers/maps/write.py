@@ -5,12 +5,12 @@ where the map came from stays in a file beside it, FILE.semmoe.json.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.config import moe_facts, read_config, text_config
-from semmoe.profiles.document import indented
+from semmoe.profiles.document import SHA256, anything, indented, integer, list_of, map_of, record, text
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.families import NUM_MTP_LAYERS
 from semmoe.profiles.files import write_file
@@ -21,6 +21,20 @@ from semmoe.solvers.plan import ModelFacts, Plan
 
 FORMAT = "semmoe-export"
 VERSION = 1
+ORIGIN = record(  # of FILE.semmoe.json
+    {
+        "made_by": text(),
+        "kind": text(),
+        "sha256": SHA256,
+        "plan": text(),
+        "ranks": integer(1),
+        "nodes": integer(1),
+        "slots": integer(1),
+        "model": map_of(anything),
+        "trace": record({}, {"fingerprints": list_of(text()), "requests": integer(), "tokens": integer()}),
+    },
+    {"method": text(), "dispatch": text(), "vllm_format": text()},
+)
 SIDECAR = ".semmoe.json"
 
 
@@ -185,7 +199,7 @@ def write_export(path: Path, kind: str, content: bytes, plan: Plan, *, format: s
         "ranks": plan.topology.num_ranks,
         "nodes": plan.topology.num_nodes,
         "slots": int(plan.placement.physical_to_logical_LP.shape[1]),
-        "model": asdict(plan.model),
+        "model": plan.model.to_json(),
         "trace": plan.trace,
     }
     write_file(path, content)

@@ -75,16 +75,15 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
     import torch.distributed as dist
 
     from semmoe.profiles.capture.loading import find_model
-    from semmoe.profiles.capture.requests import RequestSource
     from semmoe.runtime.ranks.group import open_group
-    from semmoe.runtime.serving.engine import Limits, Prompt, serve
-    from semmoe.runtime.serving.run import RunOptions, collect_metrics
+    from semmoe.runtime.serving.batch import Limits, Prompt
+    from semmoe.runtime.serving.engine import serve
+    from semmoe.runtime.serving.run import collect_metrics
     from semmoe.runtime.serving.schedulers import assign
     from semmoe.runtime.serving.tensor_parallel import install_tensor_parallel
     from semmoe.runtime.serving.token_homes import make_homes
     from semmoe.runtime.transformers.placed_model import load_placed
-    from semmoe.runtime.transformers.rank_weights import find_placed
-    from semmoe.solvers.place.replicas import serving_LRE
+    from semmoe.runtime.transformers.rank_parts import rank_checkpoints
     from semmoe.solvers.plan import Plan
 
     found = []
@@ -92,9 +91,8 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
         for case in task["cases"]:
             plan = Plan.load(case["plan"])
             source = find_model(task["model"])
-            placed_checkpoint = find_placed(Path(source.path), plan)
-            serving = serving_LRE(plan.placement.hosts_LER, plan.load_LE, plan.topology)
-            placed: Any = load_placed(source, placed_checkpoint, plan, serving, group, dtype="float32")
+            checkpoint = rank_checkpoints(Path(source.path), plan)[group.rank]
+            placed: Any = load_placed(source, Path(source.path), checkpoint, plan, group, dtype="float32")
             shuffled: Any = None
             if case["implementation"] == "all_to_all":
                 placed = with_transformers(placed, plan, "all_to_all")
@@ -117,22 +115,16 @@ def serve_cases(task: dict[str, Any]) -> list[dict[str, Any]] | None:
             completions: dict[int, list[int]] = {}
             # Once with a few prompts, unmeasured: connections and first allocations.
             serve(placed, mine[:2], limits, deliver=lambda done: None, shuffled=shuffled)
-            placed.state.counters = type(placed.state.counters).zeros(plan.placement.num_layers, group.size)
-            before = placed.state.stopwatch.seconds()
+            placed.state.restart()
             dist.barrier(group.handle)
             sent = sent_bytes()
             times = serve(placed, mine, limits, deliver=keep_in(completions), shuffled=shuffled)
             sent = torch.tensor(sent_bytes() - sent)
             dist.all_reduce(sent, group=group.handle)
-            options = RunOptions(
-                "", "", RequestSource(), case["scheduler"], "", "gloo", "float32", "cpu", 0, 0, None, 0.0
-            )
-            metrics = collect_metrics(options, plan, placed, times, len(prompts))
+            metrics = collect_metrics(placed, times, plan.model.model_layers)
             if metrics is not None:
-                metrics["time"] = {
-                    phase: seconds - before.get(phase, 0.0)
-                    for phase, seconds in placed.state.stopwatch.seconds().items()
-                }
+                metrics |= {"scheduler": case["scheduler"], "ranks": group.size, "requests": len(prompts)}
+                metrics["time"] = placed.state.stopwatch.seconds()
                 if "shuffle" in metrics["time"]:
                     metrics["shuffle_share"] = metrics["time"]["shuffle"] / sum(metrics["time"].values())
                 metrics["link_bytes"] = int(sent) // RANKS
@@ -152,20 +144,9 @@ def replay(task: dict[str, Any]) -> Any:
     from semmoe.runtime.replay.cases import ReplayOptions
     from semmoe.runtime.replay.replay import replay_rank
 
-    options = ReplayOptions(
-        task["trace"],
-        task["plan"],
-        2880,
-        0,
-        task["batch_tokens"],
-        task["max_tokens"],
-        "tp",
-        "gloo",
-        "cpu",
-        "bfloat16",
-        600.0,
-        0,
-    )
+    sizes = {"hidden_size": 2880, "batch_tokens": task["batch_tokens"], "max_tokens": task["max_tokens"]}
+    where = {"scheduler": "tp", "backend": "gloo", "device": "cpu", "dtype": "bfloat16", "timeout_s": 600.0}
+    options = ReplayOptions(trace=task["trace"], plan=task["plan"], **sizes, **where)
     return replay_rank(options, None, lambda line: print(line, file=sys.stderr))
 
 

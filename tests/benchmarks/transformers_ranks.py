@@ -27,6 +27,15 @@ class Baseline:
     hidden_size: int
     top_k: int
 
+    def begin(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def forget(self, requests: list[int]) -> None:
+        pass
+
     def join_empty(self) -> None:
         import torch
 
@@ -37,9 +46,6 @@ class Baseline:
 
 class NoShuffle:
     """Where all ranks serve the same requests without slices: what serve() asks of a ShuffledModel."""
-
-    def __init__(self) -> None:
-        self.homes = self
 
     def begin(self, *_: Any, **__: Any) -> None:
         pass
@@ -65,7 +71,9 @@ def timed(forward: Callable[..., Any], watch: Any, phase: str) -> Callable[..., 
 
 def with_transformers(placed: Any, plan: Any, implementation: str) -> Baseline:
     """The experts modules of a placed model under Transformers' own implementation. The placement must be contiguous."""
+    import torch
     import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 
     from semmoe.runtime.transformers.attention_heads import keep_heads
@@ -73,11 +81,13 @@ def with_transformers(placed: Any, plan: Any, implementation: str) -> Baseline:
 
     watch, calls, group = placed.state.stopwatch, [], placed.group
     shares_batch = implementation == "all_reduce"
+    axes = torch.arange(group.size).reshape(group.size, 1)  # all ranks; every rank alone
+    mesh = DeviceMesh(group.device.type, axes, mesh_dim_names=("ranks", "alone"))
     for layer, run_experts in zip(placed_layers(placed.model, plan, "baseline"), placed.run_experts, strict=True):
         layer.module.forward = run_experts
         layer.module._is_expert_parallel = True  # pyright: ignore
-        style, alone = EpDispatchExpertsParallel(), group.mesh if shares_batch else group.alone
-        style.install_forward(layer.module, group.mesh, tp_mesh=alone, ep_implementation=implementation)
+        style, shared = EpDispatchExpertsParallel(), mesh["ranks" if shares_batch else "alone"]
+        style.install_forward(layer.module, mesh["ranks"], tp_mesh=shared, ep_implementation=implementation)
         # The whole layer: exchange, experts and waiting.
         layer.module.forward = timed(layer.module.forward, watch, "dispatch")
         calls.append(layer.module.forward)
@@ -102,13 +112,12 @@ def load_tensor_parallel(folder: Path, group: Any, plan: Any, dtype: str) -> Bas
     from transformers import AutoModelForCausalLM
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    from semmoe.runtime.ranks.stopwatch import Stopwatch
-    from semmoe.runtime.transformers.ep import Counters, RankState
+    from semmoe.runtime.layer.tables import RankState
 
     config = DistributedConfig(tp_size=group.size, ep_size=group.size)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=getattr(torch, dtype))
     model.eval()
-    state = RankState(Stopwatch(group.device), Counters.zeros(plan.placement.num_layers, group.size))
+    state = RankState.fresh(plan.placement.num_layers, group)
     for layer in model.model.layers:
         layer.self_attn.o_proj.forward = timed(layer.self_attn.o_proj.forward, state.stopwatch, "gather")
         layer.mlp.experts.forward = timed(layer.mlp.experts.forward, state.stopwatch, "dispatch")

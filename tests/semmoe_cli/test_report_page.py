@@ -259,6 +259,7 @@ def test_pictures_that_are_no_evidence_say_so(made):
     for row in plan["scores"]["rows"]:
         row["rem"] += 1
     (made / "strange" / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    run("show", made / "strange", "--accept-edits")
     for name, said in (("strange", True), ("q", False)):
         run("report", made / name, made / "t", "-o", made / f"{name}.md")
         assert (FITTED in (made / f"{name}.md").read_text(encoding="utf-8")) == said

@@ -2,6 +2,7 @@
 scored on what was learned from."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from semmoe.solvers.evaluate.sums import MAX_GROUPS, resampling_groups
 from semmoe.solvers.make_plan import PlanOptions, make_plan, score_plan, split_requests
 from semmoe.solvers.place.bounds import certificate_of
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.plan import Plan
+from semmoe.solvers.plan import NO_DIGEST, RESIGNED, Plan, sign_again
 from semmoe.solvers.schedule.simulate import Setting
 
 SETTING = Setting(batch_tokens=128, window=8)
@@ -27,6 +28,13 @@ def trace(tmp_path_factory):
     path = tmp_path_factory.mktemp("traces") / "t"
     write_synthetic(path, SyntheticWorld(num_requests=60))
     return RoutingTrace.open(path)
+
+
+@pytest.fixture(scope="module")
+def stored(trace, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plans") / "p"
+    plan_of(trace).save(path)
+    return path
 
 
 def plan_of(trace, **options) -> Plan:
@@ -41,7 +49,9 @@ def test_a_plan_round_trips_and_repeats_to_the_byte(trace, tmp_path):
     for name in ("plan.json", "tables.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     read = Plan.load(tmp_path / "a")
-    assert read.to_json() == json.loads((tmp_path / "a" / "plan.json").read_text()) == plan.to_json()
+    stored = json.loads((tmp_path / "a" / "plan.json").read_text())
+    assert {key: stored[key] for key in stored if not key.endswith(("digest", "sha256"))} == plan.to_json()
+    assert read.to_json() == plan.to_json() and read.unchecked == {}
     np.testing.assert_array_equal(read.load_LE, plan.load_LE)
     assert read.fingerprint == plan.fingerprint
 
@@ -92,14 +102,29 @@ def test_a_plan_for_another_model_or_a_damaged_one_is_one_line(trace, tmp_path):
         score_plan(plan, RoutingTrace.open(tmp_path / "other"), setting=SETTING)
     plan.save(tmp_path / "p")
     text = (tmp_path / "p" / "plan.json").read_text()
-    facts = json.loads(text)
+    facts = {key: value for key, value in json.loads(text).items() if key not in ("digest", "tables_sha256")}
     for broken, message in [
         (text[: len(text) // 2], "is not JSON"),
         (json.dumps({**facts, "format": "x"}), "is not a plan"),
         (json.dumps({**facts, "version": 7}), "has version 7"),
-        (json.dumps({k: v for k, v in facts.items() if k != "split"}), "lacks 'split'"),
+        (json.dumps({k: v for k, v in facts.items() if k != "split"}), "lacks the key 'split'"),
         (json.dumps({**facts, "placement": [[[0]]]}), "is on no rank"),
-        (json.dumps({**facts, "placement": "abc"}), "damaged"),
+        (json.dumps({**facts, "placement": "abc"}), "placement is 'abc', expected a list of at least 1"),
+        (
+            json.dumps({**facts, "placement": [[[0, 1], [2]]]}),
+            r"placement\[0\]\[1\] is a list of 1, expected a list of 2",
+        ),
+        (
+            json.dumps({**facts, "placement": [[[0, True]]]}),
+            r"placement\[0\]\[0\]\[1\] is True, expected a whole number",
+        ),
+        (json.dumps({**facts, "placement": [[[0, 10**30]]]}), r"placement\[0\]\[0\]\[1\] is 10+, expected"),
+        (json.dumps({**facts, "seed": 1.5}), "seed is 1.5, expected a whole number"),
+        (json.dumps({**facts, "load_cap": "1"}), "load_cap is '1', expected a finite number from 0"),
+        (json.dumps({**facts, "notes": "x"}), "notes is 'x', expected a list"),
+        (json.dumps({**facts, "load_cap": float("nan")}), "NaN is no number of JSON"),
+        (json.dumps({**facts, "topology": {"ranks": 10**12, "nodes": 1}}), "topology.ranks is 10+, expected"),
+        (json.dumps({**facts, "topology": {"ranks": 4, "nodes": 3}}), "4 ranks|nodes"),
         (
             json.dumps({**facts, "scores": {**facts["scores"], "rows": [{"placement": "plan"}]}}),
             "rows.0. lacks 'schedule'",
@@ -113,7 +138,7 @@ def test_a_plan_for_another_model_or_a_damaged_one_is_one_line(trace, tmp_path):
     (tmp_path / "p" / "plan.json").write_text(text)
     tables = tmp_path / "p" / "tables.safetensors"
     tables.write_bytes(tables.read_bytes()[:40])
-    with pytest.raises(InputError, match="tables.safetensors is damaged"):
+    with pytest.raises(InputError, match="tables.safetensors is not what .* was written with"):
         Plan.load(tmp_path / "p")
     tables.unlink()
     with pytest.raises(InputError, match="no tables.safetensors"):
@@ -214,3 +239,89 @@ def test_replicas_are_placed_and_scored_but_have_no_certificate(trace):
     assert oracle_rem(more) < oracle_rem(plan_of(trace, method="semmoe"))
     with pytest.raises(InputError, match="--certify bounds placements without replicas"):
         make_plan([trace], Topology(4), Demands(replicas=1), PlanOptions(method="metis", certify=True))
+
+
+def edit(path, change) -> None:
+    facts = json.loads((path / "plan.json").read_text())
+    change(facts)
+    (path / "plan.json").write_text(json.dumps(facts))
+
+
+def swap_experts(facts) -> None:
+    (first, *_), (second, *_), *_ = facts["placement"][0]
+    facts["placement"][0][0][0], facts["placement"][0][1][0] = second, first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap_experts,
+        lambda facts: facts["scores"]["rows"][0].update(rem=0.01),
+        lambda facts: facts["scores"].update(verdict=None),
+        lambda facts: facts["model"].update(model="another"),
+        lambda facts: facts["split"].update(refit=False),
+        lambda facts: facts.update(more=1),
+    ],
+)
+def test_an_edited_plan_is_refused_and_can_be_signed_again(stored, tmp_path, change):
+    path = shutil.copytree(stored, tmp_path / "p")
+    facts = json.loads((path / "plan.json").read_text())
+    (path / "plan.json").write_text(json.dumps(dict(reversed(facts.items())), indent=2))
+    assert Plan.load(path).notes == facts["notes"]  # laid out anew, nothing edited
+    edit(path, change)
+    before = (path / "plan.json").read_bytes()
+    with pytest.raises(InputError, match=f"plan.json was edited .* `semmoe show {path} --accept-edits`"):
+        Plan.load(path)
+    assert (path / "plan.json").read_bytes() == before
+    assert sign_again(path).notes == [*facts["notes"], RESIGNED]
+    assert Plan.load(path).notes == [*facts["notes"], RESIGNED]
+    edit(path, lambda facts: facts.update(placement=[[[0]]]))
+    before = (path / "plan.json").read_bytes()
+    with pytest.raises(InputError, match="is on no rank"):
+        sign_again(path)
+    assert (path / "plan.json").read_bytes() == before
+
+
+def test_tables_of_another_plan_are_refused(stored, tmp_path):
+    plan = Plan.load(shutil.copytree(stored, tmp_path / "p"))
+    replace(plan, load_LE=plan.load_LE + 1).save(tmp_path / "q")
+    own, tables = (tmp_path / "p" / "tables.safetensors").read_bytes(), tmp_path / "p" / "tables.safetensors"
+    flipped = bytearray(own)
+    flipped[-1] ^= 1
+    for wrong in ((tmp_path / "q" / "tables.safetensors").read_bytes(), bytes(flipped), own[:-8]):
+        tables.write_bytes(wrong)
+        for load in (Plan.load, sign_again):
+            with pytest.raises(InputError, match="tables.safetensors is not what .* was written with: .* another plan"):
+                load(tmp_path / "p")
+    tables.unlink()
+    tables.symlink_to(tmp_path / "q" / "tables.safetensors")
+    with pytest.raises(InputError, match="a link out of"):
+        Plan.load(tmp_path / "p")
+
+
+def test_a_plan_of_before_digests_is_read_with_a_word(stored, tmp_path):
+    shutil.copytree(stored, tmp_path / "p")
+    edit(tmp_path / "p", lambda facts: [facts.pop(key) for key in ("digest", "tables_sha256")])
+    assert Plan.load(tmp_path / "p").unchecked == {str(tmp_path / "p"): NO_DIGEST}
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("expert_load", np.zeros((1, 2), np.int64), r"expert_load is I64 \[1, 2\], expected I64"),
+        ("expert_load", None, "lacks the tensor expert_load"),
+        ("fitted_requests", np.zeros(3, np.int32), r"fitted_requests is I32 \[3\], expected U64 \[3\]"),
+        ("schedule.x", np.array([np.nan], np.float32), "schedule.x holds values that are no finite numbers"),
+    ],
+)
+def test_tables_are_what_they_must_be(stored, tmp_path, name, table, message):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(stored, tmp_path / "p")
+    edit(tmp_path / "p", lambda facts: [facts.pop(key) for key in ("digest", "tables_sha256")])
+    file = tmp_path / "p" / "tables.safetensors"
+    tables = load_file(file)
+    tables.pop(name, None)
+    save_file(tables if table is None else {**tables, name: table}, file)
+    with pytest.raises(InputError, match=message):
+        Plan.load(tmp_path / "p")

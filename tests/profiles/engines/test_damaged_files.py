@@ -28,7 +28,7 @@ from engine_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semmoe.profiles.engines.imports import ImportOptions, import_trace
+from semmoe.profiles.engines.imports import ImportOptions, ImportSummary, import_trace
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
 
@@ -67,26 +67,27 @@ def damaged_copy(files: list[Path], folder: Path, change) -> list[Path]:
     return copy
 
 
-def imports_or_refuses(kind: str, files: list[Path], out: Path) -> bool:
+def imports_or_refuses(kind: str, files: list[Path], out: Path) -> ImportSummary | None:
     """True where the import gave a trace that reads; False for one line that names a file;
     anything else fails."""
     try:
-        import_trace(kind, files, out)
+        summary = import_trace(kind, files, out)
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) < 600, error
         assert str(files[0].parent) in str(error) or "records" in str(error) or "route" in str(error), error
         assert not out.exists()
-        return False
+        return None
     trace = RoutingTrace.open(out)
     assert (trace.load().num_tokens if trace.info.kind == "tokens" else len(trace.load_counts()[0])) > 0
-    return True
+    return summary
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_cut_files_are_refused_by_name(samples, tmp_path, name):
     for i, part in enumerate((0, 0.02, 0.3, 0.5, 0.9)):
         files = damaged_copy(samples[name], tmp_path / f"cut{i}", lambda b, p=part: b[: int(len(b) * p)])
-        assert not imports_or_refuses(name.split()[0], files, tmp_path / f"out{i}"), part
+        summary = imports_or_refuses(name.split()[0], files, tmp_path / f"out{i}")
+        assert summary is None or "cut or damaged lines" in summary.dropped, part
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -204,7 +205,7 @@ def test_a_wrong_value_is_named_with_file_and_line(tmp_path, kind, path, value, 
     }[kind]
     file = write_lines(tmp_path / "in.jsonl", [good, changed(good, path, value)])
     with pytest.raises(InputError, match=f"in.jsonl, line 2.*({message})"):
-        import_trace(kind, [file], tmp_path / "out")
+        import_trace(kind, [file], tmp_path / "out", ImportOptions(strict=True))
 
 
 def test_recordings_that_cannot_be(tmp_path):

@@ -421,7 +421,9 @@ def test_megatron_layers_counted_from_one_and_pipelines(tmp_path):
     other = write_lines(tmp_path / "b.jsonl", megatron_lines(ids, layers=[6, 7, 8, 9], rank=1))
     refuses("megatron", [file, other], tmp_path / "x", r"b.jsonl, line 1: layers 6..9, the records before it hold 2..5")
     cut = write_lines(tmp_path / "c.jsonl", [*megatron_lines(ids), *megatron_lines(ids, step=1)[:2]])
-    refuses("megatron", cut, tmp_path / "x", "layers 0..1, the records before it hold 0..3: steps that are cut off")
+    assert import_trace("megatron", [cut], tmp_path / "c").dropped == {"steps that lack layers": 1}
+    with pytest.raises(InputError, match="line 5: a step that is cut off, it lacks layer 2, 3"):
+        import_trace("megatron", [cut], tmp_path / "x", ImportOptions(strict=True))
 
 
 def test_eplb_matrices_in_every_container(tmp_path):

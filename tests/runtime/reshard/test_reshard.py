@@ -189,13 +189,15 @@ def test_link_shares_only_files_that_do_not_change(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_the_hub_cache_are_links_to_blobs(tmp_path: Path) -> None:
-    written = write_checkpoint(tmp_path / "blobs", per_expert_model())
-    source = tmp_path / "snapshot"
-    source.mkdir()
-    blob = "ab" * 32
+    (tmp_path / "models--a--b").mkdir()
+    written = write_checkpoint(tmp_path / "models--a--b" / "blobs", per_expert_model())
+    source = tmp_path / "models--a--b" / "snapshots" / "main"
+    source.mkdir(parents=True)
+    blob, small = "ab" * 32, "cd" * 20
     (written / "model.safetensors").rename(written / blob)
-    (source / "model.safetensors").symlink_to(written / blob)
-    (source / "config.json").symlink_to(written / "config.json")
+    (written / "config.json").rename(written / small)
+    (source / "model.safetensors").symlink_to(f"../../blobs/{blob}")
+    (source / "config.json").symlink_to(f"../../blobs/{small}")
     orders = random_orders(2)
     reshard_checkpoint(source, make_plan(orders.reshape(2, 2, 4)), tmp_path / "out")
     check_relabelled(source, tmp_path / "out", orders)

@@ -2,6 +2,7 @@
 
 import json
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from semmoe.commands.reshard import reshard
 from semmoe.options import Layout, Verify
+from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.safetensors_file import read_shard
@@ -43,6 +45,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_choices_are_those_of_the_function() -> None:
     assert tuple(Layout) == LAYOUTS and tuple(Verify) == VERIFY
+
+
+def test_a_plan_says_that_it_was_traced_on_another_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    plan, own = Plan.load(tiny / "plan"), checkpoint_identity(tiny / "model")
+    assert own is not None
+    for checkpoint, same in ((own, True), ({**own, "router_sha256": 64 * "0"}, False), (None, None)):
+        replace(plan, model=replace(plan.model, checkpoint=checkpoint)).save(tmp_path / "plan")
+        result = run(tiny / "model", tmp_path / "plan", "-o", tmp_path / "out", "--force", "--json")
+        assert result.exit_code == 0, result.output
+        facts = json.loads(result.stdout)
+        assert facts["same_checkpoint"] is same
+        said = [line for line in result.stderr.splitlines() if "was traced on another checkpoint" in line]
+        assert len(said) == (same is False) == len(facts["notes"])
 
 
 def test_reshard_and_undo(tiny: Path, tmp_path: Path) -> None:

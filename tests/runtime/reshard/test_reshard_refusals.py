@@ -94,13 +94,26 @@ def test_routers_that_cannot_be_relabelled(model_type: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("facts", "match"),
     [
-        ({"top_k": 3}, "has 2 top-k, the plan is for a model with 3"),
         ({"num_model_layers": 4}, "has 2 layers, the plan is for a model with 4"),
         ({"model_type": "mixtral"}, "is a qwen3_moe model, the plan is for mixtral"),
     ],
 )
 def test_a_plan_for_another_model(source: Path, facts: dict, match: str) -> None:
     refuse(source, plan_of(random_orders(2), **facts), match)
+
+
+@pytest.mark.parametrize("layout", ["permuted", "ranks"])
+@pytest.mark.parametrize("stated", [2, 3, None, [3, 2], [2, None]])
+def test_a_permutation_does_not_depend_on_top_k(stated: object, layout: str, tmp_path: Path) -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "num_experts_per_tok"}
+    source = write_checkpoint(
+        tmp_path / "source", per_expert_model(), config=config | ({"moe_topk": stated} if stated else {})
+    )
+    out = tmp_path / "out"
+    result = reshard_checkpoint(source, plan_of(random_orders(2), top_k=3), out, ReshardOptions(layout=layout))
+    assert any("3 experts a token, config.json says 2" in note for note in result.notes) == (stated == 2)
+    undo_reshard(out, tmp_path / "back")
+    assert_same_files(source, tmp_path / "back")
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_moe", ""])

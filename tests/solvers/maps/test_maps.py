@@ -301,7 +301,7 @@ BAD_VALUES = [
         "sglang",
         "",
         lambda v: {"physical_to_logical_map": [[0] * 8] * 4},
-        "layer 0: expert 0 is twice on rank 0 of 4, which",
+        "layer 0: expert 1 is on no rank",
     ),
     ("sglang", "", lambda v: {"physical_to_logical_map": [list(range(4)) * 2] * 4}, "layer 0: expert 4 is on no rank"),
     ("sglang", "", lambda v: {"physical_to_logical_map": [list(range(1, 9))] * 4}, "names expert 8"),
@@ -322,7 +322,7 @@ BAD_VALUES = [
         "trtllm",
         "",
         lambda v: {**v, "initial_global_assignments": {**v["initial_global_assignments"], 2: [0] * 8}},
-        "layer 2: expert 0 is twice on rank 0",
+        "layer 2: expert 1 is on no rank",
     ),
     ("vllm", "pr41141", lambda v: {**v, "record_type": "eplb_load_stats"}, "its record_type is 'eplb_load_stats'"),
     ("vllm", "pr41141", lambda v: {**v, "version": 2}, "has version 2, expected 1"),
@@ -534,7 +534,28 @@ def test_mistakes_are_one_line(saved, tmp_path):
 def test_a_stale_origin_is_not_believed(saved, tmp_path):
     assert run(saved, "--to", "sglang", "-o", tmp_path / "map.json").exit_code == 0
     (tmp_path / "map.json").write_text("{}")
-    assert exported_from(tmp_path / "map.json") == {}
+    assert exported_from(tmp_path / "map.json") is None
+    sidecar_path(tmp_path / "map.json").unlink()
+    assert exported_from(tmp_path / "map.json") == {"trace": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:30], "is not JSON"),
+        (lambda text: text.replace("semmoe-export", "x"), "is not a sidecar of an engine's map"),
+        (lambda text: text.replace('"ranks": 4', '"ranks": true'), "ranks is True, expected a whole number"),
+        (lambda text: text.replace('"ranks": 4', '"ranks": 4, "ranks": 5'), "'ranks' stands twice"),
+        (lambda text: text.replace('"trace": {', '"trace": 3, "x": {'), "trace is 3, expected an object"),
+        (lambda text: text.replace('"sha256": "', '"sha256": "g'), "sha256 is 'g.*expected a SHA-256"),
+    ],
+)
+def test_a_damaged_origin_is_one_line(saved, tmp_path, change, message):
+    assert run(saved, "--to", "sglang", "-o", tmp_path / "map.json").exit_code == 0
+    sidecar = sidecar_path(tmp_path / "map.json")
+    sidecar.write_text(change(sidecar.read_text()))
+    with pytest.raises(InputError, match=f"map.json.semmoe.json.*{message}"):
+        exported_from(tmp_path / "map.json")
 
 
 def test_the_documented_commands_run_and_the_flags_agree(saved, tmp_path, monkeypatch):

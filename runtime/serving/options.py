@@ -1,0 +1,25 @@
+"""What the user asks of a run. PyTorch is not needed to say it."""
+
+from dataclasses import dataclass
+
+from semmoe.profiles.capture.requests import RequestSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the user asked for."""
+
+    checkpoint: str
+    plan: str
+    prompts: RequestSource
+    scheduler: str | None = None  # None: dp where the plan scores requests, else none
+    predict: str = "context"
+    backend: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    max_new_tokens: int = 32
+    batch_tokens: int = 4096
+    output: str | None = None
+    timeout_s: float = 300.0
+    check: bool = False
+    verify: bool = True  # compare a reshard with the checksums of its semmoe.json
