@@ -1,11 +1,12 @@
 """InputError: input that cannot be used. The command line prints it as one line and exits with 1.
 
-And the one such line that asks for an install: the base package runs without PyTorch, and what
-needs a package of an extra says which.
+Text of users on that line is made visible. And the one such line that asks for an install: the
+base package runs without PyTorch, and what needs a package of an extra says which.
 """
 
 import os
 from importlib.util import find_spec
+from unicodedata import category
 
 # Packages that the base install lacks, by the extra of pyproject.toml that brings them.
 EXTRAS = {
@@ -13,6 +14,11 @@ EXTRAS = {
     "route": ("starlette", "uvicorn", "aiohttp"),
 }
 DEBUG = "SEMMOE_DEBUG"  # environment variable; `semmoe --debug` sets it, for ranks and workers too
+
+# Characters that nobody sees: control, format, half a character, ends of line and of paragraph;
+# but words and emoji are made with the two joiners.
+UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+JOINERS = "\u200c\u200d"
 
 
 class InputError(Exception):
@@ -55,3 +61,19 @@ def raised_by_us(error: BaseException) -> bool:
     while step is not None:
         name, step = step.tb_frame.f_globals.get("__name__", ""), step.tb_next
     return name.partition(".")[0] == "semmoe"
+
+
+def visible(text: str) -> str:
+    """Text of users on one line: what would move the cursor, turn the direction of letters or
+    break the line is an escape, as Python writes it."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if is_seen(c) else ascii(c)[1:-1] for c in text)
+
+
+def is_seen(character: str) -> bool:
+    """Whether a reader sees the character, or the gap that it is, and nothing else happens."""
+    number = ord(character)
+    if number & 0xFFFE == 0xFFFE or 0xFDD0 <= number <= 0xFDEF:  # no characters: XML takes none of them
+        return False
+    return character in JOINERS or category(character) not in UNSEEN

@@ -21,8 +21,7 @@ from semmoe.commands.reshard import reshard
 from semmoe.commands.run import run
 from semmoe.commands.show import show
 from semmoe.commands.trace import trace
-from semmoe.profiles.errors import DEBUG, InputError, show_traceback
-from semmoe.terminal.text import visible
+from semmoe.profiles.errors import DEBUG, InputError, show_traceback, visible
 
 app = typer.Typer(
     name="semmoe",

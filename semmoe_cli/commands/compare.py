@@ -105,9 +105,9 @@ def compare(
 
 
 def _print(comparison: "Comparison") -> None:
+    from semmoe.profiles.errors import visible
     from semmoe.solvers.evaluate.compare import NoMoves
     from semmoe.terminal.tables import SCORE_CAPTION, layouts, print_fitting, wide_console
-    from semmoe.terminal.text import visible
 
     console = wide_console()
     nodes = max(plan.nodes for plan in comparison.plans)

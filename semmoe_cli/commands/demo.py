@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from semmoe.options import Json, Seed
+from semmoe.profiles.errors import visible
 from semmoe.terminal.tables import new_table, print_fitting, print_json, print_report, wide_console
-from semmoe.terminal.text import add_row, quoted, visible
+from semmoe.terminal.text import add_row, quoted
 
 if TYPE_CHECKING:
     from semmoe.solvers.evaluate.report import Report

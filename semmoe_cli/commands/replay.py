@@ -50,7 +50,8 @@ def print_rows(result: dict[str, Any], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from semmoe.terminal.text import add_row, visible
+    from semmoe.profiles.errors import visible
+    from semmoe.terminal.text import add_row
 
     rate = result["network"]["bytes_per_s"]
     link = f"{rate / 1e6:,.0f} MB/s" if rate < UNMEASURED_BYTES_PER_S else "too fast to measure in such batches"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semmoe.pages.figures.style import DARK, LIGHT, Draw, css_variables, png, svg
-from semmoe.terminal.text import visible, visible_lines
+from semmoe.profiles.errors import visible
+from semmoe.terminal.text import visible_lines
 
 ENDINGS = (".html", ".md", ".png")
 MOST_INTERVALS = 4  # columns; a wider table sets its intervals below their values

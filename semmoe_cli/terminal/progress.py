@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from semmoe.profiles.errors import visible
 from semmoe.profiles.progress import Progress, Stages
-from semmoe.terminal.text import visible
 
 if TYPE_CHECKING:
     from semmoe.profiles.capture.run import Limits, TraceProgress

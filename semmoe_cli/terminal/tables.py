@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from semmoe.terminal.text import add_row, json_line, visible, visible_lines
+from semmoe.profiles.errors import visible
+from semmoe.terminal.text import add_row, json_line, visible_lines
 
 if TYPE_CHECKING:
     from rich.console import Console

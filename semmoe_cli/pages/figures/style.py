@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from semmoe.terminal.text import shortened, visible
+from semmoe.profiles.errors import visible
+from semmoe.terminal.text import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
