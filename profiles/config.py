@@ -3,9 +3,8 @@ them.
 
 Families spell the same facts differently (num_experts, num_local_experts, n_routed_experts, ...),
 nest them (text_config, thinker_config, ffn_config), and say in a dozen ways which layers are dense.
-The spellings are those of the configuration classes of Transformers 5.23, and of older files that
-these classes still read. A key that a file leaves out has the default of its class,
-FAMILY_DEFAULTS; a key that is null does not.
+The spellings, and what a family's files leave out, are in families.py; a key that is null is stated
+and has no default.
 """
 
 from pathlib import Path
@@ -13,58 +12,12 @@ from typing import Any
 
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.document import parse_json
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
+from semmoe.profiles.families import IDENTITY_EXPERTS, NESTED, NUM_EXPERTS, TOP_K, Family, find_family
 from semmoe.profiles.hub import hub_in_reach, is_hub_id
 
-NUM_EXPERTS = ("n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts")
-TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-    "top_k_experts",
-    "experts_per_token",
-    "num_selected_experts",
-)
+BLOCK_PARTS = ("ffn", "mlp", "moe", "feed_forward")  # where an entry of block_configs keeps what it says of experts
 MOST = 1_000_000  # experts, layers or choices of a model; beyond that a config is damaged
-NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-NESTED = ("text_config", "thinker_config", "language_config", "llm_config", "ffn_config")
-
-GROUPS_8_4 = {"n_group": 8, "topk_group": 4}
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "afmoe": {"num_dense_layers": 1},
-    "axk1": {"first_k_dense_replace": 1, **GROUPS_8_4},
-    "axk2": {"first_k_dense_replace": 1},
-    "bailing_hybrid": {"first_k_dense_replace": 2, **GROUPS_8_4},
-    "beam": {"first_k_dense_replace": 3, **GROUPS_8_4},
-    "deepseek_v3": {"first_k_dense_replace": 3, **GROUPS_8_4},
-    "deepseek_v32": {"first_k_dense_replace": 3, **GROUPS_8_4},
-    "ernie4_5_moe": {"moe_layer_start_index": 1},
-    "ernie4_5_vl_moe": {"first_k_dense_replace": 1},
-    "exaone_moe": {"first_k_dense_replace": 1},
-    "flint": {"mlp_only_layers": [0, 1]},
-    "glm4_moe": {"first_k_dense_replace": 1},
-    "glm4_moe_lite": {"first_k_dense_replace": 1},
-    "glm4v_moe": {"first_k_dense_replace": 1},
-    "glm5_next": {"first_k_dense_replace": 3},
-    "glm_moe_dsa": {"first_k_dense_replace": 3},
-    "hy_v3": {"first_k_dense_replace": 1},
-    "hy_v4": {"first_k_dense_replace": 1},
-    "jamba": {"expert_layer_period": 2, "expert_layer_offset": 1},
-    "kimi_k2": {"first_k_dense_replace": 3, **GROUPS_8_4},
-    "kimi_linear": {"first_k_dense_replace": 1},
-    "laguna": {"first_k_dense_replace": 1},
-    "lfm2_moe": {"num_dense_layers": 2},
-    "mimo_v2_flash": {"first_k_dense_replace": 1},
-    "mistral_large4": {"first_k_dense_replace": 1},
-    "nllb-moe": {"top_k": 2},
-    "step3p7": {"first_k_dense_replace": 3},
-    "switch_transformers": {"top_k": 1},
-    "unlimited_ocr": {"first_k_dense_replace": 1},
-}
-# num_hidden_layers counts attention blocks here: two of them make one layer with experts.
-LAYERS_UNDER_NUM_LAYERS = ("longcat_flash",)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -95,6 +48,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _hub_config(name: str) -> Path:
     if not is_hub_id(name):
         raise InputError(f"{name} does not exist: expected a config.json, a checkpoint directory or a hub id")
+    require_extra(f"{name} is no file here, and asking the hub for it", "transformers")
     from transformers.utils.hub import cached_file
 
     reachable = hub_in_reach()
@@ -113,13 +67,13 @@ def _hub_config(name: str) -> Path:
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that names the experts of the language model; with the outer
     keys beneath it."""
-    if any(config.get(key) for key in NUM_EXPERTS):
+    if any(config.get(key) for key in (*NUM_EXPERTS, "block_configs")):
         return config
     for key in NESTED:
         inner = config.get(key)
         if isinstance(inner, dict):
             found = text_config(inner if key != "ffn_config" else {**inner, "model_type": config.get("model_type", "")})
-            if any(found.get(name) for name in NUM_EXPERTS):
+            if any(found.get(name) for name in (*NUM_EXPERTS, "block_configs")):
                 return {**config, **found}
     return config
 
@@ -130,23 +84,25 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
     Keys: model_type (the outermost), num_layers (MoE layers), num_experts, top_k, model_layers
     (number of each MoE layer in the model, encoder before decoder), num_model_layers, vocab_size (0
     = unknown), n_group, topk_group (1 where the router has no groups), empty_slots (the router can
-    choose no routed expert: identity experts or a skip class). Raises InputError where the file
+    choose no routed expert: identity experts or a skip class; or layers differ in top-k, which is
+    then the largest). Raises InputError where the file
     lacks a fact, or the model has no experts.
     """
-    inner = text_config(config)
+    inner = _with_blocks(text_config(config))
     model_type = str(config.get("model_type") or inner.get("model_type") or "")
-    family = _family(model_type, str(inner.get("model_type") or ""))
-    facts = {**FAMILY_DEFAULTS.get(family, {}), **inner}
+    family = find_family(model_type, str(inner.get("model_type") or ""))
+    facts = {**family.defaults, **inner}
     name = model_type or "config.json"
+    _refuse_uneven_experts(facts, name)
     num_experts = _uniform(facts, NUM_EXPERTS, f"{name}: the number of experts", first_of_list=True)
     if num_experts < 2:
         raise InputError(f"{name} has {num_experts} experts: it is not a Mixture-of-Experts model")
-    top_k = _uniform(
-        facts, (*TOP_K, "top_k") if "top_k" in FAMILY_DEFAULTS.get(family, {}) else TOP_K, f"{name}: top-k"
-    )
+    facts, top_k_differs = _widest_top_k(facts, family.top_k)
+    top_k = _uniform(facts, family.top_k, f"{name}: top-k")
     num_model_layers, model_layers = _model_layers(facts, family, name)
     if not model_layers:
         raise InputError(f"{name} has no Mixture-of-Experts layer among its {num_model_layers} layers")
+    grouped = not (family.greedy and inner.get("topk_method", "greedy") == "greedy")
     return {
         "model_type": model_type,
         "num_layers": len(model_layers),
@@ -155,18 +111,62 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
         "model_layers": tuple(model_layers),
         "num_model_layers": num_model_layers,
         "vocab_size": _integer(facts.get("vocab_size"), 0),
-        "n_group": _group(facts, inner, ("n_group", "num_expert_group")),
-        "topk_group": _group(facts, inner, ("topk_group",)),
-        "empty_slots": bool(facts.get("zero_expert_num")) or family == "zaya",
+        "n_group": _group(facts, inner, ("n_group", "num_expert_group")) if grouped else 1,
+        "topk_group": _group(facts, inner, ("topk_group",)) if grouped else 1,
+        "empty_slots": bool(facts.get(IDENTITY_EXPERTS)) or family.skips or top_k_differs,
     }
 
 
-def _family(*model_types: str) -> str:
-    """The family of FAMILY_DEFAULTS and of the special rules: qwen3_omni_moe_thinker_text
-    belongs to no entry, fine."""
-    names = [n for t in model_types for n in (t, t.removesuffix("_text"), t.removesuffix("_text").removesuffix("_vl"))]
-    special = (*FAMILY_DEFAULTS, *LAYERS_UNDER_NUM_LAYERS, "zaya", "llama4", "deepseek_v4")
-    return next((n for n in names if n in special), names[0] if names else "")
+def _with_blocks(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts with those of `block_configs`, one entry a layer, as lists over the layers that
+    route (pruned hybrids: Nemotron-H Puzzle)."""
+    blocks = facts.get("block_configs")
+    if not isinstance(blocks, list) or not blocks or not all(isinstance(block, dict) for block in blocks):
+        return facts
+    flat = [
+        {**block, **next((block[k] for k in BLOCK_PARTS if isinstance(block.get(k), dict)), {})} for block in blocks
+    ]
+    moe = {i: block for i, block in enumerate(flat) if _is_moe_block(block)}
+    if not moe:
+        return facts
+    found: dict[str, Any] = {"layers_block_type": ["moe" if i in moe else "other" for i in range(len(flat))]}
+    for keys in (NUM_EXPERTS, TOP_K):
+        key = next((k for k in keys if any(block.get(k) is not None for block in moe.values())), None)
+        if key is not None:
+            found[key] = [block.get(key, facts.get(key)) for block in moe.values()]
+    return {**facts, **found}
+
+
+def _is_moe_block(block: dict[str, Any]) -> bool:
+    """Whether a layer of block_configs routes: it says so, or it has several experts."""
+    if str(block.get("block_type", block.get("type", "moe"))).lower() != "moe" or block.get("no_op") is True:
+        return False
+    return any(_integer(block.get(key), 0) > 1 for key in NUM_EXPERTS) or block.get("block_type") == "moe"
+
+
+def _refuse_uneven_experts(facts: dict[str, Any], name: str) -> None:
+    """Raise InputError where the layers have different numbers of experts, with the layers."""
+    value = next((facts[key] for key in NUM_EXPERTS if facts.get(key) is not None), None)
+    blocks = facts.get("layers_block_type") or []
+    routed = [i for i, kind in enumerate(blocks) if kind in ("moe", "E")] if isinstance(blocks, list) else []
+    if not isinstance(value, list) or not all(isinstance(v, int) for v in value) or len(set(value)) < 2:
+        return
+    layers = routed if len(routed) == len(value) else list(range(len(value)))
+    if len(value) == 2 and len(routed) != 2:
+        return  # text and vision experts (Ernie VL)
+    by_number = {number: [layer for layer, v in zip(layers, value, strict=True) if v == number] for number in value}
+    said = "; ".join(f"{number} in layer {', '.join(map(str, where))}" for number, where in by_number.items())
+    raise InputError(f"{name}: the number of experts differs between layers ({said}); a trace has one for all layers")
+
+
+def _widest_top_k(facts: dict[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
+    """The facts with one top-k where layers differ in it, the largest: the slots past a layer's own
+    are empty; and whether they do."""
+    key = next((key for key in keys if facts.get(key) is not None), None)
+    value = facts.get(key) if key is not None else None
+    if not isinstance(value, list) or not value or not all(isinstance(v, int) and 0 < v <= MOST for v in value):
+        return facts, False
+    return {**facts, str(key): max(value)}, len(set(value)) > 1
 
 
 def _integer(value: Any, default: int) -> int:
@@ -193,15 +193,14 @@ def _group(facts: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) 
     return max(1, _integer(value, 1))
 
 
-def _model_layers(facts: dict[str, Any], family: str, name: str) -> tuple[int, list[int]]:
+def _model_layers(facts: dict[str, Any], family: Family, name: str) -> tuple[int, list[int]]:
     """How many layers the model has and which of them, counted from 0, route to experts."""
-    if family in ("switch_transformers", "nllb-moe"):
-        return _encoder_decoder_layers(facts, family)
+    if family.encoder_decoder:
+        return _encoder_decoder_layers(facts, family, name)
     blocks = facts.get("layers_block_type") or facts.get("hybrid_override_pattern")  # Nemotron-H: one letter a layer
     if blocks and ("moe" in blocks or "E" in blocks):
         return len(blocks), [i for i, kind in enumerate(blocks) if kind in ("moe", "E")]
-    keys = ("num_layers",) if family in LAYERS_UNDER_NUM_LAYERS and facts.get("num_layers") else NUM_LAYERS
-    num_layers = _uniform(facts, keys, f"{name}: the number of layers")
+    num_layers = _uniform(facts, family.num_layers, f"{name}: the number of layers")
     return num_layers, [i for i in range(num_layers) if _is_moe_layer(facts, i, num_layers)]
 
 
@@ -238,10 +237,10 @@ def _is_moe_layer(facts: dict[str, Any], layer: int, num_layers: int) -> bool:
     )
 
 
-def _encoder_decoder_layers(facts: dict[str, Any], family: str) -> tuple[int, list[int]]:
+def _encoder_decoder_layers(facts: dict[str, Any], family: Family, name: str) -> tuple[int, list[int]]:
     """Switch and NLLB: the encoder's layers first, then the decoder's."""
-    switch = family == "switch_transformers"
-    encoder = _uniform(facts, ("num_layers", "encoder_layers"), f"{family}: the number of encoder layers")
+    switch = family.encoder_decoder == "i % step == 1"
+    encoder = _uniform(facts, ("num_layers", "encoder_layers"), f"{name}: the number of encoder layers")
     decoder = _integer(facts.get("num_decoder_layers") or facts.get("decoder_layers"), encoder)
     layers, start = [], 0
     for count, side in ((encoder, "encoder"), (decoder, "decoder")):

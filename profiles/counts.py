@@ -3,8 +3,8 @@ expert, request x expert.
 
 Counts are integers and additive over batches, parts and traces, so a trace larger than memory is
 counted part by part. What cannot be kept whole (which token chose which experts) is kept for a
-bounded random sample of the requests, layer by layer in a file that worker processes map
-(`semmoe.profiles.mapped`).
+bounded random sample of the requests (`semmoe.profiles.sample`), layer by layer in a file that
+worker processes map (`semmoe.profiles.mapped`).
 
 Shape letters: T tokens, L MoE layers, E experts, K top-k, U token ids seen, B requests.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.mapped import mapped_empty
 from semmoe.profiles.progress import Progress
+from semmoe.profiles.sample import choose_requests, select_requests
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches, integers
 
 if TYPE_CHECKING:
@@ -74,6 +75,15 @@ def request_expert_BE(
     return np.bincount(keys_TK.reshape(-1), minlength=num_requests * width).reshape(num_requests, width)[
         :, :num_experts
     ]
+
+
+def request_rows(sample: TraceBatch, requests_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the requests, int64 [T] in order, and which of the requests each belongs to, int64
+    [T]."""
+    lengths_B = np.diff(sample.starts_B1)[requests_B]
+    index_T = np.repeat(np.arange(len(requests_B)), lengths_B)
+    first_B = sample.starts_B1[requests_B] - (np.cumsum(lengths_B) - lengths_B)
+    return np.arange(len(index_T)) + first_B[index_T], index_T
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +146,13 @@ def count_batches(batches: Iterable[TraceBatch], info: TraceInfo) -> tuple[int, 
 def profile_traces(
     traces: list[RoutingTrace], keep: list[np.ndarray] | None = None, *, seed: int = 0, sample_ids: int = SAMPLE_IDS
 ) -> RoutingProfile:
-    """Profile of the requests of `keep` (bool [B] per trace; all where None) over several traces of
-    one model.
+    """Profile of the requests of `keep` over several traces of one model.
+
+    Parameters:
+        traces: with routing per token.
+        keep: bool [B] per trace, which requests to count; None: all.
+        seed: of the sample, where not all requests fit into it.
+        sample_ids: expert ids that the sample holds at most.
 
     Raises InputError where a trace is of another model or holds no request to count.
     """
@@ -156,11 +171,18 @@ def profile_split(
     sample_ids: int = SAMPLE_IDS,
     progress: Progress | None = None,
 ) -> tuple[RoutingProfile, RoutingProfile, RoutingProfile]:
-    """Profiles of the requests that are not held out (bool [B] per trace), of those that are, and
-    of all; from one reading.
+    """Profiles of the requests that are not held out, of those that are, and of all; from one
+    reading.
 
     Counts are additive, and the sample of all requests is the other two one after the other in one
-    file: nothing is kept twice. Raises InputError as `profile_traces` does.
+    file: nothing is kept twice.
+
+    Parameters:
+        traces, seed, sample_ids: as in `profile_traces`; the two sides share the sample by tokens.
+        held_out: bool [B] per trace.
+        progress: told the tokens read and the tokens in all.
+
+    Raises InputError as `profile_traces` does.
     """
     (fitted, rest), ids_LTK = _profile_parts(
         traces, [[~h for h in held_out], held_out], seed=seed, sample_ids=sample_ids, progress=progress
@@ -200,7 +222,7 @@ def _profile_parts(
     # Every set gets its share of the budget, so that together they are a sample of all.
     budgets = [max_tokens * tokens // max(sum(wanted), 1) for tokens in wanted]
     budgets = [max(b, 1) if sum(wanted) > max_tokens else tokens for b, tokens in zip(budgets, wanted, strict=True)]
-    samples = [_sample_requests(tokens_B, keep, most, seed) for keep, most in zip(parts, budgets, strict=True)]
+    samples = [choose_requests(tokens_B, keep, most, seed) for keep, most in zip(parts, budgets, strict=True)]
     sizes = [sum(int(t[s].sum()) for t, s in zip(tokens_B, sample, strict=True)) for sample in samples]
     # Layers first: solvers look at the sample one layer at a time.
     id_dtype = np.result_type(*(trace.info.id_dtype for trace in traces))
@@ -238,53 +260,3 @@ def _profile_parts(
         sample = replace(concat_batches(kept[p], info), expert_ids_TLK=ids_TLK)
         profiles.append(RoutingProfile(info, *counts[p].done(), sample))
     return profiles, ids_LTK
-
-
-def _sample_requests(
-    tokens_B: list[np.ndarray], keep: list[np.ndarray], max_tokens: int, seed: int
-) -> list[np.ndarray]:
-    """Kept requests whose tokens fit the budget, drawn at random: bool [B] per trace."""
-    tokens, kept = np.concatenate(tokens_B), np.concatenate(keep)
-    order = np.random.default_rng(seed).permutation(len(tokens))
-    order = order[kept[order]]
-    sample = np.zeros(len(tokens), bool)
-    if kept.any() and tokens[kept].sum() > max_tokens:
-        order = order[: max(1, np.searchsorted(np.cumsum(tokens[order]), max_tokens, side="right"))]
-    sample[order] = True
-    return np.split(sample, np.cumsum([len(t) for t in tokens_B])[:-1])
-
-
-def select_requests(batch: TraceBatch, keep_B: np.ndarray) -> TraceBatch:
-    """The batch with only the requests of `keep_B` (bool [B])."""
-    if keep_B.all():
-        return batch
-    keep_T = np.repeat(keep_B, np.diff(batch.starts_B1))
-    keep_S = np.repeat(keep_B, np.diff(batch.sequence_starts_B1))
-    chosen = np.flatnonzero(keep_B)
-    return TraceBatch(
-        request_ids=[batch.request_ids[b] for b in chosen],
-        domains=[batch.domains[b] for b in chosen],
-        starts_B1=np.concatenate([[0], np.cumsum(np.diff(batch.starts_B1)[keep_B])]),
-        expert_ids_TLK=batch.expert_ids_TLK[keep_T],
-        token_ids_T=batch.token_ids_T[keep_T],
-        is_prompt_T=batch.is_prompt_T[keep_T],
-        num_prompt_tokens_B=batch.num_prompt_tokens_B[keep_B],
-        first_position_B=batch.first_position_B[keep_B],
-        sequence_starts_B1=np.concatenate([[0], np.cumsum(np.diff(batch.sequence_starts_B1)[keep_B])]),
-        sequences=batch.sequences[keep_S],
-    )
-
-
-def sample_requests(traces: list[RoutingTrace], keep: list[np.ndarray], *, max_tokens: int, seed: int) -> TraceBatch:
-    """Requests of `keep` (bool [B] per trace) as one batch: all, or a random choice of about
-    `max_tokens` tokens."""
-    tokens_B = [integers(trace.requests().column("num_tokens")) for trace in traces]
-    chosen = _sample_requests(tokens_B, keep, max_tokens, seed)
-    batches = [b for trace, chosen_B in zip(traces, chosen, strict=True) for b in trace.batches(chosen_B)]
-    return concat_batches(batches, traces[0].info)
-
-
-def bounded_requests(batch: TraceBatch, *, max_tokens: int, seed: int) -> TraceBatch:
-    """The batch, or a random choice of its requests of about `max_tokens` tokens."""
-    (chosen,) = _sample_requests([np.diff(batch.starts_B1)], [np.ones(batch.num_requests, bool)], max_tokens, seed)
-    return select_requests(batch, chosen)

@@ -1,9 +1,51 @@
-"""InputError: input that cannot be used. The command line prints it as one line and exits with
-1."""
+"""InputError: input that cannot be used. The command line prints it as one line and exits with 1.
+
+And the one such line that asks for an install: the base package runs without PyTorch, and what
+needs a package of an extra says which.
+"""
+
+import os
+from importlib.util import find_spec
+
+# Packages that the base install lacks, by the extra of pyproject.toml that brings them.
+EXTRAS = {
+    "models": ("torch", "transformers", "datasets", "accelerate", "tokenizers"),
+    "route": ("starlette", "uvicorn", "aiohttp"),
+}
+DEBUG = "SEMMOE_DEBUG"  # environment variable; `semmoe --debug` sets it, for ranks and workers too
 
 
 class InputError(Exception):
-    """One line for the user: the value, what was expected, and where it was found."""
+    """One line for the user: the value, what was expected, and where it was found.
+
+    Every function of semmoe raises it for what cannot be used, and nothing else for that. Source:
+    profiles/errors.py.
+    """
+
+
+def require_extra(what: str, *packages: str) -> None:
+    """Raise InputError with the command to type unless `packages`, all of one extra, are installed.
+
+    `what`: what needs them, as the subject of the sentence. Nothing is imported.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        extra = next(name for name, brought in EXTRAS.items() if missing[0] in brought)
+        raise InputError(f"{what} needs {' and '.join(missing)}: pip install 'semmoe[{extra}]'")
+
+
+def show_traceback(error: BaseException) -> None:
+    """Print the traceback of an error that is about to end as one line, and of every error behind
+    it, where SEMMOE_DEBUG is set to anything but 0."""
+    if os.environ.get(DEBUG, "0") in ("", "0"):
+        return
+    import traceback
+
+    behind: BaseException | None = error
+    while behind is not None:
+        behind.__suppress_context__ = False  # `raise ... from None` keeps the reader's line short
+        behind = behind.__cause__ or behind.__context__
+    traceback.print_exception(error)
 
 
 def raised_by_us(error: BaseException) -> bool:

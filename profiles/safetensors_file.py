@@ -1,177 +1,189 @@
-"""What is read from a checkpoint's safetensors files without loading the model: where tensors lie,
-and hash routing tables.
+"""safetensors files by their headers: the one place that reads and writes headers, and the one set
+of refusals.
 
-DeepSeek-V4 routes its first MoE layers by a table from token id to experts (`gate.tid2eid`, [V,
-K]). The table is exact for every token, seen or not, so `semmoe trace MODEL --hash-layers` copies
-it to a file of its own:
-
-    safetensors, one tensor "layer.{l}" per hash layer, l counted over MoE layers from 0:
-    uint8 or uint16 [V, K], expert ids by token id; metadata: format "semmoe-hash-layers",
-    version "1", model, num_experts, model_layers (JSON list, the model's numbers of those layers)
-
-Shape letters: V vocabulary, K top-k.
+A safetensors file is 8 bytes of length (little endian), a JSON header of that length, and one data
+region in which the tensors lie end to end (https://github.com/huggingface/safetensors). Tensors are
+read by mapping their bytes; a tensor is renamed by writing another header in front of the same
+data. Headers are written as the safetensors library writes them, compact JSON padded with blanks,
+so that a file which is renamed and renamed back is the same file.
 """
 
 import json
 import os
+import struct
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from semmoe.profiles.document import parse_json
 from semmoe.profiles.errors import InputError
 
-HASH_FORMAT = "semmoe-hash-layers"
-EMBEDDING_ENDS = (
-    "embed_tokens.weight",
-    "embed.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-)
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+PAGE_BYTES = 4096
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 
-MAX_FEATURES = 256  # columns of an embedding that are kept
-EMBEDDING_BLOCK = 8192  # rows of an embedding in memory at a time
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One entry of a header; `begin` and `end` count bytes from the start of the data region."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
 
 
-def checkpoint_files(folder: Path) -> dict[str, str]:
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One safetensors file: its tensors in the order of their bytes, and where the data region
+    starts."""
+
+    path: Path
+    header_bytes: int  # length word and JSON together: the offset of the data region
+    size: int
+    metadata: dict[str, str]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def find(self, name: str) -> Tensor:
+        """The tensor of that name. Raises InputError where there is none."""
+        found = next((tensor for tensor in self.tensors if tensor.name == name), None)
+        if found is None:
+            raise InputError(f"{self.path} holds no tensor {name}")
+        return found
+
+    def map(self, tensor: Tensor, dtype: str) -> np.ndarray:
+        """A tensor's values as numpy's `dtype`, mapped and not read."""
+        if not tensor.num_bytes:
+            return np.empty(tensor.shape, dtype)
+        return np.memmap(self.path, dtype, "r", self.header_bytes + tensor.begin, tensor.shape)
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check the header of a safetensors file. Raises InputError where the file is
+    damaged or cut short."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path} is no file: expected safetensors")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            word = file.read(8)
+            length = struct.unpack("<Q", word)[0] if len(word) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise InputError(f"{path} is damaged: it does not begin with a safetensors header")
+            text = file.read(length)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: the checkpoint is not complete") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def share(shape: tuple[int, ...]) -> tuple[int, ...]:  # hundreds of thousands of tensors have a few shapes
+        return shapes.setdefault(shape, shape)
+
+    try:
+        entries = parse_json(text)
+        metadata = entries.pop("__metadata__", None) or {}
+        tensors = tuple(
+            sorted(
+                (
+                    Tensor(n, sys.intern(e["dtype"]), share(tuple(e["shape"])), *e["data_offsets"])
+                    for n, e in entries.items()
+                ),
+                key=lambda t: (t.begin, t.end),
+            )
+        )
+        if any(type(number) is not int or number < 0 for t in tensors for number in (*t.shape, t.begin, t.end)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is damaged: its safetensors header cannot be read") from None
+    shard = Shard(path, 8 + length, size, metadata, tensors)
+    check_offsets(shard)
+    return shard
+
+
+def check_offsets(shard: Shard) -> None:
+    """Raise InputError unless the tensors cover the data region without gaps and the file holds
+    all of it."""
+    place = 0
+    for tensor in shard.tensors:
+        bits = DTYPE_BITS.get(tensor.dtype)
+        count = 1
+        for length in tensor.shape:
+            count *= length
+        if tensor.begin != place or (bits is not None and tensor.num_bytes * 8 != count * bits):
+            raise InputError(f"{shard.path} is damaged: the offsets of {tensor.name} do not fit its shape")
+        place = tensor.end
+    if shard.header_bytes + place != shard.size:
+        raise InputError(
+            f"{shard.path} has {shard.size:,} bytes, its header describes {shard.header_bytes + place:,}: "
+            "the file is cut short or damaged"
+        )
+
+
+def make_header(tensors: tuple[Tensor, ...], metadata: dict[str, str], *, header_bytes: int = 0) -> bytes:
+    """Length word and JSON of a file with these tensors.
+
+    Padded with blanks to `header_bytes` where the JSON fits, so that the data keeps its offset;
+    else to whole pages more, so that the data keeps its place in a page and a file system may still
+    share its blocks.
+    """
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.begin, tensor.end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    needed = 8 + len(text)
+    if not header_bytes:
+        total = needed + -needed % 8
+    else:
+        total = header_bytes + max(0, -(-(needed - header_bytes) // PAGE_BYTES)) * PAGE_BYTES
+    return struct.pack("<Q", total - 8) + text.ljust(total - 8)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a sharded checkpoint: {"metadata": {...}, "weight_map": {tensor: file}}."""
+    try:
+        index = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the encoding too
+        raise InputError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
+        raise InputError(f"{path} has no weight_map: expected the index of a sharded checkpoint")
+    if not all(isinstance(file, str) for file in index["weight_map"].values()):
+        raise InputError(f"{path} is damaged: its weight_map names something else than files")
+    index["weight_map"] = {key: sys.intern(file) for key, file in index["weight_map"].items()}
+    return index
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
     """File name of every tensor in a checkpoint folder, from its index or its files' headers;
     empty where it holds no safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(f"{index} is not an index of tensors: {error}") from None
-    files = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with _open(file) as tensors:
-            files |= {key: file.name for key in tensors.keys()}
-    return files
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(str(file), framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} cannot be read as safetensors: {error}") from None
-
-
-def tensor_shape(file: Path, key: str) -> list[int]:
-    """Shape of a tensor, from the file's header."""
-    with _open(file) as tensors:
-        return list(tensors.get_slice(key).get_shape())
-
-
-def embedding_reference(
-    checkpoint: str, folder: Path, revision: str | None, name: str, shape: list[int]
-) -> dict[str, Any] | None:
-    """Where the input embedding [V, D] of a model lies: checkpoint, revision, file, key and shape.
-    None where no tensor fits.
-
-    `name`: the parameter's name in the loaded model, `shape` its shape; a file may use another name
-    for it.
-    """
-    files = checkpoint_files(folder)
-    candidates = [key for key in files if key == name] or [key for key in files if key.endswith(EMBEDDING_ENDS)]
-    for key in candidates:
-        file = folder / files[key]
-        if file.exists() and tensor_shape(file, key) == shape:
-            return {"checkpoint": checkpoint, "revision": revision, "file": files[key], "key": key, "shape": shape}
-    return None
-
-
-def input_embedding(reference: dict[str, Any] | None) -> np.ndarray | None:
-    """The input embedding that a trace refers to, float32 [V, F]; None where it refers to none, or
-    the file is not here.
-
-    More than MAX_FEATURES columns are projected at random to that many, which keeps distances
-    (Johnson and Lindenstrauss, 1984) and bounds what a ridge regression on them costs.
-    """
-    if reference is None or not reference.get("file"):
-        return None
-    file = Path(reference["checkpoint"]) / reference["file"]
-    if not file.is_file():
-        return None
-    rows, columns = reference["shape"]
-    matrix_VD = _map_matrix(file, reference["key"], rows, columns)
-    projection_DF = None
-    if columns > MAX_FEATURES:
-        rng = np.random.default_rng(0)
-        projection_DF = rng.standard_normal((columns, MAX_FEATURES), np.float32) / np.sqrt(np.float32(MAX_FEATURES))
-    features_VF = np.empty((rows, min(columns, MAX_FEATURES)), np.float32)
-    for start in range(0, rows, EMBEDDING_BLOCK):
-        block = _as_float32(matrix_VD[start : start + EMBEDDING_BLOCK])
-        features_VF[start : start + len(block)] = block if projection_DF is None else block @ projection_DF
-    return features_VF
-
-
-def _map_matrix(file: Path, key: str, rows: int, columns: int) -> np.ndarray:
-    """A matrix of a safetensors file, mapped and not read: float32 or float16 [V, D], or
-    bfloat16 as uint16."""
-    try:
-        with open(file, "rb") as data:
-            size = int.from_bytes(data.read(8), "little")
-            header = json.loads(data.read(size))
-        entry = header[key]
-        dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[entry["dtype"]]
-        if entry["shape"] != [rows, columns]:
-            raise InputError(f"{file}: {key} has shape {entry['shape']}, the trace says {[rows, columns]}")
-        return np.memmap(file, dtype, "r", offset=8 + size + entry["data_offsets"][0], shape=(rows, columns))
-    except KeyError as error:
-        raise InputError(f"{file}: {key} is missing or of a type that is no embedding: {error}") from None
-    except (ValueError, OSError, TypeError) as error:
-        raise InputError(f"{file} cannot be read as safetensors: {error}") from None
-
-
-def _as_float32(block: np.ndarray) -> np.ndarray:
-    """Values of a mapped block; bfloat16 (as uint16) is the upper half of a float32."""
-    return (block.astype(np.uint32) << 16).view(np.float32) if block.dtype == np.uint16 else block.astype(np.float32)
-
-
-def read_hash_layers(folder: Path) -> dict[int, np.ndarray]:
-    """Token-to-experts tables of the hash-routed layers of a checkpoint by model layer number:
-    int64 [V, K] each; empty without any."""
-    from semmoe.profiles.capture.layers import layer_number
-
-    files = checkpoint_files(folder)
-    tables = {}
-    for key in (k for k in files if k.endswith(".tid2eid")):
-        number = layer_number(key)
-        if number is not None:
-            with _open(folder / files[key]) as tensors:
-                tables[number] = np.asarray(tensors.get_tensor(key), np.int64)
-    return dict(sorted(tables.items()))
-
-
-def write_hash_layers(
-    path: Path, tables: dict[int, np.ndarray], model_layers: list[int], num_experts: int, model: str
-) -> None:
-    """Write the tables of a model with MoE layers `model_layers` to `path`; raises InputError
-    where it exists or an id is out of range."""
-    if path.exists():
-        raise InputError(f"{path} is there already: choose another name")
-    dtype = np.uint8 if num_experts <= 256 else np.uint16
-    tensors = {}
-    for number, table_VK in tables.items():
-        if table_VK.min() < 0 or table_VK.max() >= num_experts:
-            raise InputError(f"the table of layer {number} names expert {table_VK.max()}, the model has {num_experts}")
-        tensors[f"layer.{model_layers.index(number)}"] = table_VK.astype(dtype)
-    metadata = {
-        "format": HASH_FORMAT,
-        "version": "1",
-        "model": model,
-        "num_experts": str(num_experts),
-        "model_layers": json.dumps(list(tables)),
+    if (folder / INDEX_NAME).exists():
+        return read_index(folder / INDEX_NAME)["weight_map"]
+    return {
+        tensor.name: file.name for file in sorted(folder.glob("*.safetensors")) for tensor in read_shard(file).tensors
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(temporary), metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None

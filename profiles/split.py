@@ -1,15 +1,19 @@
-"""Which requests are held out. A split is by request, never by token: tokens of one request are not
-independent.
+"""How the requests of a trace are divided: held out or not, and by domain.
+
+A split is by request, never by token: tokens of one request are not independent.
 
 Shape letter: B requests.
 """
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 
 from semmoe.profiles.errors import InputError
+
+OTHER = "other"  # the domain of the rare ones
 
 
 def holdout_requests(requests: pa.Table, *, holdout: float, holdout_domains: list[str], seed: int) -> np.ndarray:
@@ -50,3 +54,22 @@ def request_keys(requests: pa.Table) -> np.ndarray:
     rows = zip(*(requests.column(name).to_pylist() for name in columns), strict=True)
     digests = b"".join(hashlib.blake2b("\0".join(map(str, row)).encode(), digest_size=8).digest() for row in rows)
     return np.frombuffer(digests, "<u8")
+
+
+def domain_groups(domains_B: list[str], *, most: int = 12) -> tuple[list[str], np.ndarray]:
+    """Domains as a short list, which a table or a picture can show: at most `most` names,
+    ascending, and each request's index among them, int64 [B].
+
+    Where there are more domains, they are taken by what stands before the first "/" (data
+    set/subject), and beyond that the rare ones become "other".
+    """
+    names_B = [name or "(none)" for name in domains_B]
+    if len(set(names_B)) > most:
+        names_B = [name.split("/")[0] for name in names_B]
+    counts = Counter(names_B)
+    if len(counts) > most:
+        kept = {name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: most - 1]}
+        names_B = [name if name in kept else OTHER for name in names_B]
+    names = sorted(set(names_B))
+    index = {name: i for i, name in enumerate(names)}
+    return names, np.array([index[name] for name in names_B], np.int64)

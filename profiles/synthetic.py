@@ -26,6 +26,22 @@ POPULARITY_SPREAD = 0.5  # standard deviation of the log popularity of the exper
 DOMAIN_PREFERENCE = 6.0  # how much likelier a domain's own group of tokens is than another group
 
 
+@dataclass(frozen=True)
+class SyntheticWorld:
+    """The sizes of a synthetic trace, and the one seed of all that is drawn."""
+
+    num_layers: int = 4
+    num_experts: int = 32
+    top_k: int = 4
+    num_groups: int = 4  # planted
+    num_requests: int = 200
+    tokens_per_request: int = 64
+    vocab_size: int = 500
+    noise: float = 0.1  # share of rows, and of picks in a row, that leave their group
+    num_domains: int = 4
+    seed: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class PlantedStructure:
     """What a synthetic trace is drawn from: fixed by its sizes and one seed."""
@@ -44,18 +60,18 @@ class SyntheticRequest(NamedTuple):
     expert_ids_TLK: np.ndarray  # int32 [T, L, K], ascending within a row
 
 
-def plant_structure(
-    *, num_layers: int, num_experts: int, num_groups: int, vocab_size: int, num_domains: int, seed: int
-) -> PlantedStructure:
+def plant_structure(world: SyntheticWorld) -> PlantedStructure:
     """Groups of experts and tokens, popularity, domains. Raises InputError where experts do not
     split evenly."""
+    num_experts, num_groups, num_domains = world.num_experts, world.num_groups, world.num_domains
+    vocab_size = world.vocab_size
     if num_groups < 1 or num_experts % num_groups:
         raise InputError(f"{num_experts} experts do not divide into {num_groups} groups")
     if vocab_size < num_groups or num_domains < 1:
         raise InputError(f"{vocab_size} tokens in {num_domains} domains cannot fill {num_groups} groups")
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([world.seed, 0])
     template_E = np.repeat(np.arange(num_groups, dtype=np.int32), num_experts // num_groups)
-    group_of_LE = np.stack([rng.permutation(template_E) for _ in range(num_layers)])
+    group_of_LE = np.stack([rng.permutation(template_E) for _ in range(world.num_layers)])
     zipf_V = 1 / (np.arange(vocab_size) + 2.7)
     # Most frequent token first, each to the lightest group: whole groups of tokens then weigh about
     # the same.
@@ -68,7 +84,7 @@ def plant_structure(
     return PlantedStructure(
         group_of_LE=group_of_LE,
         group_of_V=group_of_V,
-        log_popularity_LE=rng.normal(0, POPULARITY_SPREAD, (num_layers, num_experts)),
+        log_popularity_LE=rng.normal(0, POPULARITY_SPREAD, (world.num_layers, num_experts)),
         token_share_DV=share_DV / share_DV.sum(axis=1, keepdims=True),
     )
 
@@ -102,65 +118,39 @@ def route(
     return ids_TLK
 
 
-def synthetic_requests(
-    structure: PlantedStructure, *, top_k: int, num_requests: int, tokens_per_request: int, noise: float, seed: int
-) -> Iterator[SyntheticRequest]:
+def synthetic_requests(structure: PlantedStructure, world: SyntheticWorld) -> Iterator[SyntheticRequest]:
     """Requests one by one: request i depends on seed and i only, domains take turns, half of it
     is prompt."""
-    num_experts = structure.group_of_LE.shape[1]
-    if not 1 <= top_k <= num_experts:
-        raise InputError(f"top-{top_k} of {num_experts} experts is not possible")
-    num_domains, vocab_size = structure.token_share_DV.shape
-    for index in range(num_requests):
-        rng = np.random.default_rng([seed, 1, index])
-        domain = index % num_domains
-        tokens = rng.choice(vocab_size, tokens_per_request + 1, p=structure.token_share_DV[domain]).astype(np.int32)
-        ids_TLK = route(structure, tokens[:-1], top_k=top_k, noise=noise, rng=rng)
-        yield SyntheticRequest(
-            f"synthetic-{index:05d}", f"domain-{domain}", tokens, (tokens_per_request + 1) // 2, ids_TLK
-        )
+    if not 1 <= world.top_k <= world.num_experts:
+        raise InputError(f"top-{world.top_k} of {world.num_experts} experts is not possible")
+    num_rows = world.tokens_per_request
+    for index in range(world.num_requests):
+        rng = np.random.default_rng([world.seed, 1, index])
+        domain = index % world.num_domains
+        share_V = structure.token_share_DV[domain]
+        tokens = rng.choice(world.vocab_size, num_rows + 1, p=share_V).astype(np.int32)
+        ids_TLK = route(structure, tokens[:-1], top_k=world.top_k, noise=world.noise, rng=rng)
+        yield SyntheticRequest(f"synthetic-{index:05d}", f"domain-{domain}", tokens, (num_rows + 1) // 2, ids_TLK)
 
 
 def write_synthetic(
-    path: str | Path,
-    *,
-    num_layers: int = 4,
-    num_experts: int = 32,
-    top_k: int = 4,
-    num_groups: int = 4,
-    num_requests: int = 200,
-    tokens_per_request: int = 64,
-    vocab_size: int = 500,
-    noise: float = 0.1,
-    num_domains: int = 4,
-    seed: int = 0,
-    made_by: str = "semmoe.profiles.synthetic",
+    path: str | Path, world: SyntheticWorld = SyntheticWorld(), *, made_by: str = "semmoe.profiles.synthetic"
 ) -> np.ndarray:
     """Write a synthetic trace; returns the planted group of every expert, int32 [L, E]."""
-    structure = plant_structure(
-        num_layers=num_layers,
-        num_experts=num_experts,
-        num_groups=num_groups,
-        vocab_size=vocab_size,
-        num_domains=num_domains,
-        seed=seed,
-    )
+    structure = plant_structure(world)
     info = TraceInfo(
         model="synthetic",
-        num_layers=num_layers,
-        num_experts=num_experts,
-        top_k=top_k,
-        model_layers=tuple(range(num_layers)),
-        num_model_layers=num_layers,
-        vocab_size=vocab_size,
+        num_layers=world.num_layers,
+        num_experts=world.num_experts,
+        top_k=world.top_k,
+        model_layers=tuple(range(world.num_layers)),
+        num_model_layers=world.num_layers,
+        vocab_size=world.vocab_size,
         made_by=made_by,
-        notes={"planted_groups": num_groups, "noise": noise, "seed": seed},
-    )
-    requests = synthetic_requests(
-        structure, top_k=top_k, num_requests=num_requests, tokens_per_request=tokens_per_request, noise=noise, seed=seed
+        notes={"planted_groups": world.num_groups, "noise": world.noise, "seed": world.seed},
     )
     with TraceWriter(path, info) as writer:
-        for request in requests:
+        for request in synthetic_requests(structure, world):
             writer.add(
                 request.request_id,
                 request.expert_ids_TLK,

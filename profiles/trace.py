@@ -19,12 +19,67 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semmoe.profiles.document import read_document
+from semmoe.profiles.checkpoint import IDENTITY
+from semmoe.profiles.document import (
+    SHA256,
+    anything,
+    boolean,
+    check_size,
+    distinct,
+    integer,
+    list_of,
+    map_of,
+    name_of_file,
+    null_or,
+    one_of,
+    read_bounded,
+    read_document,
+    record,
+    text,
+    validate,
+)
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import inside
 
 FORMAT = "semmoe-trace"
 VERSION = 1
 COUNTS_FILE = "counts.parquet"
+REMOTE_WHOLE_BYTES = 1 << 30  # a part behind a URL is read whole and checked up to this size
+MAX_LAYERS = 100_000
+
+PART = record(
+    {"file": name_of_file(ending=".parquet"), "requests": integer(), "tokens": integer()},
+    {"sha256": SHA256},
+)
+EMBEDDING = record(
+    {"checkpoint": text(), "file": text(), "key": text(), "shape": list_of(integer(1), least=2, most=2)},
+    {"revision": null_or(text())},
+)
+FACTS = record(
+    {
+        "complete": boolean,
+        "model": text(),
+        "num_layers": integer(1, MAX_LAYERS),
+        "num_experts": integer(1, 65_535),
+        "top_k": integer(1, 65_535),
+        "model_layers": distinct(list_of(integer(0, 10 * MAX_LAYERS), most=MAX_LAYERS)),
+        "counts": record({"requests": integer(), "tokens": integer()}),
+        "parts": distinct(list_of(PART, most=1_000_000), key="file"),
+    },
+    {
+        "num_model_layers": integer(0, 10 * MAX_LAYERS),
+        "model_type": text(),
+        "vocab_size": integer(),
+        "n_group": integer(1, 65_535),
+        "topk_group": integer(0, 65_535),
+        "empty_slots": boolean,
+        "kind": one_of("tokens", "counts"),
+        "embedding": null_or(EMBEDDING),
+        "checkpoint": null_or(IDENTITY),
+        "made_by": text(),
+        "notes": map_of(anything),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +100,7 @@ class TraceInfo:
     empty_slots: bool = False  # ids may hold num_experts: no routed expert in this slot
     kind: str = "tokens"  # "tokens", or "counts": loads per window only
     embedding: dict[str, Any] | None = None  # where the checkpoint keeps the input embedding
+    checkpoint: dict[str, Any] | None = None  # which it was: profiles/checkpoint.py
     made_by: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -164,25 +220,55 @@ def read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) -
     """trace.json as it is, and as TraceInfo."""
     where = f"{path.rstrip('/')}/trace.json"
     source = filesystem or fsspec.filesystem("file")
-    facts = read_document(
-        lambda: source.cat_file(where), path, "trace.json", kind="trace", format=FORMAT, version=VERSION
-    )
+
+    def read() -> bytes:
+        if is_local(source):
+            return read_bounded(Path(where))
+        check_size(source.size(where) or 0)
+        return source.cat_file(where)
+
+    facts = read_document(read, path, "trace.json", kind="trace", format=FORMAT, version=VERSION)
+    validate(facts, FACTS, where)
+    for name in ("requests", "tokens"):
+        found = sum(part[name] for part in facts["parts"])
+        if facts["counts"][name] != found:
+            raise InputError(
+                f"{where}: counts.{name} is {facts['counts'][name]}, expected {found}, the sum of its parts"
+            )
     known = {f.name for f in fields(TraceInfo)}
+    values: dict[str, Any] = {name: value for name, value in facts.items() if name in known}
     try:
-        values: dict[str, Any] = {name: value for name, value in facts.items() if name in known}
-        info = TraceInfo(**{**values, "model_layers": tuple(values["model_layers"])})
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{where} lacks a fact: {error}") from None
-    return facts, info
+        return facts, TraceInfo(**{**values, "model_layers": tuple(values["model_layers"])})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
+    """Whether its paths are those of this machine."""
+    return "file" in np.atleast_1d(filesystem.protocol)
 
 
 class RoutingTrace:
-    """A finished trace, opened for reading. Nothing but trace.json is read until asked for."""
+    """A finished trace, opened for reading. Nothing but trace.json is read until asked for.
+
+    Fields:
+        path: where it lies.
+        info: the model (`TraceInfo`: num_layers, num_experts, top_k, model_layers, ...).
+        facts: the content of trace.json.
+        unchecked: parts that were read and not compared with their SHA-256, and why: the others
+            were, before a row of them was used.
+
+    `requests()` is a table of requests, without their routing; `batches()` and `load()` give
+    `TraceBatch`es: expert_ids_TLK uint8 or uint16 [T, L, K], token_ids_T int32 [T], rows by
+    request. Methods raise InputError for a damaged file. Source: docs/formats.md, "trace".
+    """
 
     def __init__(
         self, path: str, info: TraceInfo, facts: dict[str, Any], filesystem: fsspec.AbstractFileSystem
     ) -> None:
         self.path, self.info, self.facts, self._filesystem = path, info, facts, filesystem
+        self._checked: set[str] = set()
+        self.unchecked: dict[str, str] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> "RoutingTrace":
@@ -208,7 +294,7 @@ class RoutingTrace:
     @property
     def fingerprint(self) -> str:
         """Hash of the model facts and of every part: equal exactly where the routing is."""
-        facts = {k: v for k, v in asdict(self.info).items() if k not in ("made_by", "notes", "embedding")}
+        facts = {k: v for k, v in asdict(self.info).items() if k not in ("made_by", "notes", "embedding", "checkpoint")}
         parts = [part["sha256"] for part in self.facts["parts"]]
         return hashlib.sha256(json.dumps([facts, parts], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -217,25 +303,52 @@ class RoutingTrace:
         if self.info.kind != "tokens":
             raise InputError(f"{self.path} holds only expert loads; {purpose} needs routing per token")
 
-    def _parts(self) -> Iterator[tuple[str, pq.ParquetFile]]:
+    def _parts(self, *, whole: bool = True) -> Iterator[tuple[str, pq.ParquetFile]]:
+        """Every part, opened. `whole`: its rows are wanted, so that one behind a URL is fetched at
+        once and checked; else only what is asked for comes over the line."""
         for part in self.facts["parts"]:
             name = f"{self.path.rstrip('/')}/{part['file']}"
-            local = "file" in np.atleast_1d(self._filesystem.protocol)
             try:
-                source = Path(name) if local else self._filesystem.open(name, "rb")
+                source = self._checked_source(part, name, whole)
             except OSError as error:
-                raise InputError(f"{name} cannot be read: {error}") from None
+                raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
             file = open_part(source, name)
             if self.info.kind == "tokens" and file.metadata.num_rows != part["requests"]:
                 raise InputError(f"{name} holds {file.metadata.num_rows} requests, trace.json says {part['requests']}")
             yield name, file
+
+    def _checked_source(self, part: dict[str, Any], name: str, whole: bool) -> Any:
+        """What pyarrow reads a part from, compared with its SHA-256 once in the life of this
+        object."""
+        content: bytes | None = None
+        source: Any
+        if is_local(self._filesystem):
+            source = inside(Path(self.path), part["file"], f"{self.path.rstrip('/')}/trace.json: file of a part")
+        elif whole and (self._filesystem.size(name) or 0) <= REMOTE_WHOLE_BYTES:
+            content = self._filesystem.cat_file(name)
+            source = pa.BufferReader(content)
+        else:
+            source = self._filesystem.open(name, "rb")
+        if "sha256" not in part:
+            self.unchecked[name] = "trace.json has no digest of it"
+        elif name in self._checked:
+            pass
+        elif content is None and not isinstance(source, Path):
+            self.unchecked[name] = "it lies behind a URL and was not read whole"
+        else:
+            digest = hash_file(source) if content is None else hashlib.sha256(content).hexdigest()
+            if digest != part["sha256"]:
+                raise InputError(f"{name} was changed after it was written: its SHA-256 is not the one in trace.json")
+            self._checked.add(name)
+            self.unchecked.pop(name, None)
+        return source
 
     def requests(self) -> pa.Table:
         """One row per request with its small columns: request_id, domain, num_prompt_tokens,
         first_position, num_tokens."""
         self.require_tokens("a list of requests")
         columns = ["request_id", "domain", "num_prompt_tokens", "first_position", "num_tokens"]
-        tables = [_read(file, name, columns) for name, file in self._parts()]
+        tables = [_read(file, name, columns) for name, file in self._parts(whole=False)]
         return (
             pa.concat_tables(tables)
             if tables
@@ -272,16 +385,47 @@ class RoutingTrace:
         counts."""
         if self.info.kind != "counts":
             raise InputError(f"{self.path} holds routing per token, not counts per window")
-        name, file = next(self._parts())
+        name, file = next(self._parts(), (COUNTS_FILE, None))
+        if file is None:
+            raise InputError(f"{self.path} holds no {name}")
         table = _read(file, name, ["window", "load"])
-        load = integers(table.column("load").combine_chunks().flatten())
+        starts, load = _flat_list(table, "load")
+        row_size = self.info.num_layers * self.info.num_experts
+        wrong = np.flatnonzero(np.diff(starts) != row_size)
+        if wrong.size:
+            raise InputError(
+                f"{name}, row {wrong[0]}: {np.diff(starts)[wrong[0]]} counts, expected {self.info.num_layers} layers x "
+                f"{self.info.num_experts} experts"
+            )
+        if load.size and load.min() < 0:
+            raise InputError(f"{name}: load holds {load.min()}, expected counts from 0")
         return table.column("window").to_pylist(), load.reshape(-1, self.info.num_layers, self.info.num_experts)
 
 
+# Types of the values of each column; where there are several, the first that holds them.
+COLUMN_TYPES = {
+    "request_id": ("string",),
+    "domain": ("string",),
+    "token_ids": ("int32",),
+    "num_prompt_tokens": ("int32",),
+    "first_position": ("int32",),
+    "num_tokens": ("int32",),
+    "expert_ids": ("uint8", "uint16"),
+    "window": ("string",),
+    "load": ("int64",),
+}
+LISTS = ("token_ids", "expert_ids", "load")
+
+
 def _read(file: pq.ParquetFile, name: str, columns: list[str], group: int | None = None) -> pa.Table:
-    missing = [c for c in columns if c not in file.schema_arrow.names]
-    if missing:
-        raise InputError(f"{name} lacks the column {missing[0]!r}")
+    for column in columns:
+        if file.schema_arrow.names.count(column) != 1:
+            raise InputError(f"{name} lacks the column {column!r}, or has it twice")
+        kind = file.schema_arrow.field(column).type
+        is_list = pa.types.is_list(kind)
+        if is_list != (column in LISTS) or str(kind.value_type if is_list else kind) not in COLUMN_TYPES[column]:
+            wanted = " or ".join(f"list<{t}>" if column in LISTS else t for t in COLUMN_TYPES[column])
+            raise InputError(f"{name}: the column {column!r} is {kind}, expected {wanted}")
     try:
         return file.read(columns) if group is None else file.read_row_group(group, columns)
     except (pa.ArrowInvalid, OSError) as error:
@@ -309,6 +453,8 @@ def _batch_of(table: pa.Table, info: TraceInfo, name: str) -> TraceBatch:
             f"{name}, request {request_ids[wrong[0]]}: {np.diff(id_starts)[wrong[0]]} expert ids, "
             f"expected {num_tokens[wrong[0]]} tokens x {info.num_layers} layers x top-{info.top_k}"
         )
+    if any(values.size and values.min() < 0 for values in (first, prompt)):
+        raise InputError(f"{name} holds a negative first_position or num_prompt_tokens")
     largest = info.num_experts - (not info.empty_slots)
     if ids.size and ids.max() > largest:
         raise InputError(f"{name} holds expert id {ids.max()}, the trace has ids 0..{largest}")

@@ -8,7 +8,6 @@ Shape letters: T tokens (rows of routing), L MoE layers, K top-k, E experts, W w
 """
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import new_file, write_file
 from semmoe.profiles.trace import (
     COUNTS_FILE,
     FORMAT,
@@ -32,17 +33,6 @@ from semmoe.profiles.trace import (
 
 PART_VALUES = 64_000_000  # expert ids in one part: what a kill can lose
 ROW_GROUP_VALUES = 8_000_000  # expert ids that a reader holds at a time
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write one JSON document beside `path`, then rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _list_array(pieces: list[np.ndarray | None], dtype: np.dtype) -> pa.ListArray:
@@ -71,6 +61,7 @@ class TraceWriter:
         self._weights = False
         self.request_ids: set[str] = set()
         self._hashes: dict[str, str] = {}
+        self.facts_before: dict[str, Any] = {}  # trace.json of a trace that is continued
         if resume and (self.path / "trace.json").exists():
             self._continue()
         else:
@@ -88,13 +79,19 @@ class TraceWriter:
 
     def _continue(self) -> None:
         facts, info = read_facts(self.path.as_posix())
+        self.facts_before = facts
         if wrong := info.mismatch(self.info):
             raise InputError(f"{self.path} is the trace of another model or run: {wrong}")
         # The first writer's facts stay, but a slot of a later run may be empty: the stored type
         # must hold that too.
         if self.info.id_dtype != info.id_dtype:
             raise InputError(f"{self.path} stores ids as {info.id_dtype}, this run needs {self.info.id_dtype}")
-        self._hashes = {part["file"]: part["sha256"] for part in facts.get("parts", [])}
+        self._hashes = {part["file"]: part["sha256"] for part in facts["parts"] if "sha256" in part}
+        for name, digest in self._hashes.items():
+            if (self.path / name).is_file() and hash_file(self.path / name) != digest:
+                raise InputError(
+                    f"{self.path / name} was changed after it was written: its SHA-256 is not the one in trace.json"
+                )
         for part in sorted(self.path.glob("*.parquet")) if info.kind == "tokens" else []:
             self.request_ids.update(open_part(part).read(["request_id"]).column(0).to_pylist())
 
@@ -111,9 +108,18 @@ class TraceWriter:
     ) -> bool:
         """Append one request; False where its id is in the trace already.
 
-        `expert_ids_TLK`: integers [T, L, K]. `token_ids`: the whole known sequence, with row i of
-        the ids at token first_position + i. Raises InputError for a wrong shape, an id out of
-        range, or a sequence shorter than its rows.
+        Parameters:
+            request_id: unique in the trace.
+            expert_ids_TLK: integers, num_experts where a slot is empty.
+            domain: what the request is about, "" where unknown.
+            token_ids: the whole known sequence, integers, with row i of the ids at token
+                first_position + i; None where unknown.
+            num_prompt_tokens: how many tokens of the sequence are its prompt.
+            first_position: place of the first row in the sequence.
+            expert_weights_TLK: weights of the chosen experts, kept as float16.
+
+        Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its
+        rows.
         """
         if request_id in self.request_ids:
             return False
@@ -166,20 +172,8 @@ class TraceWriter:
             )
         rows_per_group = max(1, len(self._rows) * ROW_GROUP_VALUES // max(self._values, 1))
         name = f"{self._prefix}-{self._next_part:05d}.parquet"
-        temporary = self.path / f".{name}.tmp"
-        try:
-            pq.write_table(
-                pa.table(arrays, schema=schema),
-                temporary,
-                row_group_size=rows_per_group,
-                compression="zstd",
-                compression_level=3,
-            )
-            self._hashes[name] = hash_file(temporary)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise InputError(f"cannot write {self.path / name}: {error.strerror or error}") from None
-        temporary.replace(self.path / name)
+        table = pa.table(arrays, schema=schema)
+        self._write_part(name, table, row_group_size=rows_per_group, compression_level=3)
         self._next_part += 1
         self._rows, self._values = [], 0
 
@@ -202,14 +196,12 @@ class TraceWriter:
             before = open_part(self.path / COUNTS_FILE).read()
             known = set(before.column("window").to_pylist())
             table = pa.concat_tables([before.cast(table.schema), table.filter([w not in known for w in windows])])
-        temporary = self.path / f".{COUNTS_FILE}.tmp"
-        try:
-            pq.write_table(table, temporary, compression="zstd")
-            self._hashes[COUNTS_FILE] = hash_file(temporary)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise InputError(f"cannot write {self.path / COUNTS_FILE}: {error.strerror or error}") from None
-        temporary.replace(self.path / COUNTS_FILE)
+        self._write_part(COUNTS_FILE, table)
+
+    def _write_part(self, name: str, table: pa.Table, **options: Any) -> None:
+        with new_file(self.path / name) as file:
+            pq.write_table(table, file, compression="zstd", **options)
+        self._hashes[name] = hash_file(self.path / name)
 
     def close(self) -> None:
         """Complete the last part and mark the trace as finished."""
@@ -237,10 +229,7 @@ class TraceWriter:
             "counts": counts,
             "parts": parts,
         }
-        try:
-            write_json(self.path / "trace.json", facts)
-        except OSError as error:
-            raise InputError(f"cannot write {self.path / 'trace.json'}: {error.strerror}") from None
+        write_file(self.path / "trace.json", indented(facts))
 
     def __enter__(self) -> "TraceWriter":
         return self

@@ -6,8 +6,9 @@ needs when it runs.
 
 import errno
 import io
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -15,11 +16,13 @@ from semmoe.commands.compare import compare
 from semmoe.commands.demo import demo
 from semmoe.commands.export import export
 from semmoe.commands.place import place
-from semmoe.commands.report import report, show
+from semmoe.commands.report import report
 from semmoe.commands.reshard import reshard
 from semmoe.commands.run import run
+from semmoe.commands.show import show
 from semmoe.commands.trace import trace
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import DEBUG, InputError, show_traceback
+from semmoe.terminal.text import visible
 
 app = typer.Typer(
     name="semmoe",
@@ -46,23 +49,34 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", help=f"Show the traceback behind an error of one line; {DEBUG}=1 in the environment does too."
+        ),
+    ] = False,
 ) -> None:
-    pass
+    if debug:
+        os.environ[DEBUG] = "1"
 
 
 def main() -> None:
-    """Run the command: a user's mistake is one line on stderr and exit code 1."""
+    """Run the command: a user's mistake is one line on stderr and exit code 1; a bug a traceback.
+
+    With --debug the traceback behind the line comes before it.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names that stdout's encoding lacks end no command
     try:
         app()
     except InputError as error:
-        print(f"semmoe: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(error, str(error))
     except SystemExit as end:
         # Typer turns Ctrl-C into exit code 130 without a word; a command that has spoken for itself
         # leaves no such cause.
-        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+        cause = getattr(end.__context__, "__cause__", None)
+        if isinstance(cause, KeyboardInterrupt):
+            show_traceback(cause)
             print("semmoe: interrupted", file=sys.stderr)
         raise
     except BrokenPipeError:
@@ -72,16 +86,17 @@ def main() -> None:
         if error.errno != errno.ENOSPC:
             raise
         where = f" {error.filename}" if error.filename else ""  # standard output has no name
-        print(f"semmoe: cannot write{where}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+        _end(error, f"cannot write{where}: {error.strerror}")
     except Exception as error:
         if not _worker_died(error):
             raise
-        print(
-            "semmoe: a worker process died, most often for lack of memory: semmoe place takes --processes 1",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        _end(error, "a worker process died, most often for lack of memory: semmoe place takes --processes 1")
+
+
+def _end(error: BaseException, line: str) -> NoReturn:
+    show_traceback(error)
+    print(f"semmoe: {visible(line)}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _worker_died(error: Exception) -> bool:

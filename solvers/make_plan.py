@@ -7,149 +7,195 @@ written may then be fitted on all requests: more data only helps it, and plan.js
 Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from semmoe.profiles.counts import RoutingProfile, bounded_requests, profile_split, token_expert_UE
+from semmoe.profiles.counts import RoutingProfile, profile_split
+from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Progress, Stages
-from semmoe.profiles.safetensors_file import input_embedding
+from semmoe.profiles.progress import Stages, unshown_stages
+from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
+from semmoe.solvers.demands import Demands, Solved
+from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
+from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines, score_batch, score_placements
-from semmoe.solvers.place.bounds import certify as certify_layer
-from semmoe.solvers.place.bounds import local_activation_bound, remote_rank_bound
-from semmoe.solvers.place.exact_counts import load_limit, rank_load_R
-from semmoe.solvers.place.solve import Demands, check_demands, solve_placement
-from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.plan import ModelFacts, Plan
-from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
+from semmoe.solvers.place.bounds import NO_BOUND, certificate_of
+from semmoe.solvers.place.solve import check_demands, solve_placement
+from semmoe.solvers.placement import Topology
+from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
+from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
-from semmoe.solvers.schedule.slices import TOKEN_CAP
 
-NO_BOUND = "--certify bounds placements without replicas: leave --replicas out"
+OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How a plan is made and scored, beside what its placement is asked for.
+
+    Fields:
+        method: "semmoe", "metis", "spectral", "load", "contiguous", "paper" or "exact".
+        holdout: share of the requests that is scored on and not learned from.
+        holdout_domains: requests of these domains are scored on instead, where any are named.
+        refit: the plan is fitted on all requests after scoring.
+        certify: bound what any placement could reach (`Report.certificate`).
+        setting: how schedules are simulated.
+        made_by: the command, for plan.json.
+
+    Source: solvers/make_plan.py; `semmoe place --help` names the same.
+    """
+
+    method: str = "semmoe"
+    holdout: float = 0.2
+    holdout_domains: list[str] = field(default_factory=list)
+    refit: bool = True
+    certify: bool = False
+    setting: Setting = field(default_factory=Setting)
+    made_by: str = ""
 
 
 def make_plan(
     traces: list[RoutingTrace],
     topology: Topology,
     demands: Demands,
+    options: PlanOptions,
     *,
-    method: str,
-    holdout: float,
-    holdout_domains: list[str],
-    refit: bool,
-    certify: bool,
-    setting: Setting,
-    made_by: str,
-    progress: Stages | None = None,
+    progress: Stages = unshown_stages,
 ) -> Plan:
     """The plan for the traces' model, with scores on held-out requests beside the baselines (see
-    `score_placements`).
+    `score_placements`); of traces that hold loads only, a plan by load without them."""
+    # Step 1: refuse what cannot be made, before anything is read.
+    if any(trace.info.kind == "counts" for trace in traces):
+        check_method(traces, options.method, demands, certify=options.certify)
+        return plan_of_counts(traces, topology, demands, method=options.method, made_by=options.made_by)
+    _check(traces, topology, demands, options)
+    # Step 2: hold requests out and count both sides, in one reading.
+    embedding_VD = input_embedding(traces[0].info.embedding)
+    holdout = {"holdout": options.holdout, "holdout_domains": options.holdout_domains}
+    held_out = split_requests(traces, **holdout, seed=demands.seed)
+    counting = partial(progress, "reading tokens")
+    profile, rest, whole = profile_split(traces, held_out, seed=demands.seed, progress=counting)
+    # Step 3: place the experts, and fit the schedules, on the other requests.
+    asked = _Asked(topology, demands, options.method, embedding_VD)
+    fitted = _fit(profile, asked, progress)
+    # Step 4: score on the held-out requests.
+    max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
+    scores = score_batch(
+        Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule),
+        bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed),
+        profile.info,
+        beside=baselines(profile.load_LE, topology, profile.info.n_group),
+        setting=options.setting,
+        processes=demands.processes,
+        progress=partial(progress, "scoring on held-out requests: rows"),
+    )
+    # Step 5: bound what any placement could reach on the requests that were fitted.
+    if options.certify:
+        bounding = partial(progress, "bounding what any placement could reach: layers")
+        placement = fitted.solved.placement
+        certificate = certificate_of(profile, placement, load_cap=demands.load_cap, progress=bounding)
+        scores = replace(scores, certificate=certificate)
+    # Step 6: fit again on all requests, which is what gets written beside what was scored.
+    scored = None
+    if options.refit:
+        scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
+        fitted = _fit(whole, asked, progress, again=" again")
+    keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
+    return Plan(
+        placement=fitted.solved.placement,
+        topology=topology,
+        model=ModelFacts.of(traces[0].info),
+        method=options.method,
+        seed=demands.seed,
+        dispatch=demands.dispatch,
+        load_LE=fitted.profile.load_LE,
+        fitted_keys=np.concatenate(keys),
+        load_cap=demands.load_cap,
+        options={k: v for k, v in asdict(demands).items() if k not in OWN_FIELDS},
+        trace=_traced(traces),
+        split=_split(traces, held_out, demands.seed, options),
+        scores=scores,
+        notes=fitted.solved.notes,
+        made_by=options.made_by,
+        tables=fitted.schedule.to_tables(),
+        scored=scored,
+    )
 
-    `certify`: bound what any placement could reach on the requests that were fitted for scoring
-    (`certificate_of`).
-    """
+
+def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, options: PlanOptions) -> None:
     if demands.dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {demands.dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
     for trace in traces:
         trace.require_tokens("placement by co-activation, and its held-out scores,")
-    check_demands(traces[0].info, topology, demands, method=method)
-    if certify and demands.replicas:
+    check_demands(traces[0].info, topology, demands, method=options.method)
+    if options.certify and demands.replicas:
         raise InputError(NO_BOUND)
-    embedding_VD = input_embedding(traces[0].info.embedding)
-    held_out = split_requests(traces, holdout=holdout, holdout_domains=holdout_domains, seed=demands.seed)
-    fitted = [~h for h in held_out]
-    show = progress or (lambda stage, done, total: None)
-    profile, rest, whole = profile_split(traces, held_out, seed=demands.seed, progress=partial(show, "reading tokens"))
-    options = {"topology": topology, "demands": demands, "method": method, "embedding_VD": embedding_VD}
-    placement, notes, schedule = _fitted(profile, **options, show=show)
-    info = profile.info
-    max_tokens = SCORED_IDS // (info.num_layers * info.top_k)
-    scores = score_batch(
-        {"plan": placement, **baselines(profile.load_LE, topology, profile.info.n_group)},
-        bounded_requests(rest.sample, max_tokens=max_tokens, seed=setting.seed),
-        info,
-        topology,
-        load_LE=profile.load_LE,
-        dispatch=demands.dispatch,
-        schedule=schedule,
-        setting=setting,
-        processes=demands.processes,
-        progress=partial(show, "scoring on held-out requests: rows"),
-    )
-    if certify:
-        scores["certificate"] = certificate_of(
-            profile, placement, demands, progress=partial(show, "bounding what any placement could reach: layers")
-        )
-    if refit:
-        fitted = [np.ones_like(h) for h in held_out]
-        profile = whole
-        placement, notes, schedule = _fitted(profile, **options, show=show, again=" again")
-    num_held_out = int(sum(h.sum() for h in held_out))
-    asked = {k: v for k, v in asdict(demands).items() if k not in ("load_cap", "seed", "dispatch", "processes")}
-    return Plan(
-        placement=placement,
-        topology=topology,
-        model=ModelFacts.of(traces[0].info),
-        method=method,
-        seed=demands.seed,
-        dispatch=demands.dispatch,
-        load_LE=profile.load_LE,
-        fitted_keys=np.concatenate([request_keys(t.requests())[f] for t, f in zip(traces, fitted, strict=True)]),
-        load_cap=demands.load_cap,
-        options=asked,
-        trace={
-            "fingerprints": [t.fingerprint for t in traces],
-            "requests": sum(t.num_requests for t in traces),
-            "tokens": sum(t.num_tokens for t in traces),
-        },
-        split={
-            "holdout": 0.0 if holdout_domains else holdout,
-            "holdout_domains": holdout_domains,
-            "seed": demands.seed,
-            "held_out_requests": num_held_out,
-            "training_requests": sum(t.num_requests for t in traces) - num_held_out,
-            "refit": refit,
-        },
-        scores=scores,
-        notes=notes,
-        made_by=made_by,
-        tables=schedule.to_tables(),
-    )
 
 
-def _fitted(
-    profile: RoutingProfile,
-    *,
-    topology: Topology,
-    demands: Demands,
-    method: str,
-    embedding_VD: np.ndarray | None,
-    show: Stages,
-    again: str = "",
-) -> tuple[Placement, list[str], Schedule]:
-    """Placement of the profile, notes on what it could not keep, and its schedule."""
-    placement, notes = solve_placement(
-        profile, topology, demands, method=method, progress=partial(show, f"placing layers{again}")
-    )
+class _Asked(NamedTuple):
+    """What a placement and its schedules are fitted for, on whichever requests."""
+
+    topology: Topology
+    demands: Demands
+    method: str
+    embedding_VD: np.ndarray | None
+
+
+class _Fitted(NamedTuple):
+    """A placement and its schedules, and what both were fitted on."""
+
+    profile: RoutingProfile
+    solved: Solved
+    schedule: Schedule
+
+
+def _fit(profile: RoutingProfile, asked: _Asked, progress: Stages, again: str = "") -> _Fitted:
+    demands = asked.demands
+    placing = partial(progress, f"placing layers{again}")
+    solved = solve_placement(profile, asked.topology, demands, method=asked.method, progress=placing)
     schedule = fit_schedule(
         profile.sample,
-        placement,
+        solved.placement,
         seed=demands.seed,
-        embedding_VD=embedding_VD,
+        embedding_VD=asked.embedding_VD,
         processes=demands.processes,
-        progress=partial(show, f"fitting schedules{again}: layers"),
+        progress=partial(progress, f"fitting schedules{again}: layers"),
     )
-    return placement, notes, schedule
+    return _Fitted(profile, solved, schedule)
 
 
-def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[dict[str, Any], list[str]]:
+def _traced(traces: list[RoutingTrace]) -> dict[str, Any]:
+    """Which traces a plan was made from."""
+    return {
+        "fingerprints": [t.fingerprint for t in traces],
+        "requests": sum(t.num_requests for t in traces),
+        "tokens": sum(t.num_tokens for t in traces),
+    }
+
+
+def _split(traces: list[RoutingTrace], held_out: list[np.ndarray], seed: int, options: PlanOptions) -> dict[str, Any]:
+    """Which of their requests were held out of what was scored."""
+    num_held_out = int(sum(h.sum() for h in held_out))
+    return {
+        "holdout": 0.0 if options.holdout_domains else options.holdout,
+        "holdout_domains": options.holdout_domains,
+        "seed": seed,
+        "held_out_requests": num_held_out,
+        "training_requests": sum(t.num_requests for t in traces) - num_held_out,
+        "refit": options.refit,
+    }
+
+
+def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[Report, list[str]]:
     """A report of the plan on a trace, and notes on which requests were scored.
 
     Requests that the plan was fitted on are never scored. Where that leaves none of a trace that
@@ -161,79 +207,28 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[di
     unseen_B = ~np.isin(request_keys(trace.requests()), plan.fitted_keys)
     num_seen = int((~unseen_B).sum())
     if not unseen_B.any():
-        if trace.fingerprint not in plan.trace["fingerprints"]:
+        if plan.scores is None or trace.fingerprint not in plan.trace["fingerprints"]:
             raise InputError(
                 f"the plan was fitted on every request of {trace.path}: nothing is left to score it on honestly"
             )
-        return plan.scores, _notes_on_own_scores(plan, setting)
+        return plan.scores, _notes_on_own_scores(plan, plan.scores.setting, setting)
     notes = [f"{num_seen} requests of this trace were used to fit the plan and are left out"] if num_seen else []
-    scores = score_placements(
-        {"plan": plan.placement, **baselines(plan.load_LE, plan.topology, plan.model.n_group)},
-        [trace],
-        [unseen_B],
-        plan.topology,
-        load_LE=plan.load_LE,
-        dispatch=plan.dispatch,
-        schedule=Schedule.from_tables(plan.tables),
-        setting=setting,
-    )
-    return scores, notes
+    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
+    return score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting), notes
 
 
-def _notes_on_own_scores(plan: Plan, setting: Setting) -> list[str]:
-    split, made = plan.split, plan.scores.get("setting")
+def _notes_on_own_scores(plan: Plan, made: Setting, setting: Setting) -> list[str]:
+    split = plan.split
     notes = [
         f"the plan was fitted on all of this trace: these are the scores, on {split['held_out_requests']} held-out requests, "
         f"of the same method fitted on the other {split['training_requests']}"
     ]
-    if made and made != asdict(setting):
+    if made != setting:
         notes.append(
-            f"they stay those of --batch-tokens {made['batch_tokens']} --window {made['window']} --seed {made['seed']}: "
+            f"they stay those of --batch-tokens {made.batch_tokens} --window {made.window} --seed {made.seed}: "
             "for other settings give another trace, or place with --no-refit"
         )
     return notes
-
-
-def certificate_of(
-    profile: RoutingProfile, placement: Placement, demands: Demands, progress: Progress | None = None
-) -> dict[str, Any]:
-    """How far the placement is, at most, from the best under the same constraints, on the profile
-    it was fitted on.
-
-    Per layer the co-activation within ranks, its upper bound and the gap; and bounds on REM with
-    random homes and on LAR with a token table that follow (docs/formats.md). Raises InputError for
-    a placement with replicas.
-    """
-    info, num_ranks = profile.info, placement.num_ranks
-    if placement.num_replicas:
-        raise InputError(NO_BOUND)
-    ids_U, index_T = profile.token_index()
-    layers = []
-    for layer, rank_of_E in enumerate(placement.rank_of_LE):
-        load_E = profile.load_LE[layer]
-        # Where the cap could not be kept, the bound is for the load that the placement has.
-        limit = max(
-            load_limit(load_E, num_ranks, demands.load_cap), float(rank_load_R(rank_of_E, load_E, num_ranks).max())
-        )
-        found = certify_layer(rank_of_E, profile.co_activation_LEE[layer], load_E, limit, num_ranks)
-        ranks_touched = remote_rank_bound(
-            found.bound, profile.co_activation_LEE[layer], profile.num_tokens, info.top_k, num_ranks
-        )
-        entry = {
-            "layer": layer,
-            "co_activation": found.reached,
-            "co_activation_bound": found.bound,
-            "gap": found.gap,
-            "rem_bound": ranks_touched * (1 - 1 / num_ranks),
-        }
-        if len(ids_U):
-            counts_UE = token_expert_UE(index_T, profile.sample.expert_ids_TLK[:, layer], len(ids_U), info.num_experts)
-            caps = {"load_cap": limit * num_ranks / max(float(load_E.sum()), 1.0), "token_cap": TOKEN_CAP}
-            entry["lar_bound"] = local_activation_bound(counts_UE, num_ranks, **caps)
-        layers.append(entry)
-        if progress is not None:
-            progress(len(layers), info.num_layers)
-    return {"gap": float(np.mean([entry["gap"] for entry in layers])), "layers": layers}
 
 
 def split_requests(

@@ -13,8 +13,15 @@ from semmoe.profiles.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """Ranks on nodes: rank r is on node r // (R / N). `cost_RR` (float, optional): cost of one
-    row from rank to rank."""
+    """Ranks on nodes.
+
+    Fields:
+        num_ranks: R, ranks of the expert-parallel group.
+        num_nodes: N; rank r is on node r // (R / N).
+        cost_RR: float [R, R], cost of one row from rank to rank; None where nodes say it all.
+
+    Raises InputError where ranks do not divide over nodes. Source: solvers/placement.py.
+    """
 
     num_ranks: int
     num_nodes: int = 1
@@ -47,11 +54,21 @@ class Topology:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which experts each rank hosts at each layer, in slot order. The array's shape makes slots
-    per rank equal."""
+    """Which experts each rank hosts at each layer. The array's shape makes slots per rank equal.
 
-    experts_LRS: np.ndarray  # int32 [L, R, S]
+    Fields:
+        experts_LRS: int32 [L, R, S], experts of layer l on rank r in slot order.
+        num_experts: E, experts of a layer; S * R - E slots hold replicas.
+        may_waste: a rank may hold an expert twice, as EPLB's maps do: the second slot serves
+            nothing.
+
+    Raises InputError for an expert without a slot, or twice on a rank where that must not be.
+    Source: solvers/placement.py.
+    """
+
+    experts_LRS: np.ndarray
     num_experts: int
+    may_waste: bool = False
 
     def __post_init__(self) -> None:
         experts = self.experts_LRS
@@ -62,7 +79,7 @@ class Placement:
             raise InputError(f"the placement names expert {bad}, the model has experts 0..{self.num_experts - 1}")
         in_order = np.sort(experts, axis=2)
         twice = np.argwhere(in_order[:, :, 1:] == in_order[:, :, :-1])
-        if len(twice):
+        if len(twice) and not self.may_waste:
             layer, rank, slot = twice[0]
             raise InputError(f"layer {layer}: expert {in_order[layer, rank, slot]} is twice on rank {rank}")
         homeless = np.argwhere(~self.hosts_LER.any(axis=2))
@@ -95,6 +112,11 @@ class Placement:
     def num_replicas(self) -> int:
         """Slots per rank beyond an even share of the experts."""
         return self.slots_per_rank - self.num_experts // self.num_ranks
+
+    @cached_property
+    def num_wasted(self) -> int:
+        """Slots of all layers and ranks that hold an expert which their rank holds already."""
+        return self.experts_LRS.size - int(self.hosts_LER.sum())
 
     @cached_property
     def hosts_LER(self) -> np.ndarray:

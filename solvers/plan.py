@@ -10,21 +10,87 @@ Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.document import read_document
+from semmoe.profiles.checkpoint import IDENTITY
+from semmoe.profiles.document import (
+    SHA256,
+    anything,
+    distinct,
+    grid,
+    integer,
+    line_per_key,
+    list_of,
+    map_of,
+    null_or,
+    number,
+    read_bounded,
+    read_document,
+    record,
+    text,
+    validate,
+)
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.trace import TraceInfo
+from semmoe.profiles.files import inside, new_directory, write_file
+from semmoe.profiles.safetensors_file import read_shard
+from semmoe.profiles.trace import MAX_LAYERS, TraceInfo, hash_file
+from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.report import Report
+from semmoe.solvers.html import facts_html
 from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.schedule.request_scorer import RequestScorer
+from semmoe.solvers.schedule.schedule import Schedule
 
 FORMAT = "semmoe-plan"
 VERSION = 1
+TABLES = "tables.safetensors"
+MAX_RANKS = 1_000_000
+RESIGNED = "plan.json was edited by hand and signed again: its scores are those of before"
+NO_DIGEST = "it stores no digest, an older semmoe wrote it"
+
+MODEL = record(
+    {
+        "model": text(),
+        "model_type": text(),
+        "num_layers": integer(1, MAX_LAYERS),
+        "num_experts": integer(1, 65_535),
+        "top_k": integer(1, 65_535),
+        "model_layers": distinct(list_of(integer(0, 10 * MAX_LAYERS), most=MAX_LAYERS)),
+        "num_model_layers": integer(0, 10 * MAX_LAYERS),
+    },
+    {"n_group": integer(1, 65_535), "topk_group": integer(0, 65_535), "checkpoint": null_or(IDENTITY)},
+)
+FACTS = record(
+    {
+        "made_by": text(),
+        "method": text(),
+        "seed": integer(-(2**63)),
+        "dispatch": text(),
+        "load_cap": number(0),
+        "options": map_of(anything),
+        "model": MODEL,
+        "topology": record(
+            {"ranks": integer(1, MAX_RANKS), "nodes": integer(1, MAX_RANKS)},
+            {"cost": null_or(list_of(list_of(number(0), most=MAX_RANKS), most=MAX_RANKS))},
+        ),
+        "trace": map_of(anything),
+        "split": map_of(anything),
+        "notes": list_of(text()),
+        "scores": map_of(anything),
+        "placement": grid((None, None, None), 0, 65_535),
+    },
+    {
+        "replicas": integer(0, MAX_RANKS),
+        "outputs": map_of(anything),
+        "tables_sha256": SHA256,
+        "digest": SHA256,
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +106,16 @@ class ModelFacts:
     num_model_layers: int
     n_group: int = 1
     topk_group: int = 1
+    checkpoint: dict[str, Any] | None = field(default=None, compare=False)  # of the trace: profiles/checkpoint.py
 
     @classmethod
     def of(cls, info: TraceInfo) -> "ModelFacts":
         return cls(**{f.name: getattr(info, f.name) for f in fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of plan.json; without the checkpoint where none is known."""
+        named = {**asdict(self), "model_layers": list(self.model_layers)}
+        return {key: value for key, value in named.items() if key != "checkpoint" or value is not None}
 
     def check(self, info: TraceInfo, where: str) -> None:
         """Raise InputError where the trace is not one of this model."""
@@ -55,8 +127,36 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class ScoredPlacement:
+    """What the scores of a refitted plan are about, fitted on the training requests alone."""
+
+    placement: Placement
+    load_LE: np.ndarray  # int64 [L, E]: activations of those requests
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """A placement, and what it was made from and for."""
+    """A placement, and what it was made from and for.
+
+    Fields:
+        placement: experts of every rank, int32 [L, R, S].
+        topology: ranks, nodes, and costs between ranks where they are known.
+        model: the model that it is for.
+        method, seed, dispatch, load_cap, options: what it was asked for (`Demands`).
+        load_LE: int64 [L, E], activations of the requests that the placement was fitted on.
+        fitted_keys: uint64, keys of those requests (profiles/split.py), so that none is scored on.
+        trace: fingerprints and sizes of the traces that it was made from.
+        split: which of their requests were held out.
+        scores: the report on held-out requests; None where there is none.
+        notes: what could not be kept, a line each.
+        made_by: the command.
+        tables: arrays of the schedule by name.
+        scored: what `scores` are about; None where `placement` itself was scored, and in older
+            plans.
+        unchecked: files that were read and could not be compared with a hash, and why.
+
+    Raises InputError where the parts do not fit each other. Source: docs/formats.md, "plan".
+    """
 
     placement: Placement
     topology: Topology
@@ -64,18 +164,18 @@ class Plan:
     method: str
     seed: int
     dispatch: str
-    load_LE: np.ndarray  # int64 [L, E]: activations of the requests that the placement was fitted on
-    fitted_keys: (
-        np.ndarray
-    )  # uint64: keys of those requests (semmoe.profiles.split.request_keys), so that none is scored on
+    load_LE: np.ndarray
+    fitted_keys: np.ndarray
     load_cap: float = 1.05
     options: dict[str, Any] = field(default_factory=dict)
-    trace: dict[str, Any] = field(default_factory=dict)  # fingerprints and sizes of the traces
+    trace: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)  # the held-out report
+    scores: Report | None = None
     notes: list[str] = field(default_factory=list)
     made_by: str = ""
-    tables: dict[str, np.ndarray] = field(default_factory=dict)  # schedule arrays by name
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+    scored: ScoredPlacement | None = None
+    unchecked: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         placement, model = self.placement, self.model
@@ -86,6 +186,58 @@ class Plan:
                 f"the placement has {placement.num_layers} layers of {placement.num_experts} experts, "
                 f"the model {model.num_layers} of {model.num_experts}"
             )
+
+    @cached_property
+    def deployment(self) -> Deployment:
+        """The placement with its schedule. Raises InputError where the schedule's tables are not
+        whole."""
+        return Deployment(self.placement, self.load_LE, self.topology, self.dispatch, Schedule.from_tables(self.tables))
+
+    @property
+    def request_scorer(self) -> RequestScorer | None:
+        """What scores requests by their prompts; None where the plan has no schedule, or the traces
+        had no prompts."""
+        schedule = self.deployment.schedule
+        return schedule.request if schedule is not None and schedule.has_requests else None
+
+    def facts(self) -> dict[str, Any]:
+        """What `semmoe show` tells, by name."""
+        placement, outputs = self.placement, self.outputs
+        load_LR = (self.load_LE[:, :, None] * (placement.hosts_LER / placement.hosts_LER.sum(2, keepdims=True))).sum(1)
+        load_LR = load_LR[load_LR.any(axis=1)]  # layers without any load say nothing of balance
+        facts: dict[str, Any] = {
+            "kind": "plan",
+            "model": self.model.model,
+            "layers": placement.num_layers,
+            "experts": placement.num_experts,
+            "top_k": self.model.top_k,
+            "ranks": placement.num_ranks,
+            "nodes": self.topology.num_nodes,
+            "slots_per_rank": placement.slots_per_rank,
+            "replica_slots_per_rank": placement.num_replicas,
+            "method": self.method,
+            "dispatch": self.dispatch,
+            "seed": self.seed,
+            "made_by": self.made_by,
+            "fingerprint": self.fingerprint,
+            "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
+            "fitted_on": "all requests" if self.split.get("refit") else "training requests",
+        }
+        if "balance" in self.options:
+            facts |= {"fitted_on": "expert loads", "scored": "for balance only, on the loads that it was made from"}
+        if placement.num_wasted:
+            facts["wasted_slots"] = placement.num_wasted
+        possible = "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
+        facts["permuted_checkpoint"] = possible
+        for row in self.scores.rows if self.scores else []:
+            if row.schedule == "random":
+                facts[f"held_out_rem_{row.placement}"] = row.rem
+        return facts | ({"notes": self.notes} if self.notes else {})
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the facts, and the scores on held-out requests."""
+        shown = {name: f"{v:.3f}" if isinstance(v, float) else v for name, v in self.facts().items() if v != ""}
+        return facts_html("semmoe plan", shown) + (self.scores._repr_html_() if self.scores else "")
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -101,65 +253,61 @@ class Plan:
             "dispatch": self.dispatch,
             "load_cap": self.load_cap,
             "options": self.options,
-            "model": {**asdict(self.model), "model_layers": list(self.model.model_layers)},
+            "model": self.model.to_json(),
             "topology": topology,
             "replicas": self.placement.num_replicas,
             "outputs": self.outputs,
             "trace": self.trace,
             "split": self.split,
             "notes": self.notes,
-            "scores": self.scores,
+            "scores": self.scores.to_json() if self.scores else {},
             "placement": self.placement.experts_LRS.tolist(),
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the plan directory; a plan that is there already is replaced. Raises InputError
-        for any other file or directory."""
+        for any other file or directory, and where it cannot be written."""
         from safetensors.numpy import save
 
+        path = Path(path)
         check_plan_target(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
-        try:
-            temporary.mkdir(parents=True)
-            # One line per key: people find their way, and a placement of 58 x 256 experts does not
-            # become 15,000 lines.
-            lines = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.to_json().items()]
-            (temporary / "plan.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-            arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
-            tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
-            (temporary / "tables.safetensors").write_bytes(tables)
-            if path.exists():
-                # The old plan is moved aside, not deleted first: whatever stops us here, one of the
-                # two is whole.
-                path.rename(replaced)
-            temporary.rename(path)
-            shutil.rmtree(replaced, ignore_errors=True)
-        except OSError as error:
-            raise InputError(f"cannot write the plan {path}: {error.strerror or error}") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
+        if self.scored:
+            arrays |= {"scored_placement": self.scored.placement.experts_LRS}
+            arrays |= {"scored_expert_load": self.scored.load_LE.astype(np.int64)}
+        tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
+        with new_directory(path, what=f"the plan {path}") as folder:
+            (folder / "plan.json").write_text(line_per_key(signed(self.to_json(), tables)), encoding="utf-8")
+            (folder / TABLES).write_bytes(tables)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Plan":
-        """Read and check a plan directory. Raises InputError where it is none, or damaged."""
+    def load(cls, path: str | Path, *, accept_edits: bool = False) -> "Plan":
+        """Read and check a plan directory. Raises InputError where it is none, damaged, or not as
+        it was written; with `accept_edits` a plan.json that was edited passes where all else does,
+        with a note of it."""
         path = Path(path)
-        facts = read_document(
-            (path / "plan.json").read_bytes, str(path), "plan.json", kind="plan", format=FORMAT, version=VERSION
-        )
+        facts, unchecked = read_facts(path, accept_edits=accept_edits)
         try:
             model = ModelFacts(**{**facts["model"], "model_layers": tuple(facts["model"]["model_layers"])})
             topology = facts["topology"]
             cost = np.asarray(topology["cost"], np.float64) if topology.get("cost") else None
-            experts_LRS = np.asarray(facts["placement"], np.int32)
-            tables = _read_tables(path)
+            may_waste = bool(facts["options"].get("wasted_slots"))
+            placement = Placement(np.asarray(facts["placement"], np.int32), model.num_experts, may_waste)
+            tables = _read_tables(path, (placement.num_layers, placement.num_experts), placement.experts_LRS.shape)
+            scored = None
+            if (scored_LRS := tables.pop("scored_placement", None)) is not None:
+                scored_placement = Placement(scored_LRS, model.num_experts)
+                scored = ScoredPlacement(scored_placement, tables.pop("scored_expert_load"))
             return cls(
-                placement=Placement(experts_LRS, model.num_experts),
+                placement=placement,
                 topology=Topology(topology["ranks"], topology["nodes"], cost),
                 model=model,
+                unchecked=unchecked,
                 load_LE=tables.pop("expert_load"),
                 fitted_keys=tables.pop("fitted_requests"),
                 tables=tables,
+                scores=Report.from_json(facts["scores"]) if facts["scores"] else None,
+                scored=scored,
                 **{
                     name: facts[name]
                     for name in (
@@ -170,7 +318,6 @@ class Plan:
                         "options",
                         "trace",
                         "split",
-                        "scores",
                         "notes",
                         "made_by",
                     )
@@ -178,8 +325,11 @@ class Plan:
             )
         except KeyError as error:
             raise InputError(f"{path} is not a whole plan: it lacks {error}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path / 'plan.json'} is damaged: {error}") from None
+        except InputError as error:
+            named = str(error).startswith(str(path))
+            raise error if named else InputError(f"{path / 'plan.json'}: {error}") from None
 
     @property
     def outputs(self) -> dict[str, Any]:
@@ -201,7 +351,8 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Short hash of the placement and the model it is for."""
-        digest = hashlib.sha256(json.dumps(asdict(self.model), sort_keys=True).encode())
+        facts = {key: value for key, value in asdict(self.model).items() if key != "checkpoint"}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(self.placement.experts_LRS).tobytes())
         return digest.hexdigest()[:16]
 
@@ -215,14 +366,85 @@ def check_plan_target(path: Path) -> None:
         raise InputError(f"cannot write the plan {path}: the directory {path.absolute().parent} does not exist")
 
 
-def _read_tables(path: Path) -> dict[str, np.ndarray]:
+def signed(facts: dict[str, Any], tables: bytes) -> dict[str, Any]:
+    """plan.json with the hash of its tables, and its own."""
+    facts = json.loads(json.dumps(facts)) | {"tables_sha256": hashlib.sha256(tables).hexdigest()}
+    return {**facts, "digest": digest_of(facts)}
+
+
+def digest_of(facts: dict[str, Any]) -> str:
+    """SHA-256 of the content of plan.json but for its digest, as JSON with sorted keys: it does
+    not depend on how the file is laid out."""
+    content = json.dumps({key: facts[key] for key in facts if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_facts(path: Path, *, accept_edits: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """plan.json, checked by itself and against its tables; and what could not be checked, as
+    Plan.unchecked has it. With `accept_edits` a wrong digest becomes a note in it."""
+    where = path / "plan.json"
+
+    def read() -> bytes:
+        return read_bounded(where)
+
+    facts = read_document(read, str(path), "plan.json", kind="plan", format=FORMAT, version=VERSION)
+    validate(facts, FACTS, str(where))
+    if "digest" in facts and digest_of(facts) != facts["digest"]:
+        if not accept_edits:
+            raise InputError(
+                f"{where} was edited after it was written: its digest is not that of its content; where that is meant, "
+                f"`semmoe show {path} --accept-edits` checks the rest and signs it again"
+            )
+        facts["notes"] += [RESIGNED] * (RESIGNED not in facts["notes"])
+    tables = inside(path, TABLES, str(path))
+    if not tables.is_file():
+        raise InputError(f"{path} is not a whole plan: it holds no {TABLES}")
+    if "tables_sha256" in facts:
+        if hash_file(tables) != facts["tables_sha256"]:
+            raise InputError(
+                f"{tables} is not what {where} was written with: it was changed, or is the {TABLES} of another plan"
+            )
+    elif "digest" in facts:
+        raise InputError(f"{where} lacks the key 'tables_sha256'")
+    return facts, {} if "digest" in facts else {str(path): NO_DIGEST}
+
+
+def sign_again(path: str | Path) -> Plan:
+    """The plan of a directory whose plan.json was edited on purpose, signed again. Raises
+    InputError where anything else is wrong with it; then nothing is written."""
+    path = Path(path)
+    plan = Plan.load(path, accept_edits=True)
+    facts = {**read_facts(path, accept_edits=True)[0], "outputs": plan.outputs}
+    write_file(path / "plan.json", line_per_key(signed(facts, (path / TABLES).read_bytes())))
+    return plan
+
+
+def _read_tables(path: Path, load_shape: tuple[int, int], placement_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The arrays beside a placement of that shape, with the types and shapes of all that every
+    plan has."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    where = path / "tables.safetensors"
+    where = path / TABLES
+    found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in read_shard(where).tensors}
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {"expert_load": ("I64", load_shape)}
+    if "scored_placement" in found:
+        wanted |= {"scored_placement": ("I32", placement_shape), "scored_expert_load": ("I64", load_shape)}
+    wanted["fitted_requests"] = ("U64", found.get("fitted_requests", ("", (0,)))[1][:1] or (0,))
+    for name, (dtype, shape) in wanted.items():
+        if name not in found:
+            raise InputError(f"{where} lacks the tensor {name}")
+        if found[name] != (dtype, shape):
+            raise InputError(
+                f"{where}: {name} is {found[name][0]} {list(found[name][1])}, expected {dtype} {list(shape)}"
+            )
     try:
-        return load_file(where)
-    except FileNotFoundError:
-        raise InputError(f"{path} is not a whole plan: it holds no tables.safetensors") from None
-    except (SafetensorError, OSError) as error:
+        tables = load_file(where)
+    except (SafetensorError, OSError, TypeError, KeyError) as error:
         raise InputError(f"{where} is damaged: {error}") from None
+    for name, table in tables.items():
+        if table.dtype.kind == "f" and not np.isfinite(table).all():
+            raise InputError(f"{where}: {name} holds values that are no finite numbers")
+        if name.endswith("expert_load") and table.size and table.min() < 0:
+            raise InputError(f"{where}: {name} holds {table.min()}, expected counts from 0")
+    return tables

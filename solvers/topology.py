@@ -23,8 +23,16 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def read_topology(path: str | Path, *, num_ranks: int, num_nodes: int = 1) -> Topology:
-    """Topology of `num_ranks` ranks with the file's costs. Raises InputError where the file is
-    neither form or of another size."""
+    """Topology with a file's costs between ranks.
+
+    Parameters:
+        path: a JSON matrix of R x R costs of one row, or the text of `nvidia-smi topo -m`.
+        num_ranks: R, which the file must describe.
+        num_nodes: nodes that the ranks are spread over, R / N each.
+
+    Returns the `Topology`, with `cost_RR` float64 [R, R]. Raises InputError where the file is
+    neither form or of another size. Source: solvers/topology.py.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

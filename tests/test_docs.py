@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from semmoe.main import app
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -23,6 +23,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 WRITTEN = [name for name in NAMES if name != "docs/cli.md"]  # the other is generated
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+STARTS = ("-m", "--no-python")  # what comes before the program's name where it is not the first word
 LINK = re.compile(r"!?\[[^\]\n]*\]\(([^)\s]+)\)")
 
 
@@ -42,7 +43,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def semmoe_lines(code: str) -> list[list[str]]:
-    """The words after `semmoe` (or `-m semmoe`) of every command in a block of shell."""
+    """The words after `semmoe` (or `-m semmoe`, `--no-python semmoe`) of every command in a block
+    of shell."""
     lexer = shlex.shlex(re.sub(r"\\\n", " ", code).replace("\n", "\n; "), posix=True, punctuation_chars=True)
     lexer.commenters = "#"
     lexer.whitespace_split = True
@@ -55,9 +57,10 @@ def semmoe_lines(code: str) -> list[list[str]]:
     found = []
     for words in commands:
         words = words[: next((i for i, w in enumerate(words) if set(w) <= set("<>")), len(words))]
-        start = next((i for i, w in enumerate(words) if w == "semmoe" or w.endswith("/semmoe")), None)
-        if words[:1] == ["semmoe"]:
-            start = 0
+        before = zip(["-m", *words], words, strict=False)
+        start = next(
+            (i for i, (b, w) in enumerate(before) if w.endswith("/bin/semmoe") or (b in STARTS and w == "semmoe")), None
+        )
         if start is not None:
             found.append(words[start + 1 :])
     return found
@@ -80,8 +83,11 @@ def parse(words: list[str]) -> None:
 
 
 def test_shell_is_split_into_command_lines():
-    code = "VAR=1 torchrun -x 2 \\\n  -m semmoe run d --plan p  # why\na && .venv/bin/semmoe demo; semmoe show 'a b' > f\ncat semmoe\n"
-    assert semmoe_lines(code) == [["run", "d", "--plan", "p"], ["demo"], ["show", "a b"]]
+    code = (
+        "VAR=1 torchrun -x 2 \\\n  -m semmoe run d --plan p  # why\ntorchrun --no-python semmoe show q\n"
+        "a && .venv/bin/semmoe demo; semmoe show 'a b' > f\ncat semmoe\n"
+    )
+    assert semmoe_lines(code) == [["run", "d", "--plan", "p"], ["show", "q"], ["demo"], ["show", "a b"]]
 
 
 def test_anchors_are_those_of_code_hosts(tmp_path):
@@ -172,7 +178,7 @@ def test_diagrams_are_what_the_script_draws():
 
 
 def test_the_figure_of_co_activation_is_drawn_from_a_trace_and_a_plan(tmp_path):
-    write_synthetic(tmp_path / "trace", num_requests=60)
+    write_synthetic(tmp_path / "trace", SyntheticWorld(num_requests=60))
     words = ["place", str(tmp_path / "trace"), "--ranks", "4", "--method", "metis", "-o", str(tmp_path / "plan")]
     assert CliRunner().invoke(app, words).exit_code == 0
     svg = runpy.run_path(str(DOCS / "figures.py"))["co_activation_svg"](tmp_path)
@@ -196,7 +202,7 @@ def keys_of(value: Any) -> set[str]:
 
 def test_keys_of_results_are_documented(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_synthetic("t", num_requests=60, tokens_per_request=40, num_layers=2)
+    write_synthetic("t", SyntheticWorld(num_requests=60, tokens_per_request=40, num_layers=2))
     place = ["place", "t", "--ranks", "4", "--method", "metis", "--no-refit"]
     lines = [
         [*place, "--certify", "-o", "p"],

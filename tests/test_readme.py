@@ -17,7 +17,7 @@ def test_ci_runs_the_commands_of_the_readme():
     patterns = re.findall(r"\$\(grep -E '(.+)' README.md\)", script)
     found = [[line for line in README.splitlines() if re.search(pattern, line)] for pattern in patterns]
     assert [len(lines) for lines in found] == [1, 1]
-    assert found[0][0].endswith("pip install -c constraints-cpu.txt . && .venv/bin/semmoe demo")
+    assert found[0][0].endswith("pip install -c constraints-cpu.txt '.[models]' && .venv/bin/semmoe demo")
     assert found[1][0].endswith("pip install -c constraints-cpu.txt -e '.[test]' && .venv/bin/python -m pytest")
     assert "pip install" not in script, "a command is copied"
 

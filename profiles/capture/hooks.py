@@ -2,14 +2,12 @@
 requests in batches.
 
 Hooks keep each layer's chosen ids where they were computed; after a forward pass they are stacked,
-narrowed to 8 or 16 bits and copied to the host at once. Requests are read ahead in a window, sorted
-by length and cut into batches of about equal lengths under a budget of tokens, so little padding is
-computed, none is recorded, and memory depends on the window only.
+narrowed to 8 or 16 bits and copied to the host at once.
 
 Reading pads on the right. In a causal model (one that can generate) nothing before the padding sees
 it, so no attention mask is given, which leaves the attention kernels their causal fast path; other
 models get the mask. Generating pads on the left with the attention mask, as `generate` expects.
-tests/profiles/test_families.py holds both equal to one request at a time for every family.
+tests/profiles/capture/test_families.py holds both equal to one request at a time for every family.
 
 Shape letters: T tokens, L MoE layers, K top-k, B requests of a batch, E experts.
 """
@@ -24,21 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from semmoe.profiles.capture.batches import TokenRequest, pad_batch
 from semmoe.profiles.capture.layers import MoeLayer, explain_unsupported, find_moe_layers
 from semmoe.profiles.errors import InputError
 
-WINDOW_BATCHES = 32  # batches that a window is cut into
-WINDOW_REQUESTS = 8192
 PROBE_TOKENS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class TokenRequest:
-    """One request as token ids, int32."""
-
-    request_id: str
-    domain: str
-    token_ids: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,49 +166,6 @@ def _stack_on_host(layers_TK: list[torch.Tensor], dtype: torch.dtype) -> np.ndar
     if len(pieces) == 1:
         return pieces[0]
     return np.concatenate(pieces, axis=1)[:, np.argsort(np.concatenate(order))]
-
-
-def length_batches(
-    requests: Iterable[TokenRequest], batch_tokens: int, *, extra_tokens: int = 0
-) -> Iterator[list[TokenRequest]]:
-    """Batches of requests of similar lengths, at most `batch_tokens` tokens each after padding (one
-    request may be longer).
-
-    `extra_tokens`: tokens that each request will grow by. Windows of the input are sorted, longest
-    first; requests of a window change places, windows do not. Nothing of a later window is read
-    before its turn.
-    """
-    window: list[TokenRequest] = []
-    tokens = 0
-    for request in requests:
-        window.append(request)
-        tokens += len(request.token_ids) + extra_tokens
-        if tokens >= WINDOW_BATCHES * batch_tokens or len(window) >= WINDOW_REQUESTS:
-            yield from _cut_window(window, batch_tokens, extra_tokens)
-            window, tokens = [], 0
-    yield from _cut_window(window, batch_tokens, extra_tokens)
-
-
-def _cut_window(window: list[TokenRequest], batch_tokens: int, extra_tokens: int) -> Iterator[list[TokenRequest]]:
-    batch: list[TokenRequest] = []
-    for request in sorted(window, key=lambda r: -len(r.token_ids)):
-        longest = len((batch or [request])[0].token_ids) + extra_tokens
-        if batch and longest * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch
-
-
-def pad_batch(batch: list[TokenRequest], *, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and attention mask, int64 [B, T], of requests padded to the longest."""
-    longest = max(len(r.token_ids) for r in batch)
-    ids, mask = np.zeros((2, len(batch), longest), np.int64)
-    for b, request in enumerate(batch):
-        place = slice(longest - len(request.token_ids), longest) if left else slice(len(request.token_ids))
-        ids[b, place], mask[b, place] = request.token_ids, 1
-    return ids, mask
 
 
 @torch.inference_mode()

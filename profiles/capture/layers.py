@@ -21,17 +21,8 @@ import torch
 from torch import nn
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import FAMILIES, IDENTITY_EXPERTS, INDEX_NAMES, find_family, layer_number
 from semmoe.profiles.trace import TraceInfo
-
-INDEX_NAMES = ("top_k_index", "router_indices", "selected_experts", "topk_indices", "top_k_indices", "topk_ids")
-
-# Families with experts whose choice cannot be recorded or used, and why.
-UNSUPPORTED = {
-    "switch_transformers": "its routers drop tokens over an expert's capacity, so a choice depends on the rest of the batch",
-    "nllb-moe": "its routers drop tokens over an expert's capacity, so a choice depends on the rest of the batch",
-    "doge": "its experts are single rows found by product keys, not modules that a rank can host",
-    "vitpose_backbone": "its experts are chosen by data set, not by token",
-}
 
 Choice = tuple[torch.Tensor, torch.Tensor]  # expert ids [T, K] and their weights [T, K]
 
@@ -54,7 +45,7 @@ def find_moe_layers(model: Any) -> list[MoeLayer]:
     """The MoE layers of `model` in layer order; an empty list for a dense model. Works on
     weights of device meta too."""
     layers = []
-    if model.config.model_type in UNSUPPORTED:
+    if find_family(model.config.model_type).untraceable:
         return layers
     for name, module in model.named_modules():
         if (number := layer_number(name)) is not None and (layer := _moe_layer(name, module, number)) is not None:
@@ -62,36 +53,23 @@ def find_moe_layers(model: Any) -> list[MoeLayer]:
     return sorted(layers, key=lambda layer: layer.model_layer)
 
 
-def layer_number(name: str) -> int | None:
-    """The first number in a module path or tensor key: its layer."""
-    numbers = re.findall(r"(?:^|\.)(\d+)\.", name)
-    return int(numbers[0]) if numbers else None
-
-
 def _moe_layer(name: str, module: Any, number: int) -> MoeLayer | None:
     kind = type(module).__name__
-    if kind == "Llama4Router":
-        num_experts, top_k = module.num_experts, module.top_k
-        return MoeLayer(
-            name, module, number, int(num_experts), lambda a, k, out: _read_llama4(out, int(top_k)), after=True
-        )
-    if kind == "JetMoeTopKGating":
-        if name.endswith("mlp.router"):  # the other one chooses attention experts
-            num_experts, top_k = module.num_experts, module.top_k
-            return MoeLayer(
-                name, module, number, int(num_experts), lambda a, k, out: _read_jetmoe(out, int(top_k)), after=True
-            )
-        return None
+    if kind in ROUTERS:
+        if kind == FAMILIES["jetmoe"].router and not name.endswith("mlp.router"):
+            return None  # it chooses attention experts
+        read, top_k = ROUTERS[kind], int(module.top_k)
+        return MoeLayer(name, module, number, int(module.num_experts), lambda a, k, out: read(out, top_k), after=True)
     names = list(inspect.signature(type(module).forward).parameters)[1:4]
     if len(names) < 3 or names[1] not in INDEX_NAMES or "weight" not in names[2]:
         return None
     num_experts = int(getattr(module, "num_routed_experts", None) or module.num_experts)
     if getattr(
-        module, "zero_expert_num", 0
+        module, IDENTITY_EXPERTS, 0
     ):  # LongCat: ids from num_experts on are identity experts, which cost nothing
         read = _reader(names, lambda index, weights: index.clamp(max=num_experts))
         return MoeLayer(name, module, number, num_experts, read, empty_slots=True)
-    if kind == "ZayaExperts":  # its router rewrites "skip this layer" to expert 0 with weight 0
+    if kind == FAMILIES["zaya"].experts:  # its router rewrites "skip this layer" to expert 0 with weight 0
         read = _reader(names, lambda index, weights: index.masked_fill(weights == 0, num_experts))
         return MoeLayer(name, module, number, num_experts, read, empty_slots=True)
     return MoeLayer(name, module, number, num_experts, _reader(names))
@@ -125,11 +103,14 @@ def _read_jetmoe(output: tuple, top_k: int) -> Choice:
     return index.view(-1, top_k), weights.view(-1, top_k)
 
 
+ROUTERS = {FAMILIES["llama4"].router: _read_llama4, FAMILIES["jetmoe"].router: _read_jetmoe}
+
+
 def explain_unsupported(model: Any, name: str) -> InputError:
     """Why a model without MoE layers cannot be traced, in one line that names its type."""
     model_type = model.config.model_type
-    if model_type in UNSUPPORTED:
-        return InputError(f"{name}: model type {model_type!r} is not supported: {UNSUPPORTED[model_type]}")
+    if reason := find_family(model_type).untraceable:
+        return InputError(f"{name}: model type {model_type!r} is not supported: {reason}")
     if any(re.search(r"(^|\.)experts?(\.|$)", path) for path, _ in model.named_modules()):
         return InputError(
             f"{name}: model type {model_type!r} is not supported: no module of it takes (hidden_states, top_k_index, top_k_weights), "
@@ -156,7 +137,8 @@ def trace_info(
         raise InputError(
             f"{name}: a layer has two expert modules ({', '.join(layer.name for layer in layers[:3])}, ...)"
         )
-    grouped = getattr(config, "topk_method", None) != "greedy"  # DeepSeek-V2 then ignores its groups
+    greedy = find_family(model.config.model_type, config.model_type).greedy
+    grouped = not (greedy and getattr(config, "topk_method", "greedy") == "greedy")
     stack, _, _ = re.split(r"(?:(?<=\.)|^)(\d+)\.", layers[0].name, maxsplit=1)
     vectors = model.get_input_embeddings().weight
     return TraceInfo(

@@ -16,15 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from semmoe.profiles.capture.hooks import (
-    Recorded,
-    Recording,
-    TokenRequest,
-    length_batches,
-    record_generation,
-    record_prefill,
-    start_recording,
-)
+from semmoe.profiles.capture.batches import TokenRequest, length_batches
+from semmoe.profiles.capture.hooks import Recorded, Recording, record_generation, record_prefill, start_recording
 from semmoe.profiles.capture.layers import trace_info
 from semmoe.profiles.capture.loading import (
     ModelSource,
@@ -38,6 +31,7 @@ from semmoe.profiles.capture.loading import (
 )
 from semmoe.profiles.capture.requests import TextRequest, encode_requests
 from semmoe.profiles.capture.sources import ReadProgress
+from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter, refuse_existing_trace
@@ -74,6 +68,24 @@ class Ranks:
     barrier: Callable[[], None] = lambda: None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions:
+    """How a model is loaded, and what of the requests is recorded."""
+
+    revision: str | None = None  # of a hub model
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None  # "auto": spread over all devices
+    limits: Limits = Limits()
+    generation: Generation = Generation()
+    batch_tokens: int | None = None  # of a batch, padding counted; None: what fills the device
+    weights: bool = False  # keep the router's weights too
+    resume: bool = False  # go on with a trace that was stopped
+    ranks: Ranks = Ranks()
+    made_by: str = ""
+
+
 @dataclass
 class TraceProgress:
     """What a run has done so far, for a progress display."""
@@ -95,43 +107,40 @@ def trace_model(
     name: str,
     requests: Iterator[TextRequest],
     out: Path,
+    options: TraceOptions = TraceOptions(),
     *,
     progress: TraceProgress,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: str | None = None,
-    limits: Limits = Limits(),
-    generation: Generation = Generation(),
-    batch_tokens: int | None = None,
-    weights: bool = False,
-    resume: bool = False,
-    ranks: Ranks = Ranks(),
-    made_by: str = "",
     tell: Callable[[str], None] = lambda line: None,
 ) -> TraceInfo:
     """Trace `requests` through the model `name` into the trace `out`, and return its facts.
-    `progress` is updated batch by batch.
+
+    Parameters:
+        name: hub id or directory of a model, or "demo".
+        requests: texts in order; which of them a trace holds depends on them and the limits only.
+        out: the trace directory.
+        options: how the model is loaded, and what of the requests is recorded.
+        progress: updated batch by batch.
+        tell: gets a line for people before long work.
 
     Ctrl-C (or SIGTERM) ends the run early with a finished trace of what is complete. Any other end
     keeps complete parts, and the same call with `resume` goes on. Raises InputError for all that
     the user can mend.
     """
+    limits, generation, ranks = options.limits, options.generation, options.ranks
     if ranks.rank == 0:
-        refuse_existing_trace(out, resume=resume)
-    source = find_model(name, revision=revision, trust_remote_code=trust_remote_code)
+        refuse_existing_trace(out, resume=options.resume)
+    source = find_model(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
     tokenizer = load_tokenizer(source)
     first = list(itertools.islice(requests, 1))
     if not first:
         raise InputError("the data holds no request: there is nothing to trace")
     encode_requests(first, tokenizer, answer=generation.num_tokens > 0)
-    chosen = choose_device(device, ranks.local_rank)
+    chosen = choose_device(options.device, ranks.local_rank)
     refuse_untraceable(source)
-    tell(f"loading {name} ({source.config.model_type}) on {'all devices' if device_map else chosen}")
-    model = load_model(source, dtype=dtype, device=chosen, device_map=device_map)
+    tell(f"loading {name} ({source.config.model_type}) on {'all devices' if options.device_map else chosen}")
+    model = load_model(source, dtype=options.dtype, device=chosen, device_map=options.device_map)
     with refusals(f"{name} cannot be traced"):
-        recording = start_recording(model, name, weights=weights)
+        recording = start_recording(model, name, weights=options.weights)
     if generation.num_tokens and not model.can_generate():
         raise InputError(f"{name}: model type {source.config.model_type!r} cannot generate; leave out --generate")
     info = trace_info(
@@ -140,14 +149,15 @@ def trace_model(
         recording.top_k,
         name=name,
         embedding=find_embedding(source, model),
-        made_by=made_by,
+        made_by=options.made_by,
     )
+    info = replace(info, checkpoint=checkpoint_identity(source.folder))
     longest = _longest_input(source, model, generation.num_tokens, limits.max_length)
-    budget = batch_tokens or default_batch_tokens(recording, model.device)
+    budget = options.batch_tokens or default_batch_tokens(recording, model.device)
     encoded = encoded_requests(
         itertools.chain(first, requests), tokenizer, limits, longest, progress, answer=generation.num_tokens > 0
     )
-    with interruptible(progress) as (hold, check), writing(out, info, ranks, resume=resume) as writer:
+    with interruptible(progress) as (hold, check), writing(out, info, ranks, resume=options.resume) as writer:
         mine = _new_requests(itertools.islice(encoded, ranks.rank, None, ranks.size), writer.request_ids, progress)
         progress.started = last_flush = time.monotonic()
         for batch in length_batches(mine, budget, extra_tokens=generation.num_tokens):

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semmoe.profiles.document import parse_json
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
 MAX_CSV_FIELD = 1 << 30
@@ -80,6 +80,7 @@ def open_source(source: str, progress: ReadProgress | None = None) -> Iterator[R
 def open_dataset(name: str, *, subset: str | None = None, split: str | None = None) -> Iterator[Record]:
     """Rows of a data set of the hub (or a folder that `datasets` can read), streamed. Raises
     InputError with the library's reason."""
+    require_extra(f"reading the data set {name}", "datasets")
     import datasets
 
     try:

@@ -20,7 +20,6 @@ Axis letters: B sequences of a batch, P positions of a sequence, T tokens of a d
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -32,7 +31,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import new_directory
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_SHARE = 0.1
@@ -72,6 +73,17 @@ class Budget:
         """The share of the budget used after `step` steps and `seconds`, 1.0 or more when it is
         spent."""
         return step / self.steps if self.steps is not None else seconds / (60 * (self.minutes or 0.0))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train."""
+
+    seed: int
+    batch: int  # sequences of a step
+    length: int  # tokens of a sequence
+    peak_rate: float
+    report_every: int  # steps between lines of progress
 
 
 @dataclass(frozen=True)
@@ -207,30 +219,23 @@ def train_step(model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, ids
     return loss.item()
 
 
-def train(
-    model: Qwen3MoeForCausalLM,
-    streams: list[np.ndarray],
-    budget: Budget,
-    *,
-    seed: int,
-    batch: int,
-    length: int,
-    peak_rate: float,
-    report_every: int,
-) -> Progress:
-    """Trains the model in place until the budget is spent, with a progress line every
-    `report_every` steps."""
-    rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+def train(model: Qwen3MoeForCausalLM, streams: list[np.ndarray], budget: Budget, recipe: Recipe) -> Progress:
+    """Trains the model in place until the budget is spent.
+
+    `streams`: token ids of each domain, int64 [T].
+    """
+    rng = np.random.default_rng(recipe.seed)
+    rate, batch, length = recipe.peak_rate, recipe.batch, recipe.length
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     model.train()
     start, at = time.monotonic(), Progress(0, 0, 0.0, math.nan)
     while (share := budget.share_used(at.step, at.seconds)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(peak_rate, at.step, share)
+            group["lr"] = learning_rate(rate, at.step, share)
         loss = train_step(model, optimizer, sample_batch(streams, rng, batch, length))
         mean = loss if at.step == 0 else 0.97 * at.loss + 0.03 * loss
         at = Progress(at.step + 1, at.tokens + batch * length, time.monotonic() - start, mean)
-        if at.step == 1 or at.step % report_every == 0:
+        if at.step == 1 or at.step % recipe.report_every == 0:
             report(at, budget)
     return at
 
@@ -273,12 +278,10 @@ def report(at: Progress, budget: Budget) -> None:
 
 def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict, out: Path) -> None:
     """Writes the checkpoint beside `out` and renames it, so that `out` is whole or absent."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    partial.rename(out)
+    with new_directory(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(indented(facts), encoding="utf-8")
 
 
 def train_folder(options: argparse.Namespace) -> dict:
@@ -294,16 +297,8 @@ def train_folder(options: argparse.Namespace) -> dict:
     check_lengths(streams, length)
     # 2. Train.
     model = build_model(size, options.seed)
-    at = train(
-        model,
-        list(streams.values()),
-        budget,
-        seed=options.seed,
-        batch=options.batch,
-        length=length,
-        peak_rate=options.peak_rate,
-        report_every=options.report_every,
-    )
+    recipe = Recipe(options.seed, options.batch, length, options.peak_rate, options.report_every)
+    at = train(model, list(streams.values()), budget, recipe)
     # 3. The held-out loss is that of the 16-bit weights that are saved.
     model.bfloat16()
     losses = {}

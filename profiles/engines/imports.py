@@ -11,18 +11,29 @@ Shape letters: T rows, L MoE layers, K top-k, E experts, W windows.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.config import moe_facts, read_config
-from semmoe.profiles.engines.columns import Layout, find_layout, find_rows, kept_runs, parse_layers, survey_requests
+from semmoe.profiles.demo.paths import demo_model_path
+from semmoe.profiles.engines.columns import (
+    Layout,
+    Survey,
+    find_layout,
+    find_rows,
+    kept_runs,
+    parse_layers,
+    survey_requests,
+)
 from semmoe.profiles.engines.loads import read_eplb, read_trtllm
 from semmoe.profiles.engines.megatron import read_megatron
 from semmoe.profiles.engines.recorder import read_recorder
-from semmoe.profiles.engines.records import EngineLoad, EngineRequest, Reader
+from semmoe.profiles.engines.records import EngineLoad, EngineRequest, LeftOut, Reader
 from semmoe.profiles.engines.responses import read_sglang, read_vllm
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace, TraceInfo
@@ -41,7 +52,42 @@ REPETITION = ("drop", "keep")
 DUMMY_ROWS = "warm-up rows"
 EMPTY_REQUESTS = "requests without rows"
 LOOPS = "requests that fell into a loop"
+KEEP_LOOPS = " (--repetition keep keeps them)"
 ZERO_WINDOWS = "windows without activations"
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What of the files is imported, and how.
+
+    Fields:
+        model_config: config.json, checkpoint or hub id; it gives experts, top-k, groups and dense
+            layers, and saves a pass.
+        dense_layers: `0,1` or `0-2`, in place of what the config says or the rows show.
+        repetition: "drop" leaves out requests marked as loops, "keep" does not.
+        domain: the domain of every request, in place of the file's.
+        max_tokens: rows in all; the last request is cut there.
+        resume: go on with an unfinished trace, skipping the requests that it holds.
+        strict: stop at the first record that cannot be used, in place of leaving it out.
+        made_by: the command, for trace.json.
+
+    Raises InputError for a value that cannot be. Source: profiles/engines/imports.py.
+    """
+
+    model_config: str | None = None
+    dense_layers: str | None = None
+    repetition: str = "keep"
+    domain: str | None = None
+    max_tokens: int | None = None
+    resume: bool = False
+    strict: bool = False
+    made_by: str = ""
+
+    def __post_init__(self) -> None:
+        if self.repetition not in REPETITION:
+            raise InputError(f"repetition is {self.repetition!r}, expected one of {', '.join(REPETITION)}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InputError(f"max-tokens is {self.max_tokens}, expected at least 1")
 
 
 class ImportSummary(NamedTuple):
@@ -54,69 +100,69 @@ class ImportSummary(NamedTuple):
     notes: list[str]
 
 
-def import_trace(
-    kind: str,
-    files: list[Path],
-    out: Path,
-    *,
-    model_config: str | None = None,
-    dense_layers: str | None = None,
-    repetition: str = "keep",
-    domain: str | None = None,
-    max_tokens: int | None = None,
-    resume: bool = False,
-    made_by: str = "",
-) -> ImportSummary:
+@dataclass(frozen=True, eq=False)
+class Import:
+    """One import under way: what it was asked for, what is known of the model, and what it will
+    tell."""
+
+    out: Path
+    options: ImportOptions
+    facts: dict[str, Any] | None  # of the model's config.json
+    dense: set[int] | None  # model layers that do not route, as the user says
+    origin: dict[str, Any]
+    dropped: LeftOut
+    notes: list[str] = field(default_factory=list)
+
+    def trace_info(self, own: dict[str, Any], *, model: str = "", **more: Any) -> TraceInfo:
+        """The facts of the trace: those of the model, and over them `own`, as the files show
+        them."""
+        model = _model_name(self.options.model_config) or model or "unknown"
+        notes = {**self.origin, **more.pop("notes", {})}
+        return TraceInfo(
+            model=model,
+            made_by=self.options.made_by,
+            notes=notes,
+            checkpoint=_checkpoint(self.options.model_config),
+            **more,
+            **{**(self.facts or {}), **own},
+        )
+
+    def note_dense(self, num_dense: int, num_kept: int) -> None:
+        if num_dense and self.dense is None:
+            self.notes.append(f"{num_dense} dense layers left out, {num_kept} route")
+
+
+def import_trace(kind: str, files: list[Path], out: Path, options: ImportOptions = ImportOptions()) -> ImportSummary:
     """Write the trace `out` of files of one kind of engine.
 
-    `model_config`: config.json, checkpoint or hub id; it gives experts, top-k, groups and dense
-    layers, and saves a pass. `dense_layers`: `0,1` or `0-2`, in place of what the config says or
-    the rows show. `repetition`: "drop" leaves out requests marked as loops. `domain`: the domain of
-    every request, in place of the file's. `max_tokens`: rows in all; the last request is cut there.
-    `resume`: go on with an unfinished trace, skipping the requests that it holds. Ids that come
-    again get the suffix #2, #3, ... Raises InputError with file, line and value for what cannot be.
+    Ids that come again get the suffix #2, #3, ... Raises InputError with file, line and value for
+    what cannot be.
     """
     if kind not in KINDS:
         raise InputError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")
-    if repetition not in REPETITION:
-        raise InputError(f"repetition is {repetition!r}, expected one of {', '.join(REPETITION)}")
     if not files:
         raise InputError(f"no files to import as {kind}")
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"max-tokens is {max_tokens}, expected at least 1")
-    refuse_existing_trace(out, resume=resume)  # the writer does too, but after the first pass over the files
+    refuse_existing_trace(out, resume=options.resume)  # the writer does too, but after the first pass over the files
     _refuse_pipes(files)
-    facts = None if model_config is None else moe_facts(read_config(model_config))
-    dense = None if dense_layers is None else parse_layers(dense_layers)
-    reader, dropped, notes = KINDS[kind], Counter[str](), []
-    records = reader(files, facts, Counter())
+    facts = None if options.model_config is None else moe_facts(read_config(options.model_config))
+    dense = None if options.dense_layers is None else parse_layers(options.dense_layers)
+    origin = {"from": kind, "files": [file.name for file in files]}
+    job = Import(out, options, facts, dense, origin, LeftOut(strict=options.strict))
+    reader, looked_at = KINDS[kind], LeftOut(strict=options.strict)
+    records = reader(files, facts, looked_at)
     first = next(records, None)
+    if first is None and looked_at.first is not None:
+        alone = looked_at.total() == 1
+        raise InputError(f"{looked_at.first}" + ("" if alone else f"; nothing is left to import: {looked_at}"))
     if first is None:
         raise InputError(f"{files[0]} holds no record of kind {kind}")
-    origin = {"from": kind, "files": [file.name for file in files]}
-    model = _model_name(model_config)
     if isinstance(first, EngineLoad):
-        if domain is not None or max_tokens is not None:
+        if options.domain is not None or options.max_tokens is not None:
             raise InputError(f"{first.where} holds loads, not requests: no domain or max-tokens applies")
-        loads = chain([first], records)
-        return _import_loads(loads, out, facts, dense, dropped, notes, model, origin, resume, made_by)  # pyright: ignore
+        return _import_loads(job, chain([first], records))  # pyright: ignore
     seen: Iterable[Any] = chain([first], records)
     survey = survey_requests(seen if facts is None else islice(seen, 1))
-    layout = find_layout(survey, facts, dense)
-    if facts is None:
-        notes.append(_expert_note(layout, survey.num_experts))
-    if layout.dense_L.size and dense is None:
-        notes.append(f"{len(layout.dense_L)} dense layers left out, {layout.num_kept} route")
-    info = _trace_info(layout, facts, model or survey.model, origin, made_by)
-    requests = reader(files, facts, dropped)
-    try:
-        with TraceWriter(out, info, resume=resume) as writer:
-            _write(requests, writer, layout, dropped, notes, repetition, domain, max_tokens)  # pyright: ignore
-    except InputError:
-        _remove_if_empty(out)
-        raise
-    written = RoutingTrace.open(out)
-    return ImportSummary(written.num_requests, written.num_tokens, layout.num_kept, dict(dropped), notes)
+    return _import_requests(job, survey, reader(files, facts, job.dropped))  # pyright: ignore
 
 
 def _refuse_pipes(files: list[Path]) -> None:
@@ -134,6 +180,12 @@ def _remove_if_empty(out: Path) -> None:
             out.rmdir()
 
 
+def _checkpoint(model_config: str | None) -> dict[str, Any] | None:
+    """Which checkpoint the user named, where its files are here."""
+    folder = demo_model_path() if model_config == "demo" else Path(model_config or "")
+    return checkpoint_identity(folder) if model_config and folder.is_dir() else None
+
+
 def _model_name(model_config: str | None) -> str:
     if model_config is None:
         return ""
@@ -146,9 +198,12 @@ def _expert_note(layout: Layout, stated: int) -> str:
     return f"{layout.num_experts} experts, top-{layout.top_k} ({source})"
 
 
-def _trace_info(
-    layout: Layout, facts: dict[str, Any] | None, model: str, origin: dict[str, Any], made_by: str
-) -> TraceInfo:
+def _import_requests(job: Import, survey: Survey, requests: Iterator[EngineRequest]) -> ImportSummary:
+    """A trace of kind "tokens", of records that were surveyed."""
+    layout = find_layout(survey, job.facts, job.dense)
+    if job.facts is None:
+        job.notes.append(_expert_note(layout, survey.num_experts))
+    job.note_dense(len(layout.dense_L), layout.num_kept)
     own = {
         "num_layers": layout.num_kept,
         "num_experts": layout.num_experts,
@@ -157,82 +212,133 @@ def _trace_info(
         "num_model_layers": layout.num_model_layers,
         "empty_slots": layout.empty_slots,
     }
-    return TraceInfo(model=model or "unknown", made_by=made_by, notes=origin, **{**(facts or {}), **own})
+    info = job.trace_info(own, model=survey.model)
+    try:
+        with TraceWriter(job.out, info, resume=job.options.resume) as writer:
+            adder = RequestAdder(job, layout, writer)
+            for request in requests:
+                if adder.is_full:
+                    job.notes.append(f"stopped at {job.options.max_tokens} tokens")
+                    break
+                adder.add(request)
+            adder.tell()
+            _note_left_out(job, writer)
+    except InputError:
+        _remove_if_empty(job.out)
+        raise
+    written = RoutingTrace.open(job.out)
+    return ImportSummary(written.num_requests, written.num_tokens, layout.num_kept, dict(job.dropped), job.notes)
 
 
-def _write(
-    requests: Iterator[EngineRequest],
-    writer: TraceWriter,
-    layout: Layout,
-    dropped: Counter[str],
-    notes: list[str],
-    repetition: str,
-    domain: str | None,
-    max_tokens: int | None,
-) -> None:
-    """Every request through the layout into the writer."""
-    num_requests = num_tokens = num_loops = num_renamed = 0
-    times: Counter[str] = Counter()
-    num_done = len(writer.request_ids)
-    for request in requests:
-        if max_tokens is not None and num_tokens >= max_tokens:
-            notes.append(f"stopped at {max_tokens} tokens")
-            break
-        times[request.request_id] += 1
+class RequestAdder:
+    """Adds the requests of an import to its trace, and counts what it meets."""
+
+    def __init__(self, job: Import, layout: Layout, writer: TraceWriter) -> None:
+        self._job, self._layout, self._writer = job, layout, writer
+        self._before = len(writer.request_ids)
+        self._times: Counter[str] = Counter()  # how often each id came
+        self._requests = self._tokens = self._loops = self._renamed = 0
+
+    @property
+    def is_full(self) -> bool:
+        limit = self._job.options.max_tokens
+        return limit is not None and self._tokens >= limit
+
+    def add(self, request: EngineRequest) -> None:
+        """Add the rows of a request that count, under an id of its own."""
+        options, dropped = self._job.options, self._job.dropped
+        self._times[request.request_id] += 1
         name = request.request_id
-        if times[name] > 1:
-            num_renamed += 1
-            name = f"{name}#{times[name]}"
-        num_loops += request.repetition
-        if request.repetition and repetition == "drop":
-            dropped[LOOPS] += 1
-            continue
-        runs, num_dummies = kept_runs(request, layout, writer.info.id_dtype)
+        if (times := self._times[name]) > 1:
+            self._renamed += 1
+            name = f"{name}#{times}"
+        self._loops += request.repetition
+        if request.repetition and options.repetition == "drop":
+            dropped.leave_request(LOOPS, len(request.expert_ids_TLK))
+            return
+        runs, num_dummies = kept_runs(request, self._layout, self._writer.info.id_dtype)
         if num_dummies:
             dropped[DUMMY_ROWS] += num_dummies
         if not runs:
-            dropped[EMPTY_REQUESTS] += 1
+            dropped.leave_request(EMPTY_REQUESTS, 0)
         for piece, (start, ids_TLK) in enumerate(runs):
-            if max_tokens is not None:
-                ids_TLK = ids_TLK[: max(0, max_tokens - num_tokens)]
+            if options.max_tokens is not None:
+                ids_TLK = ids_TLK[: max(0, options.max_tokens - self._tokens)]
             if not len(ids_TLK):
                 continue
             first = request.first_position + start
             prompt = request.num_prompt_tokens
-            writer.add(
+            self._writer.add(
                 name if piece == 0 else f"{name}@{first}",
                 ids_TLK,
-                domain=request.domain if domain is None else domain,
+                domain=request.domain if options.domain is None else options.domain,
                 token_ids=request.token_ids,
                 # Where nothing tells how long the prompt is, every row counts as prompt.
                 num_prompt_tokens=first + len(ids_TLK) if prompt is None else prompt,
                 first_position=first,
             )
-            num_requests += 1
-            num_tokens += len(ids_TLK)
-    if not num_requests:
-        raise InputError("no request is left to write: " + ", ".join(f"{n} {reason}" for reason, n in dropped.items()))
-    if num_loops and repetition == "keep":
-        notes.append(f"{num_loops} requests are marked as loops: kept, --repetition drop leaves them out")
-    if num_renamed:
-        notes.append(f"{num_renamed} requests had an id that came before: they are named #2, #3, ...")
-    if num_done:
-        notes.append(f"{num_done} requests were in the trace already")
+            self._requests += 1
+            self._tokens += len(ids_TLK)
+
+    def tell(self) -> None:
+        """Note what was met. Raises InputError where nothing was added."""
+        dropped, notes = self._job.dropped, self._job.notes
+        if not self._requests:
+            raise InputError(f"no request is left to write: {dropped}{KEEP_LOOPS if dropped[LOOPS] else ''}")
+        if dropped[LOOPS]:
+            notes.append(f"{dropped[LOOPS]} {LOOPS} are left out{KEEP_LOOPS}")
+        if self._loops and self._job.options.repetition == "keep":
+            notes.append(f"{self._loops} requests are marked as loops: kept, --repetition drop leaves them out")
+        if self._renamed:
+            notes.append(f"{self._renamed} requests had an id that came before: they are named #2, #3, ...")
+        if self._before:
+            notes.append(f"{self._before} requests were in the trace already")
 
 
-def _import_loads(
-    loads: Iterable[EngineLoad],
-    out: Path,
-    facts: dict[str, Any] | None,
-    dense: set[int] | None,
-    dropped: Counter[str],
-    notes: list[str],
-    model: str,
-    origin: dict[str, Any],
-    resume: bool,
-    made_by: str,
-) -> ImportSummary:
+def _note_left_out(job: Import, writer: TraceWriter) -> None:
+    """Let trace.json tell what was left out, of files that the trace was made of before too."""
+    left_out = {"requests": Counter(job.dropped.requests), "tokens": Counter(job.dropped.tokens)}
+    before = writer.facts_before.get("notes", {})
+    if before.get("files") != job.origin["files"]:
+        for name, counts in (before.get("left_out") or {}).items():
+            left_out[name].update(counts)
+    if left_out["requests"]:
+        writer.info.notes["left_out"] = {name: dict(counts) for name, counts in left_out.items()}
+
+
+def _import_loads(job: Import, loads: Iterable[EngineLoad]) -> ImportSummary:
     """A trace of kind "counts": one window for each load that is not zero all over."""
+    first, windows = _windows(job, loads)
+    load_WLE = np.stack(list(windows.values()))
+    num_rows, num_experts = load_WLE.shape[1:]
+    facts = job.facts
+    rows = find_rows(num_rows, first.layer_ids, np.asarray(load_WLE.any(axis=(0, 2))), facts, job.dense)
+    if facts is not None and facts["num_experts"] != num_experts:
+        raise InputError(f"{first.where}: loads of {num_experts} experts, the model has {facts['num_experts']}")
+    top_k = facts["top_k"] if facts is not None else first.top_k
+    if not top_k:
+        job.notes.append("the files do not tell the top-k: 1 is written; --model CONFIG states it")
+    job.note_dense(num_rows - len(rows.kept_L), len(rows.kept_L))
+    own = {
+        "num_layers": len(rows.kept_L),
+        "num_experts": num_experts,
+        "top_k": top_k or 1,
+        "model_layers": rows.model_layers,
+        "num_model_layers": rows.num_model_layers,
+    }
+    info = job.trace_info(own, kind="counts", notes={} if top_k else {"top_k": "unknown"})
+    with TraceWriter(job.out, info, resume=job.options.resume) as writer:
+        writer.add_counts(list(windows), load_WLE[:, rows.kept_L])
+    num_windows = len(RoutingTrace.open(job.out).load_counts()[0])
+    job.notes.append(
+        f"{num_windows} windows of loads; semmoe place --method load takes them, other methods need routing per token"
+    )
+    return ImportSummary(0, 0, len(rows.kept_L), dict(job.dropped), job.notes)
+
+
+def _windows(job: Import, loads: Iterable[EngineLoad]) -> tuple[EngineLoad, dict[str, np.ndarray]]:
+    """The first load, and the loads by window, int64 [L, E] each, without those that are zero all
+    over."""
     windows: dict[str, np.ndarray] = {}
     first: EngineLoad | None = None
     for load in loads:
@@ -246,36 +352,11 @@ def _import_loads(
             layer, expert = np.argwhere(load.load_LE < 0)[0]
             raise InputError(f"{load.where}: layer {layer}, expert {expert}: a load of {load.load_LE[layer, expert]}")
         if not load.load_LE.any():
-            dropped[ZERO_WINDOWS] += 1
+            job.dropped[ZERO_WINDOWS] += 1
             continue
         if load.window in windows:
             raise InputError(f"{load.where}: window {load.window} came before: two files of the same name or pass?")
         windows[load.window] = load.load_LE
     if first is None or not windows:
-        raise InputError(f"{first.where if first else out}: every load is zero: nothing was recorded")
-    load_WLE = np.stack(list(windows.values()))
-    num_rows, num_experts = load_WLE.shape[1:]
-    rows = find_rows(num_rows, first.layer_ids, np.asarray(load_WLE.any(axis=(0, 2))), facts, dense)
-    if facts is not None and facts["num_experts"] != num_experts:
-        raise InputError(f"{first.where}: loads of {num_experts} experts, the model has {facts['num_experts']}")
-    top_k = facts["top_k"] if facts is not None else first.top_k
-    if not top_k:
-        notes.append("the files do not tell the top-k: 1 is written; --model CONFIG states it")
-    if len(rows.kept_L) < num_rows and dense is None:
-        notes.append(f"{num_rows - len(rows.kept_L)} dense layers left out, {len(rows.kept_L)} route")
-    own = {
-        "num_layers": len(rows.kept_L),
-        "num_experts": num_experts,
-        "top_k": top_k or 1,
-        "model_layers": rows.model_layers,
-        "num_model_layers": rows.num_model_layers,
-    }
-    origin = origin if top_k else {**origin, "top_k": "unknown"}
-    info = TraceInfo(
-        model=model or "unknown", kind="counts", made_by=made_by, notes=origin, **{**(facts or {}), **own}
-    )  # fmt: skip
-    with TraceWriter(out, info, resume=resume) as writer:
-        writer.add_counts(list(windows), load_WLE[:, rows.kept_L])
-    num_windows = len(RoutingTrace.open(out).load_counts()[0])
-    notes.append(f"{num_windows} windows of loads; semmoe show describes them, semmoe place needs routing per token")
-    return ImportSummary(0, 0, len(rows.kept_L), dict(dropped), notes)
+        raise InputError(f"{first.where if first else job.out}: every load is zero: nothing was recorded")
+    return first, windows

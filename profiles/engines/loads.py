@@ -4,13 +4,14 @@ TensorRT-LLM (EXPERT_STATISTIC_ITER_RANGE, EXPERT_STATISTIC_PATH): meta_info.jso
 rank{r}.safetensors with keys "{iteration}_{layer}", counts of logical ids [E], to be summed over
 ranks; layers have their numbers in the model. EPLB (`rebalance_experts(weight, ...)`): a matrix [L,
 E] of counts, or windows of them [W, L, E], as .npy, .pt or .json; a JSON or .pt dictionary with
-"logical_count" (SGLang's --init-expert-location takes it) is the same.
+"logical_count" (SGLang's --init-expert-location takes it) is the same. So are CSV files and JSON
+lists of (layer, expert, count), one file a rank or several, added up; without a count every line
+is one activation.
 
 Shape letters: W windows, L layers, E experts.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from semmoe.profiles.document import parse_json
+from semmoe.profiles.engines.containers import container_of
+from semmoe.profiles.engines.load_rows import counted_rows, load_of
 from semmoe.profiles.engines.recorder import array_of, load_pt
-from semmoe.profiles.engines.records import EngineLoad, input_lines, integer
+from semmoe.profiles.engines.records import EngineLoad, LeftOut, input_lines, integer
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.safetensors_file import INTEGERS, read_shard
 
 
-def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineLoad]:
+def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut) -> Iterator[EngineLoad]:
     """One load for each iteration of each statistics directory, summed over its ranks."""
     for path in files:
         folder = path if path.is_dir() else path.parent
@@ -38,7 +42,7 @@ def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: Counte
                 match = re.fullmatch(r"(\d+)_(\d+)", key)
                 if match is None:
                     raise InputError(f"{where}: expected a key of the form iteration_layer")
-                if count_E.shape != (meta["num_experts"],) or count_E.dtype.kind not in "iu" or count_E.min() < 0:
+                if count_E.shape != (meta["num_experts"],) or count_E.min() < 0:
                     raise InputError(
                         f"{where}: {count_E.dtype} {list(count_E.shape)}, expected {meta['num_experts']} counts from 0"
                     )
@@ -78,14 +82,11 @@ def _rank_files(folder: Path) -> list[Path]:
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "numpy") as tensors:
-            for key in sorted(tensors.keys()):
-                yield key, tensors.get_tensor(key)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as safetensors: {error}") from None
+    shard = read_shard(file)
+    for tensor in sorted(shard.tensors, key=lambda t: t.name):
+        if tensor.dtype not in INTEGERS:
+            raise InputError(f"{file}, {tensor.name}: type {tensor.dtype}, expected counts from 0")
+        yield tensor.name, shard.map(tensor, INTEGERS[tensor.dtype])
 
 
 def _json(path: Path) -> Any:
@@ -95,10 +96,17 @@ def _json(path: Path) -> Any:
         raise InputError(f"{path} is not JSON: {error}") from None
 
 
-def read_eplb(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineLoad]:
+def read_eplb(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut) -> Iterator[EngineLoad]:
     """The windows of each matrix; a matrix without an axis of windows is one."""
+    if counted := [file for file in files if container_of(file) == "text"]:
+        yield counted_rows(counted, facts)
     for file in files:
+        if file in counted:
+            continue
         value = _matrix(file)
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            yield load_of(file, [(f"{file}, item {i}", row) for i, row in enumerate(value)], facts)
+            continue
         if isinstance(value, dict):
             if "logical_count" not in value:
                 raise InputError(f"{file}: keys {sorted(map(str, value))[:5]}, expected logical_count")
@@ -121,18 +129,16 @@ def _nested(value: Any) -> Any:
 
 
 def _matrix(file: Path) -> Any:
-    suffix = file.suffix
-    if suffix == ".pt":
+    kind = container_of(file)
+    if kind == "pt" or file.suffix in (".pt", ".pth"):
         return load_pt(file)
-    if suffix == ".npy":
+    if kind == "npy" or file.suffix == ".npy":
         try:
             return np.load(file, allow_pickle=False)
         except FileNotFoundError:
             raise InputError(f"{file} does not exist") from None
         except (ValueError, EOFError, OSError) as error:
             raise InputError(f"{file} is not a .npy array: {error}") from None
-    if suffix in (".json", ".gz"):
+    if kind == "json":
         return _json(file)
-    if not file.exists():
-        raise InputError(f"{file} does not exist")
-    raise InputError(f"{file} ends in {suffix!r}, expected a load matrix in .npy, .pt or .json")
+    raise InputError(f"{file} is {kind}, expected a load matrix in .npy, .pt or .json, or CSV")

@@ -4,21 +4,22 @@ One file a rank, router_trace_rank{r}.jsonl, one line for each step and MoE laye
 all tokens of the step. Dense layers have no lines. A step (a micro-batch of it in training) becomes
 one request: Megatron names neither requests nor tokens, and interleaves the sequences of a batch.
 Lines of multi-token-prediction layers are left out: those layers serve drafts and are not placed.
+So is a step that lacks layers of the first one: its lines are cut.
 Ranks of a pipeline hold different layers of the same tokens and cannot be joined.
 
 Shape letters: T tokens of a step, L MoE layers of the rank, K top-k.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.engines.records import EngineRequest, integer, integer_array, json_objects
+from semmoe.profiles.engines.records import EngineRequest, LeftOut, integer, integer_array, json_objects
 from semmoe.profiles.errors import InputError
 
+CUT_STEPS = "steps that lack layers"
 MTP_LINES = "lines of multi-token-prediction layers"
 
 
@@ -33,33 +34,48 @@ def trace_files(files: list[Path]) -> list[Path]:
     return found
 
 
-def read_megatron(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineRequest]:
+def read_megatron(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut) -> Iterator[EngineRequest]:
     """One request for each step of each rank; a layer that comes again in a step opens the next
     micro-batch."""
+    expected: set[int] = set()
     for file in trace_files(files):
-        layers: dict[int, np.ndarray] = {}
-        key: tuple[int, int] | None = None
-        batch, opened = 0, ""
-        for where, line in json_objects(file):
-            if line.get("block", "decoder") == "mtp":
-                dropped[MTP_LINES] += 1
-                continue
-            layer, ids_TK = _line(where, line)
-            here = (integer(where, line, "rank") or 0, integer(where, line, "step") or 0)
-            if layers and (here != key or layer in layers):
-                yield _step(opened, key, batch, layers)
-                batch = batch + 1 if here == key else 0
-                layers = {}
-            if not layers:
-                key, opened = here, where
-            layers[layer] = ids_TK
-            if len(ids_TK) != len(next(iter(layers.values()))):
-                raise InputError(
-                    f"{where}: layer {layer} has {len(ids_TK)} tokens, the first layer of step {here[1]} "
-                    f"{len(next(iter(layers.values())))}"
+        for request in _steps(file, dropped):
+            layers = set(request.layer_ids or ())
+            expected = expected or layers
+            if layers < expected:
+                lacking = ", ".join(map(str, sorted(expected - layers)))
+                dropped.leave(
+                    CUT_STEPS, InputError(f"{request.where}: a step that is cut off, it lacks layer {lacking}")
                 )
-        if layers:
+            else:
+                yield request
+
+
+def _steps(file: Path, dropped: LeftOut) -> Iterator[EngineRequest]:
+    """The steps of a file, whole or not."""
+    layers: dict[int, np.ndarray] = {}
+    key: tuple[int, int] | None = None
+    batch, opened = 0, ""
+    for where, line in json_objects(file, dropped):
+        if line.get("block", "decoder") == "mtp":
+            dropped[MTP_LINES] += 1
+            continue
+        layer, ids_TK = _line(where, line)
+        here = (integer(where, line, "rank") or 0, integer(where, line, "step") or 0)
+        if layers and (here != key or layer in layers):
             yield _step(opened, key, batch, layers)
+            batch = batch + 1 if here == key else 0
+            layers = {}
+        if not layers:
+            key, opened = here, where
+        layers[layer] = ids_TK
+        if len(ids_TK) != len(next(iter(layers.values()))):
+            raise InputError(
+                f"{where}: layer {layer} has {len(ids_TK)} tokens, the first layer of step {here[1]} "
+                f"{len(next(iter(layers.values())))}"
+            )
+    if layers:
+        yield _step(opened, key, batch, layers)
 
 
 def _line(where: str, line: dict[str, Any]) -> tuple[int, np.ndarray]:

@@ -19,15 +19,16 @@ Shape letters: L layers of the record, E experts, S physical slots, T tokens, K 
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.engines.records import EngineLoad, EngineRequest, integer, integer_array
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.engines.containers import container_of
+from semmoe.profiles.engines.load_rows import counted_rows
+from semmoe.profiles.engines.records import EngineLoad, EngineRequest, LeftOut, integer, integer_array
+from semmoe.profiles.errors import InputError, require_extra
 
 REPEATED = "passes that another rank recorded alike"
 
@@ -36,6 +37,7 @@ def load_pt(path: Path) -> Any:
     """The content of a .pt file, loaded with weights_only=True."""
     if not path.is_file():
         raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    require_extra(f"{path}: reading a .pt file", "torch")
     import torch
 
     try:
@@ -46,6 +48,19 @@ def load_pt(path: Path) -> Any:
         raise InputError(
             f"{path} cannot be loaded as a .pt file of plain tensors: damaged, or another kind of file"
         ) from None
+
+
+def pt_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """The content of a .pt file with a dictionary of tensors; made in memory, so that the bytes do
+    not hold the name of a file. Raises InputError without torch."""
+    require_extra("writing a .pt file", "torch")
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, buffer)
+    return buffer.getvalue()
 
 
 def array_of(where: str, name: str, value: Any, ndim: int) -> np.ndarray:
@@ -65,14 +80,18 @@ def recorder_files(files: list[Path]) -> list[Path]:
 
 
 def read_recorder(
-    files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]
+    files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut
 ) -> Iterator[EngineRequest | EngineLoad]:
     """Requests of a per_token recording, loads of the other modes."""
     passes: dict[str, np.ndarray] = {}
     ranks: dict[bytes, int] = {}
     places: dict[str, str] = {}
     modes: dict[str, Path] = {}
-    for file in recorder_files(files):
+    found = recorder_files(files)
+    if found and all(container_of(file) == "text" and file.suffix != ".pt" for file in found):
+        yield counted_rows(found, facts)
+        return
+    for file in found:
         dump = load_pt(file)
         mode = _mode(file, dump)
         modes.setdefault(mode, file)
@@ -131,7 +150,7 @@ def _logical_load(where: str, value: Any, map_LS: np.ndarray) -> np.ndarray:
 
 
 def _fragments(
-    where: str, record: dict[str, Any], map_LS: np.ndarray, ranks: dict[bytes, int], dropped: Counter[str]
+    where: str, record: dict[str, Any], map_LS: np.ndarray, ranks: dict[bytes, int], dropped: LeftOut
 ) -> Iterator[EngineRequest]:
     slots_LTK = array_of(where, "topk_ids_of_layer", record.get("topk_ids_of_layer"), 3)
     tokens = array_of(where, "input_ids", record.get("input_ids"), 1)

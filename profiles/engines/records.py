@@ -13,6 +13,8 @@ import base64
 import binascii
 import gzip
 import json
+import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +26,10 @@ import numpy as np
 
 from semmoe.profiles.document import parse_json
 from semmoe.profiles.errors import InputError
+
+CUT_LINES = "cut or damaged lines"
+FOREIGN = "records of another kind"
+TOKEN_LISTS = ("prompt_token_ids", "prompt_ids", "input_ids", "output_ids", "output_token_ids", "token_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +60,61 @@ class EngineLoad:
     layer_ids: tuple[int, ...] | None = None
 
 
-# (files, moe_facts of --model or None, counts of what is left out by reason) -> records
-Reader = Callable[[list[Path], dict[str, Any] | None, Counter[str]], Iterator[EngineRequest | EngineLoad]]
+class LeftOut(Counter[str]):
+    """How much an import leaves out, by reason; and of how many requests and tokens that takes.
+
+    Fields:
+        strict: the first record that cannot be used is raised, and not counted.
+        requests: records of requests, by reason; a reason that counts lines or rows is not in it.
+        tokens: tokens of those records, as far as they tell, by reason.
+        first: what was wrong with the first of them.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        super().__init__()
+        self.strict = strict
+        self.requests: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.first: InputError | None = None
+
+    def leave(self, reason: str, error: InputError, record: Any = None) -> None:
+        """Count a record that cannot be used, or raise `error` where that must not be."""
+        if self.strict:
+            raise error
+        self.first = self.first or error
+        self.leave_request(reason, _num_tokens(record))
+
+    def leave_request(self, reason: str, num_tokens: int) -> None:
+        """Count a request that is left out on purpose."""
+        self[reason] += 1
+        self.requests[reason] += 1
+        self.tokens[reason] += num_tokens
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.items())
+
+
+class UnusableError(InputError):
+    """A record that cannot be used though its file can, and the reason that it is counted by."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _num_tokens(record: Any) -> int:
+    """Tokens of a record that is left out, 0 where it does not tell."""
+    if not isinstance(record, dict):
+        return 0
+    holders = [record, *(record[k] for k in ("usage", "meta_info") if isinstance(record.get(k), dict))]
+    lists = [v for k in TOKEN_LISTS for v in (record.get(k),) if isinstance(v, list)]
+    stated = [h.get(k) for h in holders for k in ("prompt_tokens", "completion_tokens")]
+    found = sum(v for v in stated if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 31)
+    return found or sum(map(len, lists))
+
+
+# (files, moe_facts of --model or None, what is left out) -> records
+Reader = Callable[[list[Path], dict[str, Any] | None, LeftOut], Iterator[EngineRequest | EngineLoad]]
 
 
 def open_input(path: Path) -> Any:
@@ -86,9 +145,9 @@ def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise InputError(f"{path} cannot be read after line {number}: {error}") from None
 
 
-def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_objects(path: Path, left_out: LeftOut) -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects of a file with one JSON value a line, each with its place: a line may hold one object
-    or a list of them.
+    or a list of them. A line that is cut, and a value that is no object, are left out.
 
     A file that is one JSON document over many lines is read as a whole.
     """
@@ -102,25 +161,61 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             value = parse_json(line)
         except ValueError as error:  # also bytes that are not UTF-8
-            raise InputError(f"{where}: not JSON: {error}") from None
-        if isinstance(value, list):
-            for index, item in enumerate(value):
-                yield _object(f"{where}, item {index}", item)
-        else:
-            yield _object(where, value)
+            left_out.leave(CUT_LINES, InputError(f"{where}: not JSON: {error}"))
+            continue
+        several = isinstance(value, list)
+        for index, item in enumerate(value if several else [value]):
+            place = f"{where}, item {index}" if several else where
+            if isinstance(item, dict):
+                yield place, item
+            else:
+                left_out.leave(FOREIGN, InputError(f"{place}: {_short(item)}, expected a JSON object"))
     if empty:
         raise InputError(f"{path} is empty")
-
-
-def _object(where: str, value: Any) -> tuple[str, dict[str, Any]]:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: {_short(value)}, expected a JSON object")
-    return where, value
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True) if not isinstance(value, np.ndarray) else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+
+def described_array(where: str, value: dict[str, Any]) -> np.ndarray:
+    """Integers of an object that gives raw bytes or a flat list beside their shape and type:
+    {"data", "shape"[, "dtype"]}; without a type, the one whose size fits the bytes.
+
+    Raises InputError where they do not fit each other.
+    """
+    data, shape = value.get("data"), integer_array(where, "routed_experts.shape", value.get("shape"), 1).tolist()
+    if not shape or min(shape) < 0:
+        raise InputError(f"{where}: routed_experts.shape is {_short(value.get('shape'))}, expected sizes from 0")
+    count = math.prod(shape)
+    if isinstance(data, list):
+        flat = np.asarray(integer_array(where, "routed_experts.data", data, np.ndim(data) or 1)).reshape(-1)
+    else:
+        raw = base64_bytes(where, data)
+        name = value.get("dtype")
+        if name is None:
+            name = {count * size: f"int{8 * size}" if size > 1 else "uint8" for size in (8, 4, 2, 1)}.get(
+                len(raw), "int32"
+            )
+        kind = str(name).removeprefix("torch.").removeprefix("numpy.").removeprefix("np.")
+        dtype = np.dtype(kind).newbyteorder("<") if kind in DTYPES else _typed(where, name)
+        if len(raw) % dtype.itemsize:
+            raise InputError(f"{where}: routed_experts has {len(raw)} bytes, expected values of {dtype.itemsize} bytes")
+        flat = np.frombuffer(raw, dtype)
+    if flat.size != count:
+        raise InputError(f"{where}: routed_experts holds {flat.size} values, its shape says {shape}")
+    return flat.reshape(shape)
+
+
+def _typed(where: str, name: Any) -> np.dtype:
+    """The dtype of a numpy type string such as "<i4"."""
+    if isinstance(name, str) and re.fullmatch(r"[<>|=]?[iu][1248]", name):
+        return np.dtype(name)
+    raise InputError(f"{where}: routed_experts.dtype is {_short(name)}, expected one of {', '.join(DTYPES)}")
 
 
 def base64_bytes(where: str, value: Any) -> bytes:

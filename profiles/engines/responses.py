@@ -10,20 +10,26 @@ Both give logical ids of prompt and generated tokens; the last sampled token was
 has no row, so there are sequence length - 1 - start rows. `prompt_routed_experts`, where given,
 holds the rows of the prompt and comes first.
 
+A server's log holds more than good answers: errors, aborted requests, requests that did not ask for
+the routing, rows that do not fit the tokens. Each is left out and counted by its reason.
+
 Shape letters: T rows, L layers of the record, K top-k.
 """
 
 import io
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from semmoe.profiles.engines.records import (
+    FOREIGN,
     EngineRequest,
+    LeftOut,
+    UnusableError,
     base64_bytes,
+    described_array,
     integer,
     integer_array,
     json_objects,
@@ -35,35 +41,103 @@ PROMPT_IDS = ("prompt_token_ids", "prompt_ids", "input_ids")
 EXTENSIONS = ("sglext", "sgl_ext")  # where SGLang keeps the routing on its OpenAI routes
 NPY_MAGIC = b"\x93NUMPY"
 OUTPUT_IDS = ("output_ids", "output_token_ids", "token_ids")
+ABORTED, ERRORS, UNASKED = "aborted requests", "error responses", "responses without routed_experts"
+MISSING_ROWS, SURPLUS_ROWS = "requests with missing rows", "requests with surplus rows"
+STARTS = ("routed_experts_start_len", "routed_experts_prompt_start")
+DAMAGED = "damaged responses"
+ABORTS = ("abort", "aborted", "cancel", "cancelled", "canceled")  # as finish reasons
+
+Part = dict[str, Any]  # of a response: what it says of one sequence, in one flat dictionary
 
 
-def read_sglang(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineRequest]:
+def read_sglang(files: list[Path], facts: dict[str, Any] | None, left_out: LeftOut) -> Iterator[EngineRequest]:
     """Requests of SGLang responses in both shapes. Without routed_experts_shape, `facts` say
     layers and top-k."""
     shape = None if facts is None else (facts["num_model_layers"], facts["top_k"])
+
+    def read(where: str, file: Path, record: dict[str, Any], part: Part) -> EngineRequest:
+        nonlocal shape
+        if part.get("routed_experts") is None:
+            hint = "the server needs --enable-return-routed-experts, the request return_routed_experts"
+            raise UnusableError(f"{where}: no routed_experts; {hint}", UNASKED)
+        ids_TLK = _raw_ids(where, part, shape)
+        request = _request(where, file, record, part, ids_TLK, integer(where, part, "routed_experts_start_len"))
+        shape = shape or ids_TLK.shape[1:]
+        return request
+
+    return _responses(files, left_out, _sglang_parts, read)
+
+
+def _responses(
+    files: list[Path],
+    left_out: LeftOut,
+    parts_of: Callable[[str, dict[str, Any]], list[tuple[str, Part]]],
+    read: Callable[[str, Path, dict[str, Any], Part], EngineRequest],
+) -> Iterator[EngineRequest]:
+    """What `read` makes of every sequence of every record; what it cannot use is left out."""
+    from_first_token = False  # some response has rows from its first token on, though it does not say so
     for file in files:
-        for where, record in json_objects(file):
-            for index, part in enumerate(_sglang_parts(where, record)):
-                place = where if index == 0 else f"{where}, choice {index}"
-                if part.get("routed_experts") is None:
-                    raise InputError(
-                        f"{place}: no routed_experts; the server needs --enable-return-routed-experts, the request "
-                        "return_routed_experts"
-                    )
-                ids_TLK = _raw_ids(place, part, shape)
-                shape = shape or ids_TLK.shape[1:]
-                start = integer(place, part, "routed_experts_start_len")
-                yield _request(place, file, record, part, ids_TLK, start)
+        for where, record in json_objects(file, left_out):
+            try:
+                _refuse_error(where, record)
+                parts = parts_of(where, record)
+            except InputError as error:
+                left_out.leave(getattr(error, "reason", DAMAGED), error, record)
+                continue
+            for place, part in parts:
+                try:
+                    _refuse_abort(place, part)
+                    request = read(place, file, record, part)
+                    if not any(holder.get(key) is not None for holder in (record, part) for key in STARTS):
+                        _refuse_late_start(request, from_first_token)
+                        from_first_token |= request.first_position == 0
+                except InputError as error:
+                    left_out.leave(getattr(error, "reason", DAMAGED), error, record if len(parts) == 1 else part)
+                    continue
+                yield request
 
 
-def _sglang_parts(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """One flat dictionary for each sequence of a response: the routing, its lengths, its ids."""
+def _refuse_late_start(request: EngineRequest, from_first_token: bool) -> None:
+    """Raise UnusableError where rows seem to start late, and no start was asked for: a start that
+    nobody states lies inside the prompt, and is everybody's."""
+    start = request.first_position
+    if start and (from_first_token or start > (request.num_prompt_tokens or 0)):
+        rows = len(request.expert_ids_TLK)
+        raise UnusableError(
+            f"{request.where}: {rows} rows, expected {rows + start}; where they begin at token {start}, "
+            f"{' or '.join(STARTS)} must say so",
+            MISSING_ROWS,
+        )
+
+
+def _refuse_error(where: str, record: dict[str, Any]) -> None:
+    """Raise UnusableError for a record that a server answers in place of a response."""
+    error = record.get("error") or (record if record.get("object") == "error" or "detail" in record else None)
+    if error is None or any(record.get(key) is not None for key in ("choices", "outputs", "routed_experts")):
+        return
+    said = error.get("message") or error.get("detail") or error.get("type") if isinstance(error, dict) else error
+    raise UnusableError(f"{where}: the server answered with an error: {str(said)[:80]!r}", ERRORS)
+
+
+def _refuse_abort(where: str, part: Part) -> None:
+    """Raise UnusableError for a sequence that was stopped from outside: its rows are not whole."""
+    reason = part.get("finish_reason")
+    kind = reason.get("type") if isinstance(reason, dict) else reason
+    if part.get("aborted") is True or str(kind).lower() in ABORTS:
+        raise UnusableError(f"{where}: the request was aborted (finish_reason {kind!r})", ABORTED)
+    if str(kind).lower() == "error" or (part.get("error") and part.get("routed_experts") is None):
+        raise UnusableError(f"{where}: the request ended in an error (finish_reason {kind!r})", ERRORS)
+
+
+def _sglang_parts(where: str, record: dict[str, Any]) -> list[tuple[str, Part]]:
+    """The sequences of a response, each with its place: the routing, its lengths, its ids."""
     choices = record.get("choices")
     if choices is None:
         if not isinstance(record.get("meta_info"), dict):
-            raise InputError(f"{where}: neither meta_info nor choices: not a response of SGLang")
-        return [{**record, **record["meta_info"]}]
-    return [{**choice, **_extension(choice, record)} for choice in _dictionaries(where, "choices", choices)]
+            raise UnusableError(f"{where}: neither meta_info nor choices: not a response of SGLang", FOREIGN)
+        return [(where, {**record, **record["meta_info"]})]
+    parts = [{**choice, **_extension(choice, record)} for choice in _dictionaries(where, "choices", choices)]
+    return [(f"{where}, choice {index}" if index else where, part) for index, part in enumerate(parts)]
 
 
 def _extension(choice: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +153,10 @@ def _dictionaries(where: str, name: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _raw_ids(where: str, part: dict[str, Any], shape: tuple[int, ...] | None) -> np.ndarray:
-    """int32 [T, L, K] of base64 text over raw bytes."""
+    """Integers [T, L, K] of base64 text over raw bytes (int32), of an object of data and shape, or
+    of nested lists."""
+    if isinstance(part["routed_experts"], dict | list):
+        return _array(where, "routed_experts", part["routed_experts"])
     data = base64_bytes(where, part["routed_experts"])
     if data.startswith(NPY_MAGIC):
         raise InputError(f"{where}: routed_experts is a .npy array, as vLLM writes it: --from vllm reads that")
@@ -100,43 +177,54 @@ def _raw_ids(where: str, part: dict[str, Any], shape: tuple[int, ...] | None) ->
     return values.reshape(-1, *shape)
 
 
-def read_vllm(files: list[Path], facts: dict[str, Any] | None, dropped: Counter[str]) -> Iterator[EngineRequest]:
+def read_vllm(files: list[Path], facts: dict[str, Any] | None, left_out: LeftOut) -> Iterator[EngineRequest]:
     """Requests of vLLM in both shapes: HTTP responses, and RequestOutput or CompletionOutput
     written as JSON."""
-    for file in files:
-        for where, record in json_objects(file):
-            name = next((key for key in ("choices", "outputs") if record.get(key) is not None), None)
-            for index, part in enumerate([record] if name is None else _dictionaries(where, name, record[name])):
-                place = where if index == 0 else f"{where}, {name} {index}"
-                if part.get("routed_experts") is None:
-                    if any(isinstance(part.get(key), dict) for key in ("meta_info", *EXTENSIONS)):
-                        raise InputError(f"{place}: this is a response of SGLang: --from sglang reads that")
-                    raise InputError(f"{place}: no routed_experts; the server needs --enable-return-routed-experts")
-                ids_TLK = _npy_ids(place, part["routed_experts"])
-                prompt = part.get("prompt_routed_experts", record.get("prompt_routed_experts"))
-                if prompt is not None:
-                    prompt_TLK = _npy_ids(place, prompt)
-                    if prompt_TLK.shape[1:] != ids_TLK.shape[1:]:
-                        raise InputError(
-                            f"{place}: prompt_routed_experts has shape {list(prompt_TLK.shape)}, "
-                            f"routed_experts {list(ids_TLK.shape)}"
-                        )
-                    ids_TLK = np.concatenate([prompt_TLK, ids_TLK])
-                    if part.get("prompt_tokens") is None:
-                        part = {**part, "prompt_rows": len(prompt_TLK)}
-                start = integer(place, {**record, **part}, "routed_experts_prompt_start")
-                yield _request(place, file, record, part, ids_TLK, start)
+    return _responses(files, left_out, _vllm_parts, _vllm_request)
+
+
+def _vllm_parts(where: str, record: dict[str, Any]) -> list[tuple[str, Part]]:
+    """The sequences of a response, each with its place."""
+    name = next((key for key in ("choices", "outputs") if record.get(key) is not None), None)
+    if name is None:
+        return [(where, record)]
+    parts = enumerate(_dictionaries(where, name, record[name]))
+    return [(f"{where}, {name} {index}" if index else where, part) for index, part in parts]
+
+
+def _vllm_request(where: str, file: Path, record: dict[str, Any], part: Part) -> EngineRequest:
+    prompt = part.get("prompt_routed_experts", record.get("prompt_routed_experts"))
+    routed = part.get("routed_experts")
+    if routed is None and prompt is None:
+        if any(isinstance(part.get(key), dict) for key in ("meta_info", *EXTENSIONS)):
+            raise UnusableError(f"{where}: this is a response of SGLang: --from sglang reads that", FOREIGN)
+        raise UnusableError(f"{where}: no routed_experts; the server needs --enable-return-routed-experts", UNASKED)
+    pieces = [_npy_ids(where, value) for value in (prompt, routed) if value is not None]
+    if len(pieces) == 2 and pieces[0].shape[1:] != pieces[1].shape[1:]:
+        prompt_shape, shape = (list(piece.shape) for piece in pieces)
+        raise InputError(f"{where}: prompt_routed_experts has shape {prompt_shape}, routed_experts {shape}")
+    if prompt is not None and part.get("prompt_tokens") is None:
+        part = {**part, "prompt_rows": len(pieces[0])}
+    start = integer(where, {**record, **part}, "routed_experts_prompt_start")
+    return _request(where, file, record, part, np.concatenate(pieces), start)
 
 
 def _npy_ids(where: str, value: Any) -> np.ndarray:
-    """Integers [T, L, K] of base64 text over .npy bytes, or of nested lists."""
-    if isinstance(value, list):
-        return integer_array(where, "routed_experts", value, 3)
+    """Integers [T, L, K] of base64 text over .npy bytes, of an object of data and shape, or of
+    nested lists."""
+    if isinstance(value, dict | list):
+        return _array(where, "routed_experts", value)
     try:
         array = np.load(io.BytesIO(base64_bytes(where, value)), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{where}: routed_experts is not a .npy array: {error}") from None
     return integer_array(where, "routed_experts", array, 3)
+
+
+def _array(where: str, name: str, value: dict[str, Any] | list[Any]) -> np.ndarray:
+    if isinstance(value, dict) and isinstance(value.get("data"), str) and value.get("shape") is None:
+        return _npy_ids(where, value["data"])
+    return integer_array(where, name, described_array(where, value) if isinstance(value, dict) else value, 3)
 
 
 def _request(
@@ -185,8 +273,9 @@ def _first_row(where: str, num_rows: int, start: int | None, num_prompt: int, nu
     if start is None:
         start = last - num_rows
     if start < 0 or start + num_rows != last:
-        raise InputError(
+        raise UnusableError(
             f"{where}: {num_rows} rows from position {max(start, 0)}, expected {last - max(start, 0)} for "
-            f"{num_prompt} prompt and {num_output} generated tokens (the last one has no row)"
+            f"{num_prompt} prompt and {num_output} generated tokens (the last one has no row)",
+            SURPLUS_ROWS if num_rows > last - max(start, 0) else MISSING_ROWS,
         )
     return start

@@ -18,7 +18,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, show_traceback
 
 GRACE_S = 2.0  # after a failure: how long other reasons are waited for, and processes for their end
 
@@ -190,8 +190,10 @@ def _rank_main(
     try:
         message = ("done", work(*arguments))
     except InputError as error:
+        show_traceback(error)
         message = ("refused", str(error))
     except ExchangeError as error:
+        show_traceback(error)
         message = ("exchange", str(error))
     except BaseException:
         import traceback

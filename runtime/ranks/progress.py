@@ -8,11 +8,11 @@ semmoe.terminal.progress.steps is.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-Show = Callable[
-    [str], AbstractContextManager[Callable[[int, int], None]]
-]  # a name -> a function of steps done, steps in all
+from semmoe.profiles.progress import Progress, unshown
+
+Show = Callable[[str], AbstractContextManager[Progress]]  # the name of what is done -> its progress
 
 
-def shown_nowhere(name: str) -> AbstractContextManager[Callable[[int, int], None]]:
+def shown_nowhere(name: str) -> AbstractContextManager[Progress]:
     """Progress that nobody sees."""
-    return nullcontext(lambda done, total: None)
+    return nullcontext(unshown)

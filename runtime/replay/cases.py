@@ -10,18 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semmoe.profiles.counts import sample_requests
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.sample import sample_requests
 from semmoe.profiles.split import request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
-from semmoe.solvers.place.baselines import place_load
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous, place_load
 from semmoe.solvers.place.replicas import serving_LRE
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import available_schedules, simulate
-from semmoe.solvers.schedule.slices import WINDOW
+from semmoe.solvers.schedule.windows import WINDOW
 
 SCHEDULES_OF = {"none": [], "dp": ["dp-scorer"], "tp": ["tp-context"]}
 
@@ -81,6 +80,8 @@ def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None])
     )
     if not batch.num_tokens:
         raise InputError(f"{options.trace} holds no rows to replay")
+    for name, why in {**plan.unchecked, **trace.unchecked}.items():
+        tell(f"{name} was not checked: {why}")
     if batch.num_tokens < trace.num_tokens:
         tell(f"replaying {batch.num_tokens:,} of {trace.num_tokens:,} tokens")
     cases = [

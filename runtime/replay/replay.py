@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from semmoe.profiles.trace import TraceBatch, TraceInfo
+from semmoe.profiles.trace import TraceBatch
 from semmoe.runtime.layer.counters import stacked
 from semmoe.runtime.layer.dispatch import serve_tokens
 from semmoe.runtime.layer.permute import row_sections
@@ -28,9 +28,10 @@ from semmoe.runtime.ranks.failures import naming
 from semmoe.runtime.ranks.group import Group, open_group, share
 from semmoe.runtime.ranks.progress import Show, shown_nowhere
 from semmoe.runtime.replay.cases import Case, Prepared, ReplayOptions, largest_share, prepare
-from semmoe.solvers.evaluate.metrics import metrics_XL, traffic_sums
+from semmoe.solvers.evaluate.metrics import metrics_XL
+from semmoe.solvers.evaluate.sums import traffic_sums
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.time.layer_time import EXCHANGES, Network, fit_network, layer_seconds
+from semmoe.solvers.time.layer_time import EXCHANGES, LayerWork, Network, fit_network, layer_seconds
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -246,29 +247,25 @@ def predict(replay: Replay, case: Case, network: Network, seconds_per_activation
     every batch."""
     seconds = []
     for number in range(int(case.batch_of_T.max()) + 1):
-        metrics = batch_metrics(replay, case, case.batch_of_T == number)
-        seconds += [
-            layer_seconds(
-                link,
-                load,
-                tokens=int((case.batch_of_T == number).sum()),
-                num_ranks=case.serving_LRE.shape[1],
-                top_k=replay.top_k,
-                row_bytes=replay.row_bytes,
-                result_bytes=replay.result_bytes,
-                network=network,
-                seconds_per_activation=seconds_per_activation,
-            )
-            for link, load in zip(metrics["link"], metrics["load_imbalance"], strict=True)
-        ]
+        rows_T = case.batch_of_T == number
+        metrics = batch_metrics(replay, case, rows_T)
+        work = LayerWork(
+            tokens=int(rows_T.sum()),
+            num_ranks=case.serving_LRE.shape[1],
+            row_bytes=replay.row_bytes,
+            result_bytes=replay.result_bytes,
+            top_k=replay.top_k,
+            seconds_per_activation=seconds_per_activation,
+        )
+        links_and_loads = zip(metrics["link"], metrics["load_imbalance"], strict=True)
+        seconds += [layer_seconds(link, load, work, network) for link, load in links_and_loads]
     return {"predicted_ms_per_layer": 1000 * float(np.mean(seconds))}
 
 
 def batch_metrics(replay: Replay, case: Case, rows_T: np.ndarray) -> dict[str, np.ndarray]:
     """The evaluator's metrics per layer of some rows, float64 [L] each."""
     ids_TLK = replay.expert_ids_TLK[rows_T]
-    num_tokens, num_layers, top_k = ids_TLK.shape
-    info = TraceInfo("", num_layers, replay.num_experts, top_k, tuple(range(num_layers)), empty_slots=True)
+    num_tokens = len(ids_TLK)
     ends, unknown = np.array([0, num_tokens]), np.full(num_tokens, -1, np.int32)
     batch = TraceBatch(
         [""],
@@ -283,9 +280,7 @@ def batch_metrics(replay: Replay, case: Case, rows_T: np.ndarray) -> dict[str, n
         np.empty(0, np.int32),
     )
     topology, homes_TL = Topology(case.serving_LRE.shape[1]), case.homes_TL[rows_T]
-    sums = traffic_sums(
-        [batch], info, case.serving_LRE, topology, dispatch="per-rank", num_requests=1, homes=lambda _: homes_TL
-    )
+    sums = traffic_sums(batch, case.serving_LRE, topology, dispatch="per-rank", homes_TL=homes_TL)
     return {
         name: values_XL[0]
         for name, values_XL in metrics_XL(sums.resampled(np.ones((1, 1))), topology, "per-rank").items()

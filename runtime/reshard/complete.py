@@ -14,13 +14,37 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.keys import Key, Role
+from semmoe.profiles.safetensors_file import INDEX_NAME
+from semmoe.runtime.reshard.keys import Key, Role, classify_one, classify_written
+from semmoe.runtime.reshard.model import RoutedModel
 from semmoe.runtime.reshard.source import Checkpoint
 
 # Scales of activations: calibration may leave them out for an expert that no token came to.
 CALIBRATED = re.compile(r"(?:^|[._])input_(?:scale|amax|global_scale|zero_point)\w*$")
 
 Groups = dict[tuple[str, str, str], dict[int, dict[str, str]]]  # where, kind, projection -> member -> name -> type
+
+
+def classify_checkpoint(checkpoint: Checkpoint, model: RoutedModel, layers: set[int]) -> dict[str, Key]:
+    """The role of every tensor, by name. Raises InputError where something of an expert would be
+    left behind, or is not there.
+
+    A tensor that the index does not select goes the way of the selected one of its name; it cannot
+    be the reason of a refusal but where that is impossible.
+    """
+    keys = {tensor.name: classify_one(tensor, model, layers, shard.path) for shard, tensor in checkpoint.selected()}
+    check_complete(checkpoint, keys, model.num_experts, layers)
+    for shard in checkpoint.shards:
+        for tensor in shard.tensors:
+            if checkpoint.selects(shard, tensor):
+                continue
+            key = classify_written(tensor, model, layers, shard.path)
+            if keys.setdefault(tensor.name, key) != key:
+                raise InputError(
+                    f"{tensor.name} of {shard.path} (shape {list(tensor.shape)}) is not the one that {INDEX_NAME} "
+                    "selects, and cannot move with it: remove it"
+                )
+    return keys
 
 
 def check_complete(checkpoint: Checkpoint, keys: Mapping[str, Key], num_experts: int, layers: set[int]) -> None:
@@ -61,7 +85,7 @@ def comparable_records(checkpoint: Checkpoint, keys: Mapping[str, Key]) -> Group
     """Names and types of tensors, by member (expert or layer) of groups whose members should
     have the same."""
     groups: Groups = defaultdict(lambda: defaultdict(dict))
-    for tensor in (tensor for shard in checkpoint.shards for tensor in shard.tensors):
+    for _, tensor in checkpoint.selected():
         key = keys[tensor.name]
         if key.role is Role.KEEP or CALIBRATED.search(tensor.name):
             continue

@@ -15,6 +15,7 @@ not forgery, and is four times as fast as CRC-32 of zlib.
 
 import errno
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -24,12 +25,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Stages
 
 BATCH_BYTES = 64 << 20  # work of one task; also the length that one recorded checksum covers
 CACHED_BYTES = 4 << 20  # copied, then compared
 BUFFER_BYTES = 256 << 10  # of a comparing thread, twice; also what the checksum takes at a time
 WEIGHTS = np.random.Generator(np.random.PCG64(1)).integers(0, 2**64, BUFFER_BYTES // 8, np.uint64) | np.uint64(1)
 BLOCK_FACTOR = 0x9E3779B97F4A7C15  # odd: of the checksum so far, at each further block
+THREADS = 4  # copies wait for the disk and for memory, not for processors
 KERNEL_COPY = hasattr(os, "copy_file_range")
 NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
@@ -68,6 +71,11 @@ class FilePlan:
     size: int
     parts: tuple[Part, ...]
     link: Path | None = None
+
+
+def total_bytes(files: Sequence[FilePlan]) -> int:
+    """Bytes that writing the files takes on the disk."""
+    return sum(file.size for file in files if not file.link)
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
@@ -110,15 +118,15 @@ def batches(parts: Sequence[Part], size: int) -> Iterator[list[Part]]:
         yield batch
 
 
-def run_tasks(tasks: Iterable[Callable[[], T]], *, threads: int, done: Callable[[T], None]) -> None:
-    """Run the tasks on threads, a few ahead at a time; `done` gets each result. The first error
+def run_tasks(tasks: Iterable[Callable[[], T]], *, done: Callable[[T], None]) -> None:
+    """Run the tasks on THREADS, a few ahead at a time; `done` gets each result. The first error
     stops the rest."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         waiting: set[Future[T]] = set()
         try:
             for task in tasks:
                 waiting.add(pool.submit(task))
-                if len(waiting) >= 2 * threads:
+                if len(waiting) >= 2 * THREADS:
                     finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in finished:
                         done(future.result())
@@ -140,15 +148,23 @@ class Written(NamedTuple):
 
 
 def write_files(
-    files: Sequence[FilePlan],
-    root: Path,
-    *,
-    threads: int,
-    verify: bool,
-    done: Callable[[Written], None] = lambda written: None,
-) -> None:
-    """Write the files under `root`; with `verify`, raise InputError where a byte is not what it
-    should be."""
+    files: Sequence[FilePlan], root: Path, *, verify: bool, progress: Stages | None
+) -> dict[str, list[list[int]]]:
+    """Write the files under `root`, telling `progress` how far it is.
+
+    With `verify`, checksums [offset, bytes, checksum] by file name come back, and InputError is
+    raised where a byte is not what it should be.
+    """
+    sums: dict[str, list[list[int]]] = defaultdict(list)
+    total, done = sum(part.num_bytes for file in files for part in file.parts), 0
+
+    def keep(written: Written) -> None:
+        nonlocal done
+        done += written.num_bytes
+        if verify:
+            sums[written.name].append([written.offset, written.num_bytes, written.checksum])
+        if progress:
+            progress("writing", done, total)
 
     def tasks() -> Iterator[Callable[[], Written]]:
         for file in files:
@@ -162,9 +178,10 @@ def write_files(
                 yield lambda name=file.name, batch=batch: fill(root, name, batch, verify=verify)
 
     try:
-        run_tasks(tasks(), threads=threads, done=done)
+        run_tasks(tasks(), done=keep)
     except OSError as error:
         raise InputError(f"cannot write {root}: {error.strerror or error}") from None
+    return {name: sorted(entries) for name, entries in sums.items()}
 
 
 def link_file(source: Path, target: Path) -> None:

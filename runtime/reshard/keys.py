@@ -1,23 +1,46 @@
-"""What each key of a checkpoint is to its experts: the names of every family of Transformers 5.23,
-in both layouts.
+"""What each key of a checkpoint is to its experts, in both layouts of every family of Transformers
+5.23 (profiles/families.py has the names).
 
 A key is read in three steps: the stack of layers it belongs to ("model.layers." 3
 "mlp.experts.5.up_proj.weight"), the place inside the layer, and the role. Roles are recognised by
 name and held to by shape: a tensor of experts or of a router with an unknown name, or with a shape
 that does not fit the number of experts, is an error, so that nothing of an expert is left behind
 silently (a scale that does not move with its weight ruins a model without any message).
-
-The names: hub layouts in transformers/conversion_mapping.py; quantised suffixes of
-compressed-tensors, FP8, MXFP4, GPTQ, AWQ and ModelOpt checkpoints.
 """
 
 import enum
-import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.source import Tensor
+from semmoe.profiles.families import (
+    AROUND_EXPERTS,
+    ATTENTION_EXPERTS,
+    BESIDE_FUSED,
+    DENSE_BESIDE,
+    EXPERT_LIKE,
+    FURTHER_ROUTER,
+    FUSED,
+    FUSED_IN_BLOCK,
+    FUSED_ROWS,
+    LATENT,
+    LAYER,
+    NUMBERED,
+    OF_BLOCK,
+    OF_EXPERTS,
+    PER_EXPERT,
+    ROUTER_KEEPS,
+    ROUTER_LIKE,
+    ROUTER_ROWS,
+    SHARED,
+    SHARED_BY_EXPERTS,
+    SIDE_STACK,
+    VALUES,
+    VECTOR,
+)
+from semmoe.profiles.safetensors_file import Tensor
+from semmoe.runtime.reshard.model import RoutedModel
 
 
 class Role(enum.Enum):
@@ -51,58 +74,10 @@ class Key:
 
 KEEP = Key(Role.KEEP)
 
-LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|blocks|h))\.(?P<layer>\d+)\.(?P<rest>.+)$")
-# Stacks that no plan speaks of: towers of other modalities, MTP heads, the talker of the omni
-# models. Left as they are, experts, router and all, which keeps them right.
-SIDE_STACK = re.compile(
-    r"(?:^|[._])(?:vision|visual|audio|vit|sam_model|qwen2_model|image_encoder|talker|code2wav|token2wav|mtp|nextn)"
-    r"(?:$|[._\d])"
-)
-MOE = r"(?:mlp|ffn|feed_forward|mixer|block_sparse_moe|moe)"
-SHARED = re.compile(r"(?:^|\.)(?:shared_|share_expert|shared\.)")
-ATTENTION_EXPERTS = re.compile(r"^self_attention\.experts\.")  # JetMoE: experts of attention, with their own router
 
-PER_EXPERT = re.compile(rf"^(?:{MOE}\.)?experts\.(?P<expert>0|[1-9]\d*)\..+$")
-QUANT = (
-    r"(?:(?:[._](?:weight|bias|bias_bf16|blocks|scales|scale|scale_inv|packed|shape|global_scale|zero_point|qweight|"
-    r"qzeros|g_idx|input|input_scale|input_amax|scale_2|weight_scale|weight_scale_inv|weight_scale_2|weight_packed|"
-    r"weight_shape|weight_global_scale|input_global_scale|weight_zero_point))+)?"
-)
-FUSED_PROJECTION = (
-    r"(?:gate_up_proj|gate_and_up_projs|gate_proj|up_proj|down_proj|down_projs|gate_projs|up_projs|"
-    r"fc[123]|w13|w[123]|input_linear|output_linear)"
-)
-FUSED = re.compile(rf"^(?:{MOE}\.)?experts\.{FUSED_PROJECTION}{QUANT}$")
-# Without a module named experts: Granite and JetMoE (linear layers with an expert axis), Step 3
-# (one per projection).
-FUSED_IN_BLOCK = re.compile(
-    rf"^(?:(?:block_sparse_moe|mlp)\.(?:input|output)_linear|moe\.(?:gate|up|down)_proj){QUANT}$"
-)
-FUSED_ROWS = re.compile(r"^ffn\.experts\.mlp\.(?:w1|v1|w2)$")  # DBRX: [E * I, H]
-SHARED_BY_EXPERTS = re.compile(rf"^(?:{MOE}\.)?(?:experts\.)?(?:pre|post)_expert_(?:norm|proj)\.weight$")
-
-ROUTER_ROWS = re.compile(
-    rf"^(?:{MOE}\.)?(?:gate|router)\."
-    r"(?:(?:gate|wg|classifier|layer|proj|router_mlp\.out_proj)\.)?(?:weight|bias)$"
-)
-VECTOR = re.compile(
-    rf"^(?:{MOE}\.)?(?:(?:gate|router|experts|moe_statics|gate\.moe_statics)\.)?"
-    r"(?:e_score_correction_bias|expert_bias|balancing_biases|per_expert_scale|router_bias)$"
-)
-VALUES = re.compile(rf"^(?:{MOE}\.)?gate\.tid2eid$")
-# Tensors of a router that have no expert axis: input scales and norms, the trunk of Zaya's router,
-# Inkling's scale.
-ROUTER_KEEPS = re.compile(
-    rf"^(?:{MOE}\.)?(?:gate|router)\."
-    r"(?:scale|global_scale|norm\.weight|input_scale|router_states_scale|down_proj\.(?:weight|bias)|"
-    r"router_mlp\.(?:fc\d|norm)\.(?:weight|bias))$"
-)
-ROUTER_LIKE = re.compile(rf"^(?:{MOE}\.)?(?:gate|router)(?:\.|_(?!proj|up_proj)|$)|tid2eid|moe_statics")
-# A further router of a block, of another modality say: told from other gates by its axis of
-# experts.
-FURTHER_ROUTER = re.compile(rf"^{MOE}\.\w+_(?:gate|router)(?:\.|$)")
-EXPERT_LIKE = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
-TEXT_AND_VISION = "ernie4_5_vl_moe"  # one list of experts on disk, the first half for text; routers [H, E]
+def is_expert(key: Key) -> bool:
+    """Whether a tensor goes to the ranks."""
+    return key.role is Role.EXPERT or (key.role is Role.ROWS and not key.router)
 
 
 def split_key(name: str) -> tuple[str, int, str]:
@@ -118,21 +93,63 @@ def is_side(name: str) -> bool:
     return bool(SIDE_STACK.search(stack if layer >= 0 else rest))
 
 
-def has_experts(tensor: Tensor) -> bool:
-    """Whether the tensor belongs to routed experts or to their router, by name alone."""
+def has_experts(tensor: Tensor, model: RoutedModel) -> bool:
+    """Whether the tensor belongs to routed experts or to their router, in any layer."""
     rest = split_key(tensor.name)[2]
     if SHARED.search(rest) or ATTENTION_EXPERTS.match(rest) or SHARED_BY_EXPERTS.match(rest):
         return False
     in_block = FUSED_IN_BLOCK.match(rest) and len(tensor.shape) == 3
-    return bool(EXPERT_LIKE.search(rest) or VECTOR.match(rest) or in_block)
+    named = EXPERT_LIKE.search(rest) and could_be_experts(rest, tensor.shape, model)
+    return bool(named or VECTOR.match(rest) or in_block)
 
 
-def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: str, where: str) -> Key:
+def classify_one(tensor: Tensor, model: RoutedModel, layers: set[int], where: Path) -> Key:
+    """The role of one tensor of a checkpoint."""
+    stack, layer, _ = split_key(tensor.name)
+    if is_side(tensor.name):
+        return KEEP
+    if layer in layers:
+        return classify(tensor, model, where)
+    if has_experts(tensor, model) and (layer < 0 or layer < model.num_model_layers):
+        place = f"layer {layer}" if stack else "no layer that semmoe can read"
+        raise InputError(f"{tensor.name} belongs to the experts of {place}, the plan places none there: {where}")
+    return KEEP
+
+
+def classify_written(tensor: Tensor, model: RoutedModel, layers: set[int], where: Path) -> Key:
+    """The role of a tensor that is not refused: it stays where it cannot be moved."""
+    try:
+        return classify_one(tensor, model, layers, where)
+    except InputError:
+        return KEEP
+
+
+def could_be_experts(rest: str, shape: tuple[int, ...], model: RoutedModel) -> bool:
+    """Whether a tensor of an unknown name may belong to single experts of its layer.
+
+    Its name says so, or its first axis: as many entries as experts, or beside a stack of experts
+    as many blocks of rows. What has no such axis stays, whatever its name.
+    """
+    one_each = shape[:1] == (model.num_experts,)
+    blocks = len(shape) > 0 and shape[0] > 0 and shape[0] % model.num_experts == 0
+    if EXPERT_LIKE.search(rest):
+        if AROUND_EXPERTS.match(rest) and len(shape) in (1, 2) and not one_each:
+            return blocks and shape[0] > model.hidden_size
+        if OF_EXPERTS.search(rest):
+            return shape not in ((), (1,)) or bool(NUMBERED.search(rest))
+        return blocks or model.num_experts in shape
+    if BESIDE_FUSED.match(rest):
+        return blocks
+    return one_each and bool(OF_BLOCK.match(rest)) and not LATENT.match(rest) and not DENSE_BESIDE.search(rest)
+
+
+def classify(tensor: Tensor, model: RoutedModel, where: Path) -> Key:
     """The role of a tensor in a layer whose experts a plan permutes.
 
-    `extra_rows`: classes of the router after the routed experts (zero experts, shared sinks, skip),
-    which stay. Raises InputError for a tensor of an expert or a router that cannot be moved.
+    Rows of the router after the routed experts (zero experts, shared sinks, skip) stay. Raises
+    InputError for a tensor of an expert or a router that cannot be moved.
     """
+    num_experts, extra_rows = model.num_experts, model.extra_rows
     stack, layer, rest = split_key(tensor.name)
     shape = tensor.shape
 
@@ -150,7 +167,7 @@ def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: s
         if expert >= num_experts:
             # Identity experts that some writers store, and the vision experts of Ernie: they stay
             # where they are.
-            if expert < num_experts + extra_rows or (model_type == TEXT_AND_VISION and expert < 2 * num_experts):
+            if expert < num_experts + extra_rows or (model.vision_experts and expert < 2 * num_experts):
                 return KEEP
             raise InputError(f"{tensor.name} is expert {expert}, expected 0..{num_experts - 1}: {where}")
         start = len(tensor.name) - len(rest)
@@ -161,7 +178,7 @@ def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: s
         if len(shape) == 2 and shape[0] in (1, 2):  # Ernie: [1, E], with vision experts [2, E]
             return rows(Role.COLUMNS, 1, router=True, extra=(0,))
         return rows(Role.ROWS, 0, router=True, extra=(0, extra_rows))
-    if model_type == TEXT_AND_VISION and rest in ("mlp.gate.weight", "mlp.gate.weight_1"):
+    if model.vision_experts and rest in ("mlp.gate.weight", "mlp.gate.weight_1"):
         return KEEP if rest.endswith("_1") else rows(Role.COLUMNS, 1, router=True, extra=(0,))
     if ROUTER_KEEPS.match(rest) and not (rest.endswith("bias") and shape == (num_experts,)):
         return KEEP
@@ -169,12 +186,12 @@ def classify(tensor: Tensor, *, num_experts: int, extra_rows: int, model_type: s
         return rows(Role.ROWS, 0, router=True, extra=(0, extra_rows))
     if FUSED_ROWS.match(rest) and len(shape) == 2 and shape[0] % num_experts == 0:
         return Key(Role.ROWS, stack, layer, rows=shape[0])
-    if FUSED.match(rest) or (FUSED_IN_BLOCK.match(rest) and len(shape) >= 2):
+    if FUSED.match(rest) or FUSED_IN_BLOCK.match(rest):
         if shape in ((), (1,)):
             return KEEP  # one scale for all experts
         return rows(Role.ROWS, 0, router=False, extra=(0,))
     further = FURTHER_ROUTER.match(rest) and num_experts in shape[:1]
-    if further or EXPERT_LIKE.search(rest) or ROUTER_LIKE.search(rest):
+    if further or ROUTER_LIKE.search(rest) or could_be_experts(rest, shape, model):
         raise InputError(
             f"{tensor.name} (shape {list(shape)}) belongs to the experts or the router of layer {layer}, "
             f"and semmoe does not know how to move it: {where}"

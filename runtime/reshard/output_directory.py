@@ -1,73 +1,28 @@
-"""A directory that appears whole or not at all.
+"""Where a reshard may be written: not over something else, not where the disk has no room."""
 
-It is filled as `.NAME.partial` beside its name and renamed at the end. A lock in it tells a run
-that is going on from what a killed run left: the latter is removed and written afresh.
-"""
-
-import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import new_directory
 
 SPARE_BYTES = 32 << 20  # room for configs, indices and the sidecar
 
 
-class OutputDirectory:
-    """Context manager: fill `partial`, then call `finish`. Without it, or after an error, nothing
-    is left.
+@contextmanager
+def output_directory(out: Path, source: Path, *, marker: str, force: bool) -> Iterator[Path]:
+    """A directory to fill that becomes `out`, of one run at a time.
 
-    `marker`: the file by which a directory that `force` may replace is known. `source` is what is
-    being read.
+    `source` is what is being read, `marker` the file by which a directory that `force` may replace
+    is known. Raises InputError as check_target and new_directory do.
     """
-
-    def __init__(self, out: Path, source: Path, *, marker: str, force: bool) -> None:
-        self.out = out.resolve()  # of a link to a directory, the directory: the disk that its owner chose
-        self.partial = self.out.with_name(f".{self.out.name}.partial")
-        self.lock = self.partial / ".lock"
-        self.descriptor = -1
-        self.finished = False
-        check_target(self.out, source, marker=marker, force=force)
-
-    def __enter__(self) -> "OutputDirectory":
-        try:
-            self.partial.mkdir(exist_ok=True)
-            self.descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT)
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.descriptor)
-            raise InputError(f"another run is writing {self.out}") from None
-        except OSError as error:
-            raise InputError(f"cannot write {self.out}: {error.strerror}") from None
-        for left in self.partial.iterdir():
-            if left != self.lock:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self.finished:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self.descriptor)
-        if isinstance(error, OSError):
-            # A full disk is told of a descriptor, without a name.
-            where = f" ({error.filename})" if error.filename else ""
-            raise InputError(f"cannot write {self.out}: {error.strerror or error}{where}") from None
-
-    def finish(self) -> None:
-        """Give the directory its name; what had it before goes."""
-        self.lock.unlink()
-        replaced = self.out.with_name(f".{self.out.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self.out.exists():
-            self.out.rename(replaced)
-        self.partial.rename(self.out)
-        self.finished = True
-        shutil.rmtree(replaced, ignore_errors=True)
+    check_target(out, source, marker=marker, force=force)
+    with new_directory(out.resolve(), lock=True) as folder:  # of a link, the directory: the disk that its owner chose
+        yield folder
 
 
 def check_target(out: Path, source: Path, *, marker: str, force: bool) -> None:

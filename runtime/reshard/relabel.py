@@ -10,66 +10,20 @@ source, so that a mistake in one direction shows in the comparison.
 Shape letters: E experts.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.complete import check_complete
+from semmoe.profiles.safetensors_file import INTEGERS, Shard, Tensor, make_header
 from semmoe.runtime.reshard.copy import Edit, FilePlan, Part, Piece, merged
-from semmoe.runtime.reshard.keys import KEEP, Key, Role, classify, has_experts, is_side, split_key
-from semmoe.runtime.reshard.source import Checkpoint, Shard, Tensor, make_header
+from semmoe.runtime.reshard.keys import Key, Role, classify_written
+from semmoe.runtime.reshard.model import RoutedModel
 
 EDIT_BYTES = 4 << 20  # smaller tensors are gathered in memory, larger ones by copies of each expert's bytes
-NAMED_EXPERT = re.compile(
-    r"(?P<before>[\w.]*(?:layers|blocks|h)\.(?P<layer>\d+)\.(?!self_attention\.)(?:\w+\.)?experts\.)(?P<expert>\d+)(?![\w*])"
-)
-ID_DTYPES = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1", "I8": "i1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
-
 Orders = Mapping[int, np.ndarray]
-
-
-@dataclass(frozen=True)
-class RoutedModel:
-    """What of config.json decides the roles of keys."""
-
-    model_type: str
-    num_experts: int
-    extra_rows: int  # classes of the router after the routed experts
-    num_model_layers: int  # layers from here on are MTP heads
-
-
-def classify_checkpoint(checkpoint: Checkpoint, model: RoutedModel, layers: set[int]) -> dict[str, Key]:
-    """The role of every tensor. Raises InputError where something of an expert would be left
-    behind, or is not there."""
-    keys: dict[str, Key] = {}
-    for shard in checkpoint.shards:
-        for tensor in shard.tensors:
-            keys[tensor.name] = classify_one(tensor, model, layers, shard.path)
-    check_complete(checkpoint, keys, model.num_experts, layers)
-    return keys
-
-
-def classify_one(tensor: Tensor, model: RoutedModel, layers: set[int], where: Path) -> Key:
-    """The role of one tensor of a checkpoint."""
-    stack, layer, _ = split_key(tensor.name)
-    if is_side(tensor.name):
-        return KEEP
-    if layer in layers:
-        return classify(
-            tensor,
-            num_experts=model.num_experts,
-            extra_rows=model.extra_rows,
-            model_type=model.model_type,
-            where=str(where),
-        )
-    if has_experts(tensor) and (layer < 0 or layer < model.num_model_layers):
-        place = f"layer {layer}" if stack else "no layer that semmoe can read"
-        raise InputError(f"{tensor.name} belongs to the experts of {place}, the plan places none there: {where}")
-    return KEEP
 
 
 def relabel_shard(
@@ -128,9 +82,9 @@ def block_bytes(tensor: Tensor, key: Key, num_experts: int, where: Path) -> tupl
 def relabelled_bytes(data: bytes, tensor: Tensor, key: Key, order_E: np.ndarray) -> bytes:
     """The bytes of a whole tensor after the permutation order_E (new2old) of its experts."""
     if key.role is Role.VALUES:
-        if tensor.dtype not in ID_DTYPES:
+        if tensor.dtype not in INTEGERS:
             raise InputError(f"{tensor.name} holds expert ids as {tensor.dtype}, expected integers")
-        ids = np.frombuffer(data, ID_DTYPES[tensor.dtype])
+        ids = np.frombuffer(data, INTEGERS[tensor.dtype])
         if len(ids) and (ids.min() < 0 or ids.max() >= len(order_E)):
             raise InputError(f"{tensor.name} names expert {ids.max()}, expected 0..{len(order_E) - 1}")
         return np.argsort(order_E).astype(ids.dtype)[ids].tobytes()
@@ -166,7 +120,7 @@ def expected_parts(shard: Shard, source: Shard, model: RoutedModel, orders: Orde
     sources = {tensor.name: tensor for tensor in source.tensors}
     parts: list[Part] = []
     for tensor in shard.tensors:
-        key = classify_one(tensor, model, set(orders), written)
+        key = classify_written(tensor, model, set(orders), written)
         name = key.renamed(tensor.name, int(orders[key.layer][key.expert])) if key.role is Role.EXPERT else tensor.name
         original = sources.pop(name, None)
         if original is None or (original.dtype, original.shape) != (tensor.dtype, tensor.shape):
@@ -180,20 +134,6 @@ def expected_parts(shard: Shard, source: Shard, model: RoutedModel, orders: Orde
     return merged(parts)
 
 
-def relabelled_config(text: str, orders: Orders) -> str:
-    """A configuration file whose lists of modules (kept in high precision, say) name single
-    experts, renamed likewise."""
-    old2new = {layer: np.argsort(order) for layer, order in orders.items()}
-
-    def rename(found: re.Match[str]) -> str:
-        layer, expert = int(found["layer"]), int(found["expert"])
-        if is_side(found["before"]) or layer not in old2new or expert >= len(old2new[layer]):
-            return found[0]
-        return f"{found['before']}{old2new[layer][expert]}"
-
-    return NAMED_EXPERT.sub(rename, text)
-
-
 def relabelled_index(weight_map: Mapping[str, str], keys: Mapping[str, Key], orders: Orders) -> dict[str, str]:
     """The index's map after renaming, sorted where it was sorted."""
     old2new = {layer: np.argsort(order) for layer, order in orders.items()}
@@ -202,8 +142,3 @@ def relabelled_index(weight_map: Mapping[str, str], keys: Mapping[str, Key], ord
         key = keys[name]
         result[key.renamed(name, int(old2new[key.layer][key.expert])) if key.role is Role.EXPERT else name] = file
     return dict(sorted(result.items())) if list(weight_map) == sorted(weight_map) else result
-
-
-def total_bytes(files: list[FilePlan]) -> int:
-    """Bytes that writing the files takes on the disk."""
-    return sum(file.size for file in files if not file.link)

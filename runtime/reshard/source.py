@@ -1,67 +1,20 @@
 """A checkpoint as bytes on disk: safetensors headers, the index, and the other files; tensors are
-never loaded.
+never loaded."""
 
-A safetensors file is 8 bytes of length (little endian), a JSON header of that length, and one data
-region in which the tensors lie end to end (https://github.com/huggingface/safetensors). A tensor is
-renamed by writing another header in front of the same data. Headers are written as the safetensors
-library writes them, compact JSON padded with blanks, so that a file which is renamed and renamed
-back is the same file.
-"""
-
-import json
 import os
-import struct
-import sys
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import wrong_file
+from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, read_index, read_shard
 
-INDEX_NAME = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-PAGE_BYTES = 4096
 # Weights in other formats: a copy of them beside permuted tensors would be another model under the
 # same name.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".ckpt", ".ot", ".npz")
-DTYPE_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One entry of a header; `begin` and `end` count bytes from the start of the data region."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.end - self.begin
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """One safetensors file: its tensors in the order of their bytes, and where the data region
-    starts."""
-
-    path: Path
-    header_bytes: int  # length word and JSON together: the offset of the data region
-    size: int
-    metadata: dict[str, str]
-    tensors: tuple[Tensor, ...]
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,94 +26,35 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index: dict[str, Any] | None
     others: tuple[str, ...]  # relative paths of the files that are carried over as they are
-    left_out: tuple[str, ...]  # relative paths of weights in other formats
+    left_out: tuple[str, ...]  # relative paths of weights in other formats, links out of the checkpoint, devices
+
+    def selects(self, shard: Shard, tensor: Tensor) -> bool:
+        """Whether a loader reads this tensor: the index decides where there is one."""
+        return self.index is None or self.index["weight_map"].get(tensor.name) == shard.name
+
+    def selected(self) -> Iterator[tuple[Shard, Tensor]]:
+        """The tensors that a loader reads, each with its file."""
+        return ((shard, tensor) for shard in self.shards for tensor in shard.tensors if self.selects(shard, tensor))
+
+    def unselected_notes(self) -> tuple[str, ...]:
+        """One line for every file with tensors that the index does not select."""
+        notes = []
+        for shard in self.shards:
+            if names := [tensor.name for tensor in shard.tensors if not self.selects(shard, tensor)]:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                notes.append(
+                    f"{shard.name}: {INDEX_NAME} does not select {names[0]}{more}; carried along with the file"
+                )
+        return tuple(notes)
 
     @property
     def num_bytes(self) -> int:
         return sum(shard.size for shard in self.shards)
 
-
-def read_shard(path: Path) -> Shard:
-    """Read and check the header of a safetensors file. Raises InputError where the file is
-    damaged or cut short."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            word = file.read(8)
-            length = struct.unpack("<Q", word)[0] if len(word) == 8 else -1
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise InputError(f"{path} is damaged: it does not begin with a safetensors header")
-            text = file.read(length)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: the checkpoint is not complete") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-
-    def share(shape: tuple[int, ...]) -> tuple[int, ...]:  # hundreds of thousands of tensors have a few shapes
-        return shapes.setdefault(shape, shape)
-
-    try:
-        entries = json.loads(text)
-        metadata = entries.pop("__metadata__", None) or {}
-        tensors = tuple(
-            sorted(
-                (
-                    Tensor(n, sys.intern(e["dtype"]), share(tuple(e["shape"])), *e["data_offsets"])
-                    for n, e in entries.items()
-                ),
-                key=lambda t: (t.begin, t.end),
-            )
-        )
-        if any(type(number) is not int or number < 0 for t in tensors for number in (*t.shape, t.begin, t.end)):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} is damaged: its safetensors header cannot be read") from None
-    shard = Shard(path, 8 + length, size, metadata, tensors)
-    check_offsets(shard)
-    return shard
-
-
-def check_offsets(shard: Shard) -> None:
-    """Raise InputError unless the tensors cover the data region without gaps and the file holds
-    all of it."""
-    place = 0
-    for tensor in shard.tensors:
-        bits = DTYPE_BITS.get(tensor.dtype)
-        count = 1
-        for length in tensor.shape:
-            count *= length
-        if tensor.begin != place or (bits is not None and tensor.num_bytes * 8 != count * bits):
-            raise InputError(f"{shard.path} is damaged: the offsets of {tensor.name} do not fit its shape")
-        place = tensor.end
-    if shard.header_bytes + place != shard.size:
-        raise InputError(
-            f"{shard.path} has {shard.size:,} bytes, its header describes {shard.header_bytes + place:,}: "
-            "the file is cut short or damaged"
-        )
-
-
-def make_header(tensors: tuple[Tensor, ...], metadata: dict[str, str], *, header_bytes: int = 0) -> bytes:
-    """Length word and JSON of a file with these tensors.
-
-    Padded with blanks to `header_bytes` where the JSON fits, so that the data keeps its offset;
-    else to whole pages more, so that the data keeps its place in a page and a file system may still
-    share its blocks.
-    """
-    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    for tensor in tensors:
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [tensor.begin, tensor.end],
-        }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    needed = 8 + len(text)
-    if not header_bytes:
-        total = needed + -needed % 8
-    else:
-        total = header_bytes + max(0, -(-(needed - header_bytes) // PAGE_BYTES)) * PAGE_BYTES
-    return struct.pack("<Q", total - 8) + text.ljust(total - 8)
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of what copy_others copies."""
+        return sum(path.stat().st_size for name in self.others if (path := self.path / name).exists())
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -180,29 +74,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not found:
         raise InputError(f"{path} holds no safetensors file: other weight formats cannot be resharded")
     shards = tuple(read_shard(path / name) for name in found)
-    check_names(shards, path)
-    if index:
+    if not index:
+        check_names(shards, path)
+    else:
         check_index(index["weight_map"], {shard.name: shard for shard in shards}, path)
     others, left_out = other_files(path)
     return Checkpoint(path, shards, index, others, left_out)
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """The index of a sharded checkpoint: {"metadata": {...}, "weight_map": {tensor: file}}."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
-        raise InputError(f"{path} has no weight_map: expected the index of a sharded checkpoint")
-    if not all(isinstance(file, str) for file in index["weight_map"].values()):
-        raise InputError(f"{path} is damaged: its weight_map names something else than files")
-    index["weight_map"] = {key: sys.intern(file) for key, file in index["weight_map"].items()}
-    return index
-
-
 def check_names(shards: tuple[Shard, ...], path: Path) -> None:
-    """Raise InputError where a tensor is in two files: which of them counts, nobody knows."""
+    """Raise InputError where a tensor is in two files and no index says which of them counts."""
     found: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:
@@ -220,7 +101,10 @@ def check_index(weight_map: dict[str, str], shards: dict[str, Shard], path: Path
 
 def other_files(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Relative paths of the files to carry over, and of what is not: weights in other formats or
-    places, links to directories."""
+    places, links to directories and out of the checkpoint, pipes and devices.
+
+    Raises InputError where config.json is such a link: without it nothing can load the output.
+    """
     others, left_out = [], []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
@@ -232,5 +116,20 @@ def other_files(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
             weights = name.endswith(WEIGHT_SUFFIXES) or name.endswith((".safetensors.index.json", ".bin.index.json"))
             if name.startswith(".") or relative == INDEX_NAME or (relative == name and name.endswith(".safetensors")):
                 continue
-            (left_out if weights else others).append(relative)
+            foreign = "" if weights else wrong_file(path, Path(folder, name))
+            if foreign and relative == "config.json":
+                raise InputError(f"{path / relative} is {foreign}")
+            (left_out if weights or foreign else others).append(relative)
     return tuple(others), tuple(left_out)
+
+
+def copy_others(source: Checkpoint, target: Path, *, skip: tuple[str, ...] = ()) -> None:
+    """Carry over config, tokenizer, generation config, custom code and whatever else is not
+    weights."""
+    for name in source.others:
+        if name not in skip:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(source.path / name, target / name)
+            except FileNotFoundError:
+                raise InputError(f"{source.path / name} is a link to nothing: the checkpoint is not complete") from None

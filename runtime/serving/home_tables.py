@@ -1,9 +1,10 @@
 """A schedule's tables on the model's device, and the scores of ranks as homes:
-solvers/{token_table,context,sequence_table}.py in torch.
+solvers/schedule/{token_table,context,paper_table}.py in torch.
 
-The one-hot features of the context predictor lie in one table per layer, so that their sum is one
-`embedding_bag`. Nothing is read back and no shape depends on a value. Ids that the host knows (rows
-of the token table, positions) come with `Known`, once per batch.
+The one-hot features of the context predictor (solvers/schedule/features.py) lie in one table per
+layer, so that their sum is one `embedding_bag`. Nothing is read back and no shape depends on a
+value. Ids that the host knows (rows of the token table, positions) come with `Known`, once per
+batch.
 
 Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, U ids with a row, C candidates,
 F features, X columns of ids.
@@ -17,7 +18,7 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule.context import ContextPredictor
+from semmoe.solvers.schedule.features import Places
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.token_table import Lookup, ShareRows
 
@@ -75,9 +76,9 @@ class HomeTables:
     after: DeviceRows
     rare_LR: torch.Tensor  # float32
     prices_LR: torch.Tensor
-    weight_LFR: torch.Tensor  # float32: features by place, see `feature_weights`; a WeightLearner goes on with them
+    weight_LFR: torch.Tensor  # float32; a WeightLearner goes on with them
+    places: Places  # of its features
     first_X: torch.Tensor  # int32: first feature of each column of ids
-    depth: int
     top_k: int
     bias_LR: torch.Tensor
     share_LRR: torch.Tensor
@@ -95,9 +96,9 @@ class HomeTables:
             DeviceRows.of(token.after, device),
             put(token.rare_LR, device),
             put(token.prices_LR, device),
-            put(feature_weights(context), device),
-            put(first_features(context, top_k), device),
-            context.depth,
+            put(context.weight_LFR, device),
+            context.places,
+            put(context.places.first_X(top_k), device),
             top_k,
             put(context.bias_LR, device),
             put(context.share_LRR, device),
@@ -109,10 +110,6 @@ class HomeTables:
     @property
     def num_layers(self) -> int:
         return self.hosts_LER.shape[0]
-
-    @property
-    def num_experts(self) -> int:
-        return self.hosts_LER.shape[1] - 1
 
     @property
     def num_ranks(self) -> int:
@@ -143,17 +140,16 @@ class HomeTables:
         return self.shares_TR(layer, known) - self.prices_LR[layer]
 
     def context_ids_TX(self, layer: int, known: Known, chosen: Chosen, *, is_prompt: bool) -> torch.Tensor:
-        """Places of every token's features in `weight_LFR[layer]`, int32 [T, X], for tokens of
-        one phase."""
-        depth, top_k, num_tokens = min(self.depth, layer), self.top_k, len(chosen.own_TLK)
-        own_TX = chosen.own_TLK[:, layer - depth : layer].reshape(num_tokens, depth * top_k)
+        """Places.ids_TX for tokens of one phase, int32 [T, X]: rows of `weight_LFR[layer]`."""
+        depth = min(self.places.depth, layer)
+        own_TX = chosen.own_TLK[:, layer - depth : layer].flatten(1)
         # A prompt's tokens see the layer before of the token before them, which is in the same
         # pass; see Chosen.previous_TLK.
         nothing_TK = chosen.previous_TLK[:, 0]
         prompt_TK, generated_TK = chosen.previous_TLK[:, layer], chosen.previous_TLK[:, layer + 1]
         previous = (prompt_TK, nothing_TK) if is_prompt else (nothing_TK, generated_TK)
         ids_TX = torch.cat([own_TX, *previous, known.position_ids_TC], 1)
-        return ids_TX.add_(self.first_X[(self.depth - depth) * top_k :])
+        return ids_TX.add_(self.first_X[-ids_TX.shape[1] :])
 
     def context_scores_TR(self, layer: int, known: Known, ids_TX: torch.Tensor) -> torch.Tensor:
         """semmoe.solvers.schedule.context.context_scores_TR."""
@@ -175,22 +171,6 @@ class HomeTables:
         confident_T1 = table_TR.amax(1, keepdim=True) * known.has_row_T1
         followed_TR = table_TR.scatter(1, rank_T1, 1 + confidence_T1)
         return torch.where(confident_T1 <= confidence_T1, followed_TR, table_TR)
-
-
-def feature_weights(context: ContextPredictor) -> np.ndarray:
-    """Weights of all one-hot features, float32 [L, F, R]: choices of the layer farthest back first,
-    then those of the token before (prompt, generated), then positions."""
-    num_layers, num_ranks = context.bias_LR.shape
-    parts = (context.own_LDER[:, ::-1], context.previous_LPER, context.position_LQR)
-    return np.concatenate([part.reshape(num_layers, -1, num_ranks) for part in parts], axis=1).astype(np.float32)
-
-
-def first_features(context: ContextPredictor, top_k: int) -> np.ndarray:
-    """Where the features of each column of ids begin, int32 [X]: (depth + 2) * K choices, then
-    the columns of positions."""
-    num_ids, groups = context.own_LDER.shape[2], context.depth + 2
-    choices_X = np.repeat(np.arange(groups) * num_ids, top_k)
-    return np.append(choices_X, np.full(3, groups * num_ids)).astype(np.int32)
 
 
 def put(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -22,3 +22,4 @@ class RunOptions:
     output: str | None = None
     timeout_s: float = 300.0
     check: bool = False
+    verify: bool = True  # compare a reshard with the checksums of its semmoe.json

@@ -5,11 +5,11 @@ At the end they are written in input order beside OUT and renamed.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import write_file
 
 if TYPE_CHECKING:
     from semmoe.runtime.serving.batch import Completion
@@ -49,17 +49,11 @@ class ResultKeeper:
         """All lines in input order, written under the final name."""
         lines = [self._lines[index] for index in sorted(self._lines)]
         if self._output is not None:
-            temporary = self._output.with_name(f".{self._output.name}.{os.getpid()}.tmp")
+            write_file(self._output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             try:
-                temporary.write_text(
-                    "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-                )
-                temporary.replace(self._output)
                 partial_path(self._output).unlink(missing_ok=True)
             except OSError as error:
                 raise InputError(f"cannot write {self._output}: {error.strerror}") from None
-            finally:
-                temporary.unlink(missing_ok=True)
         return lines
 
 

@@ -20,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from semmoe.profiles.capture.loading import DTYPES, ModelSource, find_model, load_model, load_tokenizer, refusals
 from semmoe.profiles.capture.requests import TextRequest, encode_requests
+from semmoe.profiles.checkpoint import compare_checkpoint
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.ranks.failures import naming
-from semmoe.runtime.ranks.group import Group, choose_device, hand_out, open_group, together
+from semmoe.runtime.ranks.group import Group, choose_device, hand_out, open_group, read_environment, together
 from semmoe.runtime.ranks.progress import Show, shown_nowhere
 from semmoe.runtime.reshard.ranks import SHARED
 from semmoe.runtime.serving.batch import Completion, Limits, Prompt
@@ -35,10 +36,10 @@ from semmoe.runtime.serving.results import ResultKeeper
 from semmoe.runtime.serving.schedulers import assign
 from semmoe.runtime.serving.tensor_parallel import ShuffledModel, install_tensor_parallel
 from semmoe.runtime.serving.token_homes import find_schedule, make_homes
+from semmoe.runtime.serving.verify import Entries, entries_to_verify, my_share, verifying
 from semmoe.runtime.transformers.placed_model import PlacedModel, load_placed
 from semmoe.runtime.transformers.rank_parts import RankCheckpoint, rank_checkpoints
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,9 @@ class RankTask:
     checkpoint: RankCheckpoint
     prompts: list[Prompt]  # of all ranks
     rank_of_B: np.ndarray  # int64, the rank that serves each; with tp all do
+    entries: Entries  # files that it may compare
+    verified: bool | None  # whether they are all of the checkpoint
+    same_checkpoint: bool | None  # as the plan was traced on; None where that is not known
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +97,14 @@ def prepare(
     checkpoints = rank_checkpoints(folder, plan)
     if options.check and checkpoints[0].layout == "ranks":
         raise InputError(f"--check: {options.checkpoint} is a reshard for ranks, which plain Transformers cannot load")
+    layout = checkpoints[0].layout
+    entries, verified = entries_to_verify(folder, num_ranks, wanted=options.verify, tell=tell)
+    same, line = None, ""
+    if layout != "permuted":  # a relabelled router is another one; the plan's fingerprint ties it
+        home = folder / SHARED if layout == "ranks" else folder
+        same, line = compare_checkpoint(plan.model.checkpoint, home, options.checkpoint)
+    if line:
+        tell(line)
     prompts = encode_prompts(options, source, requests)
     if scheduler == "tp":  # every rank serves every request; refuse before ranks start
         find_schedule(options.predict, plan)
@@ -101,8 +113,11 @@ def prepare(
         ids = [prompt.token_ids for prompt in prompts]
         rank_of_B = assign(scheduler, ids, plan, max_new_tokens=options.max_new_tokens)
     tables = plan.tables if scheduler == "tp" else {}
-    told = replace(plan, tables=tables, fitted_keys=plan.fitted_keys[:0], trace={}, split={}, scores={}, notes=[])
-    return [RankTask(scheduler, told, checkpoint, prompts, rank_of_B) for checkpoint in checkpoints]
+    told = replace(plan, tables=tables, fitted_keys=plan.fitted_keys[:0], trace={}, split={}, scores=None, notes=[])
+    return [
+        RankTask(scheduler, told, checkpoint, prompts, rank_of_B, entries[rank], verified, same)
+        for rank, checkpoint in enumerate(checkpoints)
+    ]
 
 
 def check_ranks(name: str, plan: Plan, num_ranks: int) -> None:
@@ -113,8 +128,7 @@ def check_ranks(name: str, plan: Plan, num_ranks: int) -> None:
 
 def default_scheduler(plan: Plan, name: str, tell: Callable[[str], None]) -> str:
     """dp where the plan scores requests; else none, and a note says so."""
-    schedule = Schedule.from_tables(plan.tables)
-    if schedule is not None and schedule.has_requests:
+    if plan.request_scorer is not None:
         return "dp"
     tell(f"{name} scores no requests: they go to the ranks in turn (--scheduler none)")
     return "none"
@@ -173,13 +187,7 @@ def run_rank(
             task = hand_out(lambda: read(group.size), group)
         # 1. The model of this rank, and whether it says what its experts say.
         source, folder = find_source(options.checkpoint)
-        placed, stop_ids = together(
-            lambda: (
-                load_placed(source, folder, task.checkpoint, task.plan, group, dtype=options.dtype),
-                stop_token_ids(source),
-            ),
-            group,
-        )
+        placed, stop_ids = together(lambda: load_verified(options, task, source, folder, group), group)
         check_exchange(placed, source.name)
         shuffled = share_out_heads(options, task, placed, source.name) if task.scheduler == "tp" else None
         # 2. Serve.
@@ -198,7 +206,19 @@ def run_rank(
         if metrics is None:
             return None
         asked = {"scheduler": task.scheduler, "ranks": group.size, "requests": len(task.prompts)}
+        asked |= {"verified": task.verified, "same_checkpoint": task.same_checkpoint}
         return RunResult(keeper.finish(), asked | metrics, task.prompts, limits)
+
+
+def load_verified(
+    options: RunOptions, task: RankTask, source: ModelSource, folder: Path, group: Group
+) -> tuple[PlacedModel, frozenset[int]]:
+    """The model of this rank and the ids that end a generation, with this rank's share of the
+    files compared meanwhile."""
+    rank, _, local_rank, local_size = read_environment()
+    with verifying(folder, my_share(task.entries, rank, local_rank, local_size)):
+        placed = load_placed(source, folder, task.checkpoint, task.plan, group, dtype=options.dtype)
+        return placed, stop_token_ids(source)
 
 
 def share_out_heads(options: RunOptions, task: RankTask, placed: PlacedModel, name: str) -> ShuffledModel:

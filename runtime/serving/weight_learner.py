@@ -21,13 +21,13 @@ from torch.nn.functional import embedding_bag
 from semmoe.runtime.ranks.failures import naming
 from semmoe.runtime.ranks.group import Group
 from semmoe.runtime.serving.home_tables import HomeTables
+from semmoe.solvers.schedule.features import Places
 from semmoe.solvers.schedule.learning import (
     HALF_LIFE,
     LEARN_EVERY,
     MOST_TRUST,
     RIDGE,
     learned_depth,
-    num_learned_features,
 )
 
 BLOCK = 4_096  # tokens whose features are spread out at once
@@ -45,10 +45,10 @@ class WeightLearner:
     ranks call together."""
 
     def __init__(self, tables: HomeTables, group: Group) -> None:
-        num_layers, num_experts, num_ranks = tables.num_layers, tables.num_experts, tables.num_ranks
+        num_layers, num_ranks, places = tables.num_layers, tables.num_ranks, tables.places
         self._tables, self._group = tables, group
-        self._depth = learned_depth(tables.depth, num_experts)
-        self._features = num_learned_features(self._depth, num_experts)
+        self._learned = Places(learned_depth(places.depth, places.num_experts), places.num_experts)
+        self._features = self._learned.num_features
         self._layers = list(range(group.rank, num_layers, group.size))
         self._places = -(-num_layers // group.size)  # N
         empty = tables.weight_LFR.new_zeros
@@ -73,8 +73,8 @@ class WeightLearner:
             return
         # The features that learn are the last ones of the table, and their columns the last of the
         # ids.
-        others = (min(self._tables.depth, layer) - min(self._depth, layer)) * self._tables.top_k
-        own_TX = ids_TX[:, others:].long() - (self._tables.weight_LFR.shape[1] - self._features)
+        columns = self._learned.num_columns(layer, self._tables.top_k)
+        own_TX = ids_TX[:, -columns:].long() - (self._tables.places.num_features - self._features)
         self._predicted[layer] = Predicted(own_TX, scores_TR)
 
     def chose(self, layer: int, chosen_TK: torch.Tensor) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from semmoe.profiles.capture.layers import find_moe_layers, layer_number
+from semmoe.profiles.capture.layers import find_moe_layers
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import layer_number
 
 PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from semmoe.profiles.capture.layers import MoeLayer
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.families import IDENTITY_EXPERTS
 from semmoe.runtime.layer.dispatch import serve_tokens
 from semmoe.runtime.layer.tables import ExpertLayer, RunExperts
 
@@ -33,7 +34,7 @@ def hold_slots(layer: MoeLayer, num_experts: int, slots: int, name: str) -> None
         # DBRX keeps all experts' rows in matrices one module further down.
         in_rows = owner is not module and getattr(owner, "moe_num_experts", None) == num_experts
         for key, parameter in list(owner.named_parameters(recurse=False)):
-            sizes = {num_experts: slots, num_experts + (getattr(module, "zero_expert_num", 0) or 0): slots}
+            sizes = {num_experts: slots, num_experts + (getattr(module, IDENTITY_EXPERTS, 0) or 0): slots}
             if in_rows:
                 sizes = {parameter.shape[0]: parameter.shape[0] // num_experts * slots}
             if (owner is module or in_rows) and parameter.shape[0] in sizes:

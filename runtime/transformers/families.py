@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from semmoe.profiles.families import FAMILIES, IDENTITY_EXPERTS
 from semmoe.runtime.layer.tables import RunExperts
 
 
@@ -25,7 +26,7 @@ def choose_explicitly(model: nn.Module) -> None:
     """Give Llama 4's blocks and experts forwards that name their choice; other families are left
     alone."""
     for module in model.modules():
-        if type(module).__name__ == "Llama4TextMoe":
+        if type(module).__name__ == FAMILIES["llama4"].block:
             experts: Any = module.experts
             experts.is_transposed = True  # [S, D, 2 I] and [S, I, D]
             experts.__class__ = type("Llama4TextExperts", (type(experts),), {"forward": _llama4_experts})
@@ -89,7 +90,7 @@ def _expert_by_expert(
 def leave_out_empty_slots(module: Any, num_experts: int) -> None:
     """Choices of no expert go to the dispatch as the id E; LongCat's identity experts cost one
     multiplication here."""
-    dispatch, identities = module.forward, getattr(module, "zero_expert_num", 0)
+    dispatch, identities = module.forward, getattr(module, IDENTITY_EXPERTS, 0)
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         # Zaya's router rewrites "skip this layer" to expert 0 with weight 0.
@@ -106,8 +107,8 @@ def leave_out_empty_slots(module: Any, num_experts: int) -> None:
 def local_experts(module: Any) -> RunExperts:
     """The module's own work on rows of experts that it holds."""
     own_forward = module.forward
-    if type(module).__name__ == "LongcatFlashExperts":
+    if type(module).__name__ == FAMILIES["longcat_flash"].experts:
         return MethodType(_longcat_experts, module)
-    if type(module).__name__ == "DbrxExperts":
+    if type(module).__name__ == FAMILIES["dbrx"].experts:
         return lambda rows, slots, weights: own_forward(rows, slots, weights).reshape(rows.shape)
     return own_forward

@@ -15,13 +15,16 @@ from typing import NamedTuple
 
 from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.keys import PER_EXPERT, Key, Role, split_key
-from semmoe.runtime.reshard.ranks import SHARED, is_expert, rank_directory
-from semmoe.runtime.reshard.relabel import block_bytes, classify_checkpoint
-from semmoe.runtime.reshard.reshard import check_plan, routed_model
+from semmoe.profiles.families import IDENTITY_EXPERTS, PER_EXPERT
+from semmoe.profiles.safetensors_file import Shard, Tensor
+from semmoe.runtime.reshard.complete import classify_checkpoint
+from semmoe.runtime.reshard.keys import Key, Role, is_expert, split_key
+from semmoe.runtime.reshard.model import check_plan, routed_model
+from semmoe.runtime.reshard.ranks import SHARED, rank_directory
+from semmoe.runtime.reshard.relabel import block_bytes
 from semmoe.runtime.reshard.sidecar import SIDECAR, read_sidecar
-from semmoe.runtime.reshard.source import Checkpoint, Shard, Tensor, open_checkpoint
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.runtime.reshard.source import Checkpoint, open_checkpoint
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import Plan
 
@@ -106,9 +109,8 @@ def whole_tensor(shard: Shard, tensor: Tensor, folder: str) -> StoredTensor:
 
 def dense_tensors(checkpoint: Checkpoint, folder: str) -> Iterator[StoredTensor]:
     """Every tensor of a directory as it is."""
-    for shard in checkpoint.shards:
-        for tensor in shard.tensors:
-            yield whole_tensor(shard, tensor, folder)
+    for shard, tensor in checkpoint.selected():
+        yield whole_tensor(shard, tensor, folder)
 
 
 def tensors_of_directory(checkpoint: Checkpoint, slots: Slots, folder: str) -> Iterator[StoredTensor]:
@@ -134,21 +136,20 @@ def tensors_of_whole(
     keys = classify_checkpoint(checkpoint, routed_model(config, num_experts), set(slots[0]))
     places = places_of_experts(slots)
     parts: list[list[StoredTensor]] = [[] for _ in slots]
-    for shard in checkpoint.shards:
-        for tensor in shard.tensors:
-            key, whole = keys[tensor.name], whole_tensor(shard, tensor, "")
-            if not is_expert(key):
-                # LongCat's identity experts have weights that nothing reads.
-                if not (config.get("zero_expert_num") and PER_EXPERT.match(split_key(tensor.name)[2])):
-                    for part in parts:
-                        part.append(whole)
-            elif key.role is Role.ROWS:
-                for part, own in zip(parts, slots, strict=True):
-                    part.append(rows_of_experts(shard, tensor, key, own[key.layer], num_experts))
-            else:
-                for rank, slot in places[key.layer, key.expert]:
-                    name = key.renamed(tensor.name, slot)
-                    parts[rank].append(whole._replace(name=name, layer=key.layer, slot=slot, experts=(key.expert,)))
+    for shard, tensor in checkpoint.selected():
+        key, whole = keys[tensor.name], whole_tensor(shard, tensor, "")
+        if not is_expert(key):
+            # LongCat's identity experts have weights that nothing reads.
+            if not (config.get(IDENTITY_EXPERTS) and PER_EXPERT.match(split_key(tensor.name)[2])):
+                for part in parts:
+                    part.append(whole)
+        elif key.role is Role.ROWS:
+            for part, own in zip(parts, slots, strict=True):
+                part.append(rows_of_experts(shard, tensor, key, own[key.layer], num_experts))
+        else:
+            for rank, slot in places[key.layer, key.expert]:
+                name = key.renamed(tensor.name, slot)
+                parts[rank].append(whole._replace(name=name, layer=key.layer, slot=slot, experts=(key.expert,)))
     return parts
 
 

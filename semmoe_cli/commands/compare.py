@@ -1,18 +1,48 @@
 """`semmoe compare`: plans side by side on a trace, and what it takes to get from one to another."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import BatchTokens, Json, Seed, Window
+from semmoe.options import Json, Simulation, grouped
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from semmoe.solvers.evaluate.compare import Comparison
+    from semmoe.solvers.evaluate.report import ScoreRow
 
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large an expert is."""
+
+    expert_bytes: Annotated[
+        int, typer.Option(metavar="N", help="Bytes of one expert's weights; or give its sizes.", min=0)
+    ] = 0
+    hidden_size: Annotated[int, typer.Option(metavar="D", help="Hidden size of the model.", min=0)] = 0
+    expert_size: Annotated[int, typer.Option(metavar="I", help="Intermediate size of an expert.", min=0)] = 0
+    dtype_bytes: Annotated[float, typer.Option(help="With the sizes: bytes of a weight (0.5 = 4 bits).", min=0)] = 2.0
+
+    def bytes(self) -> int:
+        """Bytes of one expert's weights; 0 where nothing says it."""
+        from semmoe.profiles.errors import InputError
+        from semmoe.solvers.place.moves import expert_bytes
+
+        if bool(self.hidden_size) != bool(self.expert_size):
+            raise InputError("--hidden-size and --expert-size go together: an expert holds three matrices of that size")
+        if not isfinite(self.dtype_bytes):
+            raise typer.BadParameter("expected a number of bytes", param_hint="--dtype-bytes")
+        if self.hidden_size and not self.expert_bytes:
+            return expert_bytes(self.hidden_size, self.expert_size, self.dtype_bytes)
+        return self.expert_bytes
+
+
+@grouped()
 def compare(
     paths: Annotated[
         list[str],
@@ -22,15 +52,9 @@ def compare(
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="Also write a page: .html (one file), .md or .png."),
     ] = None,
-    expert_bytes: Annotated[
-        int, typer.Option(metavar="N", help="Bytes of one expert's weights; or give its sizes.", min=0)
-    ] = 0,
-    hidden_size: Annotated[int, typer.Option(metavar="D", help="Hidden size of the model.", min=0)] = 0,
-    expert_size: Annotated[int, typer.Option(metavar="I", help="Intermediate size of an expert.", min=0)] = 0,
-    dtype_bytes: Annotated[float, typer.Option(help="With the sizes: bytes of a weight (0.5 = 4 bits).", min=0)] = 2.0,
-    batch_tokens: BatchTokens = 512,
-    window: Window = 256,
-    seed: Seed = 0,
+    *,
+    sizes: Sizes,
+    simulation: Simulation,
     json_: Json = False,
 ) -> None:
     """Score plans side by side on requests that none of them saw, and count the experts to move
@@ -41,23 +65,16 @@ def compare(
     from semmoe.profiles.errors import InputError
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.compare import compare_plans
-    from semmoe.solvers.place.moves import expert_bytes as bytes_of_expert
     from semmoe.solvers.plan import Plan
-    from semmoe.solvers.schedule.simulate import Setting
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import note, print_json
+    from semmoe.terminal.tables import note, note_unchecked, print_json
 
     *plan_paths, trace = paths
     if len(plan_paths) < 2:
         raise typer.BadParameter("two plans or more, and a trace", param_hint="PLAN PLAN... TRACE")
     if len(set(plan_paths)) < len(plan_paths):
         raise InputError(f"a plan is named twice: {', '.join(plan_paths)}")
-    if bool(hidden_size) != bool(expert_size):
-        raise InputError("--hidden-size and --expert-size go together: an expert holds three matrices of that size")
-    if not isfinite(dtype_bytes):
-        raise typer.BadParameter("expected a number of bytes", param_hint="--dtype-bytes")
-    if hidden_size and not expert_bytes:
-        expert_bytes = bytes_of_expert(hidden_size, expert_size, dtype_bytes)
+    bytes_per_expert = sizes.bytes()
     if output is not None:
         from semmoe.pages.page import check_page_target
 
@@ -67,15 +84,16 @@ def compare(
         comparison, notes = compare_plans(
             plans,
             traced,
-            bytes_per_expert=expert_bytes,
-            setting=Setting(batch_tokens, window, seed),
+            bytes_per_expert=bytes_per_expert,
+            setting=simulation.setting(),
             progress=progress,
         )
+    note_unchecked(*plans.values(), traced)
     for line in notes:
         note(line)
-    comparison |= {"trace": trace}
+    comparison = replace(comparison, trace=trace)
     if json_:
-        print_json(comparison)
+        print_json(comparison.to_json())
     else:
         _print(comparison)
     if output is not None:
@@ -86,24 +104,26 @@ def compare(
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
 
 
-def _print(comparison: dict[str, Any]) -> None:
+def _print(comparison: "Comparison") -> None:
+    from semmoe.solvers.evaluate.compare import NoMoves
     from semmoe.terminal.tables import SCORE_CAPTION, layouts, print_fitting, wide_console
+    from semmoe.terminal.text import visible
 
     console = wide_console()
-    nodes = max(plan["nodes"] for plan in comparison["plans"])
+    nodes = max(plan.nodes for plan in comparison.plans)
     title = (
-        f"{comparison['model'] or 'model'}: {comparison['requests']} requests that no plan saw, {comparison['tokens']:,} tokens; "
-        f"{comparison['dispatch']} dispatch"
+        f"{comparison.model or 'model'}: {comparison.requests} requests that no plan saw, {comparison.tokens:,} tokens; "
+        f"{comparison.dispatch} dispatch"
     )
     rows = _shown_rows(comparison)
     shapes = [(facts, *layout) for layout in layouts(nodes) for facts in (("method", "ranks"), ())]
     tables = [_score_table(comparison, rows, *shape) for shape in shapes]
     print_fitting(console, tables, title=title, caption=f"{SCORE_CAPTION}; --json holds every schedule")
-    if comparison["differences"]:
+    if comparison.differences:
         print_fitting(
             console,
             [_difference_table(comparison)],
-            title=f"\nDifference to {comparison['plans'][0]['plan']}, on the same requests, tokens at random homes",
+            title=f"\nDifference to {comparison.plans[0].plan}, on the same requests, tokens at random homes",
             caption="in brackets: 95% paired bootstrap interval; better or worse where it excludes 0",
         )
     print_fitting(
@@ -113,80 +133,78 @@ def _print(comparison: dict[str, Any]) -> None:
         caption="renamed: with the one renaming of ranks, nodes kept together, that moves least and keeps the traffic; "
         "per layer: a renaming for every layer, where no schedule sends tokens to ranks",
     )
-    for moves in comparison["moves"]:
-        if "why_not" in moves:
-            console.print(f"{moves['from']} to {moves['to']}: {moves['why_not']}", markup=False)
+    for moves in comparison.moves:
+        if isinstance(moves, NoMoves):
+            console.print(visible(f"{moves.from_} to {moves.to}: {moves.why_not}"))
 
 
-def _shown_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+def _shown_rows(comparison: "Comparison") -> "list[ScoreRow]":
     """Each plan at random homes and under its best schedule, oracles left out."""
+    from semmoe.solvers.evaluate.report import random_row
     from semmoe.solvers.evaluate.verdict import best_row
 
     shown = []
-    for plan in comparison["plans"]:
-        rows = [r for r in comparison["rows"] if r["placement"] == plan["plan"]]
-        shown.append(next(r for r in rows if r["schedule"] == "random"))
+    for plan in comparison.plans:
+        rows = [row for row in comparison.rows if row.placement == plan.plan]
+        shown.append(random_row(rows, plan.plan))
         best = best_row(rows, "per-rank")
-        if best["schedule"] != "random":
+        if best.schedule != "random":
             shown.append(best)
     return shown
 
 
 def _score_table(
-    comparison: dict[str, Any], rows: list[dict[str, Any]], facts: Sequence[str], metrics: list[str], intervals: bool
+    comparison: "Comparison", rows: "list[ScoreRow]", facts: Sequence[str], metrics: list[str], intervals: bool
 ) -> "Table":
     """`facts`: what the table tells of a plan beside its name."""
-    from rich.markup import escape
-
     from semmoe.terminal.tables import COLUMNS, new_table, score_cell
+    from semmoe.terminal.text import add_row
 
     table = new_table()
     for heading in ("plan", *facts, "schedule"):
         table.add_column(heading, justify="right" if heading == "ranks" else "left", overflow="fold")
     for metric in metrics:
         table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
-    plans = {plan["plan"]: plan for plan in comparison["plans"]}
+    plans = {plan.plan: plan for plan in comparison.plans}
     for row in rows:
-        about = (str(plans[row["placement"]][fact]) for fact in facts)
+        about = (str(getattr(plans[row.placement], fact)) for fact in facts)
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
-        table.add_row(escape(row["placement"]), *about, row["schedule"], *cells)
+        add_row(table, row.placement, *about, row.schedule, *cells)
     return table
 
 
-def _difference_table(comparison: dict[str, Any]) -> "Table":
-    from rich.markup import escape
-
+def _difference_table(comparison: "Comparison") -> "Table":
     from semmoe.solvers.evaluate.compare import PAIRED
     from semmoe.terminal.tables import COLUMNS, new_table
+    from semmoe.terminal.text import add_row
 
     table = new_table()
     table.add_column("plan", overflow="fold")
     table.add_column("")
     table.add_column("difference", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for row in comparison["differences"]:
+    for row in comparison.differences:
         for metric in PAIRED:
-            value, low, high = row[metric]
+            value, low, high = getattr(row, metric)
             sure = "better" if high < 0 else "worse" if low > 0 else "same"
-            name = escape(row["plan"]) if metric == PAIRED[0] else ""
-            table.add_row(name, COLUMNS[metric][0], f"{value:+.3f} \\[{low:+.3f}, {high:+.3f}]", sure)
+            name = row.plan if metric == PAIRED[0] else ""
+            add_row(table, name, COLUMNS[metric][0], f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", sure)
     return table
 
 
-def _move_table(comparison: dict[str, Any]) -> "Table":
-    from rich.markup import escape
-
+def _move_table(comparison: "Comparison") -> "Table":
     from semmoe.pages.compare import move_cells
+    from semmoe.solvers.evaluate.compare import PlanMoves
     from semmoe.terminal.tables import new_table
+    from semmoe.terminal.text import add_row
 
-    sized = bool(comparison["bytes_per_expert"])
+    sized = bool(comparison.bytes_per_expert)
     table = new_table()
     for heading in ("from", "to"):
         table.add_column(heading, overflow="fold")
     for heading in ("as named", "renamed", "renamed per layer"):
         table.add_column(heading, justify="right")
-    for moves in comparison["moves"]:
-        if "why_not" in moves:
-            continue
-        table.add_row(escape(moves["from"]), escape(moves["to"]), *move_cells(moves, sized=sized))
+    for moves in comparison.moves:
+        if isinstance(moves, PlanMoves):
+            add_row(table, moves.from_, moves.to, *move_cells(moves, sized=sized))
     return table

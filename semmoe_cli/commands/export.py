@@ -1,63 +1,54 @@
 """`semmoe export`: a plan as the file that a serving engine reads."""
 
-import enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from semmoe.options import Json, command_line
+from semmoe.options import Json, MapKind, VllmFormat, command_line, grouped
 
 
-class Kind(enum.StrEnum):
-    """Choices of --to and --import; a test keeps them equal to semmoe.solvers.maps.write.KINDS."""
+@dataclass(frozen=True, kw_only=True)
+class MapFacts:
+    """What an engine's map depends on beside the plan."""
 
-    sglang = "sglang"
-    trtllm = "trtllm"
-    vllm = "vllm"
-    vllm_ascend = "vllm-ascend"
-    eplb = "eplb"
+    format: Annotated[
+        VllmFormat | None,
+        typer.Option("--format", help="vllm: pull request that your build contains; no release reads a map yet."),
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG", help="config.json, checkpoint or hub id: checks the layers, and counts the MTP layers."
+        ),
+    ] = None
+    num_hidden_layers: Annotated[
+        int, typer.Option(help="sglang, trtllm: layers of the model, where the plan does not know.", min=0)
+    ] = 0
+    mtp_layers: Annotated[
+        int | None, typer.Option(metavar="N", help="trtllm: MTP layers after the last one; they stay unplaced.", min=0)
+    ] = None
+    redundant: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Redundant experts that the server starts with; checked against the plan.", min=0
+        ),
+    ] = None
 
 
-class VllmFormat(enum.StrEnum):
-    """Choices of --format; a test keeps them equal to semmoe.solvers.maps.write.VLLM_FORMATS."""
-
-    pr41141 = "pr41141"
-    pr49572 = "pr49572"
-    pr34811 = "pr34811"
-
-
+@grouped()
 def export(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan directory.")],
-    to: Annotated[Kind, typer.Option(help="Engine that will read the file.")],
+    to: Annotated[MapKind, typer.Option(help="Engine that will read the file.")],
     output: Annotated[
         Path,
         typer.Option(
             "-o", "--output", metavar="FILE", help="File to write; its ending decides the container of eplb tables."
         ),
     ],
-    format: Annotated[
-        VllmFormat | None,
-        typer.Option("--format", help="vllm: pull request that your build contains; no release reads a map yet."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CONFIG", help="config.json, checkpoint or hub id: checks the layers, and counts the MTP layers."
-        ),
-    ] = None,
-    num_hidden_layers: Annotated[
-        int, typer.Option(help="sglang, trtllm: layers of the model, where the plan does not know.", min=0)
-    ] = 0,
-    mtp_layers: Annotated[
-        int | None, typer.Option(metavar="N", help="trtllm: MTP layers after the last one; they stay unplaced.", min=0)
-    ] = None,
-    redundant: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Redundant experts that the server starts with; checked against the plan.", min=0
-        ),
-    ] = None,
+    *,
+    facts: MapFacts,
     json_: Json = False,
 ) -> None:
     """Write a placement as the expert map of SGLang, TensorRT-LLM, vLLM, vLLM-Ascend or EPLB, and
@@ -65,20 +56,12 @@ def export(
 
     Example: semmoe export p --to sglang -o map.json
     """
-    from semmoe.profiles.config import read_config
     from semmoe.profiles.errors import InputError
-    from semmoe.solvers.maps.write import (
-        check_config,
-        check_export_target,
-        export_map,
-        launch_lines,
-        render,
-        write_export,
-    )
+    from semmoe.solvers.maps.write import MapOptions, check_export_target, write_map
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.tables import note, print_json
 
-    kind, vllm_format = to.value, format.value if format else ""
+    kind, vllm_format = to.value, facts.format.value if facts.format else ""
     check_export_target(output, kind)
     if kind == "vllm" and not vllm_format:
         raise InputError(
@@ -86,27 +69,14 @@ def export(
         )
     if vllm_format and kind != "vllm":
         raise InputError(f"--format is for --to vllm, not for {kind}")
-    if num_hidden_layers and kind not in ("sglang", "trtllm"):
+    if facts.num_hidden_layers and kind not in ("sglang", "trtllm"):
         note(f"--num-hidden-layers is for --to sglang and trtllm: a map for {kind} has rows of MoE layers only")
-    if mtp_layers and kind != "trtllm":
+    if facts.mtp_layers and kind != "trtllm":
         note(f"--mtp-layers is for --to trtllm: a map for {kind} has no rows of such layers")
     placed = Plan.load(plan)
-    if model is not None:
-        num_hidden_layers, from_config = check_config(placed, read_config(model))
-        mtp_layers = from_config if mtp_layers is None else mtp_layers
-    value = export_map(
-        placed,
-        kind,
-        format=vllm_format,
-        num_hidden_layers=num_hidden_layers,
-        num_mtp_layers=mtp_layers or 0,
-        redundant=redundant,
-    )
-    content = _torch_bytes(value) if output.suffix == ".pt" else render(kind, value, output.suffix)
-    write_export(output, kind, content, placed, format=vllm_format, made_by=command_line(output, plan, model or ""))
-    lines = launch_lines(placed, kind, output, format=vllm_format)
-    if kind == "trtllm" and mtp_layers is None:
-        lines.append("no rows for MTP layers: a model that has them needs --model CONFIG or --mtp-layers N here")
+    made_by = command_line(output, plan, facts.model or "")
+    options = MapOptions(vllm_format, facts.model, facts.num_hidden_layers, facts.mtp_layers, facts.redundant, made_by)
+    lines = write_map(placed, kind, output, options)
     placement = placed.placement
     note(
         f"wrote {output}: {placement.num_layers} layers, {placement.slots_per_rank} slots on {placement.num_ranks} ranks"
@@ -115,15 +85,3 @@ def export(
         note(line)
     if json_:
         print_json({"kind": kind, "file": str(output), "plan": placed.fingerprint, "notes": lines})
-
-
-def _torch_bytes(arrays: dict) -> bytes:
-    """A .pt file of the tables; written to memory first, so that its bytes do not hold the name
-    of a temporary file."""
-    import io
-
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, buffer)
-    return buffer.getvalue()

@@ -21,7 +21,9 @@ DIGITS = {
 
 def replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> None:
     """Start or join the ranks, replay, print the rows."""
-    from semmoe.profiles.errors import InputError
+    from semmoe.profiles.errors import InputError, require_extra
+
+    require_extra("--replay", "torch", "transformers")
     from semmoe.runtime.ranks.group import check_group
     from semmoe.runtime.ranks.launch import as_rank, launch, under_torchrun
     from semmoe.runtime.replay.cases import prepare
@@ -48,6 +50,8 @@ def print_rows(result: dict[str, Any], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from semmoe.terminal.text import add_row, visible
+
     rate = result["network"]["bytes_per_s"]
     link = f"{rate / 1e6:,.0f} MB/s" if rate < UNMEASURED_BYTES_PER_S else "too fast to measure in such batches"
     title = (
@@ -55,12 +59,12 @@ def print_rows(result: dict[str, Any], *, as_json: bool) -> None:
         f"{result['batch_tokens']:,}; link {link}, "
         f"latency {result['network']['latency_s'] * 1e3:.2f} ms"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=visible(title), title_justify="left")
     for heading in ("placement", "schedule"):
         table.add_column(heading)
     for heading in DIGITS:
         table.add_column(heading.replace("_", " "), justify="right")
     for row in result["rows"]:
         numbers = (f"{row[name]:,.{digits}f}" for name, digits in DIGITS.items())
-        table.add_row(row["placement"], row["schedule"], *numbers)
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+        add_row(table, row["placement"], row["schedule"], *numbers)
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False).print(table)

@@ -1,18 +1,74 @@
-"""`semmoe report` and `semmoe show`: a plan on a trace, the health of a trace, and any trace or
-plan in a screen."""
+"""`semmoe report`: a plan on a trace, or the health of a trace."""
 
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import BatchTokens, Json, Seed, Window
+from semmoe.options import Json, Simulation, given, grouped
 
 if TYPE_CHECKING:
+    from semmoe.pages.page import Page
+    from semmoe.pages.plan_report import PlanReportOptions
     from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.plan import Plan
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a report of a plan says beyond its scores."""
+
+    what_if: Annotated[
+        str, typer.Option(metavar="R,R,...", help="Also place and score on these numbers of ranks, e.g. 2,4,8,16,32.")
+    ] = ""
+    hidden_size: Annotated[
+        int, typer.Option(metavar="D", help="Also give bytes per dispatch kind, for this hidden size.", min=0)
+    ] = 0
+    dispatch_bytes: Annotated[
+        float, typer.Option(help="Bytes of a value at dispatch, 1 for float8; combine sends 2.", min=0)
+    ] = 2.0
+    topology_bandwidth: Annotated[
+        str,
+        typer.Option(
+            metavar="GB/S",
+            help="Also predict the time of dispatch and combine per layer: GB/s of a rank's link, one way; INTRA:INTER for links inside "
+            "a node and between nodes; or a .json file with bandwidth and latency per class of link or pair of ranks.",
+        ),
+    ] = ""
+    latency: Annotated[
+        str,
+        typer.Option(metavar="US", help="With --topology-bandwidth: microseconds of one exchange, or INTRA:INTER."),
+    ] = ""
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Also name the most and least predictable tokens: tokenizer.json, its directory, or demo.",
+        ),
+    ] = None
+
+    def options(self, *, pictures: bool) -> "PlanReportOptions":
+        """The same as pages read it."""
+        from semmoe.pages.plan_report import PlanReportOptions
+
+        if self.latency and not self.topology_bandwidth:
+            raise typer.BadParameter("needs --topology-bandwidth", param_hint="--latency")
+        if not isfinite(self.dispatch_bytes):
+            raise typer.BadParameter("expected a number of bytes", param_hint="--dispatch-bytes")
+        return PlanReportOptions(
+            _numbers(self.what_if),
+            self.hidden_size,
+            self.dispatch_bytes,
+            self.topology_bandwidth,
+            self.latency,
+            self.tokenizer,
+            pictures,
+        )
+
+
+@grouped()
 def report(
     paths: Annotated[
         list[str],
@@ -28,40 +84,12 @@ def report(
             "-o", "--output", metavar="FILE", help="Also write a report with pictures: .html (one file), .md or .png."
         ),
     ] = None,
-    what_if: Annotated[
-        str, typer.Option(metavar="R,R,...", help="Also place and score on these numbers of ranks, e.g. 2,4,8,16,32.")
-    ] = "",
-    hidden_size: Annotated[
-        int, typer.Option(metavar="D", help="Also give bytes per dispatch kind, for this hidden size.", min=0)
-    ] = 0,
-    dispatch_bytes: Annotated[
-        float, typer.Option(help="Bytes of a value at dispatch, 1 for float8; combine sends 2.", min=0)
-    ] = 2.0,
-    topology_bandwidth: Annotated[
-        str,
-        typer.Option(
-            metavar="GB/S",
-            help="Also predict the time of dispatch and combine per layer: GB/s of a rank's link, one way; INTRA:INTER for links inside "
-            "a node and between nodes; or a .json file with bandwidth and latency per class of link or pair of ranks.",
-        ),
-    ] = "",
-    latency: Annotated[
-        str,
-        typer.Option(metavar="US", help="With --topology-bandwidth: microseconds of one exchange, or INTRA:INTER."),
-    ] = "",
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Also name the most and least predictable tokens: tokenizer.json, its directory, or demo.",
-        ),
-    ] = None,
+    *,
+    extras: Extras,
     ranks: Annotated[
         int, typer.Option(help="Trace alone: ranks of its curves; 0: 8, or what the experts divide over.", min=0)
     ] = 0,
-    batch_tokens: BatchTokens = 512,
-    window: Window = 256,
-    seed: Seed = 0,
+    simulation: Simulation,
     json_: Json = False,
 ) -> None:
     """Score a plan on a trace beside what engines do without one, or check the health of a trace;
@@ -70,58 +98,24 @@ def report(
     Example: semmoe report p t -o report.html --what-if 2,4,8,16; semmoe report t
     """
     from semmoe.profiles.errors import InputError
-    from semmoe.profiles.trace import RoutingTrace
 
-    if latency and not topology_bandwidth:
-        raise typer.BadParameter("needs --topology-bandwidth", param_hint="--latency")
     if len(paths) > 2:
         raise typer.BadParameter("a plan and a trace, or a trace alone", param_hint="[PLAN] TRACE")
     if ranks and len(paths) == 2:
         raise typer.BadParameter("a plan has its own ranks; others are asked for with --what-if", param_hint="--ranks")
-    if not isfinite(dispatch_bytes):
-        raise typer.BadParameter("expected a number of bytes", param_hint="--dispatch-bytes")
+    options = extras.options(pictures=output is not None)
     if output is not None:
         from semmoe.pages.page import check_page_target
 
         check_page_target(output)
-    numbers = _numbers(what_if)
-    if len(paths) == 1:
-        if numbers or tokenizer or hidden_size or topology_bandwidth:
-            raise InputError(
-                "--what-if, --tokenizer, --hidden-size and --topology-bandwidth need a plan: semmoe report PLAN TRACE"
-            )
-        _report_trace(RoutingTrace.open(paths[0]), paths[0], ranks, seed, output, json_)
-        return
-    from semmoe.pages.on_request import certificate_section, costs_section, tokens_section, what_if_section
-    from semmoe.pages.page import write_page
-    from semmoe.pages.plan import plan_page
-    from semmoe.pages.plan_report import PlanReportOptions, make_plan_report
-    from semmoe.solvers.plan import Plan
-    from semmoe.solvers.schedule.simulate import Setting
-    from semmoe.terminal.tables import note, print_report, print_section, print_times
-
-    options = PlanReportOptions(
-        numbers, hidden_size, dispatch_bytes, topology_bandwidth, latency, tokenizer, output is not None
-    )
-    made = make_plan_report(
-        Plan.load(paths[0]),
-        RoutingTrace.open(paths[1]),
-        options,
-        Setting(batch_tokens, window, seed),
-        plan_path=paths[0],
-    )
-    for line in [*made.notes, *made.left_out]:
-        note(line)
-    print_report(made.to_json() | {"plan": paths[0], "trace": paths[1]}, as_json=json_)
-    if made.times and not json_:
-        print_times(made.times)
-    if not json_:
-        asked = (what_if_section, tokens_section, *([costs_section] if hidden_size else []), certificate_section)
-        for section in filter(None, (make(made) for make in asked)):
-            print_section(section)
-    if output is not None:
-        write_page(plan_page(made), output)
-        note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
+    if len(paths) == 2:
+        _report_plan(paths[0], paths[1], options, simulation, output, json_)
+    elif given(extras, but=("dispatch_bytes",)):
+        raise InputError(
+            "--what-if, --tokenizer, --hidden-size and --topology-bandwidth need a plan: semmoe report PLAN TRACE"
+        )
+    else:
+        _report_trace(paths[0], ranks, simulation.seed, output, json_)
 
 
 def _numbers(text: str) -> list[int]:
@@ -137,33 +131,77 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _report_trace(trace: "RoutingTrace", path: str, ranks: int, seed: int, output: Path | None, as_json: bool) -> None:
+def _report_plan(
+    plan: str, trace: str, options: "PlanReportOptions", simulation: Simulation, output: Path | None, as_json: bool
+) -> None:
+    from semmoe.pages.on_request import certificate_section, costs_section, tokens_section, what_if_section
+    from semmoe.pages.page import print_section
+    from semmoe.pages.plan import plan_page
+    from semmoe.pages.plan_report import make_plan_report
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.plan import Plan
+    from semmoe.terminal.tables import note, note_unchecked, print_report, print_times
+
+    placed, traced = Plan.load(plan), RoutingTrace.open(trace)
+    if traced.info.kind == "counts":
+        _report_balance(placed, traced, {"plan": plan, "trace": trace}, output, as_json)
+        return
+    made = make_plan_report(placed, traced, options, simulation.setting(), plan_path=plan)
+    note_unchecked(placed, traced)
+    for line in [*made.notes, *made.left_out]:
+        note(line)
+    print_report(replace(made.report, plan=plan, trace=trace), as_json=as_json)
+    if made.report.times and not as_json:
+        print_times(made.report.times)
+    if not as_json:
+        asked = (
+            what_if_section,
+            tokens_section,
+            *([costs_section] if options.hidden_size else []),
+            certificate_section,
+        )
+        for section in filter(None, (make(made) for make in asked)):
+            print_section(section)
+    if output is not None:
+        _write(plan_page(made), output)
+
+
+def _report_balance(
+    plan: "Plan", trace: "RoutingTrace", names: dict[str, str], output: Path | None, as_json: bool
+) -> None:
+    """What can be said of a plan on loads alone."""
+    from semmoe.solvers.plan_of_counts import ONLY_BALANCE, balance_of, counted_load_LE
+    from semmoe.terminal.tables import note, print_balance
+
+    if output is not None:
+        trace.require_tokens("a page")
+    plan.model.check(trace.info, trace.path)
+    note(f"{trace.path}: {ONLY_BALANCE}")
+    if trace.fingerprint in plan.trace.get("fingerprints", []):
+        note("the plan was made from these very loads: its balance is not held out")
+    print_balance(balance_of(plan, counted_load_LE([trace])), names, as_json=as_json)
+
+
+def _report_trace(path: str, ranks: int, seed: int, output: Path | None, as_json: bool) -> None:
+    from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.health.health import trace_health
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import note, print_health
+    from semmoe.terminal.tables import note_unchecked, print_health
 
+    trace = RoutingTrace.open(path)
     with steps("health") as progress:
-        health = trace_health(trace, seed=seed, ranks=ranks, progress=progress) | {"trace": path}
+        health = replace(trace_health(trace, seed=seed, ranks=ranks, progress=progress), trace=path)
+    note_unchecked(trace)
     print_health(health, as_json=as_json)
     if output is not None:
         from semmoe.pages.health import health_page
-        from semmoe.pages.page import write_page
 
-        write_page(health_page(health), output)
-        note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
+        _write(health_page(health), output)
 
 
-def show(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A trace or a plan.")],
-    seed: Seed = 0,
-    json_: Json = False,
-) -> None:
-    """Describe a trace or a plan in a screen: sizes, layers, load skew, and whether there is
-    structure to use.
+def _write(page: "Page", output: Path) -> None:
+    from semmoe.pages.page import write_page
+    from semmoe.terminal.tables import note
 
-    Example: semmoe show t
-    """
-    from semmoe.description import describe_path
-    from semmoe.terminal.tables import print_facts
-
-    print_facts(describe_path(path, seed=seed), as_json=json_)
+    write_page(page, output)
+    note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")

@@ -1,36 +1,36 @@
 """`semmoe reshard`: a checkpoint and a plan in, a checkpoint out that realises the plan; and
 back."""
 
-import enum
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from semmoe.options import Json, command_line
-from semmoe.profiles.progress import Stages
-from semmoe.terminal.trace_progress import clock
+from semmoe.options import Json, Layout, Verify, command_line, given, grouped
 
 
-class Layout(enum.StrEnum):
-    """Choices of --layout; a test keeps them equal to semmoe.runtime.reshard.sidecar.LAYOUTS."""
+@dataclass(frozen=True, kw_only=True)
+class Rewriting:
+    """What is written, and what is done about it afterwards."""
 
-    permuted = "permuted"
-    ranks = "ranks"
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            help="permuted: a normal checkpoint with relabelled experts, for any engine; ranks: a directory per rank."
+        ),
+    ] = Layout.permuted
+    link: Annotated[bool, typer.Option("--link/--copy", help="Hard-link the files that do not change.")] = False
+    verify: Annotated[
+        Verify, typer.Option(help="bytes: read everything again and compare; logits: also run both models (in memory).")
+    ] = Verify.bytes
+    undo: Annotated[bool, typer.Option("--undo", help="Give back the checkpoint that CHECKPOINT was made from.")] = (
+        False
+    )
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is a reshard already.")] = False
 
 
-class Verify(enum.StrEnum):
-    """Choices of --verify; a test keeps them equal to semmoe.runtime.reshard.reshard.VERIFY."""
-
-    none = "none"
-    bytes = "bytes"
-    logits = "logits"
-
-
+@grouped()
 def reshard(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint directory with safetensors files.")
@@ -39,20 +39,8 @@ def reshard(
     plan: Annotated[
         Path | None, typer.Argument(metavar="PLAN", help="Plan of `semmoe place`; none with --undo.")
     ] = None,
-    layout: Annotated[
-        Layout,
-        typer.Option(
-            help="permuted: a normal checkpoint with relabelled experts, for any engine; ranks: a directory per rank."
-        ),
-    ] = Layout.permuted,
-    link: Annotated[bool, typer.Option("--link/--copy", help="Hard-link the files that do not change.")] = False,
-    verify: Annotated[
-        Verify, typer.Option(help="bytes: read everything again and compare; logits: also run both models (in memory).")
-    ] = Verify.bytes,
-    undo: Annotated[
-        bool, typer.Option("--undo", help="Give back the checkpoint that CHECKPOINT was made from.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is a reshard already.")] = False,
+    *,
+    rewriting: Rewriting,
     json_: Json = False,
 ) -> None:
     """Write a checkpoint whose experts lie as a plan places them, bit for bit the same model.
@@ -60,22 +48,24 @@ def reshard(
     Example: semmoe reshard Qwen3-30B-A3B p -o Qwen3-30B-A3B-placed; semmoe reshard --undo
     Qwen3-30B-A3B-placed -o back
     """
+    undo, verify, force = rewriting.undo, rewriting.verify, rewriting.force
     if undo == (plan is not None):
         raise typer.BadParameter("--undo takes CHECKPOINT alone" if undo else "PLAN is missing", param_hint="PLAN")
-    if undo and (link or layout is not Layout.permuted or verify is Verify.logits):
+    if undo and (verify is Verify.logits or given(rewriting, but=("undo", "verify", "force"))):
         raise typer.BadParameter(
             "--undo goes with -o, --verify none|bytes, --force and --json only", param_hint="--undo"
         )
-    from dataclasses import asdict
-
     from semmoe.profiles.demo.paths import demo_model_path
-    from semmoe.runtime.reshard.reshard import reshard_checkpoint, undo_reshard
+    from semmoe.runtime.reshard.records import ReshardOptions
+    from semmoe.runtime.reshard.reshard import reshard_checkpoint
+    from semmoe.runtime.reshard.undo import undo_reshard
     from semmoe.solvers.plan import Plan
+    from semmoe.terminal.progress import gigabytes, stages
     from semmoe.terminal.tables import note, print_json
 
     if checkpoint == Path("demo") and not (checkpoint / "config.json").exists():
         checkpoint = demo_model_path()
-    with progress_lines() as progress:
+    with stages(gigabytes) as progress:
         if plan is None:
             result = undo_reshard(checkpoint, output, verify=verify.value, force=force, progress=progress)
         else:
@@ -83,15 +73,16 @@ def reshard(
                 checkpoint,
                 Plan.load(plan),
                 output,
-                layout=layout.value,
-                link=link,
-                verify=verify.value,
-                force=force,
-                made_by=command_line(checkpoint, plan, output),
+                ReshardOptions(
+                    rewriting.layout.value, rewriting.link, verify.value, force, command_line(checkpoint, plan, output)
+                ),
                 progress=progress,
             )
     for name in result.left_out:
-        note(f"left out {name}: weights in another format or place, and links to directories, are not carried over")
+        note(
+            f"left out {name}: weights in another format or place, links to directories or out of the checkpoint, "
+            "pipes and devices are not carried over"
+        )
     for line in result.notes:
         note(line)
     if json_:
@@ -103,30 +94,3 @@ def reshard(
     note(
         f"wrote {output} ({result.num_layers} layers, {result.files} files, {result.bytes_written / 1e9:.2f} GB{linked}; {checked})"
     )
-
-
-@contextmanager
-def progress_lines() -> Iterator[Stages | None]:
-    """A function that shows how many of how many bytes are done, and the time left: one line per
-    task on a terminal, else None.
-
-    The line is written over, and ended before anything else is said.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    started: dict[str, float] = {}
-
-    def show(what: str, done: int, total: int) -> None:
-        if started and what not in started:
-            print(file=sys.stderr)
-        seconds = time.monotonic() - started.setdefault(what, time.monotonic())
-        left = f", {clock(seconds * (total - done) / done)} left" if 0 < done < total else ""
-        line = f"{what} {done / 1e9:.2f} of {total / 1e9:.2f} GB{left}"
-        print(f"\r{line:<60}", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield show
-    finally:
-        if started:
-            print(file=sys.stderr)

@@ -1,8 +1,8 @@
 """`semmoe run`: a placed model on many ranks. With --replay see replay.py."""
 
-import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,18 +10,120 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from semmoe.commands.replay import replay as replay_trace
-from semmoe.commands.trace import Dtype
-from semmoe.options import Dataset, Json, MessagesField, Seed, Split, Subset, TextField, given, refuse_mixed
-from semmoe.profiles.errors import InputError
+from semmoe.options import Json, Loading, Seed, Texts, given, grouped, refuse_mixed
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.runtime.serving.results import kept_results, partial_path, partial_state
 from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_facts, print_json
 
 if TYPE_CHECKING:
+    from semmoe.profiles.capture.requests import RequestSource
     from semmoe.runtime.serving.options import RunOptions
     from semmoe.runtime.serving.run import RankTask, RunResult
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What is served."""
+
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts: a .jsonl, .json, .parquet, .txt or .csv file (.gz may follow), a directory of them, - for stdin, or demo.",
+        ),
+    ] = None
+    fields: Texts
+    max_requests: Annotated[int | None, typer.Option(metavar="N", help="Run the first N prompts.", min=1)] = None
+
+    def source(self) -> "RequestSource":
+        """The same as profiles read it."""
+        from semmoe.profiles.capture.requests import RequestSource
+
+        return RequestSource(self.prompts, **asdict(self.fields), max_requests=self.max_requests)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaying:
+    """What is replayed in place of a model."""
+
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACE", help="Replay this trace's routing with random values instead of running a model."
+        ),
+    ] = None
+    hidden_size: Annotated[
+        int | None, typer.Option(metavar="D", help="With --replay: values of a token's row.", min=1)
+    ] = None
+    expert_size: Annotated[
+        int, typer.Option(metavar="I", help="With --replay: width of the random experts; 0 for none.", min=0)
+    ] = 0
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="With --replay: most rows to replay, a random choice of requests.", min=1)
+    ] = 65536
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How the ranks work."""
+
+    nproc: Annotated[
+        int | None, typer.Option(metavar="R", help="Ranks to start here; the plan's number by default.", min=1)
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|dp|tp",
+            help="Where work goes. none: requests in turn. dp: requests by the plan's scorer, balanced in tokens (the default where "
+            "the plan has one). tp: heads shared over ranks, tokens by --predict. With --replay, all that the plan allows by default.",
+        ),
+    ] = None
+    predict: Annotated[
+        str | None,
+        typer.Option(
+            metavar="context|learning|table|paper|none",
+            help="With --scheduler tp: what predicts a token's rank; context by default. learning: the context predictor, whose weights "
+            "go on learning from what runs, for traffic that the plan's trace did not hold; none gives equal consecutive slices.",
+        ),
+    ] = None
+    backend: Annotated[str, typer.Option(help="auto, nccl or gloo.")] = "auto"
+    loading: Loading
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate per request.", min=1)] = 32
+    batch_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Prompt tokens of one forward pass of a rank, padding counted; with --replay, rows of a batch on all ranks together.",
+            min=1,
+        ),
+    ] = 4096
+    replaying: Replaying
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="S", help="Seconds that a rank waits for the others before the run fails.", min=1, max=1e9
+        ),
+    ] = 300.0
+    check: Annotated[
+        bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
+    ] = False
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Compare a reshard with the checksums in its semmoe.json while it is read, on every machine."
+        ),
+    ] = True
+
+    def everywhere(self, plan: Path) -> dict[str, Any]:
+        """What RunOptions and ReplayOptions have in common."""
+        options = {"plan": str(plan), "scheduler": self.scheduler, "backend": self.backend, "timeout_s": self.timeout}
+        loading = {"dtype": self.loading.dtype.value, "device": self.loading.device}
+        return options | loading | {"batch_tokens": self.batch_tokens}
+
+
+@grouped()
 def run(
     plan: Annotated[Path, typer.Option("--plan", metavar="PLAN", help="Plan directory.")],
     checkpoint: Annotated[
@@ -30,75 +132,9 @@ def run(
             metavar="CHECKPOINT", help="Hub id or directory of the model, a reshard of it (permuted or ranks), or demo."
         ),
     ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Prompts: a .jsonl, .json, .parquet, .txt or .csv file (.gz may follow), a directory of them, - for stdin, or demo.",
-        ),
-    ] = None,
-    dataset: Dataset = None,
-    subset: Subset = None,
-    split: Split = None,
-    text_field: TextField = None,
-    messages_field: MessagesField = None,
-    max_requests: Annotated[int | None, typer.Option(metavar="N", help="Run the first N prompts.", min=1)] = None,
-    nproc: Annotated[
-        int | None, typer.Option(metavar="R", help="Ranks to start here; the plan's number by default.", min=1)
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="none|dp|tp",
-            help="Where work goes. none: requests in turn. dp: requests by the plan's scorer, balanced in tokens (the default where "
-            "the plan has one). tp: heads shared over ranks, tokens by --predict. With --replay, all that the plan allows by default.",
-        ),
-    ] = None,
-    predict: Annotated[
-        str | None,
-        typer.Option(
-            metavar="context|learning|table|paper|none",
-            help="With --scheduler tp: what predicts a token's rank; context by default. learning: the context predictor, whose weights "
-            "go on learning from what runs, for traffic that the plan's trace did not hold; none gives equal consecutive slices.",
-        ),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, nccl or gloo.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Number type of the weights; auto: as stored.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate per request.", min=1)] = 32,
-    batch_tokens: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="Prompt tokens of one forward pass of a rank, padding counted; with --replay, rows of a batch on all ranks together.",
-            min=1,
-        ),
-    ] = 4096,
-    replay: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TRACE", help="Replay this trace's routing with random values instead of running a model."
-        ),
-    ] = None,
-    hidden_size: Annotated[
-        int | None, typer.Option(metavar="D", help="With --replay: values of a token's row.", min=1)
-    ] = None,
-    expert_size: Annotated[
-        int, typer.Option(metavar="I", help="With --replay: width of the random experts; 0 for none.", min=0)
-    ] = 0,
-    max_tokens: Annotated[
-        int, typer.Option(metavar="N", help="With --replay: most rows to replay, a random choice of requests.", min=1)
-    ] = 65536,
-    seed: Seed = 0,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="S", help="Seconds that a rank waits for the others before the run fails.", min=1, max=1e9
-        ),
-    ] = 300.0,
-    check: Annotated[
-        bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
-    ] = False,
+    *,
+    prompts: Prompts,
+    running: Running,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="OUT.jsonl", help="Completions, one JSON line per request.")
     ] = None,
@@ -112,36 +148,25 @@ def run(
     """
     from semmoe.profiles.capture.requests import RequestSource
 
-    texts = RequestSource(prompts, dataset, subset, split, text_field, messages_field, None, max_requests)
-    if replay is not None:
-        if hidden_size is None or checkpoint is not None or texts != RequestSource():
+    texts, everywhere, replaying = prompts.source(), running.everywhere(plan), running.replaying
+    if replaying.replay is not None:
+        if replaying.hidden_size is None or checkpoint is not None or texts != RequestSource():
             raise typer.BadParameter("--replay needs --hidden-size, and takes neither CHECKPOINT nor prompts")
-        refuse_mixed("--replay", given(output=output, check=check, predict=predict))
+        refuse_mixed("--replay", given(output=output, check=running.check, predict=running.predict))
         from semmoe.runtime.replay.cases import ReplayOptions
 
-        replayed = ReplayOptions(
-            trace=replay,
-            plan=str(plan),
-            hidden_size=hidden_size,
-            expert_size=expert_size,
-            batch_tokens=batch_tokens,
-            max_tokens=max_tokens,
-            scheduler=scheduler,
-            backend=backend,
-            device=device,
-            dtype=dtype.value,
-            timeout_s=timeout,
-            seed=seed,
-        )
-        replay_trace(replayed, nproc, as_json=json_)
+        sizes = asdict(replaying)
+        options = ReplayOptions(trace=sizes.pop("replay"), **sizes, **everywhere)
+        replay_trace(options, running.nproc, as_json=json_)
         return
-    if checkpoint is None or (prompts is None) == (dataset is None):
+    if checkpoint is None or (texts.data is None) == (texts.dataset is None):
         raise typer.BadParameter("CHECKPOINT and one of --prompts and --dataset are needed (or --replay TRACE)")
-    if prompts is not None and (subset or split):
+    if texts.data is not None and (texts.subset or texts.split):
         raise typer.BadParameter("--subset and --split go with --dataset")
-    refuse_mixed("CHECKPOINT", given(hidden_size=hidden_size, expert_size=expert_size))
-    if scheduler != "tp":
-        refuse_mixed("another scheduler than --scheduler tp", given(predict=predict))
+    refuse_mixed("CHECKPOINT", given(replaying, but=("max_tokens", "seed")))
+    if running.scheduler != "tp":
+        refuse_mixed("another scheduler than --scheduler tp", given(predict=running.predict))
+    require_extra("running a model", "torch", "transformers")
     kept: Callable[[], str] = str
     if output is not None and os.environ.get("RANK", "0") == "0":
         check_output(output)
@@ -150,24 +175,19 @@ def run(
 
     options = RunOptions(
         checkpoint=checkpoint,
-        plan=str(plan),
         prompts=texts,
-        scheduler=scheduler,
-        predict=predict or "context",
-        backend=backend,
-        dtype=dtype.value,
-        device=device,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
+        predict=running.predict or "context",
+        max_new_tokens=running.max_new_tokens,
         output=str(output) if output else None,
-        timeout_s=timeout,
-        check=check,
+        check=running.check,
+        verify=running.verify,
+        **everywhere,
     )
-    result = run_ranks(options, nproc, kept)
+    result = run_ranks(options, running.nproc, kept)
     if result is None:
         return
     metrics = result.metrics
-    if check:
+    if running.check:
         from semmoe.runtime.serving.run import check_result
 
         metrics = metrics | {"check": check_result(options, result, note, steps)}
@@ -223,7 +243,7 @@ def print_results(lines: list[dict[str, Any]], metrics: dict[str, Any], *, outpu
         return
     if output is None:
         for line in lines:
-            print(json.dumps(line, ensure_ascii=False))
+            print_json(line)
     facts = {k: v for k, v in metrics.items() if k not in ("layers", "time", "check")}
     facts |= {f"time_{phase}": seconds for phase, seconds in metrics["time"].items()}
     if "check" in metrics:

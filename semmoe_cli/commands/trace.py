@@ -1,61 +1,116 @@
-"""`semmoe trace`: a model and texts in, or files of a serving engine in; a trace out."""
+"""`semmoe trace`: a model and texts in, a trace out. With --from and --hash-layers no model runs:
+commands/trace_import.py."""
 
-import enum
 import os
 import sys
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from semmoe.options import (
-    Dataset,
-    Json,
-    MessagesField,
-    Seed,
-    Split,
-    Subset,
-    TextField,
-    command_line,
-    given,
-    refuse_mixed,
-)
-from semmoe.profiles.errors import InputError
+from semmoe.commands.trace_import import EngineFiles, copy_hash_layers, import_files
+from semmoe.options import Json, Loading, Seed, Texts, command_line, given, grouped, refuse_mixed
+from semmoe.profiles.errors import InputError, require_extra
 from semmoe.terminal.tables import note, print_json
 
 if TYPE_CHECKING:
-    from semmoe.profiles.capture.run import Ranks
+    from semmoe.profiles.capture.requests import RequestSource
+    from semmoe.profiles.capture.run import Generation, Ranks, TraceProgress
+
+# Options of a model that an import reads, or that ask for nothing that an import would not do.
+FINE_WITH_FROM = ("max_tokens", "seed", "trust_remote_code", "dtype", "device")
 
 
-class Kind(enum.StrEnum):
-    """Choices of --from; a test keeps them equal to semmoe.profiles.engines.imports.KINDS."""
+@dataclass(frozen=True, kw_only=True)
+class TracedTexts:
+    """The texts that the model reads."""
 
-    sglang = "sglang"
-    vllm = "vllm"
-    sglang_recorder = "sglang-recorder"
-    trtllm = "trtllm"
-    megatron = "megatron"
-    eplb = "eplb"
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Texts: a .jsonl, .json, .parquet, .txt or .csv file (.gz may follow), a directory of them, - for stdin, or demo.",
+        ),
+    ] = None
+    fields: Texts
+    domain_field: Annotated[str | None, typer.Option(metavar="FIELD", help="Field that names a request's domain.")] = (
+        None
+    )
+
+    def source(self) -> "RequestSource":
+        """The same as profiles read it. Raises BadParameter where there is not one source."""
+        if (self.data is None) == (self.fields.dataset is None):
+            raise typer.BadParameter("texts are needed: exactly one of --data SOURCE and --dataset NAME")
+        if self.data is not None:
+            refuse_mixed("--data", given(subset=self.fields.subset, split=self.fields.split))
+        from semmoe.profiles.capture.requests import RequestSource
+
+        return RequestSource(self.data, **asdict(self.fields), domain_field=self.domain_field)
 
 
-class Dtype(enum.StrEnum):
-    """Choices of --dtype; a test keeps them equal to semmoe.profiles.capture.loading.DTYPES."""
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How requests are continued."""
 
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
+    generate: Annotated[int, typer.Option(metavar="N", help="Continue every request by up to N tokens.", min=0)] = 0
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of --generate; 0 takes the likeliest token.", min=0)
+    ] = 0.0
+    seed: Seed = 0
+
+    def generation(self) -> "Generation":
+        """The same as profiles read it. Raises BadParameter for a temperature without a use."""
+        if not isfinite(self.temperature):
+            raise typer.BadParameter("expected a finite number", param_hint="--temperature")
+        if self.temperature and not self.generate:
+            raise typer.BadParameter("needs --generate", param_hint="--temperature")
+        from semmoe.profiles.capture.run import Generation
+
+        return Generation(self.generate, self.temperature, self.seed)
 
 
-class Repetition(enum.StrEnum):
-    """Choices of --repetition; a test keeps them equal to
-    semmoe.profiles.engines.imports.REPETITION."""
+@dataclass(frozen=True, kw_only=True)
+class TextLimits:
+    """How much of the texts is traced; the fields of semmoe.profiles.capture.run.Limits."""
 
-    drop = "drop"
-    keep = "keep"
+    max_requests: Annotated[int | None, typer.Option(metavar="N", help="Trace the first N requests.", min=1)] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop before N prompt tokens are passed.", min=1)
+    ] = None
+    max_length: Annotated[int | None, typer.Option(metavar="N", help="Cut prompts to N tokens.", min=1)] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """How the model runs, and what of it is recorded."""
+
+    sampling: Sampling
+    limits: TextLimits
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens of a batch, padding counted; chosen for the device otherwise.", min=1),
+    ] = None
+    record_weights: Annotated[
+        bool, typer.Option("--record-weights", help="Keep the router's weights too (16 bits each).")
+    ] = False
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False
+    loading: Loading
+    device_map: Annotated[str | None, typer.Option(help="auto: spread a large model over all devices.")] = None
+    hash_layers: Annotated[
+        bool,
+        typer.Option(
+            "--hash-layers",
+            help="Write the token-to-experts tables of hash-routed layers (DeepSeek-V4) to the file TRACE instead; nothing is run.",
+        ),
+    ] = False
+
+
+@grouped()
 def trace(
     sources: Annotated[
         list[str],
@@ -64,68 +119,13 @@ def trace(
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="TRACE", help="Trace directory to write.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Texts: a .jsonl, .json, .parquet, .txt or .csv file (.gz may follow), a directory of them, - for stdin, or demo.",
-        ),
-    ] = None,
-    dataset: Dataset = None,
-    subset: Subset = None,
-    split: Split = None,
-    text_field: TextField = None,
-    messages_field: MessagesField = None,
-    domain_field: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="Field that names a request's domain.")
-    ] = None,
-    generate: Annotated[int, typer.Option(metavar="N", help="Continue every request by up to N tokens.", min=0)] = 0,
-    temperature: Annotated[
-        float, typer.Option(help="Temperature of --generate; 0 takes the likeliest token.", min=0)
-    ] = 0.0,
-    seed: Seed = 0,
-    max_requests: Annotated[int | None, typer.Option(metavar="N", help="Trace the first N requests.", min=1)] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop before N prompt tokens are passed.", min=1)
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(metavar="N", help="Cut prompts to N tokens.", min=1)] = None,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens of a batch, padding counted; chosen for the device otherwise.", min=1),
-    ] = None,
-    record_weights: Annotated[
-        bool, typer.Option("--record-weights", help="Keep the router's weights too (16 bits each).")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Number type of the weights; auto: as stored.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="auto: spread a large model over all devices.")] = None,
-    hash_layers: Annotated[
-        bool,
-        typer.Option(
-            "--hash-layers",
-            help="Write the token-to-experts tables of hash-routed layers (DeepSeek-V4) to the file TRACE instead; nothing is run.",
-        ),
-    ] = False,
+    *,
+    texts: TracedTexts,
+    capture: Capture,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a trace that was stopped, or add to a finished one.")
     ] = False,
-    from_: Annotated[
-        Kind | None, typer.Option("--from", help="Import files of this kind instead of running a model.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="CONFIG", help="With --from: config.json, checkpoint or hub id of the model.")
-    ] = None,
-    dense_layers: Annotated[
-        str | None, typer.Option(metavar="0-2", help="With --from: layers that do not route.")
-    ] = None,
-    repetition: Annotated[
-        Repetition, typer.Option(help="With --from: what to do with requests that fell into a loop.")
-    ] = Repetition.drop,
-    domain: Annotated[str | None, typer.Option(help="With --from: the domain of every request.")] = None,
+    engine: EngineFiles,
     json_: Json = False,
 ) -> None:
     """Record which experts a model chooses for every token, or import what a serving engine
@@ -133,94 +133,69 @@ def trace(
 
     Example: semmoe trace Qwen/Qwen3-30B-A3B --data prompts.jsonl --generate 64 -o t
     """
-    if from_ is not None:
-        refuse_mixed(
-            "--from",
-            given(
-                data=data,
-                dataset=dataset,
-                subset=subset,
-                split=split,
-                text_field=text_field,
-                messages_field=messages_field,
-                domain_field=domain_field,
-                generate=generate,
-                temperature=temperature,
-                max_requests=max_requests,
-                max_length=max_length,
-                batch_tokens=batch_tokens,
-                record_weights=record_weights,
-                device_map=device_map,
-                revision=revision,
-                hash_layers=hash_layers,
-            ),
-        )
-        result = _import(from_, sources, output, model, dense_layers, repetition, domain, max_tokens, resume)
-        if json_:
-            print_json(result)
-        return
-    refuse_mixed(
-        "a model",
-        given(model=model, dense_layers=dense_layers, domain=domain),
-    )
-    if len(sources) > 1:
-        raise typer.BadParameter(f"one MODEL expected, got {len(sources)}; files of an engine need --from KIND")
-    _quiet_libraries()
-    if hash_layers:
-        refuse_mixed("--hash-layers", given(data=data, dataset=dataset, generate=generate))
-        result = _write_hash_layers(sources[0], output, revision)
-        if json_:
-            print_json(result)
-        return
-    if not isfinite(temperature):
-        raise typer.BadParameter("expected a finite number", param_hint="--temperature")
-    if temperature and not generate:
-        raise typer.BadParameter("needs --generate", param_hint="--temperature")
-    if (data is None) == (dataset is None):
-        raise typer.BadParameter("texts are needed: exactly one of --data SOURCE and --dataset NAME")
-    refuse_mixed("--data", given(subset=subset, split=split) if data is not None else [])
+    interrupted = False
+    if engine.from_ is not None:
+        refuse_mixed("--from", given(texts, capture, but=FINE_WITH_FROM))
+        result = import_files(engine, sources, output, max_tokens=capture.limits.max_tokens, resume=resume)
+    else:
+        refuse_mixed("a model", given(engine, but=("repetition",)))
+        if len(sources) > 1:
+            raise typer.BadParameter(f"one MODEL expected, got {len(sources)}; files of an engine need --from KIND")
+        require_extra("running a model", "torch", "transformers")
+        if capture.hash_layers:
+            refuse_mixed(
+                "--hash-layers",
+                given(data=texts.data, dataset=texts.fields.dataset, generate=capture.sampling.generate),
+            )
+            _quiet_libraries()
+            result = copy_hash_layers(sources[0], output, capture.revision)
+        else:
+            result, interrupted = _trace(sources[0], output, texts, capture, resume)
+    if json_ and result is not None:
+        print_json(result)
+    if interrupted:
+        raise typer.Exit(130)
 
-    from semmoe.profiles.capture.requests import RequestSource, open_requests
-    from semmoe.profiles.capture.run import Generation, Limits, TraceProgress, trace_model
-    from semmoe.terminal.trace_progress import shown
+
+def _trace(
+    name: str, output: Path, texts: TracedTexts, capture: Capture, resume: bool
+) -> tuple[dict[str, Any] | None, bool]:
+    """What was written, None on all ranks but the first; and whether it was interrupted."""
+    source, generation = texts.source(), capture.sampling.generation()
+    _quiet_libraries()
+    from semmoe.profiles.capture.requests import open_requests
+    from semmoe.profiles.capture.run import Limits, TraceOptions, TraceProgress, trace_model
+    from semmoe.terminal.progress import tracing
 
     ranks = _join_ranks()
-    if data == "-" and ranks.size > 1:
+    if source.data == "-" and ranks.size > 1:
         raise InputError("--data -: standard input cannot be shared by several ranks; name a file")
-    progress = TraceProgress()
+    progress, limits = TraceProgress(), Limits(**asdict(capture.limits))
     tell = note if ranks.rank == 0 else lambda line: None
-    requests = open_requests(
-        RequestSource(data, dataset, subset, split, text_field, messages_field, domain_field), progress.read, tell=tell
+    options = TraceOptions(
+        revision=capture.revision,
+        trust_remote_code=capture.trust_remote_code,
+        dtype=capture.loading.dtype.value,
+        device=capture.loading.device,
+        device_map=capture.device_map,
+        limits=limits,
+        generation=generation,
+        batch_tokens=capture.batch_tokens,
+        weights=capture.record_weights,
+        resume=resume,
+        ranks=ranks,
+        made_by=command_line(output),
     )
-    limits = Limits(max_requests, max_tokens, max_length)
-    with shown(progress, limits, generate, ranks=ranks.size, silent=ranks.rank > 0):
-        info = trace_model(
-            sources[0],
-            requests,
-            output,
-            progress=progress,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype.value,
-            device=device,
-            device_map=device_map,
-            limits=limits,
-            generation=Generation(generate, temperature, seed),
-            batch_tokens=batch_tokens,
-            weights=record_weights,
-            resume=resume,
-            ranks=ranks,
-            made_by=command_line(output),
-            tell=tell,
-        )
-    if ranks.rank == 0:
-        result = _tell_result(
-            progress, output, f"{info.num_layers} layers x {info.num_experts} experts, top-{info.top_k}"
-        )
-        if json_:
-            print_json({**result, "layers": info.num_layers, "experts": info.num_experts, "top_k": info.top_k})
-    if progress.interrupted:
-        raise typer.Exit(130)
+    with tracing(progress, limits, generation.num_tokens, ranks=ranks.size, silent=ranks.rank > 0):
+        requests = open_requests(source, progress.read, tell=tell)
+        info = trace_model(name, requests, output, options, progress=progress, tell=tell)
+    if ranks.rank > 0:
+        return None, progress.interrupted
+    written = _tell_written(
+        progress, output, f"{info.num_layers} layers x {info.num_experts} experts, top-{info.top_k}"
+    )
+    shape = {"layers": info.num_layers, "experts": info.num_experts, "top_k": info.top_k}
+    return written | shape, progress.interrupted
 
 
 def _quiet_libraries() -> None:
@@ -253,7 +228,7 @@ def _join_ranks() -> "Ranks":
     )
 
 
-def _tell_result(progress: Any, output: Path, shape: str) -> dict[str, Any]:
+def _tell_written(progress: "TraceProgress", output: Path, shape: str) -> dict[str, Any]:
     """Say what was written, and return it."""
     from semmoe.profiles.trace import RoutingTrace
 
@@ -268,59 +243,3 @@ def _tell_result(progress: Any, output: Path, shape: str) -> dict[str, Any]:
     )
     counts = {name: getattr(progress, name) for name in ("skipped", "empty", "cut", "interrupted")}
     return {"trace": str(output), "requests": trace.num_requests, "tokens": trace.num_tokens, **counts}
-
-
-def _write_hash_layers(name: str, output: Path, revision: str | None) -> dict[str, Any]:
-    from semmoe.profiles.capture.loading import find_model
-    from semmoe.profiles.config import moe_facts
-    from semmoe.profiles.safetensors_file import read_hash_layers, write_hash_layers
-
-    source = find_model(name, revision=revision)
-    tables = read_hash_layers(source.folder)
-    if not tables:
-        raise InputError(f"{name}: no layer of the checkpoint is routed by a hash table (no tensor ends in .tid2eid)")
-    facts = moe_facts(source.config.to_dict())
-    write_hash_layers(output, tables, list(facts["model_layers"]), facts["num_experts"], name)
-    vocabulary, top_k = next(iter(tables.values())).shape
-    note(f"wrote {output}: {len(tables)} hash layers, {vocabulary} tokens x top-{top_k}")
-    return {"file": str(output), "layers": len(tables), "vocabulary": vocabulary, "top_k": top_k}
-
-
-def _import(
-    kind: Kind,
-    files: list[str],
-    output: Path,
-    model: str | None,
-    dense_layers: str | None,
-    repetition: Repetition,
-    domain: str | None,
-    max_tokens: int | None,
-    resume: bool,
-) -> dict[str, Any]:
-    from semmoe.profiles.engines.imports import import_trace
-
-    summary = import_trace(
-        kind.value,
-        [Path(file) for file in files],
-        output,
-        model_config=model,
-        dense_layers=dense_layers,
-        repetition=repetition.value,
-        domain=domain,
-        max_tokens=max_tokens,
-        resume=resume,
-        made_by=command_line(output, *files),
-    )
-    for line in summary.notes:
-        note(line)
-    for reason, count in summary.dropped.items():
-        note(f"left out {count} {reason}")
-    note(f"wrote {output}: {summary.requests} requests, {summary.tokens} tokens, {summary.layers} layers")
-    return {
-        "trace": str(output),
-        "requests": summary.requests,
-        "tokens": summary.tokens,
-        "layers": summary.layers,
-        "dropped": dict(summary.dropped),
-        "notes": list(summary.notes),
-    }

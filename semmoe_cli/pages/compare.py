@@ -4,28 +4,27 @@ experts to move.
 The numbers are those of `semmoe compare`'s tables.
 """
 
-from typing import Any
-
 from semmoe.pages.deployment import named_model
 from semmoe.pages.figures.plan import score_rows
 from semmoe.pages.page import Grid, Page, Picture, Section, Text
-from semmoe.solvers.evaluate.compare import PAIRED
+from semmoe.solvers.evaluate.compare import PAIRED, Comparison, NoMoves, PlanMoves
+from semmoe.solvers.evaluate.report import ScoreRow
 from semmoe.terminal.tables import COLUMNS
 
 
-def compare_page(comparison: dict[str, Any], shown_rows: list[dict[str, Any]], notes: list[str]) -> Page:
-    """The page of a comparison object (docs/formats.md). `shown_rows`: each plan at random homes
+def compare_page(comparison: Comparison, shown_rows: list[ScoreRow], notes: list[str]) -> Page:
+    """The page of a comparison. `shown_rows`: each plan at random homes
     and under its best schedule."""
-    model = named_model(comparison["model"])
+    model = named_model(comparison.model)
     return Page(
         title=f"Plans for {model}" if model else "Plans side by side",
         verdict=compare_verdict(comparison),
         level="good",
-        badge=f"{len(comparison['plans'])} plans",
+        badge=f"{len(comparison.plans)} plans",
         facts=[
-            ("Trace", comparison["trace"]),
-            ("Scored on", f"{comparison['requests']:,} requests that no plan saw, {comparison['tokens']:,} tokens"),
-            ("Dispatch", comparison["dispatch"]),
+            ("Trace", comparison.trace),
+            ("Scored on", f"{comparison.requests:,} requests that no plan saw, {comparison.tokens:,} tokens"),
+            ("Dispatch", comparison.dispatch),
         ],
         sections=[
             section
@@ -36,80 +35,71 @@ def compare_page(comparison: dict[str, Any], shown_rows: list[dict[str, Any]], n
     )
 
 
-def compare_verdict(comparison: dict[str, Any]) -> str:
+def compare_verdict(comparison: Comparison) -> str:
     """Which plan reaches the fewest remote ranks with tokens at random homes, and whether that
     is more than chance."""
-    ranks = sorted({plan["ranks"] for plan in comparison["plans"]})
+    ranks = sorted({plan.ranks for plan in comparison.plans})
     if len(ranks) > 1:
         numbers = ", ".join(map(str, ranks))
         return (
             f"Plans for {numbers} ranks side by side: more ranks hold fewer experts each, and more of them are remote."
         )
-    rows = [row for row in comparison["rows"] if row["schedule"] == "random"]
-    best = min(rows, key=lambda row: row["rem"])
-    first = comparison["plans"][0]["plan"]
-    sentence = (
-        f"{best['placement']} reaches the fewest remote ranks per token, {best['rem']:.3f} with tokens at random ranks"
-    )
-    found = next((d["rem"] for d in comparison["differences"] if d["plan"] == best["placement"]), None)
+    best = min((row for row in comparison.rows if row.schedule == "random"), key=lambda row: row.rem)
+    first = comparison.plans[0].plan
+    sentence = f"{best.placement} reaches the fewest remote ranks per token, {best.rem:.3f} with tokens at random ranks"
+    found = next((d.rem for d in comparison.differences if d.plan == best.placement), None)
     if found is None:
         return f"{sentence}."
     sure = "more than chance" if found[2] < 0 else "no more than chance"
     return f"{sentence}; the difference to {first} is {sure} ({found[0]:+.3f}, interval {found[1]:+.3f} to {found[2]:+.3f})."
 
 
-def _quality(comparison: dict[str, Any], rows: list[dict[str, Any]], notes: list[str]) -> Section:
-    nodes = max(plan["nodes"] for plan in comparison["plans"])
+def _quality(comparison: Comparison, rows: list[ScoreRow], notes: list[str]) -> Section:
+    nodes = max(plan.nodes for plan in comparison.plans)
     metrics = [metric for metric in COLUMNS if metric != "node" or nodes > 1]
-    plans = {plan["plan"]: plan for plan in comparison["plans"]}
+    plans = {plan.plan: plan for plan in comparison.plans}
     cells, marked = [], set()
     for y, row in enumerate(rows):
-        line = [
-            row["placement"],
-            plans[row["placement"]]["method"],
-            str(plans[row["placement"]]["ranks"]),
-            row["schedule"],
-        ]
+        plan = plans[row.placement]
+        line = [row.placement, plan.method, str(plan.ranks), row.schedule]
         for metric in metrics:
-            values = [round(other[metric], 3) for other in rows]
-            if len(set(values)) > 1 and round(row[metric], 3) == (max if COLUMNS[metric][1] else min)(values):
+            values = [round(other.value(metric), 3) for other in rows]
+            if len(set(values)) > 1 and values[y] == (max if COLUMNS[metric][1] else min)(values):
                 marked.add((y, len(line)))
-            low, high = row["ci"][metric]
+            low, high = row.interval(metric)
             interval = f" [{low:.3f}, {high:.3f}]" if high - low > 5e-4 else ""
-            line.append(f"{row[metric]:.3f}{interval}")
+            line.append(f"{row.value(metric):.3f}{interval}")
         cells.append(line)
     headings = ["plan", "method", "ranks", "schedule", *(COLUMNS[metric][0] for metric in metrics)]
     grid = Grid(headings, cells, frozenset(marked), names_at=frozenset((0, 1, 3)))
     hint = "In brackets: 95 % bootstrap interval over requests. Each plan at random homes and under its best schedule."
     picture = Picture(
-        score_rows({"rows": rows, "uniform": {}}, "rem"),
+        score_rows(rows, "rem"),
         0.75 + 0.28 * len(rows),
         "Remote ranks per token and load of the busiest rank of each plan, with intervals",
     )
     return Section("Quality", [grid, picture, *(Text(f"{note}.") for note in notes), Text(hint, hint=True)])
 
 
-def _differences(comparison: dict[str, Any]) -> Section | None:
-    if not comparison["differences"]:
+def _differences(comparison: Comparison) -> Section | None:
+    if not comparison.differences:
         return None
-    rows = [
-        [row["plan"], *(f"{row[m][0]:+.3f} [{row[m][1]:+.3f}, {row[m][2]:+.3f}]" for m in PAIRED)]
-        for row in comparison["differences"]
-    ]
+    rows = []
+    for row in comparison.differences:
+        changes = (getattr(row, metric) for metric in PAIRED)
+        rows.append([row.plan, *(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in changes)])
     grid = Grid(["plan", *(COLUMNS[metric][0] for metric in PAIRED)], rows)
     hint = "In brackets: 95 % paired bootstrap interval; below 0 is better, and where it holds 0 the plans are alike."
-    return Section(
-        f"Difference to {comparison['plans'][0]['plan']}, on the same requests", [grid, Text(hint, hint=True)]
-    )
+    return Section(f"Difference to {comparison.plans[0].plan}, on the same requests", [grid, Text(hint, hint=True)])
 
 
-def _moves(comparison: dict[str, Any]) -> Section:
+def _moves(comparison: Comparison) -> Section:
     rows, reasons = [], []
-    for moves in comparison["moves"]:
-        if "why_not" in moves:
-            reasons.append(Text(f"{moves['from']} to {moves['to']}: {moves['why_not']}."))
-            continue
-        rows.append([moves["from"], moves["to"], *move_cells(moves, sized=bool(comparison["bytes_per_expert"]))])
+    for moves in comparison.moves:
+        if isinstance(moves, NoMoves):
+            reasons.append(Text(f"{moves.from_} to {moves.to}: {moves.why_not}."))
+        else:
+            rows.append([moves.from_, moves.to, *move_cells(moves, sized=bool(comparison.bytes_per_expert))])
     grid = Grid(["from", "to", "as named", "renamed", "renamed per layer"], rows, names_at=frozenset((0, 1)))
     hint = (
         "Renamed: with the one renaming of ranks, nodes kept together, that moves least and keeps the traffic. "
@@ -118,14 +108,14 @@ def _moves(comparison: dict[str, Any]) -> Section:
     return Section("Expert copies to move", [*([grid] if rows else []), *reasons, Text(hint, hint=True)])
 
 
-def move_cells(moves: dict[str, Any], *, sized: bool) -> list[str]:
+def move_cells(moves: PlanMoves, *, sized: bool) -> list[str]:
     """Copies to load as named, renamed and renamed per layer: their number, their share of the
     slots and, where `sized`, their bytes."""
     cells = []
     for kind in ("", "_renamed", "_renamed_per_layer"):
-        count = moves[f"experts{kind}"]
-        size = f", {size_text(moves[f'bytes{kind}'])}" if sized else ""
-        cells.append(f"{count:,} ({count / moves['slots']:.0%}{size})")
+        count, num_bytes = getattr(moves, f"experts{kind}"), getattr(moves, f"bytes{kind}")
+        size = f", {size_text(num_bytes)}" if sized else ""
+        cells.append(f"{count:,} ({count / moves.slots:.0%}{size})")
     return cells
 
 

@@ -4,11 +4,11 @@ export` prints.
 Heavy modules are imported inside.
 """
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from semmoe.pages.page import Commands
+from semmoe.terminal.text import quoted
 
 if TYPE_CHECKING:
     from semmoe.solvers.plan import Plan
@@ -45,12 +45,12 @@ def named_model(name: str) -> str:
 def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
     """Commands for every engine that reads a map, and for those that only split experts in
     checkpoint order."""
-    from semmoe.solvers.maps.write import launch_lines
+    from semmoe.solvers.maps.launch import launch_lines
 
-    where = shlex.quote(plan_path)
+    where = quoted(plan_path)
     model = named_model(plan.model.model) or "CHECKPOINT"
     # A map for SGLang and TensorRT-LLM names every layer of the model, dense ones too.
-    layers = "" if plan.model.num_model_layers else f" --model {shlex.quote(model)}"
+    layers = "" if plan.model.num_model_layers else f" --model {quoted(model)}"
     found = []
     for engine in ENGINES:
         option = f" --format {engine.format}" if engine.format else ""
@@ -61,8 +61,8 @@ def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
         found.append(Commands(engine.name, [export, *map(_wrapped, start)], [_sentence(line) for line in notes]))
     if not plan.placement.num_replicas:
         ranks = plan.topology.num_ranks
-        source = shlex.quote(model)
-        placed = shlex.quote(Path(model).name + "-placed")
+        source = quoted(model)
+        placed = quoted(Path(model).name + "-placed")
         found.append(
             Commands(
                 "Any other engine that splits experts in order (vLLM's releases, Transformers, Megatron, torchtitan)",
@@ -85,12 +85,12 @@ def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
 
 def _start(engine: Engine, model: str, plan: "Plan", said: list[str]) -> tuple[list[str], list[str]]:
     """Command lines that start the engine, and what else the launch lines say."""
-    source, first, rest = shlex.quote(model), said[0], said[1:]
+    source, first, rest = quoted(model), said[0], said[1:]
     if engine.kind == "trtllm":
         ranks = plan.topology.num_ranks
         options = ("enable_attention_dp: true", f"moe_config: {{backend: WIDEEP, load_balancer: {engine.file}}}")
         return [
-            f"printf '%s\\n' {shlex.join(options)} > extra.yaml",
+            f"printf '%s\\n' {' '.join(map(quoted, options))} > extra.yaml",
             f"{engine.program} {source} --tp_size {ranks} --ep_size {ranks} --extra_llm_api_options extra.yaml",
         ], ["add the two lines to your own extra.yaml where you have one", *rest]
     _, colon, flags = first.partition(" with: --")

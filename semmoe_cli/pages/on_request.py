@@ -4,7 +4,8 @@ bytes, times and the certificate.
 Each is None where its numbers are not there.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from semmoe.pages.figures import plan as figures_plan
 from semmoe.pages.page import Block, Grid, Picture, Section, Text
@@ -12,63 +13,65 @@ from semmoe.terminal.tables import COLUMNS, times_cells
 
 if TYPE_CHECKING:
     from semmoe.pages.plan_report import PlanReport
+    from semmoe.solvers.place.bounds import Certificate
 
 LISTED_TOKENS = 10  # at either end
 
 
 def what_if_section(about: "PlanReport") -> Section | None:
-    found = about.what_if
-    if found is None or not found["rows"]:
+    what_if = about.report.what_if
+    if what_if is None or not what_if.rows:
         return None
-    metric = {"per-node": "node", "gather": "load_imbalance"}.get(about.report["dispatch"], "rem")
-    if not all(row[metric] for row in found["rows"]):
+    metric = {"per-node": "node", "gather": "load_imbalance"}.get(about.report.dispatch, "rem")
+    if not all(row.value(metric) for row in what_if.rows):
         metric = "rem"  # remote nodes say nothing where some numbers of ranks fit on one node
-    value = {(row["ranks"], row["placement"]): row for row in found["rows"]}
-    ranks = sorted({row["ranks"] for row in found["rows"]})
-    saved = {r: figures_plan.saved_share(value[r, "contiguous"][metric], value[r, "metis"][metric]) for r in ranks}
+    found = {(row.ranks, row.placement): row for row in what_if.rows}
+    ranks = sorted({row.ranks for row in what_if.rows})
+    values = {key: row.value(metric) for key, row in found.items()}
+    saved = {r: figures_plan.saved_share(values[r, "contiguous"], values[r, "metis"]) for r in ranks}
     best = max(saved, key=lambda r: saved[r])
     rows = [
         [
-            f"{r}" + (f" on {value[r, 'metis']['nodes']} nodes" if value[r, "metis"]["nodes"] > 1 else ""),
-            *(f"{value[r, p][metric]:.3f}" for p in ("contiguous", "load", "metis")),
+            f"{r}" + (f" on {found[r, 'metis'].nodes} nodes" if found[r, "metis"].nodes > 1 else ""),
+            *(f"{values[r, placement]:.3f}" for placement in ("contiguous", "load", "metis")),
             f"{saved[r]:.1%}",
-            f"{value[r, 'metis']['load_imbalance']:.3f}",
+            f"{found[r, 'metis'].load_imbalance:.3f}",
         ]
         for r in ranks
     ]
     label = COLUMNS[metric][0]
     picture = Picture(
-        figures_plan.what_if_lines(found["rows"], metric, label=label),
+        figures_plan.what_if_lines(what_if.rows, metric, label=label),
         2.8,
         f"{label} over numbers of ranks",
-        f"A quick METIS placement for each number of ranks, fitted on {found['fitted_requests']:,} requests, scored on "
-        f"{found['scored_requests']:,} others; bands are 95% intervals.",
+        f"A quick METIS placement for each number of ranks, fitted on {what_if.fitted_requests:,} requests, scored on "
+        f"{what_if.scored_requests:,} others; bands are 95% intervals.",
     )
     blocks: list[Block] = [
         picture,
         Grid(["ranks", f"{label} contiguous", "load", "placed", "saved", "load max/mean, placed"], rows),
     ]
-    if found["skipped"]:
-        blocks.append(Text("Left out: " + "; ".join(s["why"] for s in found["skipped"]) + ".", hint=True))
+    if what_if.skipped:
+        blocks.append(Text("Left out: " + "; ".join(skipped.why for skipped in what_if.skipped) + ".", hint=True))
     if saved[best] < 0.005:
         return Section("On other numbers of ranks, placement saves nothing", blocks)
     return Section(f"On other numbers of ranks, most is saved at {best}: {saved[best]:.0%}", blocks)
 
 
 def tokens_section(about: "PlanReport") -> Section | None:
-    tokens = about.tokens
+    tokens = about.report.predictable_tokens
     if not tokens:
         return None
     half = min(LISTED_TOKENS, max(len(tokens) // 2, 1))
     most, least = tokens[:half], tokens[-half:][::-1]
     rows = [
-        [a["text"], f"{a['share']:.0%}", f"{a['tokens']:,}", b["text"], f"{b['share']:.0%}", f"{b['tokens']:,}"]
-        for a, b in zip(most, least, strict=True)
+        [cell for token in pair for cell in (token.text, f"{token.share:.0%}", f"{token.tokens:,}")]
+        for pair in zip(most, least, strict=True)
     ]
     blocks: list[Block] = [
         Text(
             "Share of a token's activations on the rank that its id alone predicts, learned on the training requests and scored on the "
-            f"others; {1 / about.report['ranks']:.0%} is chance."
+            f"others; {1 / about.report.ranks:.0%} is chance."
         ),
         Grid(
             ["most predictable", "share", "seen", "least predictable", "share", "seen"],
@@ -77,46 +80,42 @@ def tokens_section(about: "PlanReport") -> Section | None:
         ),
     ]
     return Section(
-        f"Some tokens tell where they go: {most[0]['share']:.0%} at best, {least[0]['share']:.0%} at worst", blocks
+        f"Some tokens tell where they go: {most[0].share:.0%} at best, {least[0].share:.0%} at worst", blocks
     )
 
 
 def costs_section(about: "PlanReport") -> Section | None:
-    costs = about.costs
+    costs, own_kind = about.report.costs, about.report.dispatch
     if costs is None:
         return None
-    names = list(costs["rows"][0]["bytes"])
+    names = list(costs.rows[0].bytes)
     rows = []
-    for row in costs["rows"]:
-        before, after = row["bytes"]["contiguous"], row["bytes"][names[-1]]
+    for row in costs.rows:
+        before, after = row.bytes["contiguous"], row.bytes[names[-1]]
         saved = f"{1 - after / before:.0%}" if before else "-"
-        whose = ", this plan's" if row["dispatch"] == about.report["dispatch"] else ""
-        rows.append([row["dispatch"] + whose, *(f"{row['bytes'][name] / 1e3:,.0f}" for name in names), saved])
-    own = next(i for i, row in enumerate(costs["rows"]) if row["dispatch"] == about.report["dispatch"])
+        whose = ", this plan's" if row.dispatch == own_kind else ""
+        rows.append([row.dispatch + whose, *(f"{row.bytes[name] / 1e3:,.0f}" for name in names), saved])
     blocks: list[Block] = [
         Text(
-            f"kB that one token sends and gets back over all {len(about.report['layers'])} MoE layers. "
-            + costs["assumption"]
+            f"kB that one token sends and gets back over all {len(about.report.layers)} MoE layers. {costs.assumption}"
         ),
         Grid(["dispatch", *names, "saved"], rows),
     ]
-    first, last = (costs["rows"][own]["bytes"][name] / 1e3 for name in (names[0], names[-1]))
-    return Section(
-        f"With {about.report['dispatch']} dispatch, a token moves {last:,.0f} kB instead of {first:,.0f} kB", blocks
-    )
+    own = next(row for row in costs.rows if row.dispatch == own_kind)
+    first, last = (own.bytes[name] / 1e3 for name in (names[0], names[-1]))
+    return Section(f"With {own_kind} dispatch, a token moves {last:,.0f} kB instead of {first:,.0f} kB", blocks)
 
 
 def times_section(about: "PlanReport") -> Section | None:
-    times = about.times
+    times = about.report.times
     if times is None:
         return None
     cells = sorted(times_cells(times), key=lambda cell: cell[0] == "plan")
-    rows = [row for row in times["rows"] if "oracle" not in row["schedule"]]
-    after = min(row["ms_per_layer"] for row in rows if row["placement"] == "plan")
-    before = next(row["ms_per_layer"] for row in rows if row["placement"] == "contiguous")
+    after = min(row.ms_per_layer for row in times.rows if row.placement == "plan" and "oracle" not in row.schedule)
+    before = next(row.ms_per_layer for row in times.rows if row.placement == "contiguous")
     text = Text(
-        f"Dispatch and combine of a batch of {times['batch_tokens']:,} tokens over all ranks, set by the busiest link: {times['network']}. "
-        f"{times['assumption']} Experts, packing and what overlaps are left out."
+        f"Dispatch and combine of a batch of {times.batch_tokens:,} tokens over all ranks, set by the busiest link: {times.network}. "
+        f"{times.assumption} Experts, packing and what overlaps are left out."
     )
     grid = Grid(
         ["placement", "schedule", "ms per layer", "ms, all layers", "of contiguous"], cells, names_at=frozenset((0, 1))
@@ -125,30 +124,32 @@ def times_section(about: "PlanReport") -> Section | None:
 
 
 def certificate_section(about: "PlanReport") -> Section | None:
-    certificate = about.report.get("certificate") or about.plan.scores.get("certificate")
+    stored = about.plan.scores and about.plan.scores.certificate
+    certificate = about.report.certificate or stored
     return certified(certificate) if certificate else None
 
 
-def certified(certificate: dict[str, Any]) -> Section:
+def certified(certificate: "Certificate") -> Section:
     """What --certify found (docs/formats.md)."""
-    layers = certificate["layers"]
-    worst = max(layers, key=lambda layer: layer["gap"])
+    layers = certificate.layers
+    worst = max(layer.gap for layer in layers)
+    rem_bounds = [layer.rem_bound for layer in layers]
+    lar_bounds = [layer.lar_bound for layer in layers if layer.lar_bound is not None]
     rows = [
-        ["co-activation within ranks, below its bound", f"{certificate['gap']:.1%}", f"{worst['gap']:.1%}"],
-        ["no placement has fewer remote ranks per token than", *_mean_and(layers, "rem_bound", max)],
+        ["co-activation within ranks, below its bound", f"{certificate.gap:.1%}", f"{worst:.1%}"],
+        ["no placement has fewer remote ranks per token than", *_mean_and(max, rem_bounds)],
     ]
-    if all("lar_bound" in layer for layer in layers):
-        rows.append(["no token table keeps more activations local than", *_mean_and(layers, "lar_bound", min)])
+    if len(lar_bounds) == len(layers):
+        rows.append(["no token table keeps more activations local than", *_mean_and(min, lar_bounds)])
     words = Text(
         "Bounds that hold for every placement with as many experts per rank under the same load cap, on the requests that the placement "
         "was fitted on: nothing can be better than they say, and the best may be worse."
     )
     title = (
-        f"The placement reaches {1 - certificate['gap']:.0%} of the most co-activation that any could keep inside ranks"
+        f"The placement reaches {1 - certificate.gap:.0%} of the most co-activation that any could keep inside ranks"
     )
     return Section(title, [words, Grid(["", "mean of the layers", "extreme layer"], rows)])
 
 
-def _mean_and(layers: list[dict[str, Any]], name: str, extreme: Any) -> list[str]:
-    values = [layer[name] for layer in layers]
+def _mean_and(extreme: Callable[[Iterable[float]], float], values: list[float]) -> list[str]:
     return [f"{sum(values) / len(values):.3f}", f"{extreme(values):.3f}"]

@@ -7,10 +7,12 @@ drawn.
 """
 
 import html
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from semmoe.pages.figures.style import DARK, LIGHT, Draw, css_variables, png, svg
+from semmoe.terminal.text import visible, visible_lines
 
 ENDINGS = (".html", ".md", ".png")
 MOST_INTERVALS = 4  # columns; a wider table sets its intervals below their values
@@ -83,17 +85,10 @@ class Page:
 def write_page(page: Page, path: Path) -> None:
     """Write the page in the format of the file's ending. Raises InputError for another ending,
     or where it cannot be written."""
-    from semmoe.profiles.errors import InputError
+    from semmoe.profiles.files import write_file
 
     check_page_target(path)
-    content = {".html": _html, ".md": _markdown, ".png": _png}[path.suffix](page)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    write_file(path, {".html": _html, ".md": _markdown, ".png": _png}[path.suffix](page))
 
 
 def check_page_target(path: Path) -> None:
@@ -118,12 +113,13 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 s
 main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 header { border-bottom: 1px solid var(--grid); padding-bottom: 1.5rem; }
 .kicker { margin: 0 0 .4rem; color: var(--muted); font-size: .9rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; letter-spacing: -.01em; text-wrap: balance; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; letter-spacing: -.01em; text-wrap: balance; overflow-wrap: anywhere; }
 .level { display: inline-block; font-size: .8rem; font-weight: 600; padding: .12rem .6rem; border: 1px solid currentColor;
   border-radius: 1rem; margin-bottom: .8rem; }
 .good { color: var(--good); } .watch { color: var(--watch); } .bad { color: var(--bad); }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .8rem 1.5rem; margin: 0; }
-dt { color: var(--muted); font-size: .8rem; } dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+dt { color: var(--muted); font-size: .8rem; }
+dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; unicode-bidi: isolate; }
 section { padding-top: 2.2rem; break-inside: avoid-page; }
 h2 { font-size: 1.2rem; line-height: 1.35; margin: 0 0 .6rem; text-wrap: balance; }
 h3 { font-size: .95rem; margin: 1.4rem 0 .35rem; }
@@ -135,7 +131,8 @@ svg.plot text { font-family: inherit; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; margin: .8rem 0; min-width: 60%%; }
 th { text-align: right; font-weight: 600; color: var(--muted); font-size: .8rem; border-bottom: 1px solid var(--muted);
   vertical-align: bottom; }
-td { text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+td { text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; unicode-bidi: isolate; }
+td.name { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 24rem; }
 td small { color: var(--muted); font-size: .78rem; }
 th, td { padding: .34rem .7rem .34rem 0; } td:last-child, th:last-child { padding-right: 0; }
 th.name, td.name, .words th, .words td { text-align: left; }
@@ -179,12 +176,16 @@ def _block(block: Block, key: str) -> str:
             head = "".join(f"<th{_class(j in names_at, False)}>{_text(h)}</th>" for j, h in enumerate(headings))
             cells = [
                 "".join(
-                    f"<td{_class(j in names_at, (i, j) in marked)}>{_number(cell)}</td>" for j, cell in enumerate(row)
+                    f"<td{_class(j in names_at, (i, j) in marked)}>{_text(cell) if words or j in names_at else _number(cell)}</td>"
+                    for j, cell in enumerate(row)
                 )
                 for i, row in enumerate(rows)
             ]
             lines = "\n".join(f"<tr>{c}</tr>" for c in cells)
-            wide = sum(any(" [" in row[j] for row in rows) for j in range(len(headings))) > MOST_INTERVALS
+            wide = (
+                sum(any(" [" in row[j] for row in rows) for j in range(len(headings)) if j not in names_at)
+                > MOST_INTERVALS
+            )
             kind = "words" if words else "stacked" if wide else "plain"
             return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
         case Picture(draw, height, label, caption):
@@ -192,7 +193,7 @@ def _block(block: Block, key: str) -> str:
             return f"<figure>{svg(draw, height, key=key, label=label)}{below}</figure>"
         case Commands(name, lines, notes):
             said = "".join(map(_command_note, notes))
-            return f"<h3>{_text(name)}</h3><pre>{_text(chr(10).join(lines))}</pre>{said}"
+            return f"<h3>{_text(name)}</h3><pre>{chr(10).join(map(_text, lines))}</pre>{said}"
 
 
 def _command_note(note: str) -> str:
@@ -204,7 +205,8 @@ def _command_note(note: str) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(text, quote=False)
+    """Text as HTML, between tags and in attributes; lines stay lines."""
+    return html.escape(visible_lines(text))
 
 
 def _number(cell: str) -> str:
@@ -219,13 +221,13 @@ def _class(name: bool, best: bool) -> str:
 
 
 def _markdown(page: Page) -> bytes:
-    lines = [f"# {page.title}", "", f"**{page.verdict}**", ""]
-    lines += [f"- {name}: {value}" for name, value in page.facts]
+    lines = [f"# {_words(page.title)}", "", f"**{_words(page.verdict)}**", ""]
+    lines += [f"- {_words(name)}: {_words(value)}" for name, value in page.facts]
     for section in page.sections:
-        lines += ["", f"## {section.title}", ""]
+        lines += ["", f"## {_words(section.title)}", ""]
         for block in section.blocks:
             lines += [*_markdown_block(block), ""]
-    text = "\n".join([*lines, "", "---", page.footer, ""])
+    text = "\n".join([*lines, "", "---", _words(page.footer), ""])
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text.encode()
@@ -234,17 +236,63 @@ def _markdown(page: Page) -> bytes:
 def _markdown_block(block: Block) -> list[str]:
     match block:
         case Text(text):
-            return [text]
+            return [_words(text)]
         case Grid(headings, rows, marked, words, names_at):
             rule = ["---" if words or j in names_at else "---:" for j in range(len(headings))]
-            cells = [[f"**{c}**" if (i, j) in marked else c for j, c in enumerate(row)] for i, row in enumerate(rows)]
-            return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in [headings, rule, *cells]]
+            texts = [[_words(c) if words or j in names_at else c for j, c in enumerate(row)] for row in rows]
+            cells = [[f"**{c}**" if (i, j) in marked else c for j, c in enumerate(row)] for i, row in enumerate(texts)]
+            heads = [_words(heading) for heading in headings]
+            return ["| " + " | ".join(row) + " |" for row in [heads, rule, *cells]]
         case Picture(_, _, label, caption):
-            return [f"*{label}.* {caption}".strip()]
+            return [f"*{_words(label)}.* {_words(caption)}".strip()]
         case Commands(name, lines, notes):
-            return [f"### {name}", "", "```sh", *lines, "```", "", *notes]
+            return [f"### {_words(name)}", "", *_fence(lines), *(line for note in notes for line in _noted(note))]
+
+
+def _words(text: str) -> str:
+    """Text as Markdown that shows it as it is: no emphasis, link, formula, HTML, table or list."""
+    text = re.sub(r"[\\`*_\[\]<>|~$&]", r"\\\g<0>", visible(text))
+    text = re.sub(
+        r"(?<=http)(?=://)|(?<=https)(?=://)|(?<=ftp)(?=://)|(?<=www)(?=\.)", r"\\", text, flags=re.IGNORECASE
+    )
+    return re.sub(r"^(\s*(?:\d+(?=[.)](?:\s|$))|(?=[-+=#:])))", r"\1\\", text)
+
+
+def _fence(lines: list[str]) -> list[str]:
+    """Lines of a shell in a fence that none of them closes."""
+    shown = [visible_lines(line) for line in lines]
+    longest = max((len(run) for line in shown for run in re.findall("`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}sh", *shown, fence, ""]
+
+
+def _noted(note: str) -> list[str]:
+    """A note under commands; the flags that it ends in are set as code."""
+    words, colon, flags = note.partition(": --")
+    return [f"{_words(words)}:", "", *_fence([f"--{flags}"])] if colon else [_words(note), ""]
 
 
 def _png(page: Page) -> bytes:
     pictures = [(s.title, b.draw, b.height) for s in page.sections for b in s.blocks if isinstance(b, Picture)]
     return png(pictures, title=page.verdict, subtitle=page.title)
+
+
+def print_section(section: Section) -> None:
+    """A section of a page in the terminal: its title, texts and tables, without pictures."""
+    from semmoe.terminal.tables import new_table, wide_console
+    from semmoe.terminal.text import add_row
+
+    console = wide_console()
+    console.print(f"\n{visible(section.title)}", style="bold")
+    for block in section.blocks:
+        if isinstance(block, Text):
+            console.print(visible(block.text), style="dim")
+        elif isinstance(block, Grid):
+            table = new_table()
+            for number, heading in enumerate(block.headings):
+                table.add_column(
+                    visible(heading), justify="left" if number in block.names_at else "right", overflow="fold"
+                )
+            for row in block.rows:
+                add_row(table, *row)
+            console.print(table)

@@ -3,7 +3,8 @@
 Heavy modules are imported inside.
 """
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from semmoe.pages.deployment import deployment, named_model
 from semmoe.pages.figures import plan as figures_plan
@@ -21,6 +22,7 @@ from semmoe.terminal.tables import COLUMNS
 if TYPE_CHECKING:
     from semmoe.pages.plan_report import PlanReport
     from semmoe.solvers.evaluate.pictures import Details
+    from semmoe.solvers.evaluate.report import Report
     from semmoe.solvers.plan import Plan
 
 BADGES = {"good": "worth it", "watch": "look closer", "bad": "not worth it"}
@@ -46,20 +48,20 @@ def plan_page(about: "PlanReport") -> Page:
     )
     sections = [section for make in makers if (section := make(about)) is not None]
     sections.append(Section("How to deploy it", list(deployment(plan, about.plan_path))))
-    model = named_model(report["model"] or plan.model.model)
+    model = named_model(report.model or plan.model.model)
     facts = [
         (
             "Model",
             f"{model or 'not named'}: {plan.model.num_layers} MoE layers, {plan.model.num_experts} experts, top-{plan.model.top_k}",
         ),
-        ("Expert-parallel group", _group(report["ranks"], report["nodes"])),
+        ("Expert-parallel group", _group(report.ranks, report.nodes)),
         ("Scored on", _scored_on(report, plan)),
         ("Learned from", _learned(plan)),
         ("Method", f"{plan.method}, seed {plan.seed}, load cap {plan.load_cap:g}"),
-        ("Dispatch", report["dispatch"]),
+        ("Dispatch", report.dispatch),
     ]
     return Page(
-        title=f"Expert placement{f' for {model}' if model else ''} on {report['ranks']} ranks",
+        title=f"Expert placement{f' for {model}' if model else ''} on {report.ranks} ranks",
         verdict=sentence,
         level=level,
         badge=BADGES[level],
@@ -78,11 +80,11 @@ def _group(ranks: int, nodes: int) -> str:
     return f"{ranks} ranks" + (f" on {nodes} nodes" if nodes > 1 else " on one node")
 
 
-def _scored_on(report: dict[str, Any], plan: "Plan") -> str:
+def _scored_on(report: "Report", plan: "Plan") -> str:
     """How many requests, and which: the plan's own held-out ones, or all that another trace
     holds."""
-    said, split = f"{report['requests']:,} held-out requests, {report['tokens']:,} tokens", plan.split
-    if split.get("held_out_requests") != report["requests"]:
+    said, split = f"{report.requests:,} held-out requests, {report.tokens:,} tokens", plan.split
+    if split.get("held_out_requests") != report.requests:
         return said
     if split.get("holdout_domains"):
         return f"{said}: all of {', '.join(split['holdout_domains'])}"
@@ -116,30 +118,29 @@ def _not_evidence(about: "PlanReport") -> list[Block]:
     return [] if _details(about).scored.held_out else [Text(FITTED, hint=True)]
 
 
-def score_grid(report: dict[str, Any]) -> Grid:
+def score_grid(report: "Report") -> Grid:
     """The rows of a report with intervals; the best of each column, oracles left out, is marked."""
-    rows = report["rows"]
+    rows = report.rows
     # A median that follows the mean, and a balance that is perfect everywhere, are not worth a
     # column on paper.
-    same = {m for m in ("token_imbalance",) if len({round(r[m], 3) for r in rows}) == 1}
-    metrics = [m for m in COLUMNS if m not in same | {"load_imbalance_median"} and (m != "node" or report["nodes"] > 1)]
+    same = {m for m in ("token_imbalance",) if len({round(row.value(m), 3) for row in rows}) == 1}
+    metrics = [m for m in COLUMNS if m not in same | {"load_imbalance_median"} and (m != "node" or report.nodes > 1)]
     cells, marked = [], set()
     for row in rows:
-        line = [row["placement"], row["schedule"]]
+        line = list(row.key)
         for metric in metrics:
-            low, high = row["ci"][metric]
+            low, high = row.interval(metric)
             # Balance of tokens is made within a batch or window: resampled requests do not speak of
             # it.
             wide = high - low > 5e-4 and metric != "token_imbalance"
-            line.append(f"{row[metric]:.3f} [{low:.2f}, {high:.2f}]" if wide else f"{row[metric]:.3f}")
+            value = f"{row.value(metric):.3f}"
+            line.append(f"{value} [{low:.2f}, {high:.2f}]" if wide else value)
         cells.append(line)
     for j, metric in enumerate(metrics):
-        fair = [round(r[metric], 3) for r in rows if "oracle" not in r["schedule"]]
-        best = (max if COLUMNS[metric][1] else min)(fair)
-        if len(set(fair)) > 1 and metric != "token_imbalance":
-            marked |= {
-                (i, j + 2) for i, r in enumerate(rows) if round(r[metric], 3) == best and "oracle" not in r["schedule"]
-            }
+        fair = {i: round(row.value(metric), 3) for i, row in enumerate(rows) if not row.is_oracle}
+        best = (max if COLUMNS[metric][1] else min)(fair.values())
+        if len(set(fair.values())) > 1 and metric != "token_imbalance":
+            marked |= {(i, j + 2) for i, value in fair.items() if value == best}
     return Grid(
         ["placement", "tokens live", *(COLUMNS[m][0] for m in metrics)],
         cells,
@@ -150,18 +151,17 @@ def score_grid(report: dict[str, Any]) -> Grid:
 
 def _scores(about: "PlanReport") -> Section:
     report = about.report
-    metric = {"per-expert": "lar", "per-node": "node"}.get(report["dispatch"], "rem")
+    metric = {"per-expert": "lar", "per-node": "node"}.get(report.dispatch, "rem")
     # What there is without us first, then the plan.
-    order = sorted(report["rows"], key=lambda row: row["placement"] == "plan")
-    report = report | {"rows": order}
+    report = replace(report, rows=sorted(report.rows, key=lambda row: row.placement == "plan"))
     picture = Picture(
-        figures_plan.score_rows(report, metric),
-        0.75 + 0.36 * len(report["rows"]),
+        figures_plan.score_rows(report.rows, metric, report.uniform.get(metric)),
+        0.75 + 0.36 * len(report.rows),
         "Scores of every placement and schedule with their intervals",
         "Dots: mean over layers. Bars: 95% interval over requests. "
         "Dotted line: what experts without any structure would give at a random home.",
     )
-    node = "NODE: other nodes that it must reach. " if about.report["nodes"] > 1 else ""
+    node = "NODE: other nodes that it must reach. " if about.report.nodes > 1 else ""
     words = Text(
         "LAR: share of activations whose expert is on the token's own rank. REM: other ranks that a token must reach. "
         f"{node}LINK: rows through the busiest rank, per token that lives there. Load and tokens: busiest rank over mean. "
@@ -170,14 +170,14 @@ def _scores(about: "PlanReport") -> Section:
         hint=True,
     )
     blocks: list[Block] = [score_grid(report), words, picture]
-    return Section(f"Before and after, on {report['requests']:,} requests that the placement never saw", blocks)
+    return Section(f"Before and after, on {report.requests:,} requests that the placement never saw", blocks)
 
 
 def _layers(about: "PlanReport") -> Section:
-    saved = [
-        1 - _row(layer, "plan")["rem"] / max(_row(layer, "contiguous")["rem"], 1e-12)
-        for layer in about.report["layers"]
-    ]
+    from semmoe.solvers.evaluate.report import random_row
+
+    pairs = [[random_row(layer.rows, name).rem for name in ("contiguous", "plan")] for layer in about.report.layers]
+    saved = [1 - after / max(before, 1e-12) for before, after in pairs]
     gaining = sum(s > 0 for s in saved)
     which = "Every layer gains" if gaining == len(saved) else f"{gaining} of {len(saved)} layers gain"
     low, high = min(saved), max(saved)
@@ -195,14 +195,10 @@ def _fewer(saved: float) -> str:
     return f"{saved:.0%} fewer" if saved >= 0 else f"{-saved:.0%} more"
 
 
-def _row(layer: dict[str, Any], placement: str) -> dict[str, Any]:
-    return next(r for r in layer["rows"] if (r["placement"], r["schedule"]) == (placement, "random"))
-
-
 def _co_activation(about: "PlanReport") -> Section:
     import numpy as np
 
-    details, ranks = _details(about), about.report["ranks"]
+    details, ranks = _details(about), about.report.ranks
     pairs_EE = details.pairs_EE - np.diag(details.pairs_EE.diagonal())
     size = len(pairs_EE)
     before_E = np.arange(size) * ranks // size
@@ -210,7 +206,7 @@ def _co_activation(about: "PlanReport") -> Section:
     before, after = (
         float(pairs_EE[rank_E[:, None] == rank_E].sum() / total) for rank_E in (before_E, details.home_of_E)
     )
-    number = about.report["layers"][details.layer]["model_layer"]
+    number = about.report.layers[details.layer].model_layer
     picture = Picture(
         figures_plan.co_activation(details, ranks),
         4.1,
@@ -238,7 +234,7 @@ def _traffic(about: "PlanReport") -> Section | None:
         if _details(about).schedule == "random"
         else f"where schedule {_details(about).schedule} sends it"
     )
-    unit = "tokens and experts" if about.report["dispatch"] == "per-expert" else "tokens and ranks"
+    unit = "tokens and experts" if about.report.dispatch == "per-expert" else "tokens and ranks"
     picture = Picture(
         figures_plan.rank_traffic(_details(about)),
         4.0 if ranks <= 16 else 4.4,
@@ -261,25 +257,22 @@ def _loads(about: "PlanReport") -> Section:
 
 
 def _domains(about: "PlanReport") -> Section | None:
-    domains = [_before_and_after(domain) for domain in about.report.get("domains", [])]
-    dispatch = about.report["dispatch"]
+    from semmoe.solvers.evaluate.report import random_row
+
+    domains, dispatch = about.report.domains, about.report.dispatch
     metric = {"per-node": "node", "gather": "load_imbalance"}.get(dispatch, "rem")
-    if len(domains) < 2 or not any(row["before"][metric] for row in domains):
+    pairs = [(random_row(domain.rows, "contiguous"), random_row(domain.rows, "plan")) for domain in domains]
+    if len(domains) < 2 or not any(before.value(metric) for before, _ in pairs):
         return None
-    better = sum(row["after"][metric] < row["before"][metric] for row in domains)
+    better = sum(after.value(metric) < before.value(metric) for before, after in pairs)
     label = COLUMNS[metric][0]
     title = f"{better} of {len(domains)} domains gain"
     title = f"All {len(domains)} domains gain" if better == len(domains) else title
+    names = [f"{domain.domain}  ({domain.requests})" for domain in domains]
     picture = Picture(
-        figures_plan.domain_dumbbells(domains, metric, label=label),
+        figures_plan.domain_dumbbells(names, pairs, metric, label=label),
         0.8 + 0.3 * len(domains),
         f"{label} of every domain, before and after",
         "Blue bar: 95% interval over the requests of the domain; few requests, wide bar.",
     )
     return Section(title, [picture])
-
-
-def _before_and_after(domain: dict[str, Any]) -> dict[str, Any]:
-    """A domain of the report, with its rows of random homes."""
-    rows = {row["placement"]: row for row in domain["rows"] if row["schedule"] == "random"}
-    return domain | {"before": rows["contiguous"], "after": rows["plan"]}

@@ -5,17 +5,19 @@ Heavy modules are imported inside.
 """
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, require_extra
 
 if TYPE_CHECKING:
     import numpy as np
 
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.pictures import Details, Scored
+    from semmoe.solvers.evaluate.report import PredictableToken, Report, WhatIf
     from semmoe.solvers.plan import Plan
     from semmoe.solvers.schedule.simulate import Setting
 
@@ -39,25 +41,15 @@ class PlanReportOptions:
 
 @dataclass(frozen=True, eq=False)
 class PlanReport:
-    """Scores of a plan on a trace, and what else was asked for. `details` is there where
-    pictures are."""
+    """A report of a plan on a trace with what was asked for, and what a page says beside it.
+    `details` is there where pictures are."""
 
     plan: "Plan"
-    report: dict[str, Any]
+    report: "Report"
     notes: list[str]
     plan_path: str
     details: "Details | None" = None
-    what_if: dict[str, Any] | None = None
-    tokens: list[dict[str, Any]] | None = None
-    costs: dict[str, Any] | None = None
-    times: dict[str, Any] | None = None
     left_out: list[str] = field(default_factory=list)  # what was asked for and cannot be had, with the reason
-
-    def to_json(self) -> dict[str, Any]:
-        """The report object (docs/formats.md)."""
-        extra = {"what_if": self.what_if, "predictable_tokens": self.tokens, "costs": self.costs}
-        extra |= {"times": self.times}
-        return self.report | {name: value for name, value in extra.items() if value is not None}
 
 
 def make_plan_report(
@@ -65,54 +57,54 @@ def make_plan_report(
 ) -> PlanReport:
     """The report of the plan on the trace. Raises InputError where there is nothing to score
     honestly."""
-    from semmoe.solvers.evaluate.pictures import best_schedule, report_details, scored_requests
+    from semmoe.solvers.evaluate.pictures import report_details, scored_requests
+    from semmoe.solvers.evaluate.verdict import dispatch_costs
     from semmoe.solvers.make_plan import score_plan
     from semmoe.solvers.time.links import parse_links
+    from semmoe.solvers.time.row_times import RowSize, report_times, rows_between_ranks
     from semmoe.terminal.progress import steps
 
     links = parse_links(options.bandwidth, options.latency, plan.topology) if options.bandwidth else None
+    apart = bool(links and not links.is_uniform)
+    details, rows = None, None
+    left_out: list[str] = []
     with steps("report") as progress:
         progress(0, 4)
         report, notes = score_plan(plan, trace, setting=setting)
         progress(1, 4)
-        details = scored = what_if = tokens = costs = times = rows = None
-        left_out: list[str] = []
-        if options.pictures or options.what_if or options.tokenizer or (links and not links.is_uniform):
-            scored = scored_requests(plan, trace, processes=os.cpu_count() or 1)
+        if options.pictures or options.what_if or options.tokenizer or apart:
+            scheduled = options.pictures or apart
+            scored = scored_requests(plan, trace, scheduled=scheduled, processes=os.cpu_count() or 1)
             progress(2, 4)
-        if scored and options.pictures:
-            details = report_details(plan, trace, report, scored)
-            progress(3, 4)
-        if scored and options.what_if:
-            what_if = _what_if(plan, trace, scored, options.what_if, setting.seed)
-        if scored and options.tokenizer:
-            tokens = _predictable_tokens(trace, scored, options.tokenizer, setting.seed)
-            if not tokens:
-                left_out.append(
-                    "predictable tokens are left out: no token id is frequent enough on both sides of the split"
-                )
-        if scored and links and not links.is_uniform:
-            from semmoe.solvers.time.row_times import rows_between_ranks
-
-            rows = rows_between_ranks(plan, trace, scored, report)
+            if options.pictures:
+                details = report_details(trace, report, scored)
+                progress(3, 4)
+            if options.what_if:
+                report = replace(report, what_if=_what_if(plan, trace, scored, options.what_if, setting.seed))
+            if options.tokenizer:
+                tokens = _predictable_tokens(trace, scored, options.tokenizer, setting.seed)
+                report = replace(report, predictable_tokens=tokens)
+                if not tokens:
+                    left_out.append(
+                        "predictable tokens are left out: no token id is frequent enough on both sides of the split"
+                    )
+            if apart:
+                rows = rows_between_ranks(trace, scored, report, plan.model.n_group)
     if options.hidden_size or options.bandwidth or options.pictures:
-        from semmoe.solvers.evaluate.volume import dispatch_costs
-
         hidden_size, assumption = _hidden_size(plan, options)
+        out, back = hidden_size * options.dispatch_bytes, hidden_size * COMBINE_BYTES
         costs = dispatch_costs(
             report,
-            schedule=best_schedule(report),
             top_k=plan.model.top_k,
             hidden_size=hidden_size,
             dispatch_bytes=options.dispatch_bytes,
-        ) | {"assumption": assumption}
+            assumption=assumption,
+        )
+        report = replace(report, costs=costs)
         if links:
-            from semmoe.solvers.time.row_times import report_times
-
-            out, back = hidden_size * options.dispatch_bytes, hidden_size * COMBINE_BYTES
-            times = report_times(report, links, row_bytes=out, result_bytes=back, rows=rows)
-            times |= {"hidden_size": hidden_size, "assumption": assumption}
-    return PlanReport(plan, report, notes, plan_path, details, what_if, tokens, costs, times, left_out)
+            size = RowSize(hidden_size, out, back, assumption)
+            report = replace(report, times=report_times(report, links, size, rows))
+    return PlanReport(plan, report, notes, plan_path, details, left_out)
 
 
 def _hidden_size(plan: "Plan", options: PlanReportOptions) -> tuple[int, str]:
@@ -145,7 +137,7 @@ def _sides(plan: "Plan", trace: "RoutingTrace", scored: "Scored") -> "tuple[np.n
     return ~held_out_B, held_out_B
 
 
-def _what_if(plan: "Plan", trace: "RoutingTrace", scored: "Scored", numbers: list[int], seed: int) -> dict[str, Any]:
+def _what_if(plan: "Plan", trace: "RoutingTrace", scored: "Scored", numbers: list[int], seed: int) -> "WhatIf":
     from semmoe.solvers.evaluate.what_if import what_if
 
     fit_B, score_B = _sides(plan, trace, scored)
@@ -153,29 +145,33 @@ def _what_if(plan: "Plan", trace: "RoutingTrace", scored: "Scored", numbers: lis
     return what_if(trace, fit_B, score_B, numbers, ranks_per_node=per_node, dispatch=plan.dispatch, seed=seed)
 
 
-def _predictable_tokens(trace: "RoutingTrace", scored: "Scored", tokenizer: Path, seed: int) -> list[dict[str, Any]]:
+def _predictable_tokens(
+    trace: "RoutingTrace", scored: "Scored", tokenizer: Path, seed: int
+) -> "list[PredictableToken]":
     """Tokens with text, most predictable first; [] where no id is frequent enough."""
-    from semmoe.solvers.evaluate.pictures import scored_batch
     from semmoe.solvers.evaluate.predictable import token_predictability
+    from semmoe.solvers.evaluate.report import PredictableToken
+    from semmoe.solvers.evaluate.score_plan import scored_batch
 
     text_of = _token_texts(tokenizer)
     if not scored.held_out or not scored.fit_B.any():
         raise InputError(
             f"--tokenizer: {trace.path} must hold requests that the plan was fitted on and others that it was not"
         )
-    learn, score = (scored_batch(trace, keep_B, seed=seed) for keep_B in (scored.fit_B, scored.score_B))
+    learn, score = (scored_batch([trace], [keep_B], seed=seed) for keep_B in (scored.fit_B, scored.score_B))
     if (learn.token_ids_T < 0).all():
         raise InputError(f"--tokenizer: {trace.path} holds no token ids")
-    found = token_predictability(learn, score, scored.placement.hosts_LER)
+    found = token_predictability(learn, score, scored.deployment.placement.hosts_LER)
     return [
-        {"id": int(i), "text": text_of(int(i)), "tokens": int(n), "share": float(s)}
+        PredictableToken(int(i), text_of(int(i)), int(n), float(s))
         for i, n, s in zip(found.ids_U, found.tokens_U, found.share_U, strict=True)
     ]
 
 
-def _token_texts(path: Path) -> Any:
+def _token_texts(path: Path) -> Callable[[int], str]:
     """A function from a token id to its text, spaces and line ends made visible. Raises
     InputError where there is no tokenizer."""
+    require_extra("--tokenizer", "tokenizers")
     from tokenizers import Tokenizer
 
     from semmoe.profiles.demo.paths import demo_model_path

@@ -4,16 +4,21 @@ Tables fit the terminal: intervals go first, then the columns that matter less. 
 inside: `semmoe --help` does not need it.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from semmoe.terminal.text import add_row, json_line, visible, visible_lines
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from semmoe.pages.page import Section
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.evaluate.report import Report, ScoreRow, Times
+    from semmoe.solvers.health.record import Health
+    from semmoe.solvers.plan import Plan
 
 COLUMNS = {
     "lar": ("LAR", True),
@@ -32,39 +37,42 @@ SCORE_CAPTION = "* best of its column, oracles left out; in brackets: 95% bootst
 
 def note(line: str) -> None:
     """A line for people on stderr."""
-    print(f"semmoe: {line}", file=sys.stderr)
+    print(f"semmoe: {visible(line)}", file=sys.stderr)
+
+
+def note_unchecked(*inputs: "RoutingTrace | Plan") -> None:
+    """Say which files of traces and plans were used without being compared with a hash of them."""
+    for opened in inputs:
+        for file, why in opened.unchecked.items():
+            note(f"{file} was not checked: {why}")
 
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout; with escapes where stdout cannot write its text (another
     encoding, a path that is not UTF-8)."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json_line(value)
     try:
         text.encode(sys.stdout.encoding or "utf-8")  # a text buffer has none
     except UnicodeEncodeError:
-        text = json.dumps(value)
+        text = json_line(value, ascii_only=True)
     print(text)
 
 
-def print_report(report: dict[str, Any], *, as_json: bool) -> None:
-    """A report (docs/formats.md) as JSON, or as a table with the better value of each column
-    marked."""
+def print_report(report: "Report", *, as_json: bool) -> None:
+    """A report as JSON, or as a table with the better value of each column marked."""
     if as_json:
-        print_json(report)
+        print_json(report.to_json())
         return
     console = wide_console()
-    tables = [_score_table(report, shown, intervals) for shown, intervals in layouts(report["nodes"])]
+    tables = [_score_table(report, shown, intervals) for shown, intervals in layouts(report.nodes)]
     print_fitting(console, tables, title=_title(report), caption=SCORE_CAPTION)
-    if verdict := report.get("verdict"):
-        console.print(
-            f"\n{verdict['sentence']}",
-            style={"good": "green", "bad": "red"}.get(verdict["level"], "yellow"),
-            markup=False,
-        )
-        more = verdict.get("with_schedule")
-        if more and more["sentence"] != verdict["sentence"] and more["schedule"] != verdict["schedule"]:
-            console.print(more["sentence"], markup=False)
-    if report["dispatch"] == "gather":
+    if verdict := report.verdict:
+        colour = {"good": "green", "bad": "red"}.get(verdict.level, "yellow")
+        console.print(f"\n{visible(verdict.sentence)}", style=colour)
+        more = verdict.with_schedule
+        if more and more.sentence != verdict.sentence and more.schedule != verdict.schedule:
+            console.print(visible(more.sentence))
+    if report.dispatch == "gather":
         console.print("Placement cannot reduce traffic here, only balance load.")
 
 
@@ -78,10 +86,10 @@ def layouts(num_nodes: int) -> list[tuple[list[str], bool]]:
 
 def wide_console() -> "Console":
     """A console on stdout: the terminal's width, a fixed one elsewhere; colours only on a
-    terminal, and not with NO_COLOR."""
+    terminal, and not with NO_COLOR. No text is read as markup or as names of emoji."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, markup=False, emoji=False)
 
 
 def print_fitting(console: "Console", tables: list["Table"], *, title: str, caption: str) -> None:
@@ -89,9 +97,9 @@ def print_fitting(console: "Console", tables: list["Table"], *, title: str, capt
     caption."""
     unbounded = console.options.update(width=1000)
     fitting = [t for t in tables if console.measure(t, options=unbounded).maximum <= console.width]
-    console.print(title, style="bold", markup=False)
+    console.print(visible_lines(title), style="bold")
     console.print((fitting or tables[-1:])[0])
-    console.print(caption, style="dim", markup=False)
+    console.print(visible_lines(caption), style="dim")
 
 
 def new_table() -> "Table":
@@ -102,55 +110,60 @@ def new_table() -> "Table":
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
 
 
-def _score_table(report: dict[str, Any], metrics: list[str], intervals: bool) -> "Table":
+def _score_table(report: "Report", metrics: list[str], intervals: bool) -> "Table":
     table = new_table()
     for heading in ("placement", "schedule"):
         table.add_column(heading, overflow="fold")
     for metric in metrics:
         table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
-    rows = report["rows"]
+    rows, uniform = report.rows, report.uniform
     for row in rows:
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
-        style = "dim" if "oracle" in row["schedule"] else None
-        table.add_row(row["placement"], row["schedule"], *cells, style=style)
-    uniform = report["uniform"]
-    widths = {m: max(len(f"{row[m]:.3f}") for row in rows) for m in metrics}
-    cells = (f"{uniform[m]:{widths[m]}.3f}" if m in uniform else "" for m in metrics)
-    table.add_row("uniform", "random", *cells, style="dim")
+        add_row(table, *row.key, *cells, style="dim" if row.is_oracle else None)
+    cells = (f"{uniform[m]:{_width(m, rows)}.3f}" if m in uniform else "" for m in metrics)
+    add_row(table, "uniform", "random", *cells, style="dim")
     return table
 
 
-def _title(report: dict[str, Any]) -> str:
-    nodes = "one node" if report["nodes"] == 1 else f"{report['nodes']} nodes"
+def _title(report: "Report") -> str:
+    nodes = "one node" if report.nodes == 1 else f"{report.nodes} nodes"
     return (
-        f"{report['model'] or 'model'}: {report['ranks']} ranks on {nodes}, {report['dispatch']} dispatch; "
-        f"{report['requests']} held-out requests, {report['tokens']:,} tokens; mean over {len(report['layers'])} layers"
+        f"{report.model or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
+        f"{report.requests} held-out requests, {report.tokens:,} tokens; mean over {len(report.layers)} layers"
     )
 
 
-def score_cell(row: dict[str, Any], metric: str, rows: list[dict[str, Any]], *, intervals: bool) -> str:
+def _width(metric: str, rows: "Sequence[ScoreRow]") -> int:
+    """Letters of the widest value of a column."""
+    return max(len(f"{row.value(metric):.3f}") for row in rows)
+
+
+def score_cell(row: "ScoreRow", metric: str, rows: "Sequence[ScoreRow]", *, intervals: bool) -> "Text":
     """A value, marked where it is the best of `rows`, and its interval; digits are aligned in a
     left-justified column."""
-    low, high = row["ci"][metric]
+    low, high = row.interval(metric)
     better = max if COLUMNS[metric][1] else min
-    values = [round(r[metric], 3) for r in rows if "oracle" not in r["schedule"]]
-    value = round(row[metric], 3)
-    best = "oracle" not in row["schedule"] and len(set(values)) > 1 and value == better(values)
-    width = max(len(f"{r[metric]:.3f}") for r in rows)
-    text = f"{value:{width}.3f}{'*' if best else ' '}"
+    values = [round(other.value(metric), 3) for other in rows if not other.is_oracle]
+    value = round(row.value(metric), 3)
+    best = not row.is_oracle and len(set(values)) > 1 and value == better(values)
+    text = f"{value:{_width(metric, rows)}.3f}{'*' if best else ' '}"
     # An interval without width (a value that does not depend on the data) is left out.
-    interval = f" \\[{low:.3f}, {high:.3f}]" if intervals and high - low > 5e-4 else ""
-    return f"[bold]{text}[/bold]{interval}" if best else f"{text}{interval}"
+    interval = f" [{low:.3f}, {high:.3f}]" if intervals and high - low > 5e-4 else ""
+    from rich.text import Text
+
+    return Text.assemble((text, "bold" if best else ""), interval)
 
 
-def print_times(times: dict[str, Any]) -> None:
+def print_times(times: "Times") -> None:
     """Predicted communication time of every row, under the table of a report."""
-    title = f"\nPredicted dispatch and combine of a batch of {times['batch_tokens']:,} tokens over all ranks: {times['network']}"
+    title = (
+        f"\nPredicted dispatch and combine of a batch of {times.batch_tokens:,} tokens over all ranks: {times.network}"
+    )
     tables = [_times_table(times, shown) for shown in (range(3), (0, 2))]
-    print_fitting(wide_console(), tables, title=title, caption=times["assumption"])
+    print_fitting(wide_console(), tables, title=title, caption=times.assumption)
 
 
-def _times_table(times: dict[str, Any], shown: Sequence[int]) -> "Table":
+def _times_table(times: "Times", shown: Sequence[int]) -> "Table":
     """`shown`: which of milliseconds per layer, of all layers, and their share."""
     table = new_table()
     for heading in ("placement", "schedule"):
@@ -159,41 +172,22 @@ def _times_table(times: dict[str, Any], shown: Sequence[int]) -> "Table":
     for number in shown:
         table.add_column(headings[number], justify="right", no_wrap=True)
     for placement, schedule, *values in times_cells(times):
-        table.add_row(placement, schedule, *(values[n] for n in shown), style="dim" if "oracle" in schedule else None)
+        cells = (values[n] for n in shown)
+        add_row(table, placement, schedule, *cells, style="dim" if "oracle" in schedule else None)
     return table
 
 
-def print_section(section: "Section") -> None:
-    """A section of a page in the terminal: its title, texts and tables, without pictures."""
-    from rich.markup import escape
-
-    from semmoe.pages.page import Grid, Text
-
-    console = wide_console()
-    console.print(f"\n{section.title}", style="bold", markup=False)
-    for block in section.blocks:
-        if isinstance(block, Text):
-            console.print(block.text, style="dim", markup=False)
-        elif isinstance(block, Grid):
-            table = new_table()
-            for number, heading in enumerate(block.headings):
-                table.add_column(heading, justify="left" if number in block.names_at else "right", overflow="fold")
-            for row in block.rows:
-                table.add_row(*map(escape, row))
-            console.print(table)
-
-
-def times_cells(times: dict[str, Any]) -> list[list[str]]:
+def times_cells(times: "Times") -> list[list[str]]:
     """Placement, schedule, milliseconds per layer and of all layers, and their share of
     contiguous experts with random homes."""
-    keys = [(row["placement"], row["schedule"]) for row in times["rows"]]
-    before = times["rows"][keys.index(("contiguous", "random"))]["ms_per_layer"]
-    totals = [sum(row["ms_layers"]) for row in times["rows"]]
-    digits, total_digits = _decimals([row["ms_per_layer"] for row in times["rows"]]), _decimals(totals)
+    before = next(r.ms_per_layer for r in times.rows if (r.placement, r.schedule) == ("contiguous", "random"))
+    totals = [sum(row.ms_layers) for row in times.rows]
+    digits, total_digits = _decimals([row.ms_per_layer for row in times.rows]), _decimals(totals)
     cells = []
-    for (placement, schedule), row, total in zip(keys, times["rows"], totals, strict=True):
-        share = f"{row['ms_per_layer'] / before:.2f}" if before else "-"
-        cells.append([placement, schedule, f"{row['ms_per_layer']:,.{digits}f}", f"{total:,.{total_digits}f}", share])
+    for row, total in zip(times.rows, totals, strict=True):
+        share = f"{row.ms_per_layer / before:.2f}" if before else "-"
+        numbers = (f"{row.ms_per_layer:,.{digits}f}", f"{total:,.{total_digits}f}", share)
+        cells.append([row.placement, row.schedule, *numbers])
     return cells
 
 
@@ -219,7 +213,18 @@ def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
             value = f"{value:.3f}"
         elif isinstance(value, int):
             value = f"{value:,}"
-        print(f"{name.replace('_', ' '):<{width}}  {value}")
+        print(f"{visible(name).replace('_', ' '):<{width}}  {visible(str(value))}")
+
+
+def print_balance(rows: list[dict[str, Any]], names: dict[str, str], *, as_json: bool) -> None:
+    """How evenly placements load their ranks, where nothing else can be scored. `names`: of plan
+    and trace."""
+    if as_json:
+        print_json({**names, "scored": "balance", "rows": rows})
+        return
+    print(f"{'placement':<12}{'load max/mean':>15}{'load max/median':>17}")
+    for row in rows:
+        print(f"{row['placement']:<12}{row['load_imbalance']:>15.3f}{row['load_imbalance_median']:>17.3f}")
 
 
 def _shortened(values: list[Any]) -> str:
@@ -229,33 +234,32 @@ def _shortened(values: list[Any]) -> str:
     return " ".join(texts)
 
 
-def print_health(health: dict[str, Any], *, as_json: bool) -> None:
+def print_health(health: "Health", *, as_json: bool) -> None:
     """The health of a trace as JSON, or its findings and its learning curve as tables."""
     if as_json:
-        print_json(health)
+        print_json(health.to_json())
         return
-    from rich.markup import escape
+    from rich.text import Text
 
     console = wide_console()
     colours = {"good": "green", "watch": "yellow", "bad": "red"}
     table = new_table()
     for heading in ("question", "", "answer"):
         table.add_column(heading, overflow="fold")
-    for found in health["findings"]:
-        level = found["level"]
-        table.add_row(found["topic"], f"[{colours[level]}]{level}[/]", escape(found["text"]))
-    title = f"{health['model'] or 'model'}: {health['requests']:,} requests, {health['tokens']:,} tokens"
+    for found in health.findings:
+        add_row(table, found.topic, Text(found.level, colours[found.level]), found.text)
+    title = f"{health.model or 'model'}: {health.requests:,} requests, {health.tokens:,} tokens"
     print_fitting(
         console, [table], title=title, caption="good: nothing to do; watch: a limit to know; bad: act before placing"
     )
-    if learning := health["learning"]:
+    if learning := health.learning:
         curve = new_table()
         for heading in ("training tokens", "REM", ""):
             curve.add_column(heading, justify="left" if not heading else "right")
-        for point in learning["points"]:
-            curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "")
-        for point in learning["forecast"]:
-            curve.add_row(f"{point['tokens']:,.0f}", f"{point['rem']:.3f}", "expected", style="dim")
-        title = f"\nHeld-out REM on {health['ranks']} ranks by training tokens; contiguous experts: {learning['contiguous_rem']:.3f}"
+        for point in learning.points:
+            add_row(curve, f"{point.tokens:,.0f}", f"{point.rem:.3f}", "")
+        for point in learning.forecast:
+            add_row(curve, f"{point.tokens:,.0f}", f"{point.rem:.3f}", "expected", style="dim")
+        title = f"\nHeld-out REM on {health.ranks} ranks by training tokens; contiguous experts: {learning.contiguous_rem:.3f}"
         caption = "quick METIS on some layers; expected: read off a power law through the points"
         print_fitting(console, [curve], title=title, caption=caption)

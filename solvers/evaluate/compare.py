@@ -1,9 +1,11 @@
 """compare_plans: several plans on the requests that none of them was fitted on, and what it takes
 to get from one to another.
 
-Shape letters: L MoE layers, B requests.
+Shape letters: L MoE layers, B requests, G groups of requests, X resamples.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -13,16 +15,112 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, unshown
 from semmoe.profiles.split import request_keys
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.evaluate.pictures import placement_sums, scored_batch
-from semmoe.solvers.evaluate.score_plan import baselines, score_placements
-from semmoe.solvers.place.moves import count_moves, paired_difference
+from semmoe.solvers.evaluate.metrics import metrics_XL, resamples_XG
+from semmoe.solvers.evaluate.report import Report, ScoreRow
+from semmoe.solvers.evaluate.score_plan import baselines, score_placements, scored_batch
+from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
+from semmoe.solvers.json_record import JsonRecord
+from semmoe.solvers.place.moves import count_moves
+from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
 
 COMPARE_FORMAT = "semmoe-compare"
 COMPARE_VERSION = 1
 PAIRED = ("rem", "link", "load_imbalance")
+
+Change = tuple[float, float, float]  # a difference, and the ends of its interval
+
+
+@dataclass(frozen=True)
+class ComparedPlan(JsonRecord):
+    """A plan of a comparison."""
+
+    plan: str  # its path as given
+    fingerprint: str
+    method: str
+    seed: int
+    ranks: int
+    nodes: int
+    replicas: int
+
+
+@dataclass(frozen=True)
+class Difference(JsonRecord):
+    """A plan against the first, tokens at random homes, paired over requests."""
+
+    plan: str
+    against: str
+    rem: Change
+    link: Change
+    load_imbalance: Change
+
+
+@dataclass(frozen=True)
+class LayerMoves(JsonRecord):
+    """Copies to load at one layer."""
+
+    layer: int
+    experts: int
+    experts_renamed: int
+    experts_renamed_per_layer: int
+
+
+@dataclass(frozen=True)
+class PlanMoves(JsonRecord):
+    """Copies that ranks must load to get from one plan to another (solvers/place/moves.py)."""
+
+    from_: str
+    to: str
+    slots: int
+    experts: int
+    experts_renamed: int
+    experts_renamed_per_layer: int
+    bytes: int
+    bytes_renamed: int
+    bytes_renamed_per_layer: int
+    old_rank_of: list[int]
+    layers: list[LayerMoves]
+
+
+@dataclass(frozen=True)
+class NoMoves(JsonRecord):
+    """Two plans of different shape, and what differs."""
+
+    from_: str
+    to: str
+    why_not: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(JsonRecord):
+    """Plans side by side. `to_json()` gives it as one JSON object.
+
+    Fields:
+        format, version: of the JSON object.
+        trace, model, dispatch: what they were scored on, and how rows are counted.
+        plans: facts of each plan.
+        requests, tokens: how many were scored.
+        rows: metrics of every plan under every schedule; `placement` is the plan's name.
+        differences: each plan against the first, paired over requests, with 95 % intervals.
+        bytes_per_expert: bytes of one expert's weights, 0 where not known.
+        moves: copies of experts, and bytes, to get from one plan to another.
+
+    Source: solvers/evaluate/compare.py; docs/formats.md.
+    """
+
+    format: str = COMPARE_FORMAT
+    version: int = COMPARE_VERSION
+    trace: str
+    model: str
+    dispatch: str
+    plans: list[ComparedPlan]
+    requests: int
+    tokens: int
+    rows: list[ScoreRow]
+    differences: list[Difference]
+    bytes_per_expert: int
+    moves: list[PlanMoves | NoMoves]
 
 
 def compare_plans(
@@ -32,9 +130,14 @@ def compare_plans(
     bytes_per_expert: int,
     setting: Setting,
     progress: Progress = unshown,
-) -> tuple[dict[str, Any], list[str]]:
-    """The comparison object (docs/formats.md) and notes. `plans`: two or more, by name; the first
-    is what the others are held against.
+) -> tuple[Comparison, list[str]]:
+    """The comparison, and notes.
+
+    Parameters:
+        plans: two or more of one model, by name; the first is what the others are held against.
+        trace: requests to score on; those that a plan was fitted on are left out.
+        bytes_per_expert: of an expert's weights, 0 where it is not known.
+        setting: how schedules are simulated.
 
     Raises InputError where plans and trace are of different models, or where no request is new to
     every plan and the plans' own held-out scores are not of the same requests either.
@@ -42,21 +145,18 @@ def compare_plans(
     trace.require_tokens("a comparison")
     for name, plan in plans.items():
         plan.model.check(trace.info, f"{trace.path} (against {name})")
-    first_name, first = next(iter(plans.items()))
+    first = next(iter(plans.values()))
     requests = request_keys(trace.requests())
     unseen_B = ~np.isin(requests, np.concatenate([plan.fitted_keys for plan in plans.values()]))
     if unseen_B.any():
-        rows, sizes = _scored_rows(plans, trace, unseen_B, setting, progress)
+        reports = _scored_reports(plans, trace, unseen_B, setting, progress)
         progress(len(plans), len(plans) + 1)
         differences = _differences(plans, trace, unseen_B, setting.seed)
         left_out = int((~unseen_B).sum())
-        notes = (
-            [f"{left_out} requests of {trace.path} were used to fit one of the plans and are left out"]
-            if left_out
-            else []
-        )
+        said = f"{left_out} requests of {trace.path} were used to fit one of the plans and are left out"
+        notes = [said] if left_out else []
     else:
-        rows, sizes = _recorded_rows(plans, trace)
+        reports = _recorded_reports(plans, trace)
         differences = []
         notes = [
             f"every request of {trace.path} was used to fit a plan: these are the plans' own held-out scores, of the same requests, "
@@ -65,138 +165,124 @@ def compare_plans(
     for name, plan in plans.items():
         if plan.dispatch != first.dispatch:
             notes.append(f"{name} was made for {plan.dispatch} dispatch, here rows are counted as for {first.dispatch}")
-    comparison = {
-        "format": COMPARE_FORMAT,
-        "version": COMPARE_VERSION,
-        "trace": trace.path,
-        "model": trace.info.model,
-        "dispatch": first.dispatch,
-        "plans": [_plan_facts(name, plan) for name, plan in plans.items()],
-        **sizes,
-        "rows": rows,
-        "differences": differences,
-        "bytes_per_expert": bytes_per_expert,
-        "moves": [_moves(a, b, plans, bytes_per_expert) for a, b in combinations(plans, 2)],
-    }
+    rows = [replace(row, placement=name) for name, report in reports.items() for row in report.plan_rows]
+    last = list(reports.values())[-1]
+    comparison = Comparison(
+        trace=trace.path,
+        model=trace.info.model,
+        dispatch=first.dispatch,
+        plans=[_plan_facts(name, plan) for name, plan in plans.items()],
+        requests=last.requests,
+        tokens=last.tokens,
+        rows=rows,
+        differences=differences,
+        bytes_per_expert=bytes_per_expert,
+        moves=[_moves(a, b, plans, bytes_per_expert) for a, b in combinations(plans, 2)],
+    )
     return comparison, notes
 
 
-def _plan_facts(name: str, plan: Plan) -> dict[str, Any]:
-    return {
-        "plan": name,
-        "fingerprint": plan.fingerprint,
-        "method": plan.method,
-        "seed": plan.seed,
-        "ranks": plan.topology.num_ranks,
-        "nodes": plan.topology.num_nodes,
-        "replicas": plan.placement.num_replicas,
-    }
+def _plan_facts(name: str, plan: Plan) -> ComparedPlan:
+    topology = plan.topology
+    sizes = (topology.num_ranks, topology.num_nodes, plan.placement.num_replicas)
+    return ComparedPlan(name, plan.fingerprint, plan.method, plan.seed, *sizes)
 
 
-def _scored_rows(
-    plans: dict[str, Plan],
-    trace: RoutingTrace,
-    unseen_B: np.ndarray,
-    setting: Setting,
-    progress: Progress,
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _scored_reports(
+    plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, setting: Setting, progress: Progress
+) -> dict[str, Report]:
+    """Every plan on the same requests; rows are counted as for the first plan's dispatch."""
     dispatch = next(iter(plans.values())).dispatch
-    rows, sizes = [], {}
+    reports = {}
     for number, (name, plan) in enumerate(plans.items()):
         progress(number, len(plans) + 1)
-        report = score_placements(
-            {"plan": plan.placement, **baselines(plan.load_LE, plan.topology, plan.model.n_group)},
-            [trace],
-            [unseen_B],
-            plan.topology,
-            load_LE=plan.load_LE,
-            dispatch=dispatch,
-            schedule=Schedule.from_tables(plan.tables),
-            setting=setting,
-        )
-        rows += [{**row, "placement": name} for row in report["rows"] if row["placement"] == "plan"]
-        sizes = {"requests": report["requests"], "tokens": report["tokens"]}
-    return rows, sizes
+        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
+        deployment = replace(plan.deployment, dispatch=dispatch)
+        reports[name] = score_placements(deployment, [trace], [unseen_B], beside=beside, setting=setting)
+    return reports
 
 
-def _recorded_rows(plans: dict[str, Plan], trace: RoutingTrace) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _recorded_reports(plans: dict[str, Plan], trace: RoutingTrace) -> dict[str, Report]:
+    """The plans' own held-out scores, which must be of the same requests."""
+    reports = {name: plan.scores for name, plan in plans.items() if plan.scores}
     splits = {
-        str((p.trace.get("fingerprints"), p.scores.get("requests"), _split_of(p), p.dispatch)) for p in plans.values()
+        str((p.trace.get("fingerprints"), p.scores and p.scores.requests, _split_of(p), p.dispatch))
+        for p in plans.values()
     }
     first = next(iter(plans.values()))
-    if len(splits) > 1 or first.trace.get("fingerprints") != [trace.fingerprint]:
+    if len(splits) > 1 or first.trace.get("fingerprints") != [trace.fingerprint] or len(reports) < len(plans):
         raise InputError(
             f"every request of {trace.path} was used to fit one of the plans: nothing is left to compare them on; "
             "give another trace, or place with --no-refit"
         )
-    rows = [
-        {**row, "placement": name}
-        for name, plan in plans.items()
-        for row in plan.scores["rows"]
-        if row["placement"] == "plan"
-    ]
-    return rows, {"requests": first.scores["requests"], "tokens": first.scores["tokens"]}
+    return reports
 
 
 def _split_of(plan: Plan) -> tuple[Any, ...]:
     return tuple(plan.split.get(name) for name in ("holdout", "holdout_domains", "seed"))
 
 
-def _differences(plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, seed: int) -> list[dict[str, Any]]:
+def _differences(plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, seed: int) -> list[Difference]:
     """Every other plan against the first, tokens at random homes, on the same resamples of the
     requests."""
-    first_name, first = next(iter(plans.items()))
-    batch = scored_batch(trace, unseen_B, seed=seed)
-    sums = {
-        name: placement_sums(plan.placement, plan.load_LE, batch, trace, plan.topology, dispatch=first.dispatch)
-        for name, plan in plans.items()
-    }
-    return [
-        {
-            "plan": name,
-            "against": first_name,
-            **{
-                metric: list(
-                    paired_difference(
-                        sums[first_name],
-                        sums[name],
-                        (first.topology, plan.topology),
-                        metric,
-                        dispatch=first.dispatch,
-                        seed=seed,
-                    )
-                )
-                for metric in PAIRED
-            },
-        }
-        for name, plan in plans.items()
-        if name != first_name
+    (first_name, first), *others = plans.items()
+    batch = scored_batch([trace], [unseen_B], seed=seed)
+    before = deployment_sums(first.deployment, batch)
+    found = []
+    for name, plan in others:
+        after = deployment_sums(replace(plan.deployment, dispatch=first.dispatch), batch)
+        topologies = first.topology, plan.topology
+        changes = paired_differences(before, after, topologies, PAIRED, dispatch=first.dispatch, seed=seed)
+        found.append(Difference(name, first_name, *changes))
+    return found
+
+
+def paired_differences(
+    first: TrafficSums,
+    second: TrafficSums,
+    topologies: tuple[Topology, Topology],
+    metrics: Iterable[str],
+    *,
+    dispatch: str,
+    seed: int,
+    num_resamples: int = 400,
+) -> list[Change]:
+    """Second minus first of each metric, mean over layers, and the 95 % interval over the same
+    resamples of the same requests.
+
+    Requests differ more from each other than plans do on one request, so the interval of the
+    difference is much narrower than those of the two values.
+    """
+    num_groups = len(first.tokens_G)
+    assert num_groups == len(second.tokens_G), "differences are taken on the same requests"
+    weights_XG = np.concatenate([np.ones((1, num_groups)), resamples_XG(first.tokens_G, num_resamples, seed)])
+    values = [
+        metrics_XL(sums.resampled(weights_XG), topology, dispatch)
+        for sums, topology in zip((first, second), topologies, strict=True)
     ]
+    changes = []
+    for metric in metrics:
+        difference_X = values[1][metric].mean(1) - values[0][metric].mean(1)
+        low, high = np.quantile(difference_X[1:], [0.025, 0.975])
+        changes.append((float(difference_X[0]), float(low), float(high)))
+    return changes
 
 
-def _moves(old_name: str, new_name: str, plans: dict[str, Plan], bytes_per_expert: int) -> dict[str, Any]:
+def _moves(old_name: str, new_name: str, plans: dict[str, Plan], bytes_per_expert: int) -> PlanMoves | NoMoves:
     """Moves between two plans; with a reason instead of numbers where they are not of one shape."""
     old, new = plans[old_name], plans[new_name]
-    found: dict[str, Any] = {"from": old_name, "to": new_name}
     try:
         moves = count_moves(old.placement, new.placement, new.topology)
     except InputError as error:
-        return found | {"why_not": str(error)}
-    slots = new.placement.num_layers * new.placement.num_ranks * new.placement.slots_per_rank
-    as_named, renamed, per_layer = (
-        int(moves_L.sum()) for moves_L in (moves.as_named_L, moves.renamed_L, moves.per_layer_L)
+        return NoMoves(old_name, new_name, str(error))
+    moved_LM = np.stack([moves.as_named_L, moves.renamed_L, moves.per_layer_L], axis=1)
+    copies = moved_LM.sum(0).tolist()
+    return PlanMoves(
+        old_name,
+        new_name,
+        new.placement.experts_LRS.size,
+        *copies,
+        *(count * bytes_per_expert for count in copies),
+        old_rank_of=moves.old_rank_of_R.tolist(),
+        layers=[LayerMoves(layer, *counts) for layer, counts in enumerate(moved_LM.tolist())],
     )
-    return found | {
-        "slots": slots,
-        "experts": as_named,
-        "experts_renamed": renamed,
-        "experts_renamed_per_layer": per_layer,
-        "bytes": as_named * bytes_per_expert,
-        "bytes_renamed": renamed * bytes_per_expert,
-        "bytes_renamed_per_layer": per_layer * bytes_per_expert,
-        "old_rank_of": moves.old_rank_of_R.tolist(),
-        "layers": [
-            {"layer": layer, "experts": int(a), "experts_renamed": int(b), "experts_renamed_per_layer": int(c)}
-            for layer, (a, b, c) in enumerate(zip(moves.as_named_L, moves.renamed_L, moves.per_layer_L, strict=True))
-        ],
-    }

@@ -1,37 +1,36 @@
 """What a report shows beside its rows: matrices of one layer, traffic between ranks, and load of
-each rank.
+each rank, of the placement that was scored.
 
-Shape letters: L MoE layers, E experts, R ranks, B requests.
+Shape letters: L MoE layers, T tokens, E experts, R ranks, B requests.
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from semmoe.profiles.counts import co_activation_EE, profile_traces, sample_requests
-from semmoe.profiles.progress import Progress
-from semmoe.profiles.safetensors_file import input_embedding
+from semmoe.profiles.counts import co_activation_EE, profile_traces
+from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
-from semmoe.solvers.evaluate.metrics import TrafficSums, score, traffic_sums
+from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.metrics import score
 from semmoe.solvers.evaluate.reached import rank_rows_LRR
-from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines
-from semmoe.solvers.evaluate.verdict import best_row
-from semmoe.solvers.place.replicas import serving_LRE
-from semmoe.solvers.place.solve import METHODS, Demands, solve_placement
-from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.evaluate.report import LayerScores, Report, random_row
+from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+from semmoe.solvers.evaluate.sums import deployment_sums
+from semmoe.solvers.evaluate.verdict import best_schedule
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import Setting, simulate
+
+ILLUSTRATION = "the pictures show the requests that the placement was fitted on: an illustration, not evidence"
 
 
 class Scored(NamedTuple):
-    """The placement that a report's numbers are about, and the requests they come from."""
+    """The deployment that a report's numbers are about, and the requests they come from."""
 
-    placement: Placement
-    schedule: Schedule | None
-    load_LE: np.ndarray  # of the requests it was fitted on
+    deployment: Deployment  # its load is that of the requests it was fitted on
     fit_B: np.ndarray  # bool [B]: requests of the trace to learn from
     score_B: np.ndarray  # bool [B]: requests of the trace to score on; never learned from where `held_out`
     held_out: bool
@@ -44,128 +43,95 @@ class Details:
 
     scored: Scored
     layer: int  # the layer of median saving
-    pairs_EE: np.ndarray  # co-activation of that layer
-    home_of_E: np.ndarray  # first rank that hosts each expert there, under the plan
+    pairs_EE: np.ndarray  # co-activation of that layer, int64
+    home_of_E: np.ndarray  # first rank that hosts each expert there, under the plan, int64
     schedule: str  # where tokens live in rows_RR["after"]
-    rows_RR: dict[str, np.ndarray]  # rows per token from rank to rank, mean over layers, by placement
-    load_LR: dict[str, np.ndarray]  # load of each rank over the mean, by placement
+    rows_RR: dict[str, np.ndarray]  # rows per token from rank to rank, mean over layers, by placement, float64
+    load_LR: dict[str, np.ndarray]  # load of each rank over the mean, by placement, float64
 
 
-def scored_requests(plan: Plan, trace: RoutingTrace, *, processes: int = 1, progress: Progress | None = None) -> Scored:
+def scored_requests(plan: Plan, trace: RoutingTrace, *, scheduled: bool, processes: int = 1) -> Scored:
     """Which placement and requests stand behind `score_plan` on this trace.
 
-    A plan that was fitted on the whole trace after scoring is solved again on its training side, so
+    A plan that was fitted on the whole trace after scoring keeps the placement that was scored, so
     that pictures and table speak of the same thing. Where that does not give the recorded scores
-    (several traces, another version), the stored placement is shown on the requests it was fitted
-    on, and `held_out` is False.
+    on the held-out requests, or is not there (several traces, an older plan), the stored placement
+    is shown on the requests it was fitted on, and `held_out` is False.
+
+    Parameters:
+        plan, trace: of one model.
+        scheduled: whether the schedule is looked at. That of a scored placement is not kept (it
+            would double the plan), so it is fitted again, on the training requests.
+        processes: worker processes of that fit.
     """
     requests = trace.requests()
     unseen_B = ~np.isin(request_keys(requests), plan.fitted_keys)
-    schedule = Schedule.from_tables(plan.tables)
     if unseen_B.any():
-        return Scored(plan.placement, schedule, plan.load_LE, ~unseen_B, unseen_B, True, "")
+        return Scored(plan.deployment, ~unseen_B, unseen_B, True, "")
     everything = np.ones(trace.num_requests, bool)
-    fallback = Scored(
-        plan.placement,
-        schedule,
-        plan.load_LE,
-        everything,
-        everything,
-        False,
-        "the pictures show the requests that the placement was fitted on: an illustration, not evidence",
-    )
-    if plan.trace.get("fingerprints") != [trace.fingerprint] or plan.method not in METHODS:
+    fallback = Scored(plan.deployment, everything, everything, False, ILLUSTRATION)
+    if plan.trace.get("fingerprints") != [trace.fingerprint]:
         return fallback
+    if plan.scored is None:
+        why = "the plan does not hold the placement that was scored (semmoe place writes it now)"
+        return fallback._replace(note=f"{why}: {ILLUSTRATION}")
     split = plan.split
     held_out_B = holdout_requests(
         requests, holdout=split["holdout"], holdout_domains=split["holdout_domains"], seed=split["seed"]
     )
-    profile = profile_traces([trace], [~held_out_B], seed=plan.seed)
-    known = {f.name for f in fields(Demands)}
-    options: dict[str, Any] = {name: value for name, value in plan.options.items() if name in known}
-    demands = Demands(**options, load_cap=plan.load_cap, seed=plan.seed, dispatch=plan.dispatch, processes=processes)
-    placement, _ = solve_placement(profile, plan.topology, demands, method=plan.method, progress=progress)
-    batch = scored_batch(trace, held_out_B, seed=plan.seed)
-    sums = placement_sums(placement, profile.load_LE, batch, trace, plan.topology, dispatch=plan.dispatch)
+    deployment = replace(plan.deployment, placement=plan.scored.placement, load_LE=plan.scored.load_LE, schedule=None)
+    sums = deployment_sums(deployment, scored_batch([trace], [held_out_B], seed=plan.seed))
     again = score(sums, plan.topology, dispatch=plan.dispatch, num_resamples=1).means["rem"]
-    recorded = [row["rem"] for row in plan.scores["rows"] if (row["placement"], row["schedule"]) == ("plan", "random")]
-    if not recorded or abs(again - recorded[0]) > 1e-6:
+    if plan.scores is None or abs(again - random_row(plan.scores.rows, "plan").rem) > 1e-6:
         return fallback
-    note = "the pictures show the placement that was scored, solved again on the training requests alone"
-    fitted = None
-    if schedule:
+    if scheduled and plan.deployment.schedule:
+        profile = profile_traces([trace], [~held_out_B], seed=plan.seed)
         embedding_VD = input_embedding(trace.info.embedding)
-        fitted = fit_schedule(profile.sample, placement, seed=plan.seed, embedding_VD=embedding_VD)
-    return Scored(placement, fitted, profile.load_LE, ~held_out_B, held_out_B, True, note)
+        fitted = fit_schedule(
+            profile.sample, deployment.placement, seed=plan.seed, embedding_VD=embedding_VD, processes=processes
+        )
+        deployment = replace(deployment, schedule=fitted)
+    note = "the pictures show the placement that was scored, fitted on the training requests alone"
+    return Scored(deployment, ~held_out_B, held_out_B, True, note)
 
 
-def scored_batch(trace: RoutingTrace, keep_B: np.ndarray, *, seed: int) -> TraceBatch:
-    """The kept requests in memory: all, or as many as a score looks at."""
-    per_token = trace.info.num_layers * trace.info.top_k
-    return sample_requests([trace], [keep_B], max_tokens=SCORED_IDS // per_token, seed=seed)
-
-
-def placement_sums(
-    placement: Placement,
-    load_LE: np.ndarray,
-    batch: TraceBatch,
-    trace: RoutingTrace,
-    topology: Topology,
-    *,
-    dispatch: str,
-) -> TrafficSums:
-    """Traffic of a batch with tokens at random homes."""
-    return traffic_sums(
-        [batch],
-        trace.info,
-        serving_LRE(placement.hosts_LER, load_LE, topology),
-        topology,
-        dispatch=dispatch,
-        num_requests=batch.num_requests,
-    )
-
-
-def report_details(plan: Plan, trace: RoutingTrace, report: dict[str, Any], scored: Scored) -> Details:
+def report_details(trace: RoutingTrace, report: Report, scored: Scored) -> Details:
     """Pictures' arrays of a report. Traffic between ranks is that of the best schedule that the
     report scored, oracles left out."""
-    topology, dispatch = plan.topology, plan.dispatch
-    setting = Setting(**report["setting"]) if "setting" in report else Setting()
-    before = baselines(scored.load_LE, topology)["contiguous"]
-    layer = _typical_layer(report)
-    batch = scored_batch(trace, scored.score_B, seed=setting.seed)
-    schedule = best_schedule(report) if scored.schedule else "random"
-    homes_TL = None
-    if schedule != "random" and scored.schedule is not None:
-        homes_TL = simulate(schedule, batch, scored.placement, scored.schedule, **asdict(setting)).homes_TL
+    deployment = scored.deployment
+    load_LE, topology = deployment.load_LE, deployment.topology
+    layer = _typical_layer(report.layers)
+    batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
+    schedule = best_schedule(report) if deployment.schedule else "random"
     rows_RR, load_LR = {}, {}
-    for name, placement in (("before", before), ("after", scored.placement)):
-        serving = serving_LRE(placement.hosts_LER, scored.load_LE, topology)
-        homes = None if name == "before" or homes_TL is None else (lambda _, homes_TL=homes_TL: homes_TL)
-        rows_RR[name] = rank_rows_LRR([batch], trace.info, serving, dispatch=dispatch, homes=homes).mean(0)
-        sums = placement_sums(placement, scored.load_LE, batch, trace, topology, dispatch=dispatch)
-        load = sums.load_GLR.sum(0)
+    before = replace(deployment, placement=baselines(load_LE, topology)["contiguous"], schedule=None)
+    for name, deployed in (("before", before), ("after", deployment)):
+        homes_TL = simulated_homes_TL(deployed, schedule if deployed.schedule else "random", batch, report.setting)
+        rows_LRR = rank_rows_LRR(batch, deployed.serving_LRE, dispatch=deployed.dispatch, homes_TL=homes_TL)
+        rows_RR[name] = rows_LRR.mean(0)
+        load = deployment_sums(deployed, batch).load_GLR.sum(0)
         load_LR[name] = load / np.maximum(load.mean(1, keepdims=True), 1e-12)
     return Details(
         scored=scored,
         layer=layer,
         pairs_EE=co_activation_EE(batch.expert_ids_TLK[:, layer], trace.info.num_experts),
-        home_of_E=scored.placement.hosts_LER[layer].argmax(1),
+        home_of_E=deployment.placement.hosts_LER[layer].argmax(1),
         schedule=schedule,
         rows_RR=rows_RR,
         load_LR=load_LR,
     )
 
 
-def best_schedule(report: dict[str, Any]) -> str:
-    """The schedule under which the plan sends least (`best_row`)."""
-    return best_row([row for row in report["rows"] if row["placement"] == "plan"], report["dispatch"])["schedule"]
+def simulated_homes_TL(deployment: Deployment, name: str, batch: TraceBatch, setting: Setting) -> np.ndarray | None:
+    """Where a batch's tokens live under a schedule of the deployment, int16 [T, L]; None for
+    "random"."""
+    if name == "random":
+        return None
+    assert deployment.schedule is not None, f"{name} needs tables"
+    return simulate(name, batch, deployment.placement, deployment.schedule, **asdict(setting)).homes_TL
 
 
-def _typical_layer(report: dict[str, Any]) -> int:
+def _typical_layer(layers: list[LayerScores]) -> int:
     """The layer whose saving of remote ranks is the median of all."""
-
-    def rem(layer: dict[str, Any], placement: str) -> float:
-        return next(r["rem"] for r in layer["rows"] if (r["placement"], r["schedule"]) == (placement, "random"))
-
-    saving = [rem(layer, "contiguous") - rem(layer, "plan") for layer in report["layers"]]
+    saving = [random_row(layer.rows, "contiguous").rem - random_row(layer.rows, "plan").rem for layer in layers]
     return int(np.argsort(saving, kind="stable")[len(saving) // 2])

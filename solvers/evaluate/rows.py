@@ -1,7 +1,7 @@
 """What held-out tokens pay under each placement and schedule: the sums behind the rows of a report,
 in worker processes.
 
-Shape letters: T tokens, L MoE layers, E experts, R ranks.
+Shape letters: T tokens, L MoE layers, K top-k, B requests.
 """
 
 from collections.abc import Iterator
@@ -11,16 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.mapped import MappedView, mapped_copy, open_view, view_of
-from semmoe.profiles.progress import Progress
-from semmoe.profiles.trace import TraceBatch, TraceInfo
-from semmoe.solvers.evaluate.metrics import TrafficSums, traffic_sums
-from semmoe.solvers.place.replicas import serving_LRE
-from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.schedule.schedule import SMALL_TASK, Schedule
+from semmoe.profiles.progress import Progress, unshown
+from semmoe.profiles.trace import TraceBatch
+from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.report import Key
+from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
+from semmoe.solvers.schedule.fit import SMALL_TASK
+from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting, simulate
 from semmoe.solvers.workers import layer_map
-
-Row = tuple[str, str]  # placement, schedule
 
 
 class RowTask(NamedTuple):
@@ -29,38 +28,33 @@ class RowTask(NamedTuple):
     schedule_name: str
     batch: TraceBatch
     ids_view: MappedView | None  # where the batch's expert ids lie for a worker process
-    info: TraceInfo
-    placement: Placement
-    load_LE: np.ndarray
-    topology: Topology
-    dispatch: str
+    deployment: Deployment  # without its schedule, whose tables may lie in a file
     tables: dict[str, "np.ndarray | MappedView"]  # of the schedule
     setting: Setting
     group_of_B: np.ndarray
 
 
 def summed_rows(
-    rows: list[Row],
-    placements: dict[str, Placement],
+    rows: dict[Key, Deployment],
     batch: TraceBatch,
-    info: TraceInfo,
-    topology: Topology,
-    *,
-    load_LE: np.ndarray,
-    dispatch: str,
-    schedule: Schedule | None,
     setting: Setting,
     group_of_B: np.ndarray,
+    *,
     processes: int = 1,
     progress: Progress | None = None,
-) -> Iterator[tuple[Row, TrafficSums, float | None]]:
-    """Sums of each row in order, and the token imbalance of those with a schedule; independent of
-    `processes`.
+) -> Iterator[tuple[Key, TrafficSums, float | None]]:
+    """Sums of each row in order, and the token imbalance of those with a schedule.
 
-    `group_of_B`: group of every request; the sums of groups are kept apart. Schedule "random" is
-    homes at random, exactly; of others (`semmoe.solvers.schedule.simulate`), homes are simulated.
+    Parameters:
+        rows: what is deployed in each row. Schedule "random" is homes at random, exactly; of others
+            (`semmoe.solvers.schedule.simulate`), homes are simulated by the deployment's tables.
+        batch: the requests to sum over.
+        setting: of the simulated schedules.
+        group_of_B: group of every request, integers [B]; the sums of groups are kept apart.
+        processes: worker processes; the sums do not depend on them.
     """
     processes = max(1, min(processes, len(rows), batch.expert_ids_TLK.size // SMALL_TASK + 1))
+    schedule = next((deployed.schedule for deployed in rows.values() if deployed.schedule), None)
     tables = {} if schedule is None else schedule.to_tables()
     shared: dict[str, np.ndarray | MappedView] = dict(tables)
     view, kept = None, []
@@ -74,23 +68,22 @@ def summed_rows(
         if (view := view_of(ids_LTK)) is not None:
             view = view_of(np.asarray(ids_LTK).transpose(1, 0, 2))
             batch = replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:0])
+    plain = {id(deployed): replace(deployed, schedule=None) for deployed in rows.values()}
+    tasks = (
+        RowTask(name, batch, view, plain[id(deployed)], {} if name == "random" else shared, setting, group_of_B)
+        for (_, name), deployed in rows.items()
+    )
+    show = progress or unshown
 
-    def task(placement: str, name: str) -> RowTask:
-        its_tables = {} if name == "random" else shared
-        about = (placements[placement], load_LE, topology, dispatch, its_tables, setting, group_of_B)
-        return RowTask(name, batch, view, info, *about)
+    def results(found: Iterator[tuple[TrafficSums, float | None]]) -> Iterator[tuple[Key, TrafficSums, float | None]]:
+        for done, (key, (sums, imbalance)) in enumerate(zip(rows, found, strict=True), 1):
+            show(done, len(rows))
+            yield key, sums, imbalance
 
-    def results(found: Iterator[tuple[TrafficSums, float | None]]) -> Iterator[tuple[Row, TrafficSums, float | None]]:
-        for done, (row, (sums, imbalance)) in enumerate(zip(rows, found, strict=True), 1):
-            if progress is not None:
-                progress(done, len(rows))
-            yield row, sums, imbalance
-
-    tasks = (task(*row) for row in rows)
     if processes == 1:
         yield from results(map(row_sums, tasks))
         return
-    with layer_map(processes, info.num_experts) as run:
+    with layer_map(processes, next(iter(rows.values())).placement.num_experts) as run:
         yield from results(run(row_sums, tasks))
     del kept
 
@@ -104,16 +97,6 @@ def row_sums(task: RowTask) -> tuple[TrafficSums, float | None]:
         schedule = Schedule.from_tables(tables)
         assert schedule is not None
         # Balance is kept within each batch or window, so that is where it is measured.
-        homes_TL, imbalance = simulate(task.schedule_name, batch, task.placement, schedule, **asdict(task.setting))
-    serving = serving_LRE(task.placement.hosts_LER, task.load_LE, task.topology)
-    sums = traffic_sums(
-        [batch],
-        task.info,
-        serving,
-        task.topology,
-        dispatch=task.dispatch,
-        num_requests=batch.num_requests,
-        homes=None if homes_TL is None else (lambda _: homes_TL),
-        group_of_B=task.group_of_B,
-    )
-    return sums, imbalance
+        placement = task.deployment.placement
+        homes_TL, imbalance = simulate(task.schedule_name, batch, placement, schedule, **asdict(task.setting))
+    return deployment_sums(task.deployment, batch, homes_TL=homes_TL, group_of_B=task.group_of_B), imbalance

@@ -9,12 +9,14 @@ few requests the bootstrap itself cannot be trusted, and the answer is that more
 Shape letters: G groups of requests, X resamples.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from semmoe.solvers.evaluate.metrics import TrafficSums, metrics_XL, resamples_XG
+from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS, metrics_XL, resamples_XG
+from semmoe.solvers.evaluate.report import Costs, DispatchCost, Judgement, Report, ScoreRow, random_row
+from semmoe.solvers.evaluate.sums import TrafficSums
 from semmoe.solvers.placement import Topology
 
 LEARNING_PAYS = 0.01  # share of the cost; less is noise between orders of arrival
@@ -26,20 +28,63 @@ RECOMMEND, NOT_WORTH_IT, INSUFFICIENT = "recommend", "not worth it", "insufficie
 LEVELS = {RECOMMEND: "good", NOT_WORTH_IT: "bad", INSUFFICIENT: "watch"}
 
 
-def traffic_cost(row: dict[str, Any], dispatch: str) -> float:
-    """What the bytes of a report's row (or a row's metrics) follow under the dispatch kind; REM
-    where they follow nothing."""
-    return {"per-expert": 1 - row["lar"], "per-node": row["node"]}.get(dispatch, row["rem"])
+def traffic_cost(row: ScoreRow, dispatch: str) -> float:
+    """What the bytes of a row follow under the dispatch kind; REM where they follow nothing."""
+    return {"per-expert": 1 - row.lar, "per-node": row.node}.get(dispatch, row.rem)
 
 
-def best_row(rows: list[dict[str, Any]], dispatch: str) -> dict[str, Any]:
+def best_row(rows: Iterable[ScoreRow], dispatch: str) -> ScoreRow:
     """The row that sends least, oracles left out. Learning is no run's default: it has to save
     LEARNING_PAYS more than the others."""
-    fair = [row for row in rows if "oracle" not in row["schedule"]]
-    plain = min((r for r in fair if r["schedule"] != "tp-learning"), key=lambda row: traffic_cost(row, dispatch))
-    learning = [row for row in fair if row["schedule"] == "tp-learning"]
+    fair = [row for row in rows if not row.is_oracle]
+    plain = min((row for row in fair if row.schedule != "tp-learning"), key=lambda row: traffic_cost(row, dispatch))
+    learning = [row for row in fair if row.schedule == "tp-learning"]
     limit = traffic_cost(plain, dispatch) * (1 - LEARNING_PAYS)
     return next((row for row in learning if traffic_cost(row, dispatch) <= limit), plain)
+
+
+def best_schedule(report: Report) -> str:
+    """The schedule under which the plan sends least (`best_row`)."""
+    return best_row(report.plan_rows, report.dispatch).schedule
+
+
+def rows_per_token(row: ScoreRow, *, top_k: int, num_ranks: int) -> dict[str, float]:
+    """Remote rows per token and layer of a report's row, by dispatch kind (docs/concepts.md): a row
+    is one hidden state, sent at dispatch and returned at combine. "gather": every other rank gets
+    every token."""
+    rows = {
+        "per-rank": row.rem,
+        "per-expert": top_k * (1 - row.lar),
+        "per-node": row.node,
+        "gather": num_ranks - 1.0,
+    }
+    assert rows.keys() == DISPATCH_KINDS.keys()
+    return rows
+
+
+def row_bytes(hidden_size: int, *, dispatch_bytes: float = 2.0, combine_bytes: float = 2.0) -> float:
+    """Bytes of one row there and back; 2 and 2 = bfloat16 both ways, 1 and 2 = float8 dispatch
+    (scales left out)."""
+    return hidden_size * (dispatch_bytes + combine_bytes)
+
+
+def dispatch_costs(
+    report: Report, *, top_k: int, hidden_size: int, dispatch_bytes: float, assumption: str = ""
+) -> Costs:
+    """Bytes that a token sends and gets back over all layers, by dispatch kind: before, after, and
+    after under the best schedule.
+
+    `assumption`: a sentence on where the hidden size is from.
+    """
+    schedule = best_schedule(report)
+    shown = {"contiguous": random_row(report.rows, "contiguous"), "plan": random_row(report.rows, "plan")}
+    if schedule != "random":
+        shown[f"plan, {schedule}"] = next(row for row in report.plan_rows if row.schedule == schedule)
+    per_row = row_bytes(hidden_size, dispatch_bytes=dispatch_bytes) * len(report.layers)
+    kinds = [kind for kind in DISPATCH_KINDS if kind != "per-node" or report.nodes > 1]
+    sent = {name: rows_per_token(row, top_k=top_k, num_ranks=report.ranks) for name, row in shown.items()}
+    rows = [DispatchCost(kind, {name: rows[kind] * per_row for name, rows in sent.items()}) for kind in kinds]
+    return Costs(hidden_size, dispatch_bytes, rows, assumption)
 
 
 @dataclass(frozen=True)
@@ -80,12 +125,14 @@ def saving(
     )
 
 
-def verdict(saved: Saving, *, dispatch: str, schedule: str = "random", worth: float = WORTH) -> dict[str, Any]:
+def judge(
+    saved: Saving, *, dispatch: str, schedule: str = "random", against: str = "contiguous", worth: float = WORTH
+) -> Judgement:
     """Decision, level and sentence for a report, with the tokens needed to decide where the
     evidence does not.
 
-    `schedule`: under which the plan was scored. The interval narrows with the square root of the
-    tokens.
+    `schedule`: under which the plan was scored; `against`: what it was held against. The interval
+    narrows with the square root of the tokens.
     """
     needed: int | None = None
     if dispatch == "gather":
@@ -110,13 +157,14 @@ def verdict(saved: Saving, *, dispatch: str, schedule: str = "random", worth: fl
     if decision == INSUFFICIENT:
         more = f"about {needed:,} held-out tokens" if needed else "more tokens than any trace will have"
         sentence += f"; to decide, {more} would be needed"
-    return {
-        "decision": decision,
-        "level": LEVELS[decision],
-        "sentence": f"{sentence}.",
-        "saved": saved.share,
-        "ci": [saved.low, saved.high],
-        "schedule": schedule,
-        "tokens": saved.tokens,
-        "tokens_needed": needed,
-    }
+    return Judgement(
+        decision=decision,
+        level=LEVELS[decision],
+        sentence=f"{sentence}.",
+        saved=saved.share,
+        ci=(saved.low, saved.high),
+        schedule=schedule,
+        tokens=saved.tokens,
+        tokens_needed=needed,
+        against=against,
+    )

@@ -4,18 +4,17 @@ scored on different requests.
 Shape letters: B requests, R ranks.
 """
 
-from typing import Any
-
 import numpy as np
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
+from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import score
-from semmoe.solvers.evaluate.pictures import placement_sums, scored_batch
-from semmoe.solvers.evaluate.score_plan import baselines
-from semmoe.solvers.place.metis import place_metis
-from semmoe.solvers.place.quick import LOAD_CAP, NUM_SEEDS
+from semmoe.solvers.evaluate.report import Skipped, WhatIf, WhatIfRow
+from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+from semmoe.solvers.evaluate.sums import deployment_sums
+from semmoe.solvers.place.graph import place_quickly
 from semmoe.solvers.placement import Placement, Topology
 
 SHOWN = ("lar", "rem", "node", "link", "load_imbalance")
@@ -30,7 +29,7 @@ def what_if(
     ranks_per_node: int,
     dispatch: str,
     seed: int,
-) -> dict[str, Any]:
+) -> WhatIf:
     """Rows for every number of ranks: METIS, contiguous and load, scored on `score_B` and fitted on
     `fit_B` (bool [B]).
 
@@ -40,7 +39,7 @@ def what_if(
     if (fit_B & score_B).any() or not fit_B.any() or not score_B.any():
         raise InputError(f"{trace.path}: what-if needs requests to learn from and other requests to score on")
     profile = profile_traces([trace], [fit_B], seed=seed)
-    batch = scored_batch(trace, score_B, seed=seed)
+    batch = scored_batch([trace], [score_B], seed=seed)
     rows, skipped = [], []
     for num_ranks in ranks:
         try:
@@ -48,33 +47,20 @@ def what_if(
             topology = Topology(num_ranks, max(nodes, 1))
             topology.check_experts(trace.info.num_experts)
         except InputError as error:
-            skipped.append({"ranks": num_ranks, "why": str(error)})
+            skipped.append(Skipped(num_ranks, str(error)))
             continue
         # With one expert on a rank every placement is the same.
         rank_of_LE = np.broadcast_to(np.arange(num_ranks), (trace.info.num_layers, num_ranks))
         if num_ranks < trace.info.num_experts:
-            rank_of_LE = place_metis(
-                profile.co_activation_LEE, profile.load_LE, num_ranks, load_cap=LOAD_CAP, seed=seed, num_seeds=NUM_SEEDS
-            )
+            rank_of_LE = place_quickly(profile.co_activation_LEE, num_ranks, seed)
         placements = {
             "metis": Placement.from_ranks(rank_of_LE, num_ranks),
             **baselines(profile.load_LE, topology, profile.info.n_group),
         }
         for name, placement in placements.items():
-            sums = placement_sums(placement, profile.load_LE, batch, trace, topology, dispatch=dispatch)
+            sums = deployment_sums(Deployment(placement, profile.load_LE, topology, dispatch), batch)
             scores = score(sums, topology, dispatch=dispatch, seed=seed)
-            rows.append(
-                {
-                    "ranks": num_ranks,
-                    "nodes": topology.num_nodes,
-                    "placement": name,
-                    **{metric: scores.means[metric] for metric in SHOWN},
-                    "ci": {metric: list(scores.intervals[metric]) for metric in SHOWN},
-                }
-            )
-    return {
-        "fitted_requests": int(fit_B.sum()),
-        "scored_requests": int(score_B.sum()),
-        "rows": rows,
-        "skipped": skipped,
-    }
+            shown = {metric: scores.means[metric] for metric in SHOWN}
+            intervals = {metric: scores.intervals[metric] for metric in SHOWN}
+            rows.append(WhatIfRow(num_ranks, topology.num_nodes, name, **shown, ci=intervals))
+    return WhatIf(int(fit_B.sum()), int(score_B.sum()), rows, skipped)

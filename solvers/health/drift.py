@@ -7,14 +7,16 @@ requests of a kind that it was not learned from.
 Shape letters: L MoE layers, T tokens, K top-k, E experts, R ranks, B requests.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from semmoe.profiles.counts import load_E, request_expert_BE
-from semmoe.profiles.domains import domain_groups
+from semmoe.profiles.counts import co_activation_EE, load_E, request_expert_BE
+from semmoe.profiles.split import domain_groups
 from semmoe.profiles.trace import TraceBatch
-from semmoe.solvers.place.quick import fit_ranks_LE, random_share_B, rem_T
+from semmoe.solvers.evaluate.reached import reached_T
+from semmoe.solvers.health.record import DomainDrift, TimeDrift, WindowDrift
+from semmoe.solvers.place.graph import place_quickly
 
 MAX_DRIFT_REQUESTS = 2000
 NUM_WAYS = 3  # ways to halve the requests that are averaged
@@ -38,7 +40,7 @@ def load_distance(first_LE: np.ndarray, second_LE: np.ndarray) -> float:
 
 def _distance_and_noise(
     counts_BLE: np.ndarray, in_first_B: np.ndarray, seed: int, num_draws: int = 20
-) -> dict[str, float]:
+) -> tuple[float, float, float]:
     """Distance between two groups of requests, and the mean and the 95th percentile of what
     random groups of those sizes show."""
     rng = np.random.default_rng(seed)
@@ -49,11 +51,7 @@ def _distance_and_noise(
         return load_distance(first_LE, total_LE - first_LE)
 
     drawn = [distance(rng.permutation(in_first_B)) for _ in range(num_draws)]
-    return {
-        "distance": distance(in_first_B),
-        "noise": float(np.mean(drawn)),
-        "noise_95": float(np.quantile(drawn, 0.95)),
-    }
+    return distance(in_first_B), float(np.mean(drawn)), float(np.quantile(drawn, 0.95))
 
 
 class Fit(NamedTuple):
@@ -96,7 +94,7 @@ def _scored(ids_LTK: np.ndarray, chosen_T: np.ndarray, fits: list[Fit], num_rank
 
 def domain_drift(
     ids_LTK: np.ndarray, batch: TraceBatch, fits: list[Fit], num_experts: int, num_ranks: int, seed: int
-) -> list[dict[str, Any]] | None:
+) -> list[DomainDrift] | None:
     """Each domain against all others: distance of loads, and REM and load imbalance on it when
     it was left out of learning or not."""
     names, domain_B = domain_groups(batch.domains)
@@ -122,16 +120,16 @@ def domain_drift(
         rem_known, imbalance_known = _scored(ids_LTK, member_T, fits, num_ranks)
         rem_left_out, imbalance_left_out = _scored(ids_LTK, member_T, [left_out], num_ranks)
         rows.append(
-            {
-                "domain": name,
-                "requests": int(member_B.sum()),
-                "tokens": int(member_T.sum()),
-                **_distance_and_noise(counts_BLE, member_B[looked_B], seed),
-                "rem_known": rem_known,
-                "rem_left_out": rem_left_out,
-                "imbalance_known": imbalance_known,
-                "imbalance_left_out": imbalance_left_out,
-            }
+            DomainDrift(
+                name,
+                int(member_B.sum()),
+                int(member_T.sum()),
+                *_distance_and_noise(counts_BLE, member_B[looked_B], seed),
+                rem_known=rem_known,
+                rem_left_out=rem_left_out,
+                imbalance_known=imbalance_known,
+                imbalance_left_out=imbalance_left_out,
+            )
         )
     return rows
 
@@ -144,8 +142,8 @@ def time_drift(
     num_ranks: int,
     seed: int,
     num_windows: int = 10,
-) -> dict[str, Any] | None:
-    """Windows of requests in stored order against all others, and and a placement of the earlier
+) -> TimeDrift | None:
+    """Windows of requests in stored order against all others, and a placement of the earlier
     half scored on the later one.
 
     "mixed": on the same later half, after learning on as many requests drawn from the whole trace.
@@ -158,7 +156,7 @@ def time_drift(
     looked_B = np.linspace(0, batch.num_requests - 1, min(MAX_DRIFT_REQUESTS, batch.num_requests)).astype(int)
     counts_BLE = _drift_counts(ids_LTK, batch, num_experts)[looked_B]
     windows = [
-        {"window": w, **_distance_and_noise(counts_BLE, window_B[looked_B] == w, seed)}
+        WindowDrift(w, *_distance_and_noise(counts_BLE, window_B[looked_B] == w, seed))
         for w in range(num_windows)
         if (window_B[looked_B] == w).any()
     ]
@@ -168,10 +166,27 @@ def time_drift(
     earlier = Fit(early_T, fit_ranks_LE(ids_LTK[:, early_T], num_experts, num_ranks, seed))
     rem_later, imbalance_later = _scored(ids_LTK, ~early_T, [earlier], num_ranks)
     rem_mixed, imbalance_mixed = _scored(ids_LTK, ~early_T, fits, num_ranks)
-    return {
-        "windows": windows,
-        "rem_later": rem_later,
-        "rem_mixed": rem_mixed,
-        "imbalance_later": imbalance_later,
-        "imbalance_mixed": imbalance_mixed,
-    }
+    return TimeDrift(windows, rem_later, rem_mixed, imbalance_later, imbalance_mixed)
+
+
+def fit_ranks_LE(ids_LTK: np.ndarray, num_experts: int, num_ranks: int, seed: int) -> np.ndarray:
+    """A quick placement by co-activation, int64 [L, E]."""
+    pairs_LEE = np.stack([co_activation_EE(ids_TK, num_experts) for ids_TK in ids_LTK])
+    return place_quickly(pairs_LEE, num_ranks, seed)
+
+
+def rem_T(ids_LTK: np.ndarray, rank_of_LE: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Remote ranks of each token at a random home, mean over layers, float64 [T]."""
+    reached = sum(
+        reached_T(ids_TK, ranks_E, num_ranks).astype(np.float64)
+        for ids_TK, ranks_E in zip(ids_LTK, rank_of_LE, strict=True)
+    )
+    return np.asarray(reached) / len(ids_LTK) * (1 - 1 / num_ranks)
+
+
+def random_share_B(batch: TraceBatch, share: float, seed: int) -> np.ndarray:
+    """A random share of the requests, at least one and not all, bool [B]."""
+    chosen_B = np.zeros(batch.num_requests, bool)
+    count = min(max(1, round(share * batch.num_requests)), batch.num_requests - 1)
+    chosen_B[np.random.default_rng(seed).permutation(batch.num_requests)[:count]] = True
+    return chosen_B

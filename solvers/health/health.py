@@ -17,22 +17,31 @@ import numpy as np
 from semmoe.profiles.counts import co_activation_EE, profile_traces
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
-from semmoe.solvers.health.drift import cross_fits, domain_drift, time_drift
+from semmoe.solvers.health.drift import cross_fits, domain_drift, random_share_B, rem_T, time_drift
 from semmoe.solvers.health.findings import health_findings
+from semmoe.solvers.health.impossible import impossible_routing
+from semmoe.solvers.health.record import (
+    CurvePoint,
+    Forecast,
+    Health,
+    Learning,
+    LeftOutFacts,
+    LoadFacts,
+    PowerLaw,
+    StructureFacts,
+    UnseenPoint,
+)
 from semmoe.solvers.health.structure import measure_structure
-from semmoe.solvers.place.quick import fit_counts_LE, random_share_B, rem_T
+from semmoe.solvers.place.graph import place_quickly
 
-HEALTH_FORMAT = "semmoe-health"
-HEALTH_VERSION = 1
 SAMPLE_IDS = 100_000_000  # expert ids that the check looks at
 MAX_LAYERS = 8  # layers of the curves, evenly spaced
 NUM_SIZES = 7  # training sizes of a curve, each half of the next
 NUM_ORDERS = 3  # random orders of the requests that a curve is averaged over
 
 
-def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Progress | None = None) -> dict[str, Any]:
-    """The health object (docs/formats.md). `ranks` 0: 8, or the most of 4 and 2 that the experts
-    divide over.
+def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Progress | None = None) -> Health:
+    """The health of a trace. `ranks` 0: 8, or the most of 4 and 2 that the experts divide over.
 
     Raises InputError where the trace holds only counts, or no token.
     """
@@ -50,49 +59,68 @@ def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Pr
     num_ranks = ranks or next((r for r in (8, 4, 2) if info.num_experts % r == 0 and info.num_experts > r), 1)
     layers = np.unique(np.linspace(0, info.num_layers - 1, min(MAX_LAYERS, info.num_layers)).astype(int))
     ids_LTK = np.ascontiguousarray(np.moveaxis(batch.expert_ids_TLK[:, layers], 1, 0))
+    impossible = impossible_routing(load_LE, batch, info)
     structure = done(measure_structure(replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:, layers]), info, seed=seed))
     fits = cross_fits(ids_LTK, batch, info.num_experts, num_ranks, seed)
-    health = {
-        "format": HEALTH_FORMAT,
-        "version": HEALTH_VERSION,
-        "trace": trace.path,
-        "model": info.model,
-        "layers": info.num_layers,
-        "experts": info.num_experts,
-        "top_k": info.top_k,
-        "requests": trace.num_requests,
-        "tokens": trace.num_tokens,
-        "sampled_tokens": batch.num_tokens,
-        "prompt_share": float(batch.is_prompt_T.mean()),
-        "ranks": num_ranks,
-        "curve_layers": [int(info.model_layers[i]) for i in layers],
-        "load": done(_load_facts(load_LE)),
-        "structure": structure
-        and {
-            "lift": float(structure.lift_L.mean()),
-            "lift_layers": [float(v) for v in structure.lift_L],
-            "groups": structure.num_groups,
-            "verdict": structure.verdict,
-        },
-        "unseen": done(_unseen_curve(batch, seed)),
-        "learning": done(_learning_curve(ids_LTK, batch, info.num_experts, num_ranks, seed)),
-        "domains": done(domain_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
-        "time": done(time_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
-    }
-    return health | {"findings": health_findings(health)}
+    health = Health(
+        trace=trace.path,
+        model=info.model,
+        layers=info.num_layers,
+        experts=info.num_experts,
+        top_k=info.top_k,
+        requests=trace.num_requests,
+        tokens=trace.num_tokens,
+        sampled_tokens=batch.num_tokens,
+        prompt_share=float(batch.is_prompt_T.mean()),
+        ranks=num_ranks,
+        curve_layers=[int(info.model_layers[i]) for i in layers],
+        load=done(_load_facts(load_LE)),
+        structure=structure
+        and StructureFacts(
+            float(structure.lift_L.mean()), structure.lift_L.tolist(), structure.num_groups, structure.verdict
+        ),
+        unseen=done(_unseen_curve(batch, seed)),
+        learning=done(_learning_curve(ids_LTK, batch, info.num_experts, num_ranks, seed)),
+        domains=done(domain_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
+        time=done(time_drift(ids_LTK, batch, fits, info.num_experts, num_ranks, seed)),
+        left_out=left_out_facts(trace),
+        impossible={str(info.model_layers[layer]): text for layer, text in impossible.items()} or None,
+    )
+    return replace(health, findings=health_findings(health))
 
 
-def _load_facts(load_LE: np.ndarray) -> dict[str, Any]:
+def left_out_facts(trace: RoutingTrace) -> LeftOutFacts | None:
+    """What the notes of a trace say of requests that its import left out; None where they say
+    nothing that can be counted."""
+    noted = trace.info.notes.get("left_out")
+    requests, tokens = (
+        ((noted or {}).get(name) for name in ("requests", "tokens")) if isinstance(noted, dict) else ({}, {})
+    )
+    counts = [c for c in (requests, tokens) if isinstance(c, dict)]
+    if not requests or len(counts) < 2 or not all(isinstance(n, int) and n >= 0 for c in counts for n in c.values()):
+        return None
+    num_requests, num_tokens = sum(requests.values()), sum(tokens.values())
+    return LeftOutFacts(
+        requests,
+        num_requests / max(num_requests + trace.num_requests, 1),
+        num_tokens,
+        num_tokens / max(num_tokens + trace.num_tokens, 1),
+    )
+
+
+def _load_facts(load_LE: np.ndarray) -> LoadFacts:
     skew_L = load_LE.max(1) / np.maximum(load_LE.mean(1), 1e-12)
     share_E = np.sort(load_LE / np.maximum(load_LE.sum(1, keepdims=True), 1), axis=1)[:, ::-1].mean(0)
-    return {
-        "busiest_over_mean": float(skew_L.mean()),
-        "busiest_over_mean_layers": [float(v) for v in skew_L],
-        "unused_share": float((load_LE == 0).mean()),
-        "least_activations": int(load_LE.min()),
-        "median_activations": float(np.median(load_LE)),
-        "share_by_popularity": [float(v) for v in share_E],
-    }
+    return LoadFacts(
+        busiest_over_mean=float(skew_L.mean()),
+        busiest_over_mean_layers=skew_L.tolist(),
+        unused_share=float(
+            (load_LE == 0)[load_LE.any(axis=1)].sum() / max(load_LE.any(axis=1).sum() * load_LE.shape[1], 1)
+        ),
+        least_activations=int(load_LE.min()),
+        median_activations=float(np.median(load_LE)),
+        share_by_popularity=share_E.tolist(),
+    )
 
 
 def _sizes(num_requests: int) -> list[int]:
@@ -100,7 +128,7 @@ def _sizes(num_requests: int) -> list[int]:
     return sorted({max(1, round(num_requests / 2**i)) for i in range(NUM_SIZES)})
 
 
-def _unseen_curve(batch: TraceBatch, seed: int) -> list[dict[str, float]] | None:
+def _unseen_curve(batch: TraceBatch, seed: int) -> list[UnseenPoint] | None:
     """Share of held-out tokens whose id was not in the training requests, by training size; None
     without token ids."""
     if (batch.token_ids_T < 0).all() or batch.num_requests < 5:
@@ -119,12 +147,12 @@ def _unseen_curve(batch: TraceBatch, seed: int) -> list[dict[str, float]] | None
             seen_T = position_B[request_T] < size
             tokens_N[i] += seen_T.sum() / NUM_ORDERS
             unseen_N[i] += (~np.isin(ids_T[held_T], ids_T[seen_T])).mean() / NUM_ORDERS
-    return [{"tokens": float(t), "rate": float(u)} for t, u in zip(tokens_N, unseen_N, strict=True)]
+    return [UnseenPoint(*point) for point in zip(tokens_N.tolist(), unseen_N.tolist(), strict=True)]
 
 
 def _learning_curve(
     ids_LTK: np.ndarray, batch: TraceBatch, num_experts: int, num_ranks: int, seed: int
-) -> dict[str, Any] | None:
+) -> Learning | None:
     """Held-out REM of the quick method by training size, a power law through it, and what two,
     four and ten times the tokens would give."""
     if batch.num_requests < 10 or num_ranks < 2:
@@ -145,31 +173,26 @@ def _learning_curve(
             added_T = added_B[request_T]
             pairs_LEE += np.stack([co_activation_EE(ids_TK[added_T], num_experts) for ids_TK in ids_LTK])
             tokens_N[i] += np.diagonal(pairs_LEE[0]).sum() / ids_LTK.shape[2] / NUM_ORDERS
-            rem_N[i, order_seed] = rem_T(held_LTK, fit_counts_LE(pairs_LEE, num_ranks, seed), num_ranks).mean()
+            rem_N[i, order_seed] = rem_T(held_LTK, place_quickly(pairs_LEE, num_ranks, seed), num_ranks).mean()
     contiguous_LE = np.broadcast_to(np.arange(num_experts) * num_ranks // num_experts, (len(ids_LTK), num_experts))
     baseline = float(rem_T(held_LTK, contiguous_LE, num_ranks).mean())
     mean_N = rem_N.mean(1)
-    floor, scale, power = fit_power_law(tokens_N, mean_N)
+    law = fit_power_law(tokens_N, mean_N)
     most = float(tokens_N[-1])
     forecast = [
-        {"factor": f, "tokens": f * most, "rem": min(floor + scale * (f * most) ** -power, float(mean_N[-1]))}
+        Forecast(f, f * most, min(law.floor + law.scale * (f * most) ** -law.power, float(mean_N[-1])))
         for f in (2, 4, 10)
     ]
-    return {
-        "held_out_requests": int(held_out_B.sum()),
-        "contiguous_rem": baseline,
-        "points": [
-            {"tokens": float(t), "rem": float(m), "low": float(r.min()), "high": float(r.max())}
-            for t, m, r in zip(tokens_N, mean_N, rem_N, strict=True)
-        ],
-        "law": {"floor": floor, "scale": scale, "power": power},
-        "forecast": forecast,
-    }
+    points = [
+        CurvePoint(*values)
+        for values in np.stack([tokens_N, mean_N, rem_N.min(axis=1), rem_N.max(axis=1)], axis=1).tolist()
+    ]
+    return Learning(int(held_out_B.sum()), baseline, points, law, forecast)
 
 
-def fit_power_law(tokens_N: np.ndarray, rem_N: np.ndarray) -> tuple[float, float, float]:
-    """floor, scale and power of rem = floor + scale * tokens ** -power, least squares with scale
-    and floor at least 0.
+def fit_power_law(tokens_N: np.ndarray, rem_N: np.ndarray) -> PowerLaw:
+    """rem = floor + scale * tokens ** -power by least squares, with scale and floor at least 0.
+    `tokens_N`, `rem_N`: float64, by ascending size.
 
     For each power on a grid the rest is linear; larger sizes weigh more, for the law is read beyond
     them.
@@ -185,4 +208,4 @@ def fit_power_law(tokens_N: np.ndarray, rem_N: np.ndarray) -> tuple[float, float
         error = float((((columns_N2 @ [floor, scale] - rem_N) * weight_N) ** 2).sum())
         if error < least:
             best, least = (float(floor), float(scale), float(power)), error
-    return best
+    return PowerLaw(*best)

@@ -16,14 +16,15 @@ import numpy as np
 from semmoe.profiles.counts import co_activation_EE
 from semmoe.profiles.trace import TraceBatch, TraceInfo
 from semmoe.solvers.place.exact_counts import co_activation_within, equal_counts
-from semmoe.solvers.place.spectral import spectral_starts
+from semmoe.solvers.place.graph import spectral_starts
 
 LEAST_PAIRS = 100  # held-out pairs that chance puts into one group: fewer, and their noise passes for lift
+LEAST_SHARE = 0.05  # of the pairs that even choices would put into one group: less is no chance to compare with
 LEAST_LIFT = 1.1  # below this, groups save less than the noise between traces
 
 
 class Structure(NamedTuple):
-    """Lift over the shuffle per layer, float64 [L], and what it means."""
+    """Lift over the shuffle per layer, float64 [L] (1 where it is not known), and what it means."""
 
     lift_L: np.ndarray
     num_groups: int
@@ -43,13 +44,15 @@ def measure_structure(batch: TraceBatch, info: TraceInfo, *, seed: int) -> Struc
     pairs_by_chance = (~learn_T).sum() * info.top_k * (info.top_k - 1) / 2 / num_groups
     if not learn_T.any() or pairs_by_chance < LEAST_PAIRS:
         return None
-    lift_L = np.array(
-        [
-            _share_within(ids_TK, learn_T, info.num_experts, num_groups, seed)
-            / max(_share_within(_shuffled(ids_TK, rng), learn_T, info.num_experts, num_groups, seed), 1e-12)
-            for ids_TK in np.moveaxis(batch.expert_ids_TLK, 1, 0)
-        ]
-    )
+    shares = [
+        tuple(
+            _share_within(ids, learn_T, info.num_experts, num_groups, seed) for ids in (ids_TK, _shuffled(ids_TK, rng))
+        )
+        for ids_TK in np.moveaxis(batch.expert_ids_TLK, 1, 0)
+    ]
+    # Where chance puts next to nothing into a group, no lift over it is known.
+    least = LEAST_SHARE / num_groups
+    lift_L = np.array([found / chance if chance > least else 1.0 for found, chance in shares])
     found = lift_L.mean() >= LEAST_LIFT
     verdict = "structured: placement can save traffic" if found else "no structure found: placement will save little"
     return Structure(lift_L, num_groups, verdict)

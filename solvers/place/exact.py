@@ -12,7 +12,7 @@ import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
-from semmoe.solvers.place.clusters import cluster_loads
+from semmoe.solvers.place.exact_counts import cluster_loads
 from semmoe.solvers.place.partition import load_limits
 from semmoe.solvers.place.remote_gains import token_kinds
 from semmoe.solvers.placement import Topology
@@ -24,11 +24,20 @@ TIME_LIMIT = 120.0  # seconds per layer
 def place_exact(
     profile: RoutingProfile, topology: Topology, *, load_cap: float, robust: int = 0, seed: int = 0
 ) -> np.ndarray:
-    """Rank of each expert, int64 [L, E], with the fewest remote ranks on the profile's sample.
+    """The placement with the fewest remote ranks on the profile's sample, proven.
 
-    `robust`: clusters of requests that each keep the load cap (`cluster_loads`). Raises InputError
-    where a layer is too large, has no placement under the caps, or is not solved to the end within
-    the time limit.
+    Parameters:
+        profile: counts of the requests to fit, and a sample of them.
+        topology: its ranks; nodes and costs are not looked at.
+        load_cap: most load of a rank over the mean, or what packing by load alone reaches.
+        robust: clusters of requests that each keep the load cap (`cluster_loads`).
+        seed: of the clusters.
+
+    Returns:
+        Rank of each expert, int64 [L, E].
+
+    Raises InputError where a layer is too large, has no placement under the caps, or is not solved
+    to the end within the time limit.
     """
     num_ranks = topology.num_ranks
     load_LJE = cluster_loads(profile, robust, seed)
@@ -52,7 +61,13 @@ def solve_exact(
     expert_ids_XK: np.ndarray, cost_XR: np.ndarray, home_ER: np.ndarray, load_JE: np.ndarray, limit_J: np.ndarray
 ) -> np.ndarray:
     """Rank of each expert, int64 [E], at the least of (cost of touched ranks - worth of homes).
-    Arguments as in `semmoe.solvers.place.remote_gains`."""
+
+    Parameters:
+        expert_ids_XK: experts of each token kind, integers; E stands for an empty slot.
+        cost_XR: cost of touching each rank, float, summed over a kind's tokens.
+        home_ER: worth of expert e on rank r, in the units of the cost.
+        load_JE, limit_J: load vectors and what a rank may carry of each, activations.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array, hstack, kron, vstack
     from scipy.sparse import eye_array as eye

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.errors import InputError
-from semmoe.solvers.evaluate.metrics import TrafficSums, metrics_XL, resamples_XG
 from semmoe.solvers.placement import Placement, Topology
 
 
@@ -77,31 +76,3 @@ def expert_bytes(hidden_size: int, expert_size: int, dtype_bytes: float, *, num_
     """Bytes of one expert's weights: gate, up and down matrices of hidden x expert size. Biases
     and scales are left out."""
     return round(num_matrices * hidden_size * expert_size * dtype_bytes)
-
-
-def paired_difference(
-    first: TrafficSums,
-    second: TrafficSums,
-    topologies: tuple[Topology, Topology],
-    metric: str,
-    *,
-    dispatch: str,
-    num_resamples: int = 400,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Second minus first, mean over layers, and the 95 % interval over the same resamples of the
-    same requests.
-
-    Requests differ more from each other than plans do on one request, so the interval of the
-    difference is much narrower than those of the two values.
-    """
-    num_groups = len(first.tokens_G)
-    assert num_groups == len(second.tokens_G), "differences are taken on the same requests"
-    weights_XG = np.concatenate([np.ones((1, num_groups)), resamples_XG(first.tokens_G, num_resamples, seed)])
-    values = [
-        metrics_XL(sums.resampled(weights_XG), topology, dispatch)[metric].mean(1)
-        for sums, topology in zip((first, second), topologies, strict=True)
-    ]
-    difference_X = values[1] - values[0]
-    low, high = np.quantile(difference_X[1:], [0.025, 0.975])
-    return float(difference_X[0]), float(low), float(high)

@@ -35,12 +35,22 @@ LABEL_STARTS = 8  # of the search for rank labels
 def place_in_nodes(
     problem: Problem, num_ranks: int, num_nodes: int, effort: Effort, *, load_cap: float, seed: int, num_groups: int = 1
 ) -> np.ndarray:
-    """Rank of each expert, int64 [E]: fewest remote nodes first, then remote ranks, homes at
-    random.
+    """Fewest remote nodes first, then remote ranks, homes at random.
 
     Starts: nodes first at several node caps, routing groups kept whole where they divide over the
     nodes, and the flat placement with its ranks grouped; each is refined on the joint cost, and the
     best is returned.
+
+    Parameters:
+        problem: of all ranks, without homes.
+        num_ranks, num_nodes: R, N; rank r is on node r // (R / N).
+        effort: of the search for nodes; ranks inside are searched less.
+        load_cap: most load of a rank over the mean.
+        seed: of all searches.
+        num_groups: routing groups of consecutive experts.
+
+    Returns:
+        Rank of each expert, int64 [E].
     """
     # The joint swaps level what starts differ in below the nodes, so only nodes are searched at
     # length.

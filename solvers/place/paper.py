@@ -23,7 +23,17 @@ THETA = 0.5
 
 
 def place_paper(profile: RoutingProfile, topology: Topology, *, load_cap: float, seed: int) -> np.ndarray:
-    """Rank of each expert, int64 [L, E]."""
+    """The placement that the published algorithm finds.
+
+    Parameters:
+        profile: counts of the requests to fit, and a sample of them.
+        topology: its ranks; nodes and costs are not looked at.
+        load_cap: most load of a rank over the mean, kept at the end where it can be.
+        seed: of the first homes and of the random swaps.
+
+    Returns:
+        Rank of each expert, int64 [L, E].
+    """
     request_T, num_ranks = profile.sample.request_of_T, topology.num_ranks
     num_requests, num_experts = profile.sample.num_requests, profile.info.num_experts
     balanced_LE = place_load(profile.load_LE, num_ranks)

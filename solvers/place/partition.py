@@ -14,9 +14,8 @@ import numpy as np
 
 from semmoe.solvers.place.baselines import place_load
 from semmoe.solvers.place.exact_counts import co_activation_within, equal_counts
-from semmoe.solvers.place.metis import metis_partition
+from semmoe.solvers.place.graph import balanced_k_means, metis_partition, spectral_embedding
 from semmoe.solvers.place.remote_gains import RemoteGains, remote_cost
-from semmoe.solvers.place.spectral import balanced_k_means, spectral_embedding
 from semmoe.solvers.place.swap import AffinityGains, affinity_value, overload, rank_loads, swap_search
 
 PACKING_STEPS = 100
@@ -85,25 +84,36 @@ def load_limits(load_JE: np.ndarray, num_ranks: int, load_cap: float) -> np.ndar
 
 
 def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, contiguous: bool) -> np.ndarray:
-    """Rank of each expert, int64 [E], E / R on each rank; within the limits wherever the search
-    found any such placement.
+    """The best partition of several starts, E / R experts on each rank.
 
-    `contiguous`: consecutive ids are a start too (models whose routing groups are consecutive).
+    Parameters:
+        problem: what it is judged by; without token kinds, by affinity alone.
+        num_ranks: R, parts to split into.
+        effort: how many starts and steps.
+        seed: of the first start of each kind, and of the searches.
+        contiguous: consecutive ids are a start too (models whose routing groups are consecutive).
+
+    Returns:
+        Rank of each expert, int64 [E]; within the limits wherever the search found any such
+        placement.
     """
     num_experts = len(problem.affinity_EE)
     if num_ranks == 1:
         return np.zeros(num_experts, np.int64)
     if num_ranks == num_experts:
         return np.arange(num_experts)
+    # Step 1: a short search on co-activation from every start.
     more = int(np.clip(256 // num_experts, 1, 4))
     starts = _starts(problem, num_ranks, effort, more, seed, contiguous)
     no_home_ER = np.zeros_like(problem.home_ER)
     found = [_search(start, problem, no_home_ER, effort.steps, seed + i) for i, start in enumerate(starts)]
     found = _best(found, problem, num_ranks, effort.finalists * more)
+    # Step 2: a longer one from the better half.
     longer = [_search(rank_of_E, problem, no_home_ER, 3 * effort.steps, seed + i) for i, rank_of_E in enumerate(found)]
     found = _best(found + longer, problem, num_ranks, effort.finalists * min(more, 2))
     if len(problem.expert_ids_XK) == 0:
         return found[0]
+    # Step 3: the exact objective for the best few.
     steps = effort.polish_steps
     return best_polished([polish(f, problem, steps, seed + i) for i, f in enumerate(found)], problem, num_ranks)
 

@@ -18,6 +18,8 @@ top-k, E experts, R ranks.
 
 import numpy as np
 
+from semmoe.solvers.evaluate.reached import reached_TR
+
 
 class RemoteGains:
     """Gains of all swaps, exact, in units where an average expert carries cost 1; plus linear terms
@@ -157,11 +159,7 @@ class RemoteGains:
 
 def remote_cost(rank_of_E: np.ndarray, expert_ids_XK: np.ndarray, cost_XR: np.ndarray) -> float:
     """Cost of all ranks that tokens touch, in the units of `cost_XR`."""
-    num_kinds, num_ranks = cost_XR.shape
-    touched_XR = np.zeros((num_kinds, num_ranks + 1), bool)
-    ranks_XK = np.append(rank_of_E, num_ranks)[expert_ids_XK.astype(np.int64)]
-    touched_XR[np.arange(num_kinds)[:, None], ranks_XK] = True
-    return float((cost_XR * touched_XR[:, :num_ranks]).sum())
+    return float((cost_XR * reached_TR(expert_ids_XK, rank_of_E, cost_XR.shape[1])).sum())
 
 
 def token_kinds(expert_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:

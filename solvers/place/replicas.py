@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from semmoe.solvers.evaluate.reached import reached_ranks
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.schedule.transport import balanced_homes
 
@@ -72,13 +73,21 @@ def add_replicas(
     load_slots: int = 0,
     load_cap: float = np.inf,
 ) -> np.ndarray:
-    """Experts of every rank in slot order, int32 [L, R, S]: its own in ascending order, then
-    `replicas` copies.
+    """Experts of every rank in slot order: its own in ascending order, then copies.
 
-    `expert_ids_TLK`: a sample of tokens, each taken to live on the rank where it has most experts,
-    in equal numbers per rank. The last `load_slots` copies of each rank go by load instead of
-    affinity. Copies are exchanged while a rank then serves more than `load_cap` times the mean,
-    where that helps. No expert is twice on one rank.
+    Parameters:
+        rank_of_LE: the placement of every expert once, int [L, E].
+        expert_ids_TLK: a sample of tokens, each taken to live on the rank where it has most
+            experts, in equal numbers per rank; E stands for an empty slot.
+        load_LE: activations, [L, E].
+        topology: ranks and nodes.
+        replicas: copies on each rank.
+        load_slots: the last of them, which go by load instead of affinity.
+        load_cap: copies are exchanged while a rank serves more than this times the mean, where that
+            helps.
+
+    Returns:
+        int32 [L, R, S], no expert twice on one rank.
     """
     num_ranks = topology.num_ranks
     num_experts = rank_of_LE.shape[1]
@@ -128,12 +137,9 @@ def serve(expert_ids_TK: np.ndarray, hosts_ER: np.ndarray, load_E: np.ndarray, t
     use_ER = np.bincount(flat, minlength=(num_experts + 1) * num_ranks).reshape(-1, num_ranks)[:num_experts]
     serving_RE = _serving_RE(hosts_ER, load_E, topology)
     load_R = served_load_R(serving_RE, load_E)
-    touched_TR = np.zeros((len(home_T), num_ranks + 1), bool)
-    rows_T = np.arange(len(home_T))
-    touched_TR[rows_T, home_T] = True
-    padded_RE = np.pad(serving_RE, ((0, 0), (0, 1)), constant_values=num_ranks)
-    touched_TR[rows_T[:, None], padded_RE[home_T[:, None], expert_ids_TK.astype(np.int64)]] = True
-    return Served(use_ER, serving_RE, load_R, float(touched_TR[:, :num_ranks].sum() - len(home_T)))
+    reached = reached_ranks(expert_ids_TK, serving_RE, home_T)
+    remote = int((reached.first_KT & (reached.ranks_KT != home_T)).sum())
+    return Served(use_ER, serving_RE, load_R, float(remote))
 
 
 def served_load_R(serving_RE: np.ndarray, load_E: np.ndarray) -> np.ndarray:

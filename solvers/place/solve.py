@@ -1,10 +1,10 @@
 """METHODS and solve_placement: from a profile to a placement, by name.
 
-Shape letters: L MoE layers, E experts, R ranks.
+Shape letters: L MoE layers, E experts, R ranks, J load vectors.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,45 +12,37 @@ from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import TraceInfo
-from semmoe.solvers.place.baselines import place_load_on_nodes, place_load_replicated
-from semmoe.solvers.place.clusters import cluster_loads
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.demands import Demands, Solved
+from semmoe.solvers.place.baselines import place_contiguous, place_load_on_nodes, place_load_replicated
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.exact_counts import is_within_cap, rank_load_R
+from semmoe.solvers.place.exact_counts import cluster_loads, is_within_cap, rank_load_R
+from semmoe.solvers.place.graph import place_metis, place_spectral
 from semmoe.solvers.place.joint import place_semmoe
-from semmoe.solvers.place.metis import place_metis
 from semmoe.solvers.place.paper import place_paper
 from semmoe.solvers.place.replicas import add_replicas, served_load_R, serving_LRE
-from semmoe.solvers.place.spectral import place_spectral
 from semmoe.solvers.placement import Placement, Topology
 
-
-@dataclass(frozen=True)
-class Demands:
-    """What a placement is asked for. Methods that only look at co-activation or load use the cap
-    and the seed."""
-
-    load_cap: float = 1.05  # most load of a rank over the mean
-    seed: int = 0
-    dispatch: str = "per-rank"
-    objective: str = "both"  # "tp", "dp" or "both": the schedules that placement is made for
-    lar_weight: float = 0.0  # remote ranks that one more local activation is worth
-    replicas: int = 0  # extra slots per rank
-    robust: int = 0  # clusters of requests that each keep the cap
-    expressible: str | None = None  # "permutation": only what a permuted checkpoint of a grouped model can express
-    effort: str = "default"
-    processes: int = 1
+Method = Callable[[RoutingProfile, Topology, Demands, Progress | None], Solved]
 
 
-def _contiguous(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+def _ranked(place: Callable[[RoutingProfile, Topology, Demands], np.ndarray]) -> Method:
+    """A method from a function that gives the rank of each expert, int [L, E], in one go."""
+
+    def solve(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> Solved:
+        return Solved.from_ranks(place(profile, topology, demands), profile.load_LE, topology.num_ranks)
+
+    return solve
+
+
+def _contiguous(profile: RoutingProfile, topology: Topology, demands: Demands) -> np.ndarray:
     return place_contiguous(profile.info.num_layers, profile.info.num_experts, topology.num_ranks)
 
 
-def _load(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+def _load(profile: RoutingProfile, topology: Topology, demands: Demands) -> np.ndarray:
     return place_load_on_nodes(profile.load_LE, topology, profile.info.n_group)
 
 
-def _metis(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+def _metis(profile: RoutingProfile, topology: Topology, demands: Demands) -> np.ndarray:
     return place_metis(
         profile.co_activation_LEE,
         profile.load_LE,
@@ -61,49 +53,27 @@ def _metis(profile: RoutingProfile, topology: Topology, demands: Demands, progre
     )
 
 
-def _spectral(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
-    return place_spectral(
-        profile.co_activation_LEE,
-        profile.load_LE,
-        topology.num_ranks,
-        load_cap=demands.load_cap,
-        seed=demands.seed,
-    )
+def _spectral(profile: RoutingProfile, topology: Topology, demands: Demands) -> np.ndarray:
+    options = {"load_cap": demands.load_cap, "seed": demands.seed}
+    return place_spectral(profile.co_activation_LEE, profile.load_LE, topology.num_ranks, **options)
 
 
-def _semmoe(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
-    return place_semmoe(
-        profile,
-        topology,
-        load_cap=demands.load_cap,
-        seed=demands.seed,
-        dispatch=demands.dispatch,
-        lar_weight=demands.lar_weight,
-        objective=demands.objective,
-        robust=demands.robust,
-        effort=demands.effort,
-        expressible=demands.expressible,
-        processes=demands.processes,
-        progress=progress,
-    )
-
-
-def _paper(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+def _paper(profile: RoutingProfile, topology: Topology, demands: Demands) -> np.ndarray:
     return place_paper(profile, topology, load_cap=demands.load_cap, seed=demands.seed)
 
 
-def _exact(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> np.ndarray:
+def _exact(profile: RoutingProfile, topology: Topology, demands: Demands) -> np.ndarray:
     return place_exact(profile, topology, load_cap=demands.load_cap, robust=demands.robust, seed=demands.seed)
 
 
-METHODS: dict[str, Callable[[RoutingProfile, Topology, Demands, Progress | None], np.ndarray]] = {
-    "semmoe": _semmoe,
-    "metis": _metis,
-    "spectral": _spectral,
-    "load": _load,
-    "contiguous": _contiguous,
-    "paper": _paper,
-    "exact": _exact,
+METHODS: dict[str, Method] = {
+    "semmoe": place_semmoe,
+    "metis": _ranked(_metis),
+    "spectral": _ranked(_spectral),
+    "load": _ranked(_load),
+    "contiguous": _ranked(_contiguous),
+    "paper": _ranked(_paper),
+    "exact": _ranked(_exact),
 }
 
 
@@ -134,39 +104,63 @@ def check_demands(info: TraceInfo, topology: Topology, demands: Demands, *, meth
 
 def solve_placement(
     profile: RoutingProfile, topology: Topology, demands: Demands, *, method: str, progress: Progress | None = None
-) -> tuple[Placement, list[str]]:
-    """Placement of the profile's experts by one of METHODS, and notes on what it could not keep.
+) -> Solved:
+    """Placement of the profile's experts by one of METHODS, its loads, and notes on what it could
+    not keep.
+
+    Parameters:
+        profile: counts of the requests to fit, and a sample of them.
+        topology: ranks, nodes and, where known, costs between ranks.
+        demands: what is asked of the placement.
+        method: a name of METHODS.
+        progress: told of every layer that is done, over all passes over the layers.
 
     Raises InputError where experts do not divide over the ranks, or a demand cannot be met by the
     method.
     """
-    info = profile.info
-    check_demands(info, topology, demands, method=method)
+    # Step 1: refuse what the method cannot meet, before it starts.
+    check_demands(profile.info, topology, demands, method=method)
+    # Step 2: every expert once; packing by load alone goes on to its copies by itself.
     if method == "load" and demands.replicas:
-        num_slots = info.num_experts + demands.replicas * topology.num_ranks
-        experts_LRS = place_load_replicated(
-            profile.load_LE,
-            num_slots,
-            num_groups=info.n_group,
-            num_nodes=topology.num_nodes,
-            num_ranks=topology.num_ranks,
-        )
-        placement = Placement(experts_LRS, info.num_experts)
-        return placement, _cap_notes(placement, profile, topology, demands)
-    rank_of_LE = METHODS[method](profile, topology, demands, progress)
-    if demands.replicas:
-        experts_LRS = add_replicas(
-            rank_of_LE,
-            profile.sample.expert_ids_TLK,
-            profile.load_LE,
-            topology,
-            replicas=demands.replicas,
-            load_cap=demands.load_cap,
-        )
-        placement = Placement(experts_LRS, info.num_experts)
+        solved = _packed_with_replicas(profile, topology, demands)
     else:
-        placement = Placement.from_ranks(rank_of_LE, topology.num_ranks)
-    return placement, _cap_notes(placement, profile, topology, demands)
+        solved = METHODS[method](profile, topology, demands, progress)
+    # Step 3: copies where the method has none.
+    if demands.replicas and not solved.placement.num_replicas:
+        solved = _with_replicas(solved, profile, topology, demands)
+    # Step 4: say what was not kept.
+    return replace(solved, notes=solved.notes + _cap_notes(solved.placement, profile, topology, demands))
+
+
+def _packed_with_replicas(profile: RoutingProfile, topology: Topology, demands: Demands) -> Solved:
+    experts_LRS = place_load_replicated(
+        profile.load_LE,
+        profile.info.num_experts + demands.replicas * topology.num_ranks,
+        num_groups=profile.info.n_group,
+        num_nodes=topology.num_nodes,
+        num_ranks=topology.num_ranks,
+    )
+    placement = Placement(experts_LRS, profile.info.num_experts)
+    return Solved(placement, _served_LR(placement, profile, topology))
+
+
+def _with_replicas(solved: Solved, profile: RoutingProfile, topology: Topology, demands: Demands) -> Solved:
+    experts_LRS = add_replicas(
+        solved.placement.rank_of_LE,
+        profile.sample.expert_ids_TLK,
+        profile.load_LE,
+        topology,
+        replicas=demands.replicas,
+        load_cap=demands.load_cap,
+    )
+    placement = Placement(experts_LRS, profile.info.num_experts)
+    return replace(solved, placement=placement, loads_LR=_served_LR(placement, profile, topology))
+
+
+def _served_LR(placement: Placement, profile: RoutingProfile, topology: Topology) -> np.ndarray:
+    """Activations that each rank serves, float64 [L, R]."""
+    serving = serving_LRE(placement.hosts_LER, profile.load_LE, topology)
+    return np.stack([served_load_R(s, load_E) for s, load_E in zip(serving, profile.load_LE, strict=True)])
 
 
 def _cap_notes(placement: Placement, profile: RoutingProfile, topology: Topology, demands: Demands) -> list[str]:

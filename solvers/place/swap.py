@@ -49,11 +49,18 @@ def overload(rank_of_E: np.ndarray, load_JE: np.ndarray, limit_J: np.ndarray, nu
 def swap_search(
     gains: GainModel, load_JE: np.ndarray, limit_J: np.ndarray, *, num_ranks: int, steps: int, patience: int, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Best placement found, int64 [E], and what it gains over the start: the least overload, then
-    the highest gain.
+    """The best placement found: the least overload, then the highest gain.
 
-    `load_JE`, `limit_J`: load vectors and what a rank may carry of each. Stops after `steps` swaps,
-    or after `patience` swaps without a better placement.
+    Parameters:
+        gains: the placement to start from, and what swaps of it gain; left where the search ends.
+        load_JE, limit_J: load vectors and what a rank may carry of each, float64.
+        num_ranks: R.
+        steps: swaps at most.
+        patience: swaps without a better placement after which the search stops.
+        seed: of how long a swapped pair stays put.
+
+    Returns:
+        Rank of each expert, int64 [E], and what it gains over the start, in units of the gains.
     """
     rng = np.random.default_rng(seed)
     guard = _LoadGuard(gains.rank_of_E, load_JE, limit_J, num_ranks)

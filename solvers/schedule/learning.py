@@ -26,7 +26,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from semmoe.profiles.trace import TraceBatch
-from semmoe.solvers.schedule.features import NUM_POSITION_IDS
 
 LEARNED_EXPERTS = 384  # earlier layers that learn, times experts: bounds the F * F equations
 LEARNED_LAYERS = 6
@@ -40,35 +39,6 @@ HALF_LIFE = 32_768  # tokens after which what was seen counts half: traffic drif
 def learned_depth(depth: int, num_experts: int) -> int:
     """How many of a predictor's `depth` earlier layers go on learning."""
     return max(1, min(depth, LEARNED_LAYERS, LEARNED_EXPERTS // num_experts))
-
-
-def num_learned_features(depth: int, num_experts: int) -> int:
-    """F: choices at `depth` earlier layers, of the token before as prompt and as generated, and
-    positions; each with its "none"."""
-    return (depth + 2) * (num_experts + 1) + NUM_POSITION_IDS + 1
-
-
-def learned_ids_TX(
-    layer: int,
-    chosen_TLK: np.ndarray,
-    previous_TLK: np.ndarray,
-    is_prompt_T: np.ndarray,
-    position_ids_TC: np.ndarray,
-    *,
-    depth: int,
-    num_experts: int,
-) -> np.ndarray:
-    """Features of every token at a layer, int32 [T, X], each below F; the farthest layer first.
-    Arguments as of `context_scores_TR`."""
-    num_tokens, _, top_k = chosen_TLK.shape
-    nothing_TK = np.full((num_tokens, top_k), num_experts)
-    before_TK = previous_TLK[:, layer - 1] if layer else nothing_TK
-    own = [chosen_TLK[:, layer - back] for back in range(min(depth, layer), 0, -1)]
-    prompt_TK = np.where(is_prompt_T[:, None], before_TK, num_experts)
-    generated_TK = np.where(is_prompt_T[:, None], num_experts, previous_TLK[:, layer])
-    blocks = [*own, prompt_TK, generated_TK, position_ids_TC]
-    first = depth - len(own)
-    return np.hstack([ids_TK.astype(np.int32) + (first + i) * (num_experts + 1) for i, ids_TK in enumerate(blocks)])
 
 
 def learned_scores_TR(

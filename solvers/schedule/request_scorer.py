@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.counts import request_expert_BE
+from semmoe.profiles.counts import request_expert_BE, request_rows
 from semmoe.profiles.trace import TraceBatch
-from semmoe.solvers.place.clusters import request_rows
 
 Sparse = Any  # scipy.sparse.csr_array, most of whose methods its type stubs lack
 RIDGE = 0.6
@@ -37,17 +36,30 @@ BLOCK_REQUESTS = 1_024  # whose experts are counted at a time
 
 @dataclass(frozen=True, eq=False)
 class RequestScorer:
-    """Topics and weights per id. Ids that are not in `ids_V` (ascending) say nothing."""
+    """Topics and weights per token id.
 
-    ids_V: np.ndarray  # int32 [V]
-    topic_VD: np.ndarray  # float32 [V, D]: what an id that occurs adds to the topics of a prompt
-    topic_DR: np.ndarray  # float32 [D, R]: weight of the topics at unit length
-    mean_V: np.ndarray  # float32 [V]: power of the frequency, in the average prompt
-    weight_VR: np.ndarray  # float32 [V, R]: weight of what differs from it, at unit length
+    Fields:
+        ids_V: int32 [V], ascending; other ids say nothing.
+        topic_VD: float32 [V, D], what an id that occurs adds to the topics of a prompt.
+        topic_DR: float32 [D, R], weight of the topics at unit length.
+        mean_V: float32 [V], power of the frequency, in the average prompt.
+        weight_VR: float32 [V, R], weight of what differs from it, at unit length.
+
+    Source: solvers/schedule/request_scorer.py; docs/method.md.
+    """
+
+    ids_V: np.ndarray
+    topic_VD: np.ndarray
+    topic_DR: np.ndarray
+    mean_V: np.ndarray
+    weight_VR: np.ndarray
 
     def scores_BR(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """Predicted share of each request's activations on each rank, less the average request's,
-        float64 [B, R]. Zeros where no id is known."""
+        float64 [B, R]. Zeros where no id is known.
+
+        `prompts`: B arrays of token ids, integers [T] each.
+        """
         counts_BV = count_ids(prompts, self.ids_V)
         used = np.unique(counts_BV.indices)  # few of the ids
         topics_BD = unit(occurs(counts_BV)[:, used] @ self.topic_VD[used].astype(np.float64))

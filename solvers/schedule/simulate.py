@@ -5,9 +5,9 @@ earlier layers. The oracles, which read the answer, bound what any predictor cou
 same capacities. Attention-TP: the rows of a trace are mixed over requests into batches of at most
 `batch_tokens`, and every rank gets an equal slice of each. A predictor that goes on learning scores
 every token by weights that saw earlier requests only; slices are then cut in the same batches, so
-that rows compare. Attention-DP: requests arrive in a random order in windows of at most `window`,
-which are balanced in tokens; the number of tokens a request brings is taken as known (an offline
-batch with a fixed budget), its content is not.
+that rows compare. Attention-DP: requests arrive in a random order and are assigned as `semmoe run`
+assigns its prompts (solvers/schedule/windows.py). How long an answer will get is not known: a
+request counts as its prompt and as many tokens as the longest answer of the trace has.
 
 Shape letters: T tokens, B requests, Q tokens of prompts, L MoE layers, K top-k, E experts, R ranks.
 """
@@ -21,26 +21,36 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule.context import context_scores_TR, previous_experts_TLK
-from semmoe.solvers.schedule.features import batch_position_ids_TC
-from semmoe.solvers.schedule.learning import (
-    learned_depth,
-    learned_ids_TX,
-    learned_scores_TR,
-    num_learned_features,
-    request_groups,
-)
+from semmoe.solvers.schedule.context import context_scores_TR
+from semmoe.solvers.schedule.features import Places, Seen
+from semmoe.solvers.schedule.learning import learned_depth, learned_scores_TR, request_groups
 from semmoe.solvers.schedule.paper_table import needed_rank_T, paper_scores_TR, served_TR
 from semmoe.solvers.schedule.request_scorer import request_shares_BR
 from semmoe.solvers.schedule.schedule import Schedule
-from semmoe.solvers.schedule.slices import WINDOW, assign_equal_slices, assign_masked_round_robin, assign_requests
+from semmoe.solvers.schedule.slices import assign_equal_slices
 from semmoe.solvers.schedule.token_table import previous_token_ids_T
+from semmoe.solvers.schedule.windows import (
+    WINDOW,
+    assign_masked_round_robin,
+    assign_prompts,
+    assign_requests,
+    assign_round_robin,
+    request_tokens_B,
+    window_imbalance,
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How schedules are simulated: tokens of a batch, requests of a window, and the seed of
-    their order."""
+    """How schedules are simulated.
+
+    Fields:
+        batch_tokens: tokens of a batch (Attention-TP).
+        window: requests that are weighed against each other (Attention-DP).
+        seed: of the order of requests, and of the bootstrap.
+
+    Source: solvers/schedule/simulate.py; docs/method.md.
+    """
 
     batch_tokens: int = 512
     window: int = WINDOW
@@ -69,25 +79,46 @@ def available_schedules(schedule: Schedule) -> list[str]:
 def simulate(
     name: str, batch: TraceBatch, placement: Placement, schedule: Schedule, *, batch_tokens: int, window: int, seed: int
 ) -> Simulation:
-    """Homes of the batch's tokens under one of SCHEDULES. Raises InputError for another name, or
-    sizes under 1."""
+    """Homes of the batch's tokens under a schedule.
+
+    Parameters
+    ----------
+    name : one of SCHEDULES
+    batch : requests with T rows in all
+    placement : experts of L layers on R ranks
+    schedule : the tables that `name` reads, fitted for the placement
+    batch_tokens : tokens of a batch over all ranks, at most (TP)
+    window : requests that are weighed against each other, at most (DP)
+    seed : of the order in which rows are mixed, or requests arrive
+
+    Returns
+    -------
+    homes_TL : int16 [T, L]
+    token_imbalance : tokens of the busiest rank over the mean, averaged over batches or windows
+
+    Raises
+    ------
+    InputError : for another name, or sizes under 1
+    """
     if name not in SCHEDULES:
         raise InputError(f"schedule {name!r} is none of {', '.join(SCHEDULES)}")
     if batch_tokens < 1 or window < 1:
         raise InputError(f"{batch_tokens} tokens a batch, {window} requests a window: both must be at least 1")
     rng = np.random.default_rng(seed)
-    if name.startswith("dp-"):
-        return _by_request(DP_SCHEDULES[name], batch, placement, schedule, window, rng)
-    return _by_token(TP_SCHEDULES[name](batch, placement, schedule, rng), batch, placement, batch_tokens, rng)
+    if name in DP_SCHEDULES:
+        return _homes_by_request(DP_SCHEDULES[name], batch, placement, schedule, window, rng)
+    scores = TP_SCHEDULES[name](batch, placement, schedule, rng)
+    return _homes_by_token(scores, batch, placement, batch_tokens, rng)
 
 
-def _by_token(
+def _homes_by_token(
     scores: LayerScores, batch: TraceBatch, placement: Placement, batch_tokens: int, rng: np.random.Generator
 ) -> Simulation:
     """Equal slices of batches mixed over requests, at every layer by the scores of that layer."""
     num_ranks, num_tokens = placement.num_ranks, batch.num_tokens
     homes_TL = np.zeros((num_tokens, placement.num_layers), np.int16)
-    batches = _parts(rng.permutation(num_tokens), batch_tokens)
+    order = rng.permutation(num_tokens)
+    batches = np.array_split(order, max(1, -(-num_tokens // batch_tokens)))
     imbalance = []
     for layer in range(placement.num_layers):
         scores_TR = scores(layer)
@@ -98,46 +129,61 @@ def _by_token(
     return Simulation(homes_TL, float(np.mean(imbalance)) if imbalance else 1.0)
 
 
-def _by_request(
-    prepare: Callable[..., Callable[[np.ndarray], np.ndarray]],
+class Arrivals(NamedTuple):
+    """Requests of a batch in order of arrival."""
+
+    batch: TraceBatch
+    request_of_B: np.ndarray  # int64: number of the request in the batch
+    window: int
+
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        return [self.batch.prompt(request) for request in self.request_of_B]
+
+    @property
+    def tokens_B(self) -> np.ndarray:
+        """What each counts as, int64 [B]: the runtime's rule, with the longest answer as the
+        budget."""
+        batch = self.batch
+        answered_B = batch.first_position_B + np.diff(batch.starts_B1) - batch.num_prompt_tokens_B
+        tokens_B = request_tokens_B(batch.num_prompt_tokens_B, 1 + max(answered_B.max(initial=0), 0))
+        return tokens_B[self.request_of_B]
+
+
+RequestRanks = Callable[[Arrivals, Placement, Schedule], np.ndarray]  # -> int [B], in order of arrival
+
+
+def _homes_by_request(
+    rank_requests: RequestRanks,
     batch: TraceBatch,
     placement: Placement,
     schedule: Schedule,
     window: int,
     rng: np.random.Generator,
 ) -> Simulation:
-    """One home per request, window by window."""
-    tokens_B = np.diff(batch.starts_B1)
-    rank_of_B = np.zeros(batch.num_requests, np.int64)
-    imbalance = []
-    windows = _parts(rng.permutation(batch.num_requests), window)
-    homes = prepare(batch, placement, schedule, tokens_B)
-    for requests in windows:
-        rank_of_B[requests] = homes(requests)
-        load_R = np.bincount(rank_of_B[requests], tokens_B[requests], placement.num_ranks)
-        if load_R.any():
-            imbalance.append(load_R.max() / load_R.mean())
-    homes_TL = np.broadcast_to(
-        np.repeat(rank_of_B, tokens_B).astype(np.int16)[:, None], (batch.num_tokens, placement.num_layers)
-    )
-    return Simulation(homes_TL, float(np.mean(imbalance)) if imbalance else 1.0)
+    """One home per request, of requests that arrive in a random order."""
+    arrivals = Arrivals(batch, rng.permutation(batch.num_requests), window)
+    rank_of_arrival = rank_requests(arrivals, placement, schedule)
+    rank_of_B = np.empty(batch.num_requests, np.int16)
+    rank_of_B[arrivals.request_of_B] = rank_of_arrival
+    rows_B = np.diff(batch.starts_B1)
+    homes_TL = np.broadcast_to(np.repeat(rank_of_B, rows_B)[:, None], (batch.num_tokens, placement.num_layers))
+    rows_of_arrival = rows_B[arrivals.request_of_B]
+    return Simulation(homes_TL, window_imbalance(rank_of_arrival, rows_of_arrival, placement.num_ranks, window=window))
 
 
-def _parts(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """The order cut into nearly equal parts of at most `size`."""
-    return np.array_split(order, max(1, -(-len(order) // size)))
-
-
-def _random(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+def _random_scores(
+    batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
+) -> LayerScores:
     return lambda layer: rng.random((batch.num_tokens, placement.num_ranks), np.float32)
 
 
-def _table(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+def _table_scores(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
     lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
     return lambda layer: schedule.token.scores_TR(layer, lookup)
 
 
-def _paper(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+def _paper_scores(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
     # The paper's table knows ids only, not what they follow.
     row_T = schedule.token.own.index(batch.token_ids_T)
     sequence, hosts_LER = schedule.sequence, placement.hosts_LER
@@ -154,77 +200,75 @@ def _paper(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.
     return scores
 
 
-def _context(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
-    return _context_scores(batch, schedule, _seen(batch, placement))
+def _context_scores(
+    batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
+) -> LayerScores:
+    return _predicted_scores(batch, schedule, Seen.of(batch, placement.num_experts))
 
 
-def _seen(batch: TraceBatch, placement: Placement) -> tuple[np.ndarray, ...]:
-    """What features are made of: choices [T, L, K], those of the token before, whether a token
-    is of a prompt, position ids."""
-    previous_TLK = previous_experts_TLK(batch, placement.num_experts)
-    return batch.expert_ids_TLK, previous_TLK, batch.is_prompt_T, batch_position_ids_TC(batch)
-
-
-def _context_scores(batch: TraceBatch, schedule: Schedule, seen: tuple[np.ndarray, ...]) -> LayerScores:
+def _predicted_scores(batch: TraceBatch, schedule: Schedule, seen: Seen) -> LayerScores:
     lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
-    return lambda layer: context_scores_TR(schedule.context, layer, schedule.token.shares_TR(layer, lookup), *seen)
+    return lambda layer: context_scores_TR(schedule.context, layer, schedule.token.shares_TR(layer, lookup), seen)
 
 
-def _learning(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
-    seen, groups, num_experts = _seen(batch, placement), request_groups(batch, rng), placement.num_experts
-    plan_scores, depth = _context_scores(batch, schedule, seen), learned_depth(schedule.context.depth, num_experts)
+def _learning_scores(
+    batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
+) -> LayerScores:
+    seen, groups, num_experts = Seen.of(batch, placement.num_experts), request_groups(batch, rng), placement.num_experts
+    plan_scores = _predicted_scores(batch, schedule, seen)
+    learned = Places(learned_depth(schedule.context.depth, num_experts), num_experts)
     return lambda layer: learned_scores_TR(
         plan_scores(layer),
-        learned_ids_TX(layer, *seen, depth=depth, num_experts=num_experts),
+        learned.ids_TX(layer, seen),
         served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer]),
-        num_learned_features(depth, num_experts),
+        learned.num_features,
         groups,
     )
 
 
-def _tp_oracle(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+def _oracle_scores(
+    batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
+) -> LayerScores:
     return lambda layer: served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer])
 
 
-def _dp_round_robin(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
-    return lambda requests: np.arange(len(requests)) % placement.num_ranks
+def _round_robin_ranks(arrivals: Arrivals, placement: Placement, schedule: Schedule) -> np.ndarray:
+    return assign_round_robin(len(arrivals.request_of_B), placement.num_ranks)
 
 
-def _dp_scorer(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
-    scores_BR = schedule.request.scores_BR([batch.prompt(b) for b in range(batch.num_requests)])
-    return lambda requests: assign_requests(scores_BR[requests], tokens_B[requests])
+def _scorer_ranks(arrivals: Arrivals, placement: Placement, schedule: Schedule) -> np.ndarray:
+    return assign_prompts(schedule.request, arrivals.prompts, arrivals.tokens_B, window=arrivals.window)
 
 
-def _dp_paper(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
-    token = schedule.token
-    prompts = [batch.prompt(b) for b in range(batch.num_requests)]
-    request_Q = np.repeat(np.arange(batch.num_requests), [len(prompt) for prompt in prompts])
+def _paper_ranks(arrivals: Arrivals, placement: Placement, schedule: Schedule) -> np.ndarray:
+    token, prompts = schedule.token, arrivals.prompts
+    request_Q = np.repeat(np.arange(len(prompts)), [len(prompt) for prompt in prompts])
     row_Q = token.own.index(np.concatenate(prompts)) if prompts else np.zeros(0, np.int64)
     request_Q, row_Q = request_Q[row_Q >= 0], row_Q[row_Q >= 0]
-    scores_BR = np.zeros((batch.num_requests, placement.num_ranks))
+    scores_BR = np.zeros((len(prompts), placement.num_ranks))
     for layer in range(placement.num_layers):
         shares_QR = token.own.shares_TR(layer, row_Q, token.rare_LR[layer])
         scores_BR += np.stack([np.bincount(request_Q, share_Q, len(scores_BR)) for share_Q in shares_QR.T], axis=1)
-    return lambda requests: assign_masked_round_robin(scores_BR[requests])
+    return assign_masked_round_robin(scores_BR)
 
 
-def _dp_oracle(batch: TraceBatch, placement: Placement, schedule: Schedule, tokens_B: np.ndarray) -> Callable:
-    scores_BR = request_shares_BR(batch, placement.hosts_LER)
-    return lambda requests: assign_requests(scores_BR[requests], tokens_B[requests])
+def _oracle_ranks(arrivals: Arrivals, placement: Placement, schedule: Schedule) -> np.ndarray:
+    scores_BR = request_shares_BR(arrivals.batch, placement.hosts_LER)[arrivals.request_of_B]
+    return assign_requests(scores_BR, arrivals.tokens_B, window=arrivals.window)
 
 
-DP_SCHEDULES: dict[str, Callable[..., Callable]] = {
-    "dp-roundrobin": _dp_round_robin,
-    "dp-paper": _dp_paper,
-    "dp-scorer": _dp_scorer,
-    "dp-oracle": _dp_oracle,
+DP_SCHEDULES: dict[str, RequestRanks] = {
+    "dp-roundrobin": _round_robin_ranks,
+    "dp-paper": _paper_ranks,
+    "dp-scorer": _scorer_ranks,
+    "dp-oracle": _oracle_ranks,
 }
-TP_SCHEDULES: dict[str, Callable[..., LayerScores]] = {
-    "random": _random,
-    "tp-table": _table,
-    "tp-paper": _paper,
-    "tp-context": _context,
-    "tp-learning": _learning,
-    "tp-oracle": _tp_oracle,
+TP_SCHEDULES: dict[str, Callable[[TraceBatch, Placement, Schedule, np.random.Generator], LayerScores]] = {
+    "random": _random_scores,
+    "tp-table": _table_scores,
+    "tp-paper": _paper_scores,
+    "tp-context": _context_scores,
+    "tp-learning": _learning_scores,
+    "tp-oracle": _oracle_scores,
 }
 SCHEDULES = ("random", *DP_SCHEDULES, *(name for name in TP_SCHEDULES if name != "random"))

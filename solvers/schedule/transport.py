@@ -1,17 +1,121 @@
-"""Homes under a traffic cap: which rank tokens or requests should live on when every rank may take
-only its share.
+"""Entropic transport: rows that want ranks, brought to the masses that the ranks may have.
 
-The transport problem  max sum_v weight_v sum_r share[v, r] score[v, r]  with equal column masses is
-solved by annealed entropic scaling (Sinkhorn, 1967; Cuturi, 2013): rows stay distributions, so one
-frequent token may be split over ranks.
+The transport problem  max sum_v weight_v sum_r share[v, r] score[v, r]  with given column masses is
+solved by scaling (Sinkhorn, 1967; Cuturi, 2013): each rank has a price, row v gives
+softmax((score[v] - prices) / temperature) to the ranks, and a rank that gets more than its mass
+grows dearer by temperature * log(mass it gets / mass it may have). Rows stay distributions, so one
+frequent token may be split over ranks. The temperature is lowered on the way. The callers say how
+often and how far: token slices, request windows, the token table, homes of a placement.
 
-Shape letters: V rows to place (token ids or requests), R ranks.
+Shape letters: V rows to place (token ids, tokens or requests), R ranks, L layers, E experts, J load
+vectors.
 """
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-TEMPERATURES = (1.0, 0.5, 0.25, 0.12, 0.06, 0.03)  # in standard deviations of the score
-ROUNDS = 8  # scaling rounds per temperature
+# Of a placement's homes: in standard deviations of the score, and scaling rounds at each.
+TEMPERATURES = (1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
+ROUNDS = 8
+
+
+def softmax(scores_VR: np.ndarray, temperature: float) -> np.ndarray:
+    """Rows (along the last axis) of non-negative shares that sum to 1, float [..., V, R]."""
+    shares_VR = np.exp((scores_VR - scores_VR.max(axis=-1, keepdims=True)) / temperature)
+    return shares_VR / shares_VR.sum(axis=-1, keepdims=True)
+
+
+def scaled(
+    scores_VR: np.ndarray,
+    weight_V: np.ndarray,
+    temperatures: Iterable[float],
+    *,
+    least: float,
+    single: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the ranks at the last of the temperatures, and the prices after them: one step at
+    each.
+
+    Parameters
+    ----------
+    scores_VR : float [V, R], worth of rank r to a unit of row v
+    weight_V : float [V], units of each row; all ranks get as many
+    temperatures : in units of the scores
+    least : part of its mass that an unwanted rank is taken to get, so that prices stay finite
+    single : whether to work in float32, for the rows of a whole trace
+
+    Returns
+    -------
+    shares_RV : [R, V], of the dtype that was worked in
+    prices_R : float64 [R]
+    """
+    # Ranks first: sums and maxima over the few ranks then run along the rows, several times faster
+    # in numpy.
+    scores_RV = np.ascontiguousarray(scores_VR.T, np.float32 if single else None)
+    target = weight_V.sum() / len(scores_RV)
+    weight_V = weight_V.astype(np.float32) if single else weight_V
+    shares_RV, prices_R = np.empty_like(scores_RV), np.zeros(len(scores_RV))
+    for temperature in temperatures:
+        np.subtract(scores_RV, prices_R[:, None].astype(scores_RV.dtype), out=shares_RV)
+        shares_RV -= shares_RV.max(axis=0)
+        if single:
+            shares_RV *= np.float32(1 / temperature)
+        else:
+            shares_RV /= temperature
+        np.exp(shares_RV, out=shares_RV)
+        shares_RV /= shares_RV.sum(axis=0)
+        mass_R = (shares_RV @ weight_V).astype(np.float64)
+        prices_R += temperature * np.log(np.maximum(mass_R / target, least))
+    return shares_RV, prices_R
+
+
+def balanced_prices(
+    scores_VR: np.ndarray,
+    weight_V: np.ndarray | None = None,
+    *,
+    sweeps: int,
+    cooling: float,
+    start: float = 1.0,
+) -> tuple[np.ndarray, float]:
+    """Price per rank at which every rank is wanted equally, float64 [R], and the temperature at
+    which that holds.
+
+    Parameters
+    ----------
+    scores_VR : float [V, R]
+    weight_V : float [V], how much each row counts; 1 where None
+    sweeps : steps of the prices
+    start, cooling : first and last temperature, over the spread of the scores (best over mean, on
+        average); it falls geometrically
+
+    Returns
+    -------
+    prices_R : float64 [R], mean 0
+    temperature : the last one, in units of the scores; 1 where no score differs
+    """
+    num_rows, num_ranks = scores_VR.shape
+    spread = float((scores_VR.max(axis=1) - scores_VR.mean(axis=1)).mean()) if num_rows else 0.0
+    if spread <= 0:
+        return np.zeros(num_ranks), 1.0
+    steps = [spread * start * (cooling / start) ** (sweep / max(sweeps - 1, 1)) for sweep in range(sweeps)]
+    _, prices_R = scaled(scores_VR, np.ones(num_rows) if weight_V is None else weight_V, steps, least=1e-6)
+    return prices_R - prices_R.mean(), steps[-1]
+
+
+def capped_prices(
+    scores_VR: np.ndarray, weight_V: np.ndarray, *, cap: float, sweeps: int, cooling: float
+) -> tuple[np.ndarray, float]:
+    """Prices and temperature at which no rank gets more than `cap` x the mean of the weights:
+    those of `balanced_prices`, and steps at its temperature until that holds."""
+    prices_R, temperature = balanced_prices(scores_VR, weight_V, sweeps=sweeps, cooling=cooling)
+    for _ in range(1000):
+        mass_R = weight_V @ softmax(scores_VR - prices_R, temperature)
+        if mass_R.max() <= cap * mass_R.mean():
+            break
+        prices_R = prices_R + temperature * np.log(np.maximum(mass_R / mass_R.mean(), 1e-6))
+    return prices_R, temperature
 
 
 def balanced_shares(score_VR: np.ndarray, weight_V: np.ndarray) -> np.ndarray:
@@ -20,33 +124,16 @@ def balanced_shares(score_VR: np.ndarray, weight_V: np.ndarray) -> np.ndarray:
 
     `score_VR`: worth of rank r to a unit of row v. `weight_V`: units of each row.
     """
-    shares_VR, _ = _scaled(score_VR, weight_V)
-    return shares_VR
+    temperatures = _home_temperatures(score_VR, weight_V)
+    if not temperatures:
+        return np.full(score_VR.shape, 1 / score_VR.shape[1])
+    return scaled(score_VR, weight_V, temperatures, least=1e-9, single=True)[0].T.astype(np.float64)
 
 
-def _scaled(score_VR: np.ndarray, weight_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shares and the prices of the ranks that balance them."""
-    num_ranks = score_VR.shape[1]
-    target = weight_V.sum() / num_ranks
-    spread = float(np.sqrt(np.average(score_VR.var(axis=1), weights=weight_V))) if target > 0 else 0.0
-    price_R = np.zeros(num_ranks)
-    if spread <= 1e-12:
-        return np.full(score_VR.shape, 1 / num_ranks), price_R
-    # Ranks first and single precision: sums and maxima over the few ranks then run along the rows,
-    # several times faster.
-    score_RV = np.ascontiguousarray(score_VR.T, np.float32)
-    weight_V = weight_V.astype(np.float32)
-    shares_RV = np.empty(score_RV.shape, np.float32)
-    for temperature in TEMPERATURES:
-        scale = temperature * spread
-        for _ in range(ROUNDS):
-            np.subtract(score_RV, price_R[:, None].astype(np.float32), out=shares_RV)
-            shares_RV -= shares_RV.max(axis=0)
-            shares_RV *= np.float32(1 / scale)
-            np.exp(shares_RV, out=shares_RV)
-            shares_RV /= shares_RV.sum(axis=0)
-            price_R += scale * np.log(np.maximum((shares_RV @ weight_V).astype(np.float64), 1e-9 * target) / target)
-    return shares_RV.T.astype(np.float64), price_R
+def _home_temperatures(score_VR: np.ndarray, weight_V: np.ndarray) -> list[float]:
+    """Temperatures of a placement's homes in units of the score; none where no score differs."""
+    spread = float(np.sqrt(np.average(score_VR.var(axis=1), weights=weight_V))) if weight_V.sum() > 0 else 0.0
+    return [temperature * spread for temperature in TEMPERATURES for _ in range(ROUNDS)] if spread > 1e-12 else []
 
 
 def balanced_homes(score_VR: np.ndarray, weight_V: np.ndarray, *, slack: float = 1.02) -> np.ndarray:
@@ -57,7 +144,7 @@ def balanced_homes(score_VR: np.ndarray, weight_V: np.ndarray, *, slack: float =
     room of every rank goes to the emptiest. Ties go to the lower rank.
     """
     num_rows, num_ranks = score_VR.shape
-    _, price_R = _scaled(score_VR, weight_V)
+    _, price_R = scaled(score_VR, weight_V, _home_temperatures(score_VR, weight_V), least=1e-9, single=True)
     worth_VR = score_VR - price_R
     room_R = np.full(num_ranks, slack * weight_V.sum() / num_ranks)
     home_V = np.full(num_rows, -1)
@@ -81,3 +168,43 @@ def balanced_homes(score_VR: np.ndarray, weight_V: np.ndarray, *, slack: float =
         home_V[row] = np.argmax(room_R)
         room_R[home_V[row]] -= weight_V[row]
     return home_V
+
+
+class SlotPrices(NamedTuple):
+    """What experts pay for a slot of a rank, and for each unit of load that they bring to it."""
+
+    slot_LR: np.ndarray  # float64
+    load_LJR: np.ndarray  # float64, none below 0
+
+    @classmethod
+    def zero(cls, load_LJE: np.ndarray, num_ranks: int) -> "SlotPrices":
+        return cls(np.zeros((len(load_LJE), num_ranks)), np.zeros((*load_LJE.shape[:2], num_ranks)))
+
+
+def scaled_in_slots(
+    worth_LER: np.ndarray, load_LJE: np.ndarray, limit_LJ: np.ndarray, prices: SlotPrices, *, sweeps: int
+) -> tuple[np.ndarray, np.ndarray, SlotPrices]:
+    """Experts of all layers as rows at temperature 1: each rank gets E / R of them, and of every
+    load vector no more than its limit, nearly.
+
+    Parameters
+    ----------
+    worth_LER : float64 [L, E, R], in units of the temperature
+    load_LJE, limit_LJ : float [L, J, E], [L, J], loads of the experts and what a rank may carry
+    prices : where to go on from
+
+    Returns
+    -------
+    share_LER : float64 [L, E, R], rows that sum to 1
+    net_LER : float64 [L, E, R], the worth net of the prices that the shares follow
+    prices : after the last sweep
+    """
+    slots = worth_LER.shape[1] / worth_LER.shape[2]
+    share_LER, net_LER = worth_LER, worth_LER
+    for _ in range(sweeps):
+        net_LER = worth_LER - prices.slot_LR[:, None] - load_LJE.transpose(0, 2, 1) @ prices.load_LJR
+        share_LER = softmax(net_LER, 1.0)
+        slot_LR = prices.slot_LR + np.log(np.maximum(share_LER.sum(axis=1), 1e-9) / slots)
+        load_LJR = np.maximum(load_LJE @ share_LER, 1e-9)
+        prices = SlotPrices(slot_LR, np.maximum(prices.load_LJR + np.log(load_LJR / limit_LJ[:, :, None]), 0))
+    return share_LER, net_LER, prices

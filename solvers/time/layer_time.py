@@ -47,26 +47,30 @@ def exchange_seconds(rows: float, row_bytes: float, network: Network) -> float:
     return network.latency_s + rows * row_bytes / network.bytes_per_s
 
 
-def layer_seconds(
-    link: float,
-    load_imbalance: float,
-    *,
-    tokens: float,
-    num_ranks: int,
-    top_k: int,
-    row_bytes: float,
-    result_bytes: float,
-    network: Network,
-    seconds_per_activation: float = 0.0,
-) -> float:
-    """Seconds of one expert layer on a batch of `tokens` tokens over all ranks.
+@dataclass(frozen=True)
+class LayerWork:
+    """What the exchanges and the experts of a layer have to do for one batch."""
 
-    `link`: rows on the busiest rank per token that lives on a rank (LINK of
-    `semmoe.solvers.evaluate.metrics`). `load_imbalance`: busiest rank over mean. `row_bytes` go out
-    with a row on dispatch, `result_bytes` come back. `seconds_per_activation`: one (token, expert)
-    pair on one rank.
+    tokens: float  # over all ranks
+    num_ranks: int
+    row_bytes: float  # go out with a row on dispatch
+    result_bytes: float  # come back
+    top_k: int = 0
+    seconds_per_activation: float = 0.0  # of one (token, expert) pair on one rank
+
+
+def layer_seconds(link: float, load_imbalance: float, work: LayerWork, network: Network) -> float:
+    """Seconds of one expert layer on a batch.
+
+    Parameters:
+        link: rows on the busiest rank per token that lives on a rank (LINK of
+            `semmoe.solvers.evaluate.metrics`).
+        load_imbalance: activations of the busiest rank over the mean.
+        work: of the batch. network: one rank's link.
     """
-    rows = link * tokens / num_ranks
+    rows = link * work.tokens / work.num_ranks
     communication = network.latency_s * (EXCHANGES - 2)
-    communication += exchange_seconds(rows, row_bytes, network) + exchange_seconds(rows, result_bytes, network)
-    return communication + load_imbalance * tokens * top_k / num_ranks * seconds_per_activation
+    there_and_back = (exchange_seconds(rows, size, network) for size in (work.row_bytes, work.result_bytes))
+    communication += sum(there_and_back)
+    activations = load_imbalance * work.tokens * work.top_k / work.num_ranks
+    return communication + activations * work.seconds_per_activation

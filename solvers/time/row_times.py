@@ -8,104 +8,78 @@ Experts, packing and overlap are left out, so it is what the wire needs.
 Shape letters: L MoE layers, R ranks, N nodes.
 """
 
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.evaluate.pictures import Scored, scored_batch
+from semmoe.solvers.evaluate.pictures import Scored, simulated_homes_TL
 from semmoe.solvers.evaluate.reached import rank_rows_LRR
-from semmoe.solvers.evaluate.score_plan import baselines
-from semmoe.solvers.place.replicas import serving_LRE
-from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.simulate import Setting, simulate
-from semmoe.solvers.time.layer_time import Network, layer_seconds
+from semmoe.solvers.evaluate.report import Key, Report, RowTime, Times
+from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+from semmoe.solvers.time.layer_time import LayerWork, Network, layer_seconds
 from semmoe.solvers.time.links import Links, communication_seconds_L, through_nodes
 
-RowsBetweenRanks = dict[tuple[str, str], np.ndarray]  # (placement, schedule) -> rows per token, float64 [L, R, R]
+
+@dataclass(frozen=True)
+class RowSize:
+    """Bytes of a row: what goes out on dispatch, what comes back, and where the numbers are
+    from."""
+
+    hidden_size: int
+    out: float
+    back: float
+    assumption: str
 
 
-def report_times(
-    report: dict[str, Any],
-    links: Links,
-    *,
-    row_bytes: float,
-    result_bytes: float,
-    rows: RowsBetweenRanks | None,
-) -> dict[str, Any]:
-    """The "times" of a report: milliseconds per layer of every row. `rows` is needed where links
-    differ.
+def report_times(report: Report, links: Links, size: RowSize, rows: dict[Key, np.ndarray] | None) -> Times:
+    """Milliseconds per layer of every row of a report, for a batch of its `batch_tokens` tokens
+    over all ranks.
 
-    `row_bytes` go out with a row, `result_bytes` come back. A batch has the report's `batch_tokens`
-    tokens over all ranks.
+    `rows`: rows between ranks (`rows_between_ranks`), needed where links differ; rows of a report
+    that it lacks are left out.
     """
-    tokens, ranks = report.get("setting", {}).get("batch_tokens", Setting().batch_tokens), report["ranks"]
+    tokens = report.setting.batch_tokens
     found = []
-    for number, row in enumerate(report["rows"]):
-        key = row["placement"], row["schedule"]
+    for number, row in enumerate(report.rows):
         if rows is None:
+            work = LayerWork(tokens, report.ranks, size.out, size.back)
             network = Network(float(links.bytes_per_s_RR[0, -1]), float(links.latency_s_RR[0, -1]))
-            seconds = [
-                layer_seconds(
-                    layer["rows"][number]["link"],
-                    1.0,
-                    tokens=tokens,
-                    num_ranks=ranks,
-                    top_k=0,
-                    row_bytes=row_bytes,
-                    result_bytes=result_bytes,
-                    network=network,
-                )
-                for layer in report["layers"]
-            ]
-        elif key in rows:
-            seconds = communication_seconds_L(
-                rows[key] * tokens, links, row_bytes=row_bytes, result_bytes=result_bytes
-            ).tolist()
+            seconds = [layer_seconds(layer.rows[number].link, 1.0, work, network) for layer in report.layers]
+        elif row.key in rows:
+            sent_LRR = rows[row.key] * tokens
+            seconds = communication_seconds_L(sent_LRR, links, row_bytes=size.out, result_bytes=size.back).tolist()
         else:
             continue
         layers_ms = [1000 * value for value in seconds]
-        found.append(
-            {
-                "placement": key[0],
-                "schedule": key[1],
-                "link": row["link"],
-                "ms_per_layer": float(np.mean(layers_ms)),
-                "ms_layers": layers_ms,
-            }
-        )
-    return {"network": links.text, "batch_tokens": tokens, "row_bytes": row_bytes + result_bytes, "rows": found}
+        found.append(RowTime(*row.key, row.link, float(np.mean(layers_ms)), layers_ms))
+    return Times(links.text, tokens, size.out + size.back, found, size.hidden_size, size.assumption)
 
 
-def rows_between_ranks(plan: Plan, trace: RoutingTrace, scored: Scored, report: dict[str, Any]) -> RowsBetweenRanks:
-    """Rows of the report's placements and schedules, oracles left out. Raises InputError over 64
-    ranks (rank_masks_T)."""
-    topology, dispatch = plan.topology, plan.dispatch
-    if topology.num_ranks > 64:
-        raise InputError(
-            f"--topology-bandwidth with links that differ: at most 64 ranks, the plan has {topology.num_ranks}"
-        )
-    setting = Setting(**report["setting"]) if "setting" in report else Setting()
-    batch = scored_batch(trace, scored.score_B, seed=setting.seed)
-    placements = {"plan": scored.placement, **baselines(scored.load_LE, topology, plan.model.n_group)}
+def rows_between_ranks(
+    trace: RoutingTrace, scored: Scored, report: Report, num_groups: int = 1
+) -> dict[Key, np.ndarray]:
+    """Rows per token from rank to rank, float64 [L, R, R], of the report's placements and
+    schedules, oracles left out. `num_groups`: routing groups of the model, for the baselines."""
+    deployment = scored.deployment
+    topology, dispatch = deployment.topology, deployment.dispatch
+    batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
+    beside = baselines(deployment.load_LE, topology, num_groups)
+    others = {name: replace(deployment, placement=placed, schedule=None) for name, placed in beside.items()}
+    deployments = {"plan": deployment, **others}
     found = {}
-    for row in report["rows"]:
-        name, schedule, homes = row["placement"], row["schedule"], None
-        if "oracle" in schedule or (schedule != "random" and scored.schedule is None):
+    for row in report.rows:
+        deployed = deployments[row.placement]
+        if row.is_oracle or (row.schedule != "random" and deployed.schedule is None):
             continue
-        if schedule != "random" and scored.schedule is not None:
-            sizes = {"batch_tokens": setting.batch_tokens, "window": setting.window, "seed": setting.seed}
-            homes_TL = simulate(schedule, batch, placements[name], scored.schedule, **sizes).homes_TL
-            homes = lambda _, homes_TL=homes_TL: homes_TL  # noqa: E731
-        serving = serving_LRE(placements[name].hosts_LER, scored.load_LE, topology)
-        rows_LRR = rank_rows_LRR([batch], trace.info, serving, dispatch=dispatch, homes=homes)
+        homes_TL = simulated_homes_TL(deployed, row.schedule, batch, report.setting)
+        serving = deployed.serving_LRE
+        rows_LRR = rank_rows_LRR(batch, serving, dispatch=dispatch, homes_TL=homes_TL)
         if dispatch == "per-node":
             # Nodes in the place of ranks: one row per token and node.
-            by_node = topology.node_of_R[serving]
-            rows_LRN = rank_rows_LRR([batch], trace.info, by_node, dispatch=dispatch, homes=homes)
+            rows_LRN = rank_rows_LRR(batch, topology.node_of_R[serving], dispatch=dispatch, homes_TL=homes_TL)
             rows_LRR = through_nodes(rows_LRR, rows_LRN[:, :, : topology.num_nodes], topology)
         if dispatch == "gather":
             rows_LRR = np.full(rows_LRR.shape, 1 / topology.num_ranks)
-        found[name, schedule] = rows_LRR
+        found[row.key] = rows_LRR
     return found

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from semmoe.solvers.maps.eplb import eplb_tables
 from semmoe.solvers.maps.read import import_placement
-from semmoe.solvers.maps.write import eplb_tables, export_map, render
+from semmoe.solvers.maps.write import export_map, render
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 

@@ -9,18 +9,16 @@ quality, as every held-out request has twins among the others.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-import numpy as np  # noqa: E402
-from routing_world import draw_tokens, route_layer  # noqa: E402
+import numpy as np
+from routing_world import draw_tokens, route_layer
 
-from semmoe.profiles.mapped import mapped_empty  # noqa: E402
-from semmoe.profiles.trace import TraceInfo  # noqa: E402
-from semmoe.profiles.trace_writer import TraceWriter  # noqa: E402
+from semmoe.profiles.mapped import mapped_empty
+from semmoe.profiles.trace import TraceInfo
+from semmoe.profiles.trace_writer import TraceWriter
 
 REQUEST_TOKENS = 256
 PROMPT_TOKENS = 128

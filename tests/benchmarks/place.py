@@ -16,29 +16,28 @@ import argparse
 import json
 import os
 import resource
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-import numpy as np  # noqa: E402
-from process_memory import watched  # noqa: E402
-from routing_world import Tokens, draw_tokens, route_layer  # noqa: E402
+import numpy as np
+from process_memory import watched
+from routing_world import Tokens, draw_tokens, route_layer
 
-from semmoe.profiles.counts import RoutingProfile, count_batches, profile_traces  # noqa: E402
-from semmoe.profiles.mapped import MappedView, mapped_empty, open_view, view_of  # noqa: E402
-from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo  # noqa: E402
-from semmoe.solvers.place.exact_counts import rank_load_R  # noqa: E402
-from semmoe.solvers.place.joint import place_semmoe  # noqa: E402
-from semmoe.solvers.place.remote_gains import remote_cost  # noqa: E402
-from semmoe.solvers.place.solve import METHODS, Demands  # noqa: E402
-from semmoe.solvers.placement import Placement, Topology  # noqa: E402
-from semmoe.solvers.schedule.schedule import fit_schedule  # noqa: E402
-from semmoe.solvers.schedule.token_table import TokenTable, build_token_table  # noqa: E402
-from semmoe.solvers.workers import layer_map  # noqa: E402
+from semmoe.profiles.counts import RoutingProfile, count_batches, profile_traces
+from semmoe.profiles.mapped import MappedView, mapped_empty, open_view, view_of
+from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
+from semmoe.solvers.demands import Demands
+from semmoe.solvers.place.exact_counts import rank_load_R
+from semmoe.solvers.place.joint import place_semmoe
+from semmoe.solvers.place.remote_gains import remote_cost
+from semmoe.solvers.place.solve import METHODS
+from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.token_fit import build_token_table
+from semmoe.solvers.schedule.token_table import TokenTable
+from semmoe.solvers.workers import layer_map
 
 REQUEST_TOKENS = 256
 
@@ -62,9 +61,9 @@ def batch_of(tokens: Tokens, ids_TLK: np.ndarray) -> TraceBatch:
 
 
 def scores(
-    rank_of_LE: np.ndarray, profile: RoutingProfile, held_out_TLK: np.ndarray, topology: Topology
+    placement: Placement, profile: RoutingProfile, held_out_TLK: np.ndarray, topology: Topology
 ) -> dict[str, float]:
-    num_ranks = topology.num_ranks
+    num_ranks, rank_of_LE = topology.num_ranks, placement.rank_of_LE
 
     def touched(part_of_LE: np.ndarray, num_parts: int) -> float:
         cost_XR = np.ones((len(held_out_TLK), num_parts))
@@ -130,18 +129,9 @@ def main() -> None:
         profile = RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, batch)
         counted, counted_cpu = time.perf_counter() - start, cpu_seconds() - cpu
         start, cpu = time.perf_counter(), cpu_seconds()
-        rank_of_LE = place_semmoe(
-            profile,
-            topology,
-            load_cap=1.05,
-            seed=a.seed,
-            dispatch=a.dispatch,
-            effort=a.effort,
-            objective=a.objective,
-            processes=a.processes,
-        )
+        asked = Demands(seed=a.seed, dispatch=a.dispatch, effort=a.effort, objective=a.objective, processes=a.processes)
+        placement = place_semmoe(profile, topology, asked).placement
         placed, placed_cpu = time.perf_counter() - start, cpu_seconds() - cpu
-        placement = Placement.from_ranks(rank_of_LE, a.ranks)
         start, cpu = time.perf_counter(), cpu_seconds()
         tables = token_tables(batch, placement, a.processes)
         tabled, tabled_cpu = time.perf_counter() - start, cpu_seconds() - cpu
@@ -167,12 +157,13 @@ def main() -> None:
         "load_average": [round(x, 1) for x in os.getloadavg()],
     }
     if held_out_TLK is not None and a.compare:
-        result["semmoe"] = scores(rank_of_LE, profile, held_out_TLK, topology)
+        result["semmoe"] = scores(placement, profile, held_out_TLK, topology)
         demands = Demands(seed=a.seed)
         for name in ("metis", "spectral", "paper", "load", "contiguous"):
-            result[name] = scores(METHODS[name](profile, topology, demands, None), profile, held_out_TLK, topology)
+            placed = METHODS[name](profile, topology, demands, None).placement
+            result[name] = scores(placed, profile, held_out_TLK, topology)
         if a.nodes > 1:
-            nodes_first = METHODS["metis"](profile, topology, replace(demands, dispatch="per-node"), None)
+            nodes_first = METHODS["metis"](profile, topology, replace(demands, dispatch="per-node"), None).placement
             result["metis-nodes"] = scores(nodes_first, profile, held_out_TLK, topology)
     print(json.dumps(result))
 

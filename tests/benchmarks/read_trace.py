@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semmoe.profiles.trace import RoutingTrace, TraceInfo
+from semmoe.profiles.trace import RoutingTrace, TraceInfo, hash_file
 from semmoe.profiles.trace_writer import TraceWriter
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, TOKENS_PER_REQUEST = 48, 128, 8, 1000
@@ -94,6 +94,9 @@ def main() -> None:
         result["peak_mb_stream"] = peak_mb()
         seconds["load"] = timed(load, wall)
         result["peak_mb_load"] = peak_mb()
+        parts = sorted((folder / "trace").glob("*.parquet"))
+        seconds["hash"] = timed(lambda: [hash_file(part) for part in parts], {})
+        result["hash_share_of_stream"] = round(seconds["hash"] / seconds["stream"], 3)
         size = sum(f.stat().st_size for f in (folder / "trace").iterdir())
         result["cpu_seconds"] = {name: round(s, 2) for name, s in seconds.items()}
         result["seconds"] = dict(wall)

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "support")]
 
 from checkpoint_factory import make_plan, random_orders  # noqa: E402
 
-from semmoe.runtime.reshard.source import INDEX_NAME, Tensor, make_header  # noqa: E402
+from semmoe.profiles.safetensors_file import INDEX_NAME, Tensor, make_header  # noqa: E402
 
 HIDDEN = 1024
 
@@ -81,7 +80,7 @@ def timed(words: list[str]) -> tuple[float, float]:
     written."""
     os.sync()
     start = time.perf_counter()
-    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(words)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -91,8 +90,9 @@ def timed(words: list[str]) -> tuple[float, float]:
 
 RESHARD = (
     "import sys; from pathlib import Path; from semmoe.solvers.plan import Plan; "
+    "from semmoe.runtime.reshard.records import ReshardOptions; "
     "from semmoe.runtime.reshard.reshard import reshard_checkpoint; "
-    "reshard_checkpoint(Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]), verify=sys.argv[4])"
+    "reshard_checkpoint(Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]), ReshardOptions(verify=sys.argv[4]))"
 )
 
 

@@ -172,7 +172,7 @@ def split_jsonl(texts: Path, work: Path) -> None:
 def contiguous_plan(path: Path, out: Path) -> None:
     from dataclasses import replace
 
-    from semmoe.solvers.place.contiguous import place_contiguous
+    from semmoe.solvers.place.baselines import place_contiguous
     from semmoe.solvers.placement import Placement
     from semmoe.solvers.plan import Plan
 

@@ -24,14 +24,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from semmoe.profiles.capture.hooks import (
-    TokenRequest,
-    length_batches,
-    pad_batch,
-    read_batch,
-    record_prefill,
-    start_recording,
-)
+from semmoe.profiles.capture.batches import TokenRequest, length_batches, pad_batch
+from semmoe.profiles.capture.hooks import read_batch, record_prefill, start_recording
 from semmoe.profiles.capture.requests import encode_requests, read_requests
 from semmoe.profiles.capture.run import TraceProgress, add_recorded, trace_info
 from semmoe.profiles.capture.sources import open_source

@@ -6,7 +6,7 @@ import pytest
 from semmoe.profiles.counts import co_activation_EE, count_batches, profile_traces, request_expert_BE, token_expert_UE
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.split import holdout_requests, request_keys
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter
 
@@ -24,7 +24,7 @@ def test_co_activation_equals_a_plain_loop_and_skips_empty_slots():
 
 
 def test_counts_add_up_over_any_parts(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=30)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=30))
     trace = RoutingTrace.open(tmp_path / "t")
     whole = count_batches([trace.load()], trace.info)
     halves = [trace.load(np.arange(30) % 2 == i) for i in range(2)]
@@ -44,7 +44,7 @@ def test_token_and_request_tables(tmp_path):
 
 
 def test_a_profile_keeps_a_bounded_sample_and_counts_all(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=40)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     trace = RoutingTrace.open(tmp_path / "t")
     keep = np.arange(40) < 30
     profile = profile_traces([trace], [keep], sample_ids=10 * 64 * 16, seed=3)
@@ -53,8 +53,8 @@ def test_a_profile_keeps_a_bounded_sample_and_counts_all(tmp_path):
 
 
 def test_several_traces_must_be_of_one_model(tmp_path):
-    write_synthetic(tmp_path / "a", num_requests=5)
-    write_synthetic(tmp_path / "b", num_requests=5, num_experts=16)
+    write_synthetic(tmp_path / "a", SyntheticWorld(num_requests=5))
+    write_synthetic(tmp_path / "b", SyntheticWorld(num_requests=5, num_experts=16))
     traces = [RoutingTrace.open(tmp_path / name) for name in "ab"]
     with pytest.raises(InputError, match="another model"):
         profile_traces(traces)

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import plant_structure, synthetic_requests, write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, plant_structure, synthetic_requests, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 
 
 def test_picks_stay_in_the_planted_group(tmp_path):
-    group_of_LE = write_synthetic(tmp_path / "t", num_requests=40)
+    group_of_LE = write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     batch = RoutingTrace.open(tmp_path / "t").load()
     assert batch.expert_ids_TLK.shape == (40 * 64, 4, 4)
     assert (np.bincount(group_of_LE[0]) == 8).all() and not np.array_equal(group_of_LE[0], group_of_LE[1])
@@ -27,7 +27,7 @@ def test_picks_stay_in_the_planted_group(tmp_path):
 
 
 def test_rows_are_distinct_and_loads_and_domains_differ(tmp_path):
-    group_of_LE = write_synthetic(tmp_path / "t", num_requests=80, noise=0.3)
+    group_of_LE = write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=80, noise=0.3))
     batch = RoutingTrace.open(tmp_path / "t").load()
     assert (np.diff(batch.expert_ids_TLK.astype(int), axis=2) > 0).all()
     load_E = np.bincount(batch.expert_ids_TLK[:, 0].ravel(), minlength=32)
@@ -40,23 +40,22 @@ def test_rows_are_distinct_and_loads_and_domains_differ(tmp_path):
 
 @pytest.mark.parametrize(("top_k", "num_groups"), [(12, 4), (4, 1), (1, 32), (32, 4)])
 def test_groups_smaller_than_k_and_other_extremes(top_k, num_groups):
-    structure = plant_structure(
-        num_layers=2, num_experts=32, num_groups=num_groups, vocab_size=64, num_domains=3, seed=1
-    )
-    for request in synthetic_requests(structure, top_k=top_k, num_requests=3, tokens_per_request=9, noise=0.5, seed=1):
+    sizes = {"num_layers": 2, "top_k": top_k, "num_groups": num_groups, "num_requests": 3, "tokens_per_request": 9}
+    world = SyntheticWorld(**sizes, vocab_size=64, noise=0.5, num_domains=3, seed=1)
+    for request in synthetic_requests(plant_structure(world), world):
         assert (np.diff(request.expert_ids_TLK, axis=2) > 0).all()
         assert request.expert_ids_TLK.min() >= 0 and request.expert_ids_TLK.max() < 32
 
 
 def test_same_seed_same_bytes_other_seed_other_routing(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        write_synthetic(tmp_path / name, num_requests=5, seed=seed)
+        write_synthetic(tmp_path / name, SyntheticWorld(num_requests=5, seed=seed))
     a, b, c = (RoutingTrace.open(tmp_path / name).fingerprint for name in "abc")
     assert a == b != c
 
 
 def test_uneven_groups_are_refused(tmp_path):
     with pytest.raises(InputError, match="32 experts do not divide into 5 groups"):
-        write_synthetic(tmp_path / "t", num_groups=5)
+        write_synthetic(tmp_path / "t", SyntheticWorld(num_groups=5))
     with pytest.raises(InputError, match="top-33 of 32 experts"):
-        write_synthetic(tmp_path / "t", top_k=33)
+        write_synthetic(tmp_path / "t", SyntheticWorld(top_k=33))

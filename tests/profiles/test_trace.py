@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from semmoe.profiles import trace_writer as writer_module
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.trace import RoutingTrace, TraceInfo, integers
+from semmoe.profiles.trace import RoutingTrace, TraceInfo, hash_file, integers
 from semmoe.profiles.trace_writer import TraceWriter
 
 INFO = TraceInfo("tiny", num_layers=2, num_experts=8, top_k=3, model_layers=(1, 2), num_model_layers=3)
@@ -33,6 +33,14 @@ def write(path, lengths=(5, 0, 7), info=INFO, **options) -> list[np.ndarray]:
             sequence = np.arange(len(ids) + 4) + 100 * i
             writer.add(f"r{i}", ids, domain=f"d{i % 2}", token_ids=sequence, num_prompt_tokens=5, first_position=3)
     return rows
+
+
+def sign(path) -> None:
+    """Write the hashes of the parts as they are now into trace.json."""
+    facts = json.loads((path / "trace.json").read_text())
+    for part in facts["parts"]:
+        part["sha256"] = hash_file(path / part["file"])
+    (path / "trace.json").write_text(json.dumps(facts))
 
 
 def test_round_trip_keeps_ids_tokens_and_phases(tmp_path):
@@ -192,8 +200,12 @@ def test_damage_is_one_line(tmp_path):
     part, facts = tmp_path / "t" / "part-00000.parquet", tmp_path / "t" / "trace.json"
     whole, text = part.read_bytes(), facts.read_text()
     part.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="part-00000.parquet was changed after it was written"):
+        RoutingTrace.open(tmp_path / "t").load()
+    sign(tmp_path / "t")
     with pytest.raises(InputError, match="part-00000.parquet cannot be read as Parquet"):
         RoutingTrace.open(tmp_path / "t").load()
+    facts.write_text(text)
     middle = bytearray(whole)
     middle[20:200] = bytes(180)
     part.write_bytes(bytes(middle))
@@ -215,6 +227,125 @@ def test_damage_is_one_line(tmp_path):
             RoutingTrace.open(tmp_path / "t").load()
     with pytest.raises(InputError, match="holds no trace.json"):
         RoutingTrace.open(tmp_path / "nowhere")
+
+
+def test_every_flipped_bit_of_a_part_is_found(tmp_path):
+    write(tmp_path / "t")
+    part = tmp_path / "t" / "part-00000.parquet"
+    whole = part.read_bytes()
+    for bit in np.random.default_rng(0).choice(8 * len(whole), 260, replace=False):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << (bit % 8)
+        part.write_bytes(changed)
+        for read in (RoutingTrace.load, RoutingTrace.requests):
+            with pytest.raises(InputError, match="part-00000.parquet was changed after it was written: its SHA-256"):
+                read(RoutingTrace.open(tmp_path / "t"))
+    with pytest.raises(InputError, match="part-00000.parquet was changed"):
+        TraceWriter(tmp_path / "t", INFO, resume=True)
+
+
+def test_parts_behind_a_url_are_checked_where_they_are_read_whole(tmp_path):
+    import fsspec
+
+    write(tmp_path / "t")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "t"), "/checked/t", recursive=True)
+    trace = RoutingTrace.open("memory://checked/t")
+    assert trace.requests().num_rows == 3
+    assert trace.unchecked == {"/checked/t/part-00000.parquet": "it lies behind a URL and was not read whole"}
+    trace.load()
+    assert trace.unchecked == {}
+    content = bytearray(memory.cat_file("/checked/t/part-00000.parquet"))
+    content[100] ^= 4
+    memory.pipe_file("/checked/t/part-00000.parquet", bytes(content))
+    with pytest.raises(InputError, match="^/checked/t/part-00000.parquet was changed after it was written"):
+        RoutingTrace.open("memory://checked/t").load()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_layers", True, "num_layers is True, expected a whole number from 1 to 100000"),
+        ("num_layers", 10**30, "num_layers is 10+, expected"),
+        ("num_experts", 8.0, "num_experts is 8.0, expected a whole number from 1 to 65535"),
+        ("model_layers", [1, 1], r"model_layers\[1\] is 1, which stands there twice"),
+        ("model_layers", [1], "model_layers names 1 layers, num_layers is 2"),
+        ("kind", "token", "kind is 'token', expected one of 'tokens', 'counts'"),
+        ("empty_slots", 1, "empty_slots is 1, expected true or false"),
+        ("notes", [], "notes is list, expected an object with named keys"),
+        ("model", "x" * 200_000, "model is 'x+[.]{3}, expected text of at most 100000 characters"),
+        ("counts", {"requests": 4, "tokens": 12}, "counts.requests is 4, expected 3, the sum of its parts"),
+        ("counts", {"requests": 3}, "counts lacks the key 'tokens'"),
+        ("parts", {}, "parts is dict, expected a list|parts is {}"),
+        ("parts.file", "../part-00000.parquet", r"parts\[0\].file is '../part-00000.parquet': expected a single name"),
+        ("parts.file", "/etc/part.parquet", r"parts\[0\].file is '/etc/part.parquet': .* absolute"),
+        ("parts.file", "trace.json", r"parts\[0\].file is 'trace.json': expected a name that ends in .parquet"),
+        ("parts.sha256", "0", r"parts\[0\].sha256 is '0', expected a SHA-256"),
+        ("embedding", {"file": 3}, "embedding lacks the key 'checkpoint'"),
+    ],
+)
+def test_facts_are_what_they_must_be(tmp_path, key, value, message):
+    write(tmp_path / "t")
+    file = tmp_path / "t" / "trace.json"
+    facts = json.loads(file.read_text())
+    name, _, inner = key.partition(".")
+    (facts["parts"][0] if inner else facts)[inner or name] = value
+    file.write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=f"trace.json: {message}") as refused:
+        RoutingTrace.open(tmp_path / "t")
+    assert len(str(refused.value)) < 400
+
+
+def test_json_that_says_two_things_or_no_number_is_refused(tmp_path):
+    write(tmp_path / "t")
+    file = tmp_path / "t" / "trace.json"
+    text = file.read_text()
+    for broken, message in [
+        (text.replace('"top_k": 3', '"top_k": 3, "top_k": 2'), "the key 'top_k' stands twice"),
+        (text.replace('"notes": {}', '"notes": {"x": NaN}'), "NaN is no number"),
+        (text.replace('"notes": {}', '"notes": {"x": 1e999}'), r"notes.x is inf, expected a finite number"),
+        (text.replace('"notes": {}', '"notes": ' + '{"x": ' * 90 + "1" + "}" * 91), "nests deeper than 32|is not JSON"),
+        (text.replace('"notes": {}', '"notes": ' + "[" * 100_000), "nests too deep"),
+    ]:
+        file.write_text(broken)
+        with pytest.raises(InputError, match=message):
+            RoutingTrace.open(tmp_path / "t")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(InputError, match="a pipe"):
+        RoutingTrace.open(tmp_path / "t")
+
+
+def test_a_part_is_a_file_of_the_trace(tmp_path):
+    write(tmp_path / "t")
+    write(tmp_path / "other")
+    part = tmp_path / "t" / "part-00000.parquet"
+    part.unlink()
+    part.symlink_to(tmp_path / "other" / "part-00000.parquet")
+    with pytest.raises(InputError, match="a link out of"):
+        RoutingTrace.open(tmp_path / "t").load()
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(InputError, match="is a pipe, expected a file"):
+        RoutingTrace.open(tmp_path / "t").requests()
+
+
+def test_columns_of_other_types_are_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write(tmp_path / "t")
+    part = tmp_path / "t" / "part-00000.parquet"
+    table = pq.read_table(part)
+    place = table.schema.get_field_index("first_position")
+    for column, message in [
+        (pa.array([0.0, 0.0, 0.0]), "'first_position' is double, expected int32"),
+        (pa.array([-1, 0, 0], pa.int32()), "holds a negative first_position"),
+    ]:
+        pq.write_table(table.set_column(place, "first_position", column), part)
+        sign(tmp_path / "t")
+        with pytest.raises(InputError, match=message):
+            RoutingTrace.open(tmp_path / "t").load()
 
 
 def test_counts_are_kept_apart_from_tokens(tmp_path):

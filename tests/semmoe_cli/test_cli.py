@@ -1,5 +1,6 @@
 """The command line: help, examples, choices, exit codes, and the main job end to end."""
 
+import errno
 import inspect
 import io
 import json
@@ -22,14 +23,13 @@ from semmoe.commands.report import report
 from semmoe.main import app, main
 from semmoe.options import Dispatch, Effort, Method, Objective, command_line
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.reference import render_reference
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS, METRICS
 from semmoe.solvers.place.joint import OBJECTIVES
 from semmoe.solvers.place.partition import EFFORTS
 from semmoe.solvers.place.solve import METHODS
-from semmoe.solvers.schedule.slices import WINDOW
-from semmoe.terminal.progress import stages
+from semmoe.solvers.schedule.windows import WINDOW
 from semmoe.terminal.tables import print_json
 
 COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands]
@@ -44,7 +44,7 @@ def semmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "t"
-    write_synthetic(path, num_requests=60)
+    write_synthetic(path, SyntheticWorld(num_requests=60))
     return path
 
 
@@ -160,6 +160,47 @@ def test_mistakes_are_one_line_and_exit_code_1(trace, tmp_path, arguments, messa
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("semmoe: ") and message in result.stderr
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("asked", ["--debug", "SEMMOE_DEBUG"])
+def test_debug_shows_the_traceback_behind_the_line(tmp_path, monkeypatch, asked):
+    """Also what `raise ... from None` hides."""
+    line = f"semmoe: {tmp_path}/p is not a plan: it holds no plan.json; nothing of that name is there"
+    words = ["export", f"{tmp_path}/p", "--to", "eplb", "-o", f"{tmp_path}/m.npz"]
+    plain = semmoe(*words)
+    assert (plain.returncode, plain.stderr) == (1, f"{line}\n")
+    if asked == "--debug":
+        words.insert(0, "--debug")
+    else:
+        monkeypatch.setenv(asked, "1")
+    shown = semmoe(*words)
+    assert shown.returncode == 1 and shown.stderr.splitlines()[-1] == line
+    assert re.findall(r"^([\w.]*Error)\b", shown.stderr, re.M) == [
+        "FileNotFoundError",
+        "semmoe.profiles.errors.InputError",
+    ]
+    monkeypatch.setenv("SEMMOE_DEBUG", "0")
+    assert semmoe(*words).stderr.count("\n") == (1 if asked == "SEMMOE_DEBUG" else shown.stderr.count("\n"))
+
+
+def test_a_bug_is_a_traceback_and_other_ends_are_a_line_unless_debugged(monkeypatch, capsys):
+    def fail(error: BaseException) -> str:
+        def work() -> None:
+            raise error
+
+        monkeypatch.setattr("semmoe.main.app", work)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        return capsys.readouterr().err
+
+    with pytest.raises(KeyError):
+        fail(KeyError("ours"))
+    for error in (InputError("no"), BrokenProcessPool("died"), OSError(errno.ENOSPC, "No space left on device")):
+        monkeypatch.delenv("SEMMOE_DEBUG", raising=False)
+        assert fail(error).count("\n") == 1
+        monkeypatch.setenv("SEMMOE_DEBUG", "1")
+        assert fail(error).startswith("Traceback")
 
 
 def test_one_thing_in_place_of_another_is_named(trace, tmp_path):
@@ -320,7 +361,7 @@ def test_place_computes_on_one_thread_whatever_the_machine(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_standard_output_is_one_line(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=2)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=2))
     for words in (["--version"], ["show", str(tmp_path / "t")], ["show", str(tmp_path / "t"), "--json"]):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
@@ -333,6 +374,7 @@ def test_a_full_standard_output_is_one_line(tmp_path):
     "words",
     [
         ["place", "t", "--ranks", "4", "--topology", "f.json", "-o", "p", "--processes", "2", "--json"],
+        ["--debug", "place", "t", "--ranks", "4", "--topology", "f.json", "-o", "p"],
         ["place", "t/", "--ranks", "4", "--topology=f.json", "-op", "--processes=1"],
         ["place", "--output=p", "--ranks", "4", "--topology", "f.json", "t"],
     ],
@@ -340,16 +382,3 @@ def test_a_full_standard_output_is_one_line(tmp_path):
 def test_the_recorded_command_line_names_no_file(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["semmoe", *words])
     assert command_line(Path("p"), Path("f.json"), "t") == "semmoe place --ranks 4 --topology"
-
-
-def test_steps_off_a_terminal_are_a_line_now_and_then(capsys, monkeypatch):
-    now = iter([0.0, 3.0, 12.0, 12.0, 15.0, 25.0, 25.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(now))
-    with stages() as show:
-        for done in (1, 2, 3):
-            show("placing layers", done, 4)
-        show("fitting schedules: layers", 1, 4)
-    printed = capsys.readouterr()
-    assert (
-        printed.err == "semmoe: placing layers 2 of 4\nsemmoe: fitting schedules: layers 1 of 4\n" and not printed.out
-    )

@@ -24,14 +24,18 @@ from semmoe.pages.figures.style import DARK, LIGHT, png, svg
 from semmoe.pages.headline import plan_verdict
 from semmoe.pages.page import Grid, Page, Picture, Section, Text, check_page_target, write_page
 from semmoe.pages.plan import FITTED
+from semmoe.pages.plan_report import PlanReportOptions, make_plan_report
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.evaluate.pictures import scored_requests
 from semmoe.solvers.evaluate.predictable import token_predictability
-from semmoe.solvers.evaluate.volume import dispatch_costs, rows_per_token
+from semmoe.solvers.evaluate.report import Judgement, LayerScores, Report, ScoreRow, Verdict
+from semmoe.solvers.evaluate.verdict import dispatch_costs, rows_per_token
 from semmoe.solvers.evaluate.what_if import what_if
+from semmoe.solvers.health.record import LoadFacts
 from semmoe.solvers.plan import Plan
+from semmoe.solvers.schedule.simulate import Setting
 
 LINKS = ("--topology-bandwidth", 50, "--latency", 10)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -42,7 +46,7 @@ def made(tmp_path_factory) -> Path:
     """A trace t, a plan p that kept its held-out requests unseen, and a plan q that was fitted
     on all of t after scoring."""
     root = tmp_path_factory.mktemp("pages")
-    write_synthetic(root / "t", num_requests=60, tokens_per_request=40, num_layers=3)
+    write_synthetic(root / "t", SyntheticWorld(num_requests=60, tokens_per_request=40, num_layers=3))
     run("place", root / "t", "--ranks", 4, "--method", "metis", "--no-refit", "-o", root / "p")
     run("place", root / "t", "--ranks", 4, "--method", "metis", "-o", root / "q")
     return root
@@ -255,6 +259,7 @@ def test_pictures_that_are_no_evidence_say_so(made):
     for row in plan["scores"]["rows"]:
         row["rem"] += 1
     (made / "strange" / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    run("show", made / "strange", "--accept-edits")
     for name, said in (("strange", True), ("q", False)):
         run("report", made / name, made / "t", "-o", made / f"{name}.md")
         assert (FITTED in (made / f"{name}.md").read_text(encoding="utf-8")) == said
@@ -283,24 +288,55 @@ def test_options_of_a_plan_need_a_plan(made):
 def test_a_refitted_plan_is_shown_as_it_was_scored(made):
     trace = RoutingTrace.open(made / "t")
     kept, refitted = Plan.load(made / "p"), Plan.load(made / "q")
-    scored = scored_requests(refitted, trace)
+    scored = scored_requests(refitted, trace, scheduled=True)
     assert scored.held_out and not (scored.fit_B & scored.score_B).any()
-    assert np.array_equal(scored.placement.experts_LRS, kept.placement.experts_LRS)
-    strange = replace(
-        refitted, scores={**refitted.scores, "rows": [{**r, "rem": 9.0} for r in refitted.scores["rows"]]}
-    )
-    fallback = scored_requests(strange, trace)
-    assert not fallback.held_out and "not evidence" in fallback.note
-    assert np.array_equal(fallback.placement.experts_LRS, refitted.placement.experts_LRS)
+    assert np.array_equal(scored.deployment.placement.experts_LRS, kept.placement.experts_LRS)
+    assert np.array_equal(scored.deployment.load_LE, kept.load_LE)
+    for name, table in scored.deployment.schedule.to_tables().items():
+        assert np.array_equal(table, kept.tables[name]), name
+    strange = replace(refitted.scores, rows=[replace(row, rem=9.0) for row in refitted.scores.rows])
+    older = replace(refitted, scored=None)
+    for plan, said in ((replace(refitted, scores=strange), ""), (older, "does not hold the placement that was scored")):
+        fallback = scored_requests(plan, trace, scheduled=True)
+        assert not fallback.held_out and "not evidence" in fallback.note and said in fallback.note
+        assert np.array_equal(fallback.deployment.placement.experts_LRS, refitted.placement.experts_LRS)
+
+
+def test_a_report_of_a_refitted_plan_solves_nothing_and_shows_what_was_scored(made, monkeypatch):
+    monkeypatch.setattr("semmoe.solvers.place.solve.solve_placement", lambda *_, **__: pytest.fail("solved again"))
+    monkeypatch.setattr("semmoe.solvers.make_plan.solve_placement", lambda *_, **__: pytest.fail("solved again"))
+    trace, options = RoutingTrace.open(made / "t"), PlanReportOptions([], 0, 2.0, "", "", None, True)
+    run("report", made / "q", made / "t", "-o", made / "solved.md")
+    assert "fitted on the training requests alone" in (made / "solved.md").read_text(encoding="utf-8")
+    # The plan that was not refitted is the placement that was scored: the same pictures.
+    pages = [make_plan_report(Plan.load(made / n), trace, options, Setting(), plan_path="p").details for n in "pq"]
+    kept, refitted = pages
+    assert (kept.layer, kept.schedule) == (refitted.layer, refitted.schedule) and kept.schedule != "random"
+    assert np.array_equal(kept.pairs_EE, refitted.pairs_EE) and np.array_equal(kept.home_of_E, refitted.home_of_E)
+    for name in ("before", "after"):
+        assert np.array_equal(kept.rows_RR[name], refitted.rows_RR[name])
+        assert np.array_equal(kept.load_LR[name], refitted.load_LR[name])
+
+
+def test_a_plan_without_the_scored_placement_is_still_read(made, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(made / "q", tmp_path / "old")
+    tables = load_file(tmp_path / "old" / "tables.safetensors")
+    assert {"scored_placement", "scored_expert_load"} <= tables.keys()
+    save_file({n: a for n, a in tables.items() if "scored" not in n}, tmp_path / "old" / "tables.safetensors")
+    run("report", tmp_path / "old", made / "t", "-o", tmp_path / "old.md")
+    text = (tmp_path / "old.md").read_text(encoding="utf-8")
+    assert FITTED in text and "The plan does not hold the placement that was scored" in text
 
 
 def test_what_if_learns_and_scores_on_different_requests(made):
     trace = RoutingTrace.open(made / "t")
     fit_B = np.arange(60) % 2 == 0
     found = what_if(trace, fit_B, ~fit_B, [2, 4, 5, 32], ranks_per_node=2, dispatch="per-rank", seed=0)
-    assert [(r["ranks"], r["nodes"]) for r in found["rows"][::3]] == [(2, 1), (4, 2), (32, 16)]
-    assert found["skipped"] == [{"ranks": 5, "why": "32 experts do not divide over 5 ranks"}]
-    rem = {(r["ranks"], r["placement"]): r["rem"] for r in found["rows"]}
+    assert [(row.ranks, row.nodes) for row in found.rows[::3]] == [(2, 1), (4, 2), (32, 16)]
+    assert found.to_json()["skipped"] == [{"ranks": 5, "why": "32 experts do not divide over 5 ranks"}]
+    rem = {(row.ranks, row.placement): row.rem for row in found.rows}
     assert rem[4, "metis"] < 0.7 * rem[4, "contiguous"] and rem[32, "metis"] == pytest.approx(rem[32, "contiguous"])
     with pytest.raises(InputError, match="other requests"):
         what_if(trace, fit_B, fit_B, [2], ranks_per_node=2, dispatch="per-rank", seed=0)
@@ -328,26 +364,29 @@ def test_nothing_to_save_is_no_saving():
     assert saved_share(0.0, 0.0) == 0 and saved_share(2.0, 1.5) == 0.25 and saved_share(1.0, 1.5) == -0.5
 
 
+def row(placement: str, rem: float, width: float, **more: float) -> ScoreRow:
+    values = {"lar": 0.25, "rem": rem, "node": 0.0, "link": rem, "load_imbalance": 1.1}
+    values |= {"load_imbalance_median": 1.1, "token_imbalance": 1.0} | more
+    return ScoreRow(placement, "random", **values, ci={name: (v - width, v + width) for name, v in values.items()})
+
+
+def report_of(rows: list[ScoreRow], **more) -> Report:
+    facts = {"ranks": 8, "nodes": 1, "dispatch": "per-rank", "layers": [LayerScores(i, i, rows) for i in range(3)]}
+    names = {"plan": "", "trace": "", "model": "", "uniform": {}}
+    return Report(**{**names, **facts, "rows": rows, "requests": 30, "tokens": 900, **more})
+
+
 def test_rows_and_bytes_per_dispatch_kind():
-    row = {"rem": 1.5, "lar": 0.25, "node": 0.5, "link": 2.0}
-    assert rows_per_token(row, top_k=4, num_ranks=8) == {
+    rows = [row(placement, 1.5, 0.0, node=0.5) for placement in ("contiguous", "plan")]
+    assert rows_per_token(rows[0], top_k=4, num_ranks=8) == {
         "per-rank": 1.5,
         "per-expert": 3.0,
         "per-node": 0.5,
         "gather": 7.0,
     }
-    rows = [{**row, "placement": p, "schedule": "random"} for p in ("contiguous", "plan")]
-    report = {"ranks": 8, "nodes": 1, "layers": [{}] * 3, "rows": rows, "setting": {"batch_tokens": 80}}
-    costs = dispatch_costs(report, schedule="random", top_k=4, hidden_size=10, dispatch_bytes=1.0)
-    assert [r["dispatch"] for r in costs["rows"]] == ["per-rank", "per-expert", "gather"]
-    assert costs["rows"][0]["bytes"]["plan"] == 1.5 * 10 * 3 * 3
-
-
-def row(placement: str, rem: float, width: float, **more: float) -> dict:
-    values = {"rem": rem, "lar": 0.25, "node": 0.0, "link": rem, "load_imbalance": 1.1}
-    values |= {"load_imbalance_median": 1.1, "token_imbalance": 1.0} | more
-    ci = {name: [value - width, value + width] for name, value in values.items()}
-    return {"placement": placement, "schedule": "random", **values, "ci": ci}
+    costs = dispatch_costs(report_of(rows), top_k=4, hidden_size=10, dispatch_bytes=1.0)
+    assert [row.dispatch for row in costs.rows] == ["per-rank", "per-expert", "gather"]
+    assert costs.rows[0].bytes["plan"] == 1.5 * 10 * 3 * 3
 
 
 @pytest.mark.parametrize(
@@ -360,29 +399,25 @@ def row(placement: str, rem: float, width: float, **more: float) -> dict:
     ],
 )
 def test_without_a_verdict_the_intervals_speak(dispatch, rem, width, level, words):
-    report = {"dispatch": dispatch, "requests": 30, "rows": [row("plan", rem, width), row("contiguous", 2.0, width)]}
-    found, sentence = plan_verdict(report)
+    found, sentence = plan_verdict(
+        report_of([row("plan", rem, width), row("contiguous", 2.0, width)], dispatch=dispatch)
+    )
     assert found == level and words in sentence
 
 
 def test_a_verdict_is_the_headline():
-    given = {"decision": "insufficient evidence", "level": "watch", "sentence": "More is needed."}
     rows = [row("plan", 1.5, 0.1), row("contiguous", 2.0, 0.1)]
-    assert plan_verdict({"verdict": given, "dispatch": "per-rank", "rows": rows}) == ("watch", "More is needed.")
-    given = {
-        "decision": "recommend",
-        "level": "good",
-        "saved": 0.25,
-        "ci": [0.2, 0.3],
-        "against": "load",
-        "schedule": "random",
-    }
-    level, sentence = plan_verdict({"verdict": given, "dispatch": "per-rank", "rows": rows})
-    assert (
-        level == "good" and "saves 25% of the bytes (interval 20% to 30%) against experts balanced by load" in sentence
-    )
-    given |= {"schedule": "tp-context", "with_schedule": {"saved": 0.25, "schedule": "tp-context"}}
-    _, sentence = plan_verdict({"verdict": given, "dispatch": "per-expert", "rows": rows})
+
+    def headline(with_schedule: Judgement | None = None, **facts) -> tuple[str, str]:
+        given = Verdict(**{**vars(judged), **facts}, with_schedule=with_schedule)
+        return plan_verdict(report_of(rows, verdict=given))
+
+    judged = Judgement("insufficient evidence", "watch", "More is needed.", 0.25, (0.2, 0.3), "random", 9, 99, "load")
+    assert headline() == ("watch", "More is needed.")
+    level, sentence = headline(decision="recommend", level="good")
+    assert level == "good"
+    assert "saves 25% of the bytes (interval 20% to 30%) against experts balanced by load" in sentence
+    _, sentence = headline(replace(judged, schedule="tp-context"), decision="recommend", schedule="tp-context")
     assert sentence.count("25%") == 1  # what was judged alone is not told twice
 
 
@@ -457,7 +492,7 @@ def test_titles_of_a_picture_stay_on_it():
 
 
 def test_layers_are_whole_numbers():
-    load = {"share_by_popularity": [0.5, 0.5], "busiest_over_mean_layers": [1.5] * 4}
+    load = LoadFacts(1.5, [1.5] * 4, 0.0, 1, 1.0, share_by_popularity=[0.5, 0.5])
     assert "\u22120.5</text>" not in svg(load_skew(load), 2.4, key="a", label="x")
 
 

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from semmoe.main import app
 from semmoe.pages.compare import size_text
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
+from semmoe.solvers.evaluate.report import Report, RowTime, Times
 from semmoe.terminal.tables import print_report, times_cells
 
 
@@ -20,7 +21,7 @@ def made(tmp_path_factory) -> Path:
     """A trace t, plans p and n that kept their held-out requests unseen, and a plan q that was
     fitted on all of t after scoring."""
     root = tmp_path_factory.mktemp("terminal")
-    write_synthetic(root / "t", num_requests=60, tokens_per_request=40, num_layers=3)
+    write_synthetic(root / "t", SyntheticWorld(num_requests=60, tokens_per_request=40, num_layers=3))
     for name, words in (("p", ["metis", "--no-refit"]), ("n", ["spectral", "--no-refit"]), ("q", ["metis"])):
         run("place", root / "t", "--ranks", 4, "--method", *words, "-o", root / name)
     return root
@@ -30,7 +31,8 @@ def made(tmp_path_factory) -> Path:
 def test_tables_fit_the_terminal(made, capsys, monkeypatch, width, intervals):
     monkeypatch.setattr("semmoe.terminal.tables.PIPE_WIDTH", width)
     report = json.loads(run("report", made / "p", made / "t", "--json"))
-    print_report(report, as_json=False)
+    print_report(Report.from_json(report), as_json=False)
+    assert Report.from_json(report).to_json() == report
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width and "on one node" in " ".join(lines[:3])
     start = next(i for i, line in enumerate(lines) if line.startswith("contiguous"))
@@ -42,11 +44,9 @@ def test_tables_fit_the_terminal(made, capsys, monkeypatch, width, intervals):
 
 
 def test_digits_of_times_are_aligned():
-    rows = [
-        {"placement": p, "schedule": "random", "ms_per_layer": ms, "ms_layers": [ms] * 3}
-        for p, ms in (("plan", 0.0436), ("contiguous", 0.074), ("load", 12.0))
-    ]
-    assert [row[2:] for row in times_cells({"rows": rows})] == [
+    milliseconds = {"plan": 0.0436, "contiguous": 0.074, "load": 12.0}
+    rows = [RowTime(placement, "random", 1.0, ms, [ms] * 3) for placement, ms in milliseconds.items()]
+    assert [row[2:] for row in times_cells(Times("", 512, 4.0, rows, 1, ""))] == [
         ["0.0436", "0.131", "0.59"],
         ["0.0740", "0.222", "1.00"],
         ["12.0000", "36.000", "162.16"],

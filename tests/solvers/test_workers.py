@@ -16,28 +16,29 @@ import pytest
 
 import semmoe.profiles.mapped as mapped_module
 import semmoe.solvers.evaluate.rows as traffic_rows_module
-import semmoe.solvers.place.joint as coschedule_module
-import semmoe.solvers.schedule.schedule as schedule_module
+import semmoe.solvers.place.joint as joint_module
+import semmoe.solvers.schedule.fit as fit
 from semmoe.profiles.counts import profile_split, profile_traces
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.mapped import mapped_empty, open_view, view_of
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.profiles.trace_writer import TraceWriter
+from semmoe.solvers.demands import Demands
+from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.score_plan import baselines, score_batch, score_placements
-from semmoe.solvers.place.clusters import chosen_requests, cluster_loads, request_usage_LBE, usage_shares_BR
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
+from semmoe.solvers.place.exact_counts import cluster_loads
 from semmoe.solvers.place.joint import place_semmoe
+from semmoe.solvers.place.request_homes import chosen_requests, request_usage_LBE, usage_shares_BR
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.workers import layer_map
 
-ROOT = Path(__file__).resolve().parents[2]
 # Two workers that sleep for a minute; the main process says when they run.
-SLEEPERS = f"""
-import sys, time
-sys.path[:0] = [{str(ROOT)!r}]
+SLEEPERS = """
+import time
 from semmoe.solvers.workers import layer_map
 
 if __name__ == "__main__":
@@ -53,10 +54,6 @@ def everything_mapped(monkeypatch):
     monkeypatch.setattr(mapped_module, "SMALL_BYTES", 0)
 
 
-def _sum_of(view) -> float:
-    return float(open_view(view).sum())
-
-
 def test_a_view_of_a_mapped_array_is_the_same_in_another_process(everything_mapped):
     array = np.asarray(mapped_empty((4, 50, 3), np.dtype(np.uint16)))
     array[:] = np.random.default_rng(0).integers(0, 500, array.shape)
@@ -65,7 +62,7 @@ def test_a_view_of_a_mapped_array_is_the_same_in_another_process(everything_mapp
     np.testing.assert_array_equal(open_view(view), array.transpose(1, 0, 2)[7:, 1:3])
     np.testing.assert_array_equal(open_view(view_of(open_view(view)[2:])), open_view(view)[2:])
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_sum_of, (view,)) == array[1:3, 7:].sum()
+        np.testing.assert_array_equal(pool.apply(open_view, (view,)), array.transpose(1, 0, 2)[7:, 1:3])
     with pytest.raises(ValueError, match="read-only"):
         open_view(view)[0] = 1
     assert view_of(np.zeros(3)) is None
@@ -91,43 +88,43 @@ def test_no_room_for_a_mapped_array_is_told(everything_mapped):
 
 
 def test_a_mapped_sample_gives_the_same_plan_in_any_number_of_processes(tmp_path, monkeypatch):
-    write_synthetic(tmp_path / "t", num_requests=40)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     trace = RoutingTrace.open(tmp_path / "t")
     plain = profile_traces([trace], sample_ids=30 * 64 * 16)
     monkeypatch.setattr(mapped_module, "SMALL_BYTES", 0)
-    monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
+    monkeypatch.setattr(fit, "SMALL_TASK", 1)
     profile = profile_traces([trace], sample_ids=30 * 64 * 16)
     assert view_of(profile.sample.expert_ids_TLK) is not None and view_of(plain.sample.expert_ids_TLK) is None
     np.testing.assert_array_equal(profile.sample.expert_ids_TLK, plain.sample.expert_ids_TLK)
     options = {"load_cap": 1.05, "seed": 0, "objective": "both", "effort": "fast"}
-    rank_of_LE = place_semmoe(plain, Topology(4), processes=1, **options)
-    np.testing.assert_array_equal(place_semmoe(profile, Topology(4), processes=3, **options), rank_of_LE)
-    placement = Placement.from_ranks(rank_of_LE, 4)
+    placement = place_semmoe(plain, Topology(4), Demands(processes=1, **options)).placement
+    mapped = place_semmoe(profile, Topology(4), Demands(processes=3, **options)).placement
+    np.testing.assert_array_equal(mapped.experts_LRS, placement.experts_LRS)
     whole = fit_schedule(plain.sample, placement, seed=0).to_tables()
     for name, array in fit_schedule(profile.sample, placement, seed=0, processes=3).to_tables().items():
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
 
 
 def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, everything_mapped, monkeypatch):
-    write_synthetic(tmp_path / "t", num_requests=40)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     traces = [RoutingTrace.open(tmp_path / "t")]
     held_out_B = np.arange(40) % 3 == 0
     fitted, rest, _ = profile_split(traces, [held_out_B])
-    placement = Placement.from_ranks(place_semmoe(fitted, Topology(4), load_cap=1.05, seed=0, effort="fast"), 4)
+    placement = place_semmoe(fitted, Topology(4), Demands(objective="tp", effort="fast")).placement
     schedule = fit_schedule(fitted.sample, placement, seed=0)
-    options = {"load_LE": fitted.load_LE, "dispatch": "per-rank", "schedule": schedule, "setting": Setting()}
-    arguments = ({"plan": placement, **baselines(fitted.load_LE, Topology(4))}, rest.sample, fitted.info, Topology(4))
-    one = score_batch(*arguments, **options)
+    options = {"beside": baselines(fitted.load_LE, Topology(4)), "setting": Setting()}
+    deployment = Deployment(placement, fitted.load_LE, Topology(4), schedule=schedule)
+    one = score_batch(deployment, rest.sample, fitted.info, **options)
     monkeypatch.setattr(traffic_rows_module, "SMALL_TASK", 1)
     seen: list[tuple[int, int]] = []
-    two = score_batch(*arguments, **options, processes=2, progress=lambda *step: seen.append(step))
-    assert two == one and len(one["rows"]) == 12
+    shown = {"processes": 2, "progress": lambda *step: seen.append(step)}
+    assert score_batch(deployment, rest.sample, fitted.info, **options, **shown) == one and len(one.rows) == 12
     assert seen == [(done, 12) for done in range(1, 13)]
-    assert one == score_placements(arguments[0], traces, [held_out_B], Topology(4), **options)
+    assert one == score_placements(deployment, traces, [held_out_B], **options)
 
 
 def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, everything_mapped):
-    write_synthetic(tmp_path / "t", num_requests=40)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     trace = RoutingTrace.open(tmp_path / "t")
     held_out_B = np.arange(40) % 3 == 0
     seen: list[tuple[int, int]] = []
@@ -153,8 +150,8 @@ def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, ever
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="the file of steps is named in /proc")
 def test_workers_tell_their_steps(tmp_path, everything_mapped, monkeypatch):
-    monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
-    write_synthetic(tmp_path / "t", num_requests=20)
+    monkeypatch.setattr(fit, "SMALL_TASK", 1)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=20))
     profile = profile_traces([RoutingTrace.open(tmp_path / "t")])
     placement = Placement.from_ranks(place_contiguous(4, 32, 4), 4)
     seen: list[tuple[int, int]] = []
@@ -163,7 +160,7 @@ def test_workers_tell_their_steps(tmp_path, everything_mapped, monkeypatch):
 
 
 def test_several_traces_are_counted_as_one(tmp_path):
-    write_synthetic(tmp_path / "both", num_requests=40)
+    write_synthetic(tmp_path / "both", SyntheticWorld(num_requests=40))
     both = RoutingTrace.open(tmp_path / "both")
     batch = both.load()
     for name, requests in (("a", range(20)), ("b", range(20, 40))):
@@ -209,7 +206,7 @@ def _children(parent: int) -> list[int]:
 
 
 def test_request_homes_and_clusters_look_at_a_bounded_choice_of_requests(tmp_path, monkeypatch):
-    write_synthetic(tmp_path / "t", num_requests=60)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=60))
     profile = profile_traces([RoutingTrace.open(tmp_path / "t")])
     counts = profile.info.num_layers * profile.info.num_experts
     chosen_B = chosen_requests(profile, 0, 20 * counts)
@@ -228,12 +225,12 @@ def test_request_homes_and_clusters_look_at_a_bounded_choice_of_requests(tmp_pat
     some_LJE, all_LJE = (cluster_loads(profile, 3, 0, max_counts=most * counts) for most in (20, 60))
     for load_LJE in (some_LJE, all_LJE):
         np.testing.assert_array_equal(load_LJE[:, 1:].sum(axis=1), profile.load_LE)
-    options = {"load_cap": 1.1, "seed": 0, "objective": "dp", "effort": "fast"}
-    whole_LE = place_semmoe(profile, Topology(4), **options)
+    demands = Demands(load_cap=1.1, objective="dp", effort="fast")
+    whole_LE = place_semmoe(profile, Topology(4), demands).placement.rank_of_LE
     monkeypatch.setattr(
-        coschedule_module, "chosen_requests", lambda profile, seed: chosen_requests(profile, seed, 20 * counts)
+        joint_module, "chosen_requests", lambda profile, seed: chosen_requests(profile, seed, 20 * counts)
     )
-    bounded_LE = place_semmoe(profile, Topology(4), **options)
+    bounded_LE = place_semmoe(profile, Topology(4), demands).placement.rank_of_LE
     kept = [local_share(r_LE, profile) for r_LE in (whole_LE, bounded_LE)]
     assert kept[1] > 0.9 * kept[0] > 1.5 / 4
 
@@ -258,7 +255,7 @@ def test_ctrl_c_in_any_stage_is_one_line_and_leaves_nothing(large_trace, tmp_pat
         [*command, "-o", str(tmp_path / "p")],
         stdout=subprocess.PIPE,
         stderr=stderr,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "TMPDIR": str(tmp_path)},
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
@@ -289,5 +286,5 @@ def test_ctrl_c_in_any_stage_is_one_line_and_leaves_nothing(large_trace, tmp_pat
 def large_trace(tmp_path_factory) -> Path:
     """A trace on which every stage lasts for a while."""
     path = tmp_path_factory.mktemp("traces") / "t"
-    write_synthetic(path, num_layers=8, num_experts=64, num_requests=1000)
+    write_synthetic(path, SyntheticWorld(num_layers=8, num_experts=64, num_requests=1000))
     return path

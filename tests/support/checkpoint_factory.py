@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.runtime.reshard.source import DTYPE_BITS, INDEX_NAME, Tensor, make_header
+from semmoe.profiles.safetensors_file import DTYPE_BITS, INDEX_NAME, Tensor, make_header
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 

@@ -10,9 +10,9 @@ def prepared(trace: str) -> tuple[Any, Any, Any]:
     """The trace's rows, contiguous experts on two ranks, and a schedule for them."""
     from semmoe.profiles.counts import profile_traces
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.place.contiguous import place_contiguous
+    from semmoe.solvers.place.baselines import place_contiguous
     from semmoe.solvers.placement import Placement
-    from semmoe.solvers.schedule.schedule import fit_schedule
+    from semmoe.solvers.schedule.fit import fit_schedule
 
     batch = profile_traces([RoutingTrace.open(trace)], seed=0).sample
     placement = Placement.from_ranks(place_contiguous(batch.expert_ids_TLK.shape[1], 8, 2), 2)
@@ -51,6 +51,4 @@ def learn(trace: str, num_ranks: int) -> dict[str, Any]:
 
 def plan_weights(trace: str) -> np.ndarray:
     """The weights to start from, [L, F, R]."""
-    from semmoe.runtime.serving.home_tables import feature_weights
-
-    return feature_weights(prepared(trace)[2].context)
+    return prepared(trace)[2].context.weight_LFR

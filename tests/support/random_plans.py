@@ -14,7 +14,7 @@ def random_plan(checkpoint: Path, *, ranks: int = 2, seed: int = 0, grouped: boo
     """A random placement of a checkpoint's experts; of a grouped model, one that maps groups
     onto groups."""
     facts = moe_facts(read_config(checkpoint))
-    names = {name for name in ModelFacts.__dataclass_fields__} - {"model"}
+    names = {name for name in ModelFacts.__dataclass_fields__} - {"model", "checkpoint"}
     model = ModelFacts(model=checkpoint.name, **{name: facts[name] for name in names})
     draw = np.random.default_rng(seed)
     groups = facts["n_group"] if grouped else 1

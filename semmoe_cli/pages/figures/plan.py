@@ -6,18 +6,18 @@ Matplotlib is imported inside `figures`; here are only drawings on what it is gi
 
 from typing import TYPE_CHECKING, Any
 
-from semmoe.pages.figures.style import Draw, Palette, heat, plain_axes, shade
+from semmoe.pages.figures.style import Draw, Palette, heat, name_rows, plain_axes, shade
 
 if TYPE_CHECKING:
     from semmoe.solvers.evaluate.pictures import Details
+    from semmoe.solvers.evaluate.report import Report, ScoreRow, WhatIfRow
 
 HEAT = "#1581c8"  # a tone of blue that reads on both papers
 
 
-def score_rows(report: dict[str, Any], metric: str) -> Draw:
-    """Every row of the report with its interval: the metric the dispatch kind pays for, and load
-    imbalance beside it."""
-    rows = report["rows"]
+def score_rows(rows: "list[ScoreRow]", metric: str, uniform: float | None = None) -> Draw:
+    """Every row with its interval: the metric the dispatch kind pays for, and load imbalance beside
+    it. `uniform`: the metric of experts without structure."""
     names = {
         "rem": "remote ranks per token",
         "lar": "share of activations that stay local",
@@ -27,23 +27,20 @@ def score_rows(report: dict[str, Any], metric: str) -> Draw:
 
     def draw(figure: Any, palette: Palette) -> None:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.5, 1])
-        labels = [_row_label(row) for row in rows]
+        labels = [_row_label(*row.key) for row in rows]
         for axes, name, title in ((left, metric, names[metric]), (right, "load_imbalance", "busiest rank / mean load")):
             for y, row in enumerate(rows):
                 if name == "load_imbalance" and _same_load(row, rows):
                     continue
-                colour = palette.of(row["placement"])
-                low, high = row["ci"][name]
+                colour, value = palette.of(row.placement), row.value(name)
+                low, high = row.interval(name)
                 axes.plot([low, high], [y, y], color=colour, linewidth=3, alpha=0.45, solid_capstyle="round")
-                axes.plot(row[name], y, "o", color=colour, markersize=6.5)
-                axes.annotate(
-                    f"{row[name]:.2f}", (row[name], y), (0, 7), textcoords="offset points", ha="center", fontsize=8
-                )
+                axes.plot(value, y, "o", color=colour, markersize=6.5)
+                axes.annotate(f"{value:.2f}", (value, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
             axes.set_title(f"{title}, {'higher' if name == 'lar' else 'lower'} is better" if axes is left else title)
             axes.set_ylim(len(rows) - 0.5, -0.6)
             axes.margins(x=0.12)
             plain_axes(axes, palette, grid="x")
-        uniform = report["uniform"].get(metric)
         if uniform is not None:
             left.axvline(uniform, color=palette.muted, linewidth=0.8, linestyle=(0, (2, 3)))
             left.annotate(
@@ -54,29 +51,26 @@ def score_rows(report: dict[str, Any], metric: str) -> Draw:
                 color=palette.muted,
                 fontsize=7.5,
             )
-        left.set_yticks(range(len(rows)), labels)
+        name_rows(left, labels)
 
     return draw
 
 
-def _same_load(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+def _same_load(row: "ScoreRow", rows: "list[ScoreRow]") -> bool:
     """Whether a scheduled row has the load of its placement at random homes: said once is
     enough."""
-    plain = [r for r in rows if r["placement"] == row["placement"] and r["schedule"] == "random"]
-    return (
-        row["schedule"] != "random" and bool(plain) and abs(plain[0]["load_imbalance"] - row["load_imbalance"]) < 5e-4
-    )
+    plain = [other for other in rows if other.key == (row.placement, "random")]
+    return row.schedule != "random" and bool(plain) and abs(plain[0].load_imbalance - row.load_imbalance) < 5e-4
 
 
-def _row_label(row: dict[str, Any]) -> str:
-    return row["placement"] if row["schedule"] == "random" else f"{row['placement']}, {row['schedule']}"
+def _row_label(placement: str, schedule: str) -> str:
+    return placement if schedule == "random" else f"{placement}, {schedule}"
 
 
-def layer_lines(report: dict[str, Any], best: str) -> Draw:
+def layer_lines(report: "Report", best: str) -> Draw:
     """REM, load imbalance and, where a schedule moves it, LAR at every layer. `best`: schedule
     to draw beside random homes."""
-    keys = [(row["placement"], row["schedule"]) for row in report["rows"]]
-    moved = {row["schedule"] for row in report["rows"]} - {"random"}
+    moved = {row.schedule for row in report.rows} - {"random"}
     metrics = [("rem", "remote ranks per token (REM)")]
     metrics += [("lar", "local activation rate (LAR)")] if moved else []
     metrics += [("load_imbalance", "busiest rank / mean load")]
@@ -84,11 +78,11 @@ def layer_lines(report: dict[str, Any], best: str) -> Draw:
     def draw(figure: Any, palette: Palette) -> None:
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axes, (metric, title) in zip(panels, metrics, strict=True):
-            for index, (placement, schedule) in enumerate(keys):
+            for index, (placement, schedule) in enumerate(row.key for row in report.rows):
                 if schedule not in ("random", best) or (schedule != "random" and placement != "plan"):
                     continue
-                values = [layer["rows"][index][metric] for layer in report["layers"]]
-                numbers = [layer["model_layer"] for layer in report["layers"]]
+                values = [layer.rows[index].value(metric) for layer in report.layers]
+                numbers = [layer.model_layer for layer in report.layers]
                 scheduled = schedule != "random"
                 axes.plot(
                     numbers,
@@ -97,7 +91,7 @@ def layer_lines(report: dict[str, Any], best: str) -> Draw:
                     linewidth=2 if placement == "plan" else 1.4,
                     marker="o" if len(numbers) < 40 else None,
                     markersize=3,
-                    label=_row_label({"placement": placement, "schedule": schedule}),
+                    label=_row_label(placement, schedule),
                 )
             axes.set_title(title)
             axes.set_xlabel("layer of the model")
@@ -235,15 +229,15 @@ def rank_loads(details: "Details") -> Draw:
     return draw
 
 
-def domain_dumbbells(domains: list[dict[str, Any]], metric: str, *, label: str) -> Draw:
+def domain_dumbbells(names: list[str], pairs: "list[tuple[ScoreRow, ScoreRow]]", metric: str, *, label: str) -> Draw:
     """Each domain before and after, with the interval of after."""
 
     def draw(figure: Any, palette: Palette) -> None:
         axes = figure.subplots()
-        for y, row in enumerate(domains):
-            before, after = row["before"][metric], row["after"][metric]
+        for y, rows in enumerate(pairs):
+            before, after = (row.value(metric) for row in rows)
             axes.plot([before, after], [y, y], color=palette.grid, linewidth=3, zorder=1)
-            axes.plot(row["after"]["ci"][metric], [y, y], color=palette.plan, linewidth=3, alpha=0.45, zorder=2)
+            axes.plot(rows[1].interval(metric), [y, y], color=palette.plan, linewidth=3, alpha=0.45, zorder=2)
             axes.plot(
                 before, y, "o", color=palette.contiguous, markersize=6, zorder=3, label="contiguous" if y == 0 else None
             )
@@ -257,9 +251,8 @@ def domain_dumbbells(domains: list[dict[str, Any]], metric: str, *, label: str) 
                     textcoords="offset points",
                     fontsize=8,
                 )
-        names = [f"{row['domain']}  ({row['requests']})" for row in domains]
-        axes.set_yticks(range(len(domains)), names)
-        axes.set_ylim(len(domains) - 0.5, -0.5)
+        name_rows(axes, names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.margins(x=0.1)
         axes.set_xlabel(f"{label}; in brackets: requests")
         plain_axes(axes, palette, grid="x")
@@ -273,29 +266,29 @@ def saved_share(before: float, after: float) -> float:
     return 1 - after / before if before > 0 else 0.0
 
 
-def what_if_lines(rows: list[dict[str, Any]], metric: str, *, label: str) -> Draw:
+def what_if_lines(rows: "list[WhatIfRow]", metric: str, *, label: str) -> Draw:
     """The metric over numbers of ranks, and what is saved at each."""
-    ranks = sorted({row["ranks"] for row in rows})
-    value = {(row["ranks"], row["placement"]): row for row in rows}
+    ranks = sorted({row.ranks for row in rows})
+    found = {(row.ranks, row.placement): row for row in rows}
     names = {"contiguous": "contiguous", "load": "load", "metis": "placed"}
 
     def draw(figure: Any, palette: Palette) -> None:
         left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
         where = range(len(ranks))
         for placement, name in names.items():
-            rows_here = [value[r, placement] for r in ranks]
+            rows_here = [found[r, placement] for r in ranks]
             left.plot(
                 where,
-                [r[metric] for r in rows_here],
+                [row.value(metric) for row in rows_here],
                 "o-",
                 color=palette.of(placement),
                 label=name,
                 linewidth=2,
                 markersize=5,
             )
-            low, high = zip(*(r["ci"][metric] for r in rows_here), strict=True)
+            low, high = zip(*(row.ci[metric] for row in rows_here), strict=True)
             left.fill_between(where, low, high, color=palette.of(placement), alpha=0.18, linewidth=0)
-        saved = [saved_share(value[r, "contiguous"][metric], value[r, "metis"][metric]) for r in ranks]
+        saved = [saved_share(*(found[r, name].value(metric) for name in ("contiguous", "metis"))) for r in ranks]
         right.bar(where, [100 * s for s in saved], color=palette.plan, width=0.55)
         for x, share in zip(where, saved, strict=True):
             right.annotate(f"{share:.0%}", (x, max(100 * share, 0)), (0, 3), textcoords="offset points", ha="center")

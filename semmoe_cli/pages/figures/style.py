@@ -7,16 +7,23 @@ text and takes the page's font. The palette is Okabe and Ito's, told apart by th
 Matplotlib is imported inside.
 """
 
+import html
 import io
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from semmoe.terminal.text import shortened, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
+NAME_LETTERS = 44  # of a name beside an axis: longer ones leave no room to the drawing
+SUBTITLE_LETTERS, MOST_TITLE = 110, 400
 WIDTH = 8.6  # inches; 72 points each, drawn about 1.35 times as large in a page
 TITLE_LETTERS, HEADING_LETTERS = 74, 88  # of a line across a PNG, bold in 12.5 and 10.5 points
 
@@ -65,7 +72,22 @@ STYLE: dict[Any, Any] = {
     "ytick.major.size": 2.5,
     "svg.fonttype": "none",
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # names may hold dollars
+    "text.usetex": False,
 }
+
+
+def name_rows(axes: "Axes", names: list[str]) -> None:
+    """Names of the rows of a drawing, from the top, as they are."""
+    axes.set_yticks(range(len(names)), [shortened(name, NAME_LETTERS) for name in names])
+
+
+@contextmanager
+def _glyphs_may_lack() -> Iterator[None]:
+    """A name in a script that the font lacks is drawn as boxes, and not told on stderr."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def css_variables(palette: Palette) -> str:
@@ -95,29 +117,29 @@ def svg(draw: Draw, height: float, *, key: str, label: str) -> str:
     from matplotlib.figure import Figure
 
     settings: dict[Any, Any] = {**_context(MARKERS), "svg.hashsalt": key}
-    with mpl.rc_context(settings):
+    with mpl.rc_context(settings), _glyphs_may_lack():
         figure = Figure(figsize=(WIDTH, height))
         draw(figure, MARKERS)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"#0([1-9])0\1(?:0\1)", lambda m: f"var(--{NAMES[int(m[1]) - 1]})", text)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    # Fonts and sizes stay; families are the page's.
-    text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+px)[^;\"]*", lambda m: f"font-size: {m[2]}" + _weight(m[1]), text)
-    text = re.sub(r"font-family:[^;\"]*;?", "", text)
+    text = re.sub(r"<[^>]*>", lambda tag: _of_the_page(tag[0]), text)  # names between tags stay as they are
     text = re.sub(r"\n\s*", "\n", text)
-    head = f'<svg role="img" aria-label="{_escaped(label)}" '
+    head = f'<svg role="img" aria-label="{html.escape(visible(label))}" '
     return re.sub(r'<svg (?:xmlns:xlink="[^"]*" )?width="[^"]*" height="[^"]*" ', head + 'class="plot" ', text, count=1)
+
+
+def _of_the_page(tag: str) -> str:
+    """A tag in the page's colours and font: sizes and weights stay, families go."""
+    tag = re.sub(r"#0([1-9])0\1(?:0\1)", lambda m: f"var(--{NAMES[int(m[1]) - 1]})", tag)
+    tag = re.sub(r"font: (?:(bold|\d+) )?([\d.]+px)[^;\"]*", lambda m: f"font-size: {m[2]}" + _weight(m[1]), tag)
+    return re.sub(r"font-family:[^;\"]*;?", "", tag)
 
 
 def _weight(weight: str | None) -> str:
     return f"; font-weight: {weight}" if weight else ""
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
 def png(draws: list[tuple[str, Draw, float]], *, title: str, subtitle: str) -> bytes:
@@ -129,18 +151,22 @@ def png(draws: list[tuple[str, Draw, float]], *, title: str, subtitle: str) -> b
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with mpl.rc_context(_context(LIGHT)):
+    with mpl.rc_context(_context(LIGHT)), _glyphs_may_lack():
         heights = [height + 0.45 for _, _, height in draws]
-        lines = textwrap.wrap(title, TITLE_LETTERS)
+        lines = textwrap.wrap(shortened(title, MOST_TITLE), TITLE_LETTERS)
         head = 0.55 + 0.22 * len(lines)
         apart = ConstrainedLayoutEngine(h_pad=0.09)  # inches: titles of panels stay off the heading
         figure = Figure(figsize=(WIDTH, sum(heights) + head), facecolor=LIGHT.paper, layout=apart)
         parts: Any = figure.subfigures(len(draws) + 1, 1, height_ratios=[head, *heights])
         parts[0].text(0.02, 1 - 0.1 / head, "\n".join(lines), va="top", fontsize=12.5, fontweight="bold")
-        parts[0].text(0.02, 0.12 / head, subtitle, va="bottom", color=LIGHT.muted)
+        parts[0].text(0.02, 0.12 / head, shortened(subtitle, SUBTITLE_LETTERS), va="bottom", color=LIGHT.muted)
         for part, (heading, draw, _) in zip(parts[1:], draws, strict=True):
             part.suptitle(
-                "\n".join(textwrap.wrap(heading, HEADING_LETTERS)), x=0.02, ha="left", fontsize=10.5, fontweight="bold"
+                "\n".join(textwrap.wrap(shortened(heading, MOST_TITLE), HEADING_LETTERS)),
+                x=0.02,
+                ha="left",
+                fontsize=10.5,
+                fontweight="bold",
             )
             draw(part, LIGHT)
         buffer = io.BytesIO()

@@ -11,15 +11,15 @@ from tiny_models import tiny_model
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.serving.equal_slices import contiguous_slices, equal_slices, slices_by_home
 from semmoe.runtime.serving.token_homes import TokenHomes, make_homes
 from semmoe.runtime.transformers.attention_heads import heads_of_rank, keep_heads, key_heads
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import TP_SCHEDULES
 from semmoe.solvers.schedule.slices import assign_equal_slices
 
@@ -90,7 +90,9 @@ def test_more_ranks_than_heads_is_refused() -> None:
 
 @pytest.mark.parametrize("predict", ["context", "table", "paper"])
 def test_online_scores_are_those_of_the_simulation(tmp_path: Path, predict: str) -> None:
-    write_synthetic(tmp_path / "t", num_layers=3, num_experts=8, top_k=2, num_requests=12, tokens_per_request=10)
+    write_synthetic(
+        tmp_path / "t", SyntheticWorld(num_layers=3, num_experts=8, top_k=2, num_requests=12, tokens_per_request=10)
+    )
     batch = profile_traces([RoutingTrace.open(tmp_path / "t")], seed=0).sample
     placement = Placement.from_ranks(place_contiguous(3, 8, 2), 2)
     schedule = fit_schedule(batch, placement, seed=0)
@@ -111,7 +113,9 @@ def test_online_scores_are_those_of_the_simulation(tmp_path: Path, predict: str)
 
 
 def test_a_running_token_without_its_prompt_has_no_position(tmp_path: Path) -> None:
-    write_synthetic(tmp_path / "t", num_layers=3, num_experts=8, top_k=2, num_requests=12, tokens_per_request=10)
+    write_synthetic(
+        tmp_path / "t", SyntheticWorld(num_layers=3, num_experts=8, top_k=2, num_requests=12, tokens_per_request=10)
+    )
     batch = profile_traces([RoutingTrace.open(tmp_path / "t")], seed=0).sample
     placement = Placement.from_ranks(place_contiguous(3, 8, 2), 2)
     homes = TokenHomes("context", fit_schedule(batch, placement, seed=0), placement, 2, device=CPU)

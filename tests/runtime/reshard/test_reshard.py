@@ -12,8 +12,11 @@ from checkpoint_factory import CONFIG, make_plan, random_orders, read_tensors, w
 from checkpoint_specs import DENSE, FUSED, PER_EXPERT, D, E, F, assert_same_files, fused_model, per_expert_model, rows
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.reshard import reshard_checkpoint, undo_reshard
-from semmoe.runtime.reshard.source import INDEX_NAME, open_checkpoint
+from semmoe.profiles.safetensors_file import INDEX_NAME
+from semmoe.runtime.reshard.records import ReshardOptions
+from semmoe.runtime.reshard.reshard import reshard_checkpoint
+from semmoe.runtime.reshard.source import open_checkpoint
+from semmoe.runtime.reshard.undo import undo_reshard
 
 
 def check_relabelled(source: Path, out: Path, orders: np.ndarray) -> None:
@@ -68,7 +71,7 @@ def test_everything_else_is_carried_over_and_the_sidecar_tells(tmp_path: Path) -
     (source / "original" / "consolidated.pth").write_bytes(b"weights in another format")
     orders = random_orders(2)
     plan = make_plan(orders.reshape(2, 2, 4))
-    result = reshard_checkpoint(source, plan, tmp_path / "out", made_by="semmoe reshard")
+    result = reshard_checkpoint(source, plan, tmp_path / "out", ReshardOptions(made_by="semmoe reshard"))
     for name in ("config.json", "tokenizer_config.json", "modeling_custom.py"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert result.left_out == ("original/consolidated.pth",)
@@ -176,7 +179,7 @@ def test_link_shares_only_files_that_do_not_change(tmp_path: Path) -> None:
     weight_map = {t.name: s.name for s in open_checkpoint(source).shards for t in s.tensors}
     (source / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     orders = random_orders(2)
-    result = reshard_checkpoint(source, make_plan(orders.reshape(2, 2, 4)), tmp_path / "out", link=True)
+    result = reshard_checkpoint(source, make_plan(orders.reshape(2, 2, 4)), tmp_path / "out", ReshardOptions(link=True))
     check_relabelled(source, tmp_path / "out", orders)
     assert os.path.samefile(source / "model.safetensors", tmp_path / "out" / "model.safetensors")
     assert not os.path.samefile(source / "experts.safetensors", tmp_path / "out" / "experts.safetensors")
@@ -186,13 +189,15 @@ def test_link_shares_only_files_that_do_not_change(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_the_hub_cache_are_links_to_blobs(tmp_path: Path) -> None:
-    written = write_checkpoint(tmp_path / "blobs", per_expert_model())
-    source = tmp_path / "snapshot"
-    source.mkdir()
-    blob = "ab" * 32
+    (tmp_path / "models--a--b").mkdir()
+    written = write_checkpoint(tmp_path / "models--a--b" / "blobs", per_expert_model())
+    source = tmp_path / "models--a--b" / "snapshots" / "main"
+    source.mkdir(parents=True)
+    blob, small = "ab" * 32, "cd" * 20
     (written / "model.safetensors").rename(written / blob)
-    (source / "model.safetensors").symlink_to(written / blob)
-    (source / "config.json").symlink_to(written / "config.json")
+    (written / "config.json").rename(written / small)
+    (source / "model.safetensors").symlink_to(f"../../blobs/{blob}")
+    (source / "config.json").symlink_to(f"../../blobs/{small}")
     orders = random_orders(2)
     reshard_checkpoint(source, make_plan(orders.reshape(2, 2, 4)), tmp_path / "out")
     check_relabelled(source, tmp_path / "out", orders)
@@ -240,7 +245,7 @@ def test_verify_finds_a_byte_that_differs(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match="differs from its source"):
         reshard_checkpoint(source, plan, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
-    reshard_checkpoint(source, plan, tmp_path / "out", verify="none")
+    reshard_checkpoint(source, plan, tmp_path / "out", ReshardOptions(verify="none"))
     with pytest.raises(AssertionError):
         check_relabelled(source, tmp_path / "out", random_orders(2))
 

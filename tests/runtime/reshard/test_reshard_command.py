@@ -1,8 +1,8 @@
 """`semmoe reshard` as users run it, and that a real model says the same before and after."""
 
 import json
-import sys
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,17 @@ from random_plans import random_plan
 from tiny_models import tiny_model
 from typer.testing import CliRunner
 
-from semmoe.commands.reshard import Layout, Verify, progress_lines, reshard
+from semmoe.commands.reshard import reshard
+from semmoe.options import Layout, Verify
+from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.safetensors_file import read_shard
 from semmoe.runtime.reshard.logits import compare_logits
-from semmoe.runtime.reshard.reshard import VERIFY, reshard_checkpoint, undo_reshard
+from semmoe.runtime.reshard.records import ReshardOptions
+from semmoe.runtime.reshard.reshard import VERIFY, reshard_checkpoint
 from semmoe.runtime.reshard.sidecar import LAYOUTS
-from semmoe.runtime.reshard.source import read_shard
+from semmoe.runtime.reshard.undo import undo_reshard
 from semmoe.solvers.plan import Plan
 
 pytest.importorskip("transformers")
@@ -41,6 +45,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_choices_are_those_of_the_function() -> None:
     assert tuple(Layout) == LAYOUTS and tuple(Verify) == VERIFY
+
+
+def test_a_plan_says_that_it_was_traced_on_another_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    plan, own = Plan.load(tiny / "plan"), checkpoint_identity(tiny / "model")
+    assert own is not None
+    for checkpoint, same in ((own, True), ({**own, "router_sha256": 64 * "0"}, False), (None, None)):
+        replace(plan, model=replace(plan.model, checkpoint=checkpoint)).save(tmp_path / "plan")
+        result = run(tiny / "model", tmp_path / "plan", "-o", tmp_path / "out", "--force", "--json")
+        assert result.exit_code == 0, result.output
+        facts = json.loads(result.stdout)
+        assert facts["same_checkpoint"] is same
+        said = [line for line in result.stderr.splitlines() if "was traced on another checkpoint" in line]
+        assert len(said) == (same is False) == len(facts["notes"])
 
 
 def test_reshard_and_undo(tiny: Path, tmp_path: Path) -> None:
@@ -100,7 +117,7 @@ def test_a_trained_model_writes_the_same_text(name: str, tmp_path: Path) -> None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, out = SHARED_MODELS / name, tmp_path / "out"
-    result = reshard_checkpoint(source, random_plan(source, ranks=4), out, verify="logits")
+    result = reshard_checkpoint(source, random_plan(source, ranks=4), out, ReshardOptions(verify="logits"))
     assert result.logits_difference is not None and result.logits_difference < 1e-4
     texts = []
     for path in (source, out):
@@ -122,20 +139,6 @@ def test_demo_is_the_embedded_model_beside_a_folder_of_that_name(
     found = run("demo", "p", "-o", "placed")
     assert found.exit_code == 0, found.output
     assert (tmp_path / "placed" / "config.json").exists()
-
-
-def test_a_terminal_sees_how_much_time_is_left(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 100.0, 104.0, 104.0, 110.0, 110.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(now))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with pytest.raises(KeyboardInterrupt), progress_lines() as show:
-        assert show
-        for done in (0, 1, 4):
-            show("writing", done * 10**9, 4 * 10**9)
-        raise KeyboardInterrupt
-    lines = capsys.readouterr().err.split("\r")
-    assert "left" not in lines[1] and lines[2].startswith("writing 1.00 of 4.00 GB, 0:00:12 left")
-    assert lines[3].startswith("writing 4.00 of 4.00 GB  ") and lines[3].endswith(" \n")
 
 
 def test_the_bytes_done_end_at_their_total(tiny: Path, tmp_path: Path) -> None:

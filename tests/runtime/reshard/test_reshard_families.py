@@ -13,8 +13,9 @@ import pytest
 from random_plans import random_plan
 from tiny_models import FAMILIES, tiny_input_ids, tiny_model
 
-from semmoe.runtime.reshard.reshard import reshard_checkpoint, undo_reshard
+from semmoe.runtime.reshard.reshard import reshard_checkpoint
 from semmoe.runtime.reshard.source import open_checkpoint
+from semmoe.runtime.reshard.undo import undo_reshard
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -17,9 +17,9 @@ from checkpoint_factory import CONFIG, make_plan, random_orders, write_checkpoin
 from checkpoint_specs import PER_EXPERT, D, E, F, assert_same_files, fused_model, per_expert_model
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.reshard.reshard import reshard_checkpoint, undo_reshard
-
-ROOT = Path(__file__).parents[3]
+from semmoe.runtime.reshard.records import ReshardOptions
+from semmoe.runtime.reshard.reshard import reshard_checkpoint
+from semmoe.runtime.reshard.undo import undo_reshard
 
 
 def plan_of(orders: np.ndarray, ranks: int = 2, **facts):
@@ -30,7 +30,7 @@ def refuse(source: Path, plan, match: str, **options) -> None:
     """The reshard raises InputError of one line and leaves nothing."""
     before = sorted(p.name for p in source.parent.iterdir())
     with pytest.raises(InputError, match=match) as caught:
-        reshard_checkpoint(source, plan, source.parent / "out", **options)
+        reshard_checkpoint(source, plan, source.parent / "out", ReshardOptions(**options))
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in source.parent.iterdir()) == before
 
@@ -94,13 +94,26 @@ def test_routers_that_cannot_be_relabelled(model_type: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("facts", "match"),
     [
-        ({"top_k": 3}, "has 2 top-k, the plan is for a model with 3"),
         ({"num_model_layers": 4}, "has 2 layers, the plan is for a model with 4"),
         ({"model_type": "mixtral"}, "is a qwen3_moe model, the plan is for mixtral"),
     ],
 )
 def test_a_plan_for_another_model(source: Path, facts: dict, match: str) -> None:
     refuse(source, plan_of(random_orders(2), **facts), match)
+
+
+@pytest.mark.parametrize("layout", ["permuted", "ranks"])
+@pytest.mark.parametrize("stated", [2, 3, None, [3, 2], [2, None]])
+def test_a_permutation_does_not_depend_on_top_k(stated: object, layout: str, tmp_path: Path) -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "num_experts_per_tok"}
+    source = write_checkpoint(
+        tmp_path / "source", per_expert_model(), config=config | ({"moe_topk": stated} if stated else {})
+    )
+    out = tmp_path / "out"
+    result = reshard_checkpoint(source, plan_of(random_orders(2), top_k=3), out, ReshardOptions(layout=layout))
+    assert any("3 experts a token, config.json says 2" in note for note in result.notes) == (stated == 2)
+    undo_reshard(out, tmp_path / "back")
+    assert_same_files(source, tmp_path / "back")
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_moe", ""])
@@ -255,12 +268,15 @@ def test_links_to_directories_are_named(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("layout", "lost"), [("permuted", "new2old"), ("ranks", "placement")])
 def test_a_damaged_sidecar(source: Path, tmp_path: Path, layout: str, lost: str) -> None:
-    reshard_checkpoint(source, PLAN, tmp_path / "placed", layout=layout)
+    reshard_checkpoint(source, PLAN, tmp_path / "placed", ReshardOptions(layout=layout))
     facts = json.loads((tmp_path / "placed" / "semmoe.json").read_text())
-    del facts[lost]
-    (tmp_path / "placed" / "semmoe.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match=f"semmoe.json is damaged: it lacks {lost}"):
-        undo_reshard(tmp_path / "placed", tmp_path / "back")
+    del facts["sha256"]  # as older versions wrote it
+    good = facts.pop(lost)
+    bad = {"0": [0, 0], "1": good["1"]} if layout == "permuted" else [[[0, 1]], [[2]]]
+    for change, message in (({}, f"it lacks {lost}"), ({lost: bad}, f"its {lost} does not hold every expert")):
+        (tmp_path / "placed" / "semmoe.json").write_text(json.dumps(facts | change))
+        with pytest.raises(InputError, match=f"semmoe.json is damaged: {message}"):
+            undo_reshard(tmp_path / "placed", tmp_path / "back")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +289,7 @@ def test_a_damaged_sidecar(source: Path, tmp_path: Path, layout: str, lost: str)
     ],
 )
 def test_a_changed_sidecar(source: Path, tmp_path: Path, layout: str, file: str, old: str, new: str) -> None:
-    reshard_checkpoint(source, PLAN, tmp_path / "placed", layout=layout)
+    reshard_checkpoint(source, PLAN, tmp_path / "placed", ReshardOptions(layout=layout))
     text = (tmp_path / "placed" / file).read_text()
     assert old in text
     (tmp_path / "placed" / file).write_text(text.replace(old, new, 1))
@@ -294,17 +310,17 @@ def test_targets(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is there already"):
         reshard_checkpoint(source, PLAN, out)
     other = plan_of(random_orders(2, seed=1))
-    reshard_checkpoint(source, other, out, force=True)
+    reshard_checkpoint(source, other, out, ReshardOptions(force=True))
     assert json.loads((out / "semmoe.json").read_text())["plan"]["fingerprint"] == other.fingerprint
     with pytest.raises(InputError, match="is a reshard already"):
         reshard_checkpoint(out, PLAN, tmp_path / "twice")
     shutil.copytree(source, tmp_path / "precious")
     with pytest.raises(InputError, match=r"holds no semmoe\.json"):
-        reshard_checkpoint(source, PLAN, tmp_path / "precious", force=True)
+        reshard_checkpoint(source, PLAN, tmp_path / "precious", ReshardOptions(force=True))
     assert_same_files(source, tmp_path / "precious")
     for inside in (source, source / "out", tmp_path):
         with pytest.raises(InputError, match="lie in each other"):
-            reshard_checkpoint(source, PLAN, inside, force=True)
+            reshard_checkpoint(source, PLAN, inside, ReshardOptions(force=True))
     with pytest.raises(InputError, match="does not exist"):
         reshard_checkpoint(source, PLAN, tmp_path / "no" / "out")
     with pytest.raises(InputError, match="is not a reshard"):
@@ -318,7 +334,7 @@ def test_a_link_to_a_directory_and_directories_that_cannot_be_replaced(
     (tmp_path / "link").symlink_to("disk/out")
     reshard_checkpoint(source, PLAN, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "semmoe.json").is_file()
-    reshard_checkpoint(source, PLAN, tmp_path / "link", force=True)
+    reshard_checkpoint(source, PLAN, tmp_path / "link", ReshardOptions(force=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link", "source"]
     assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
     (tmp_path / "here").mkdir()
@@ -335,7 +351,7 @@ def test_an_error_of_the_disk_is_one_line(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *named)
 
-    monkeypatch.setattr("semmoe.runtime.reshard.reshard.write_sidecar", fail)
+    monkeypatch.setattr("semmoe.runtime.reshard.permuted.write_sidecar", fail)
     refuse(source, PLAN, "cannot write .*out: No space left on device" + told)
 
 
@@ -365,10 +381,9 @@ def test_a_killed_run_leaves_no_out_and_the_next_run_is_whole(tmp_path: Path) ->
     before = {p.name: p.read_bytes() for p in source.iterdir()}
     PLAN.save(tmp_path / "plan")
     out = tmp_path / "out"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     killed = 0
     for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08):
-        run = subprocess.Popen(run_reshard(source, tmp_path / "plan", out), stdout=subprocess.PIPE, env=environment)
+        run = subprocess.Popen(run_reshard(source, tmp_path / "plan", out), stdout=subprocess.PIPE)
         assert run.stdout is not None and run.stdout.readline() == b"go\n"
         time.sleep(delay)
         run.send_signal(signal.SIGKILL)
@@ -388,9 +403,9 @@ def test_a_killed_run_leaves_no_out_and_the_next_run_is_whole(tmp_path: Path) ->
 
 
 def test_two_runs_at_once(source: Path, tmp_path: Path) -> None:
-    from semmoe.runtime.reshard.output_directory import OutputDirectory
+    from semmoe.runtime.reshard.output_directory import output_directory
 
-    with OutputDirectory(tmp_path / "out", source, marker="semmoe.json", force=False):
+    with output_directory(tmp_path / "out", source, marker="semmoe.json", force=False):
         with pytest.raises(InputError, match="another run is writing"):
             reshard_checkpoint(source, PLAN, tmp_path / "out")
     reshard_checkpoint(source, PLAN, tmp_path / "out")

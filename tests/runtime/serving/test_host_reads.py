@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from semmoe.profiles.capture.loading import find_model
 from semmoe.profiles.counts import profile_traces
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.runtime.ranks.group import Group
 from semmoe.runtime.serving import weight_learner
@@ -28,8 +28,8 @@ from semmoe.runtime.transformers.attention_heads import keep_heads
 from semmoe.runtime.transformers.placed_model import load_placed
 from semmoe.runtime.transformers.rank_parts import rank_checkpoints
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule.schedule import fit_schedule
-from semmoe.solvers.schedule.token_table import MAX_CANDIDATES
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.token_fit import MAX_CANDIDATES
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def group() -> Iterator[Group]:
 
 def traced(folder: Path, num_layers: int, num_experts: int, top_k: int) -> TraceBatch:
     sizes = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k}
-    write_synthetic(folder, **sizes, num_requests=12, tokens_per_request=10)  # pyright: ignore
+    write_synthetic(folder, SyntheticWorld(**sizes, num_requests=12, tokens_per_request=10))  # pyright: ignore
     return profile_traces([RoutingTrace.open(folder)], seed=0).sample
 
 

@@ -24,16 +24,18 @@ from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.split import request_keys
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.ranks.launch import launch
 from semmoe.runtime.replay.cases import ReplayOptions, prepare
+from semmoe.runtime.reshard.records import ReshardOptions
 from semmoe.runtime.reshard.reshard import reshard_checkpoint
 from semmoe.runtime.serving.results import kept_results, partial_state
-from semmoe.solvers.evaluate.metrics import metrics_XL, traffic_sums
+from semmoe.solvers.evaluate.metrics import metrics_XL
+from semmoe.solvers.evaluate.sums import traffic_sums
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 
 METRICS = {
     *("scheduler", "ranks", "requests", "prefill_tokens_per_s", "decode_tokens_per_s", "lar", "rem", "rows_sent"),
@@ -53,7 +55,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with trace `t`, plan `p` with replicas and a schedule, plan `bare` without a
     schedule, and prompts."""
     root = tmp_path_factory.mktemp("demo")
-    write_synthetic(root / "t", num_layers=4, num_experts=32, top_k=4, num_requests=40, vocab_size=4000)
+    write_synthetic(root / "t", SyntheticWorld(num_layers=4, num_experts=32, top_k=4, num_requests=40, vocab_size=4000))
     sample = profile_traces([RoutingTrace.open(root / "t")], seed=0).sample
     bare = rank_cases.with_replicas(random_plan(demo_model_path(), ranks=2), 2)
     bare.save(root / "bare")
@@ -133,15 +135,7 @@ def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
     options = ReplayOptions(trace=str(demo / "t"), plan=str(demo / "p"), **sizes)
     batch, topology = RoutingTrace.open(demo / "t").load(), Topology(2)
     for row, case in zip(result["rows"], prepare(options, 2, print).cases, strict=True):
-        sums = traffic_sums(
-            [batch],
-            RoutingTrace.open(demo / "t").info,
-            case.serving_LRE,
-            topology,
-            dispatch="per-rank",
-            num_requests=batch.num_requests,
-            homes=lambda _, case=case: case.homes_TL,
-        )
+        sums = traffic_sums(batch, case.serving_LRE, topology, dispatch="per-rank", homes_TL=case.homes_TL)
         expected = metrics_XL(sums.resampled(np.ones((1, len(sums.tokens_G)))), topology, "per-rank")
         assert row["rows_per_token"] == pytest.approx(expected["rem"].mean(), abs=1e-9)
         assert row["load_imbalance"] == pytest.approx(expected["load_imbalance"].mean(), abs=1e-9)
@@ -156,10 +150,14 @@ def test_resharded_checkpoints(tmp_path: Path) -> None:
         tiny_model(family).save_pretrained(tmp_path / family)
         plan = random_plan(tmp_path / family)
         plan.save(tmp_path / f"{family}-plan")
-        reshard_checkpoint(tmp_path / family, plan, tmp_path / f"{family}-permuted", layout="permuted", verify="none")
+        reshard_checkpoint(
+            tmp_path / family, plan, tmp_path / f"{family}-permuted", ReshardOptions(layout="permuted", verify="none")
+        )
         more = rank_cases.with_replicas(plan, 1)
         more.save(tmp_path / f"{family}-ranks-plan")
-        reshard_checkpoint(tmp_path / family, more, tmp_path / f"{family}-ranks", layout="ranks", verify="none")
+        reshard_checkpoint(
+            tmp_path / family, more, tmp_path / f"{family}-ranks", ReshardOptions(layout="ranks", verify="none")
+        )
     found = launch(rank_cases.compare_layouts, (str(tmp_path), ["qwen3_moe", "gpt_oss"]), 2)
     assert len(found) == 4
     assert {name: difference for name, difference in found.items() if not difference <= 1e-4} == {}
@@ -348,7 +346,7 @@ def test_replay_refuses_experts_of_sizes_that_kernels_do_not_take(demo: Path) ->
 
 
 def test_replay_refuses_another_model(demo: Path, tmp_path: Path) -> None:
-    write_synthetic(tmp_path / "other", num_layers=2, num_experts=8, top_k=2, num_requests=4)
+    write_synthetic(tmp_path / "other", SyntheticWorld(num_layers=2, num_experts=8, top_k=2, num_requests=4))
     code, text = run("run", "--replay", str(tmp_path / "other"), "--plan", str(demo / "p"), "--hidden-size", "16")
     assert code == 1 and "num_layers 2" in text
     code, _ = run("run", "--replay", str(demo / "t"), "--plan", str(demo / "p"))

@@ -16,11 +16,11 @@ from random_plans import random_plan
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.demo.paths import demo_model_path
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.ranks.failures import short_reason
 from semmoe.runtime.ranks.launch import free_port
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 
 SEMMOE = ["-m", "semmoe", "run"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -31,7 +31,7 @@ MOST_S = 240.0  # for starting processes on a busy machine
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with plan `p` for 2 ranks, 5 prompts, and 300 prompts that take a while."""
     root = tmp_path_factory.mktemp("torchrun")
-    write_synthetic(root / "t", num_layers=4, num_experts=32, top_k=4, num_requests=40, vocab_size=4000)
+    write_synthetic(root / "t", SyntheticWorld(num_layers=4, num_experts=32, top_k=4, num_requests=40, vocab_size=4000))
     sample = profile_traces([RoutingTrace.open(root / "t")], seed=0).sample
     plan = rank_cases.with_replicas(random_plan(demo_model_path(), ranks=2), 2)
     replace(plan, tables=fit_schedule(sample, plan.placement, seed=0).to_tables()).save(root / "p")
@@ -44,7 +44,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(words: list[str], folder: Path) -> "subprocess.Popen[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     pipe = subprocess.PIPE
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 

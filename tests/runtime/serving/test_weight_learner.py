@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 
 from semmoe.profiles.counts import profile_traces
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.ranks.group import Group
 from semmoe.runtime.ranks.launch import launch
 from semmoe.runtime.serving import weight_learner
 from semmoe.runtime.serving.token_homes import TokenHomes
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule import simulate
-from semmoe.solvers.schedule.schedule import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import TP_SCHEDULES
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_weights_learn_online_as_in_the_simulation(
 ) -> None:
     layers = range(6)
     sizes = {"num_layers": 6, "num_experts": num_experts, "top_k": 2, "num_requests": 24, "tokens_per_request": 30}
-    write_synthetic(tmp_path / "t", **sizes)  # pyright: ignore
+    write_synthetic(tmp_path / "t", SyntheticWorld(**sizes))  # pyright: ignore
     batch = profile_traces([RoutingTrace.open(tmp_path / "t")], seed=0).sample
     placement = Placement.from_ranks(place_contiguous(6, num_experts, 2), 2)
     schedule = fit_schedule(batch, placement, seed=0)
@@ -71,7 +71,9 @@ def test_weights_learn_online_as_in_the_simulation(
 
 def test_all_ranks_end_up_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    write_synthetic(tmp_path / "t", num_layers=4, num_experts=8, top_k=2, num_requests=12, tokens_per_request=30)
+    write_synthetic(
+        tmp_path / "t", SyntheticWorld(num_layers=4, num_experts=8, top_k=2, num_requests=12, tokens_per_request=30)
+    )
     # 4 layers on 1 rank; on 3 ranks, of which one has two; on 5, of which one has none.
     alone, *others = [launch(learner_cases.learn, (str(tmp_path / "t"), size), size) for size in (1, 3, 5)]
     for found in others:

@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.reshard import source
+from semmoe.runtime.reshard.records import ReshardOptions
 from semmoe.runtime.reshard.reshard import reshard_checkpoint
 from semmoe.runtime.transformers.rank_parts import rank_checkpoints, runs
 from semmoe.runtime.transformers.rank_weights import held_experts, rank_tensors
@@ -50,7 +51,7 @@ def test_a_rank_reads_its_experts_by_slot(tmp_path: Path, family: str) -> None:
 def test_every_header_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     plan = checkpoint_of(tmp_path / "m", "qwen3_moe", replicas=0)
     if layout != "plain":
-        reshard_checkpoint(tmp_path / "m", plan, tmp_path / "out", layout=layout, verify="none")
+        reshard_checkpoint(tmp_path / "m", plan, tmp_path / "out", ReshardOptions(layout=layout, verify="none"))
     folder = tmp_path / ("m" if layout == "plain" else "out")
     read_shard, parsed = source.read_shard, []
     monkeypatch.setattr(source, "read_shard", lambda path: parsed.append(path) or read_shard(path))

@@ -6,7 +6,8 @@ import pytest
 
 from semmoe.profiles.trace import RoutingTrace, TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter
-from semmoe.solvers.evaluate.metrics import TrafficSums, metrics_XL, resamples_XG, score, traffic_sums, uniform_scores
+from semmoe.solvers.evaluate.metrics import metrics_XL, resamples_XG, score, uniform_scores
+from semmoe.solvers.evaluate.sums import TrafficSums, traffic_sums
 from semmoe.solvers.placement import Topology
 
 INFO = TraceInfo("m", num_layers=2, num_experts=8, top_k=3, model_layers=(0, 1), empty_slots=True)
@@ -68,9 +69,7 @@ def loop_metrics(batch, serving_LRE, homes_TL, dispatch):
 def test_metrics_of_given_homes_equal_the_loop(batch, dispatch, replicated):
     rng = np.random.default_rng(1)
     serving_LRE, homes_TL = serving_of(rng, replicated), rng.integers(0, 4, (batch.num_tokens, 2))
-    sums = traffic_sums(
-        [batch], INFO, serving_LRE, TOPOLOGY, dispatch=dispatch, num_requests=4, homes=lambda _: homes_TL
-    )
+    sums = traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch=dispatch, homes_TL=homes_TL)
     found = metrics_XL(sums.resampled(np.ones((1, 4))), TOPOLOGY, dispatch)
     for name, expected_L in loop_metrics(batch, serving_LRE, homes_TL, dispatch).items():
         np.testing.assert_allclose(found[name][0], expected_L, err_msg=name)
@@ -79,7 +78,7 @@ def test_metrics_of_given_homes_equal_the_loop(batch, dispatch, replicated):
 @pytest.mark.parametrize("replicated", [False, True])
 def test_random_homes_are_the_mean_over_all_homes(batch, replicated):
     serving_LRE = serving_of(np.random.default_rng(2), replicated)
-    sums = traffic_sums([batch], INFO, serving_LRE, TOPOLOGY, dispatch="per-rank", num_requests=4)
+    sums = traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch="per-rank")
     found = metrics_XL(sums.resampled(np.ones((1, 4))), TOPOLOGY, "per-rank")
     fixed = [loop_metrics(batch, serving_LRE, np.full((batch.num_tokens, 2), r), "per-rank") for r in range(4)]
     for name in ("lar", "rem", "node"):
@@ -89,21 +88,30 @@ def test_random_homes_are_the_mean_over_all_homes(batch, replicated):
     np.testing.assert_allclose(found["token_imbalance"][0], 1.0)
 
 
-def test_sums_do_not_depend_on_how_requests_are_batched(batch, tmp_path):
-    from semmoe.profiles.counts import select_requests
+def test_sums_of_groups_are_those_of_their_requests(batch):
+    from semmoe.profiles.sample import select_requests
 
     serving_LRE = serving_of(np.random.default_rng(3), False)
-    parts = [select_requests(batch, np.arange(4) // 2 == i) for i in range(2)]
-    whole = traffic_sums([batch], INFO, serving_LRE, TOPOLOGY, dispatch="per-rank", num_requests=4)
-    split = traffic_sums(parts, INFO, serving_LRE, TOPOLOGY, dispatch="per-rank", num_requests=4)
-    np.testing.assert_allclose(whole.ingress_GLP, split.ingress_GLP)
+    whole = traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch="per-rank")
     np.testing.assert_allclose(whole.tokens_G, [6, 1, 0, 9])
+    for first in (0, 2):
+        part = select_requests(batch, np.arange(4) // 2 == first // 2)
+        alone = traffic_sums(part, serving_LRE, TOPOLOGY, dispatch="per-rank")
+        np.testing.assert_allclose(whole.ingress_GLP[first : first + 2], alone.ingress_GLP)
+
+
+def test_sums_may_be_grouped_by_the_caller(batch):
+    serving_LRE, group_of_B = serving_of(np.random.default_rng(3), False), np.array([1, 0, 1, 2])
+    grouped = traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch="per-rank", group_of_B=group_of_B)
+    single = traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch="per-rank")
+    for group in range(3):
+        np.testing.assert_allclose(grouped.load_GLR[group], single.load_GLR[group_of_B == group].sum(0))
 
 
 def test_gather_moves_the_same_rows_whatever_the_placement(batch):
     for seed in (4, 5):
         serving_LRE = serving_of(np.random.default_rng(seed), False)
-        sums = traffic_sums([batch], INFO, serving_LRE, TOPOLOGY, dispatch="gather", num_requests=4)
+        sums = traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch="gather")
         assert (metrics_XL(sums, TOPOLOGY, "gather")["link"] == 3).all()
 
 
@@ -119,7 +127,7 @@ def test_intervals_cover_the_mean_and_shrink_with_requests(tmp_path):
                 writer.add(f"r{i}", ids.reshape(4, 1, 2))
         batch = RoutingTrace.open(tmp_path / str(number)).load()
         serving_LRE = np.broadcast_to(np.array([0, 1, 0, 1, 2, 2, 3, 3]), (1, 4, 8))
-        sums = traffic_sums([batch], info, serving_LRE, Topology(4), dispatch="per-rank", num_requests=number)
+        sums = traffic_sums(batch, serving_LRE, Topology(4), dispatch="per-rank")
         scores = score(sums, Topology(4), dispatch="per-rank")
         low, high = scores.intervals["rem"]
         assert low < scores.means["rem"] < high

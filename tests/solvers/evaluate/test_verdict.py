@@ -4,8 +4,9 @@ interval is paired."""
 import numpy as np
 import pytest
 
-from semmoe.solvers.evaluate.metrics import TrafficSums
-from semmoe.solvers.evaluate.verdict import Saving, best_row, saving, verdict
+from semmoe.solvers.evaluate.report import ScoreRow
+from semmoe.solvers.evaluate.sums import TrafficSums
+from semmoe.solvers.evaluate.verdict import Saving, best_row, judge, saving
 from semmoe.solvers.placement import Topology
 
 
@@ -31,27 +32,27 @@ def sums_of(remote_G: np.ndarray, local_G: np.ndarray) -> TrafficSums:
     ],
 )
 def test_the_interval_decides(low, high, decision, level):
-    found = verdict(Saving((low + high) / 2, low, high, 100, 10_000), dispatch="per-rank")
-    assert (found["decision"], found["level"]) == (decision, level)
-    assert (found["tokens_needed"] is None) == (decision != "insufficient evidence")
+    found = judge(Saving((low + high) / 2, low, high, 100, 10_000), dispatch="per-rank")
+    assert (found.decision, found.level) == (decision, level)
+    assert (found.tokens_needed is None) == (decision != "insufficient evidence")
 
 
 def test_tokens_needed_grow_with_the_square_of_the_interval():
-    near = verdict(Saving(0.10, 0.04, 0.16, 100, 10_000), dispatch="per-rank")
-    wide = verdict(Saving(0.10, -0.05, 0.25, 100, 10_000), dispatch="per-rank")
-    assert near["tokens_needed"] == 14_400 and wide["tokens_needed"] == 90_000
-    never = verdict(Saving(0.05, 0.0, 0.1, 100, 10_000), dispatch="per-rank")
-    assert never["tokens_needed"] is None and "more tokens than any trace" in never["sentence"]
+    near = judge(Saving(0.10, 0.04, 0.16, 100, 10_000), dispatch="per-rank")
+    wide = judge(Saving(0.10, -0.05, 0.25, 100, 10_000), dispatch="per-rank")
+    assert near.tokens_needed == 14_400 and wide.tokens_needed == 90_000
+    never = judge(Saving(0.05, 0.0, 0.1, 100, 10_000), dispatch="per-rank")
+    assert never.tokens_needed is None and "more tokens than any trace" in never.sentence
 
 
 def test_few_requests_are_no_evidence_and_gather_never_pays():
-    few = verdict(Saving(0.5, 0.45, 0.55, 5, 1_000), dispatch="per-rank")
-    assert few["decision"] == "insufficient evidence" and few["tokens_needed"] == 4_000
-    assert verdict(Saving(0.5, 0.45, 0.55, 500, 1_000), dispatch="gather")["decision"] == "not worth it"
+    few = judge(Saving(0.5, 0.45, 0.55, 5, 1_000), dispatch="per-rank")
+    assert few.decision == "insufficient evidence" and few.tokens_needed == 4_000
+    assert judge(Saving(0.5, 0.45, 0.55, 500, 1_000), dispatch="gather").decision == "not worth it"
 
 
 def test_the_sentence_names_the_schedule_and_the_numbers():
-    sentence = verdict(Saving(0.25, 0.2, 0.3, 100, 1_000), dispatch="per-rank", schedule="tp-context")["sentence"]
+    sentence = judge(Saving(0.25, 0.2, 0.3, 100, 1_000), dispatch="per-rank", schedule="tp-context").sentence
     assert sentence == (
         "Recommend: at least 5% is saved (placement with tp-context saves 25.0% of the bytes, interval 20.0% to 30.0%)."
     )
@@ -84,10 +85,10 @@ def test_no_traffic_at_all_saves_nothing():
 def test_the_best_row_is_no_oracle_and_learning_has_to_pay():
     def best(dispatch: str, **rem: float) -> str:
         rows = [
-            {"schedule": name.replace("_", "-"), "rem": value, "lar": 1 - value / 4, "node": value / 2}
+            ScoreRow("plan", name.replace("_", "-"), 1 - value / 4, value, value / 2, value, 1, 1, 1)
             for name, value in rem.items()
         ]
-        return best_row(rows, dispatch)["schedule"]
+        return best_row(rows, dispatch).schedule
 
     for dispatch in ("per-rank", "per-expert", "per-node", "gather"):
         assert best(dispatch, random=2.0, tp_context=1.5, tp_learning=1.499, tp_oracle=1.0) == "tp-context"

@@ -6,41 +6,38 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from semmoe.profiles.domains import domain_groups
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.split import domain_groups
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter
-from semmoe.solvers.evaluate.metrics import score, traffic_sums
-from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.health.drift import load_distance
 from semmoe.solvers.health.health import fit_power_law, trace_health
-from semmoe.solvers.place.quick import rem_T
-from semmoe.solvers.placement import Topology
+from semmoe.solvers.health.record import Health
 
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory) -> RoutingTrace:
     path = tmp_path_factory.mktemp("health") / "t"
-    write_synthetic(path, num_requests=80, tokens_per_request=40, num_layers=3)
+    write_synthetic(path, SyntheticWorld(num_requests=80, tokens_per_request=40, num_layers=3))
     return RoutingTrace.open(path)
 
 
-def levels(health: dict) -> dict[str, str]:
-    return {f["topic"]: f["level"] for f in health["findings"]}
+def levels(health: Health) -> dict[str, str]:
+    return {f.topic: f.level for f in health.findings}
 
 
 def test_a_structured_trace_is_healthy(trace):
     health = trace_health(trace, seed=0, ranks=4)
-    assert levels(health)["structure"] == "good" and health["structure"]["lift"] > 2
-    points = health["learning"]["points"]
-    assert points[-1]["rem"] < 0.6 * health["learning"]["contiguous_rem"]
-    assert all(a["tokens"] < b["tokens"] for a, b in zip(points, points[1:], strict=False))
-    assert points[-1]["tokens"] == 64 * 40
-    rates = [p["rate"] for p in health["unseen"]]
+    assert levels(health)["structure"] == "good" and health.structure.lift > 2
+    points = health.learning.points
+    assert points[-1].rem < 0.6 * health.learning.contiguous_rem
+    assert all(a.tokens < b.tokens for a, b in zip(points, points[1:], strict=False))
+    assert points[-1].tokens == 64 * 40
+    rates = [p.rate for p in health.unseen]
     assert rates == sorted(rates, reverse=True) and 0 <= rates[-1] < rates[0] <= 1
-    assert json.loads(json.dumps(health)) == health
-    assert [row["domain"] for row in health["domains"]] == [f"domain-{i}" for i in range(4)]
+    assert Health.from_json(json.loads(json.dumps(health.to_json()))) == health
+    assert [row.domain for row in health.domains] == [f"domain-{i}" for i in range(4)]
     assert trace_health(trace, seed=0, ranks=4) == health
 
 
@@ -52,8 +49,8 @@ def test_random_routing_has_no_structure(tmp_path):
             writer.add(f"r{i}", np.argsort(rng.random((64, 2, 16)), axis=2)[:, :, :4])
     health = trace_health(RoutingTrace.open(tmp_path / "t"), seed=0)
     assert levels(health)["structure"] == "bad" and levels(health)["token ids"] == "watch"
-    assert health["unseen"] is None and health["domains"] is None
-    assert abs(health["structure"]["lift"] - 1) < 0.1
+    assert health.unseen is None and health.domains is None
+    assert abs(health.structure.lift - 1) < 0.1
 
 
 def test_a_change_of_traffic_half_way_is_noticed(tmp_path):
@@ -67,13 +64,13 @@ def test_a_change_of_traffic_half_way_is_noticed(tmp_path):
             writer.add(f"r{i}", pair)
     health = trace_health(RoutingTrace.open(tmp_path / "t"), seed=0, ranks=4)
     assert levels(health)["time"] == "watch"
-    assert health["time"]["rem_later"] > health["time"]["rem_mixed"] + 0.1
+    assert health.time.rem_later > health.time.rem_mixed + 0.1
 
 
 def test_few_requests_are_said_to_be_too_few(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=3, tokens_per_request=8, num_layers=2)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=3, tokens_per_request=8, num_layers=2))
     health = trace_health(RoutingTrace.open(tmp_path / "t"), seed=0)
-    assert levels(health)["size"] == "bad" and health["learning"] is None and health["time"] is None
+    assert levels(health)["size"] == "bad" and health.learning is None and health.time is None
 
 
 def test_counts_are_refused(trace, tmp_path):
@@ -85,47 +82,12 @@ def test_counts_are_refused(trace, tmp_path):
 
 def test_the_power_law_is_found_again():
     tokens_N = 1000.0 * 2 ** np.arange(8)
-    floor, scale, power = fit_power_law(tokens_N, 1.5 + 20 * tokens_N**-0.5)
-    assert (floor, scale, power) == pytest.approx((1.5, 20, 0.5))
+    law = fit_power_law(tokens_N, 1.5 + 20 * tokens_N**-0.5)
+    assert (law.floor, law.scale, law.power) == pytest.approx((1.5, 20, 0.5))
 
 
 def test_load_distance_is_the_share_that_must_move():
     assert load_distance(np.array([[3, 1, 0]]), np.array([[1, 1, 2]])) == pytest.approx(0.5)
-
-
-def test_quick_rem_and_rank_rows_agree_with_the_metrics(trace):
-    info, topology = trace.info, Topology(4)
-    rank_of_LE = np.random.default_rng(0).permuted(np.tile(np.arange(32) % 4, (info.num_layers, 1)), axis=1)
-    serving_LRE = np.broadcast_to(rank_of_LE[:, None], (info.num_layers, 4, 32))
-    homes = lambda batch: np.tile(batch.token_ids_T[:, None] % 4, (1, info.num_layers))  # noqa: E731
-    for dispatch in ("per-rank", "per-expert"):
-        for scheduled in (None, homes):
-            sums = traffic_sums(
-                trace.batches(), info, serving_LRE, topology, dispatch=dispatch, num_requests=80, homes=scheduled
-            )
-            rows_LRR = rank_rows_LRR(trace.batches(), info, serving_LRE, dispatch=dispatch, homes=scheduled)
-            away_LRR = rows_LRR * (1 - np.eye(4))
-            np.testing.assert_allclose(away_LRR.sum(1), sums.ingress_GLP.sum(0) / trace.num_tokens)
-            np.testing.assert_allclose(away_LRR.sum(2), sums.egress_GLP.sum(0) / trace.num_tokens)
-    scores = score(
-        traffic_sums(trace.batches(), info, serving_LRE, topology, dispatch="per-rank", num_requests=80),
-        topology,
-        dispatch="per-rank",
-        num_resamples=2,
-    )
-    ids_LTK = np.moveaxis(trace.load().expert_ids_TLK, 1, 0)
-    assert rem_T(ids_LTK, rank_of_LE, 4).mean() == pytest.approx(scores.means["rem"])
-
-
-def test_sums_may_be_grouped_by_the_caller(trace):
-    info, topology = trace.info, Topology(4)
-    serving_LRE = np.broadcast_to(np.arange(32) % 4, (info.num_layers, 4, 32))
-    group_of_B = np.arange(80) % 3
-    shared = dict(dispatch="per-rank", num_requests=80)
-    grouped = traffic_sums(trace.batches(), info, serving_LRE, topology, group_of_B=group_of_B, **shared)
-    single = traffic_sums(trace.batches(), info, serving_LRE, topology, **shared)
-    for group in range(3):
-        np.testing.assert_allclose(grouped.load_GLR[group], single.load_GLR[group_of_B == group].sum(0))
 
 
 def test_many_domains_become_few():

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.health.structure import measure_structure
 
 
 def lift_of(path, **options) -> tuple[float, str]:
-    write_synthetic(path, num_requests=60, **options)
+    write_synthetic(path, SyntheticWorld(num_requests=60, **options))
     trace = RoutingTrace.open(path)
     structure = measure_structure(trace.load(), trace.info, seed=0)
     assert structure is not None and len(structure.lift_L) == 4
@@ -25,7 +25,7 @@ def test_planted_groups_are_structure_and_noise_is_not(tmp_path):
 
 
 def test_too_little_to_tell(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=3)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=3))
     trace = RoutingTrace.open(tmp_path / "t")
     assert measure_structure(trace.load(), trace.info, seed=0) is None
     assert measure_structure(trace.load(np.zeros(3, bool)), trace.info, seed=0) is None
@@ -34,7 +34,7 @@ def test_too_little_to_tell(tmp_path):
 def test_a_few_tokens_are_too_few(tmp_path):
     """Ratios of a handful of pairs pass for structure, and a shuffle without any such pair for a
     lift without end."""
-    write_synthetic(tmp_path / "t", num_requests=60, noise=0.1)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=60, noise=0.1))
     trace = RoutingTrace.open(tmp_path / "t")
     batch = trace.load()
     first = np.arange(0, 5 * 8, 8)

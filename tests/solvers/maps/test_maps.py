@@ -19,24 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from semmoe.commands.export import Kind, VllmFormat, export
+from semmoe.commands.export import export
+from semmoe.options import MapKind, VllmFormat
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.make_plan import make_plan
-from semmoe.solvers.maps.read import exported_from, import_placement, import_plan
-from semmoe.solvers.maps.write import (
-    KINDS,
-    VLLM_FORMATS,
-    check_config,
-    eplb_tables,
-    export_map,
-    launch_lines,
-    render,
-    sidecar_path,
-    write_export,
-)
-from semmoe.solvers.place.solve import Demands
+from semmoe.solvers.demands import Demands
+from semmoe.solvers.make_plan import PlanOptions, make_plan
+from semmoe.solvers.maps.eplb import eplb_tables
+from semmoe.solvers.maps.import_plan import exported_from, import_plan
+from semmoe.solvers.maps.kinds import KINDS
+from semmoe.solvers.maps.launch import launch_lines
+from semmoe.solvers.maps.read import import_placement
+from semmoe.solvers.maps.vllm import FORMATS as VLLM_FORMATS
+from semmoe.solvers.maps.write import check_config, export_map, render, sidecar_path, write_export
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
@@ -109,10 +105,7 @@ def plan_of(
 
 def write(plan: Plan, path: Path, kind: str, format: str = "", **options) -> Path:
     value = export_map(plan, kind, format=format, **options)
-    if path.suffix == ".pt":
-        torch.save({name: torch.from_numpy(array) for name, array in value.items()}, path)
-    else:
-        write_export(path, kind, render(kind, value, path.suffix), plan, format=format)
+    write_export(path, kind, render(kind, value, path.suffix), plan, format=format)
     return path
 
 
@@ -308,7 +301,7 @@ BAD_VALUES = [
         "sglang",
         "",
         lambda v: {"physical_to_logical_map": [[0] * 8] * 4},
-        "layer 0: expert 0 is twice on rank 0 of 4, which",
+        "layer 0: expert 1 is on no rank",
     ),
     ("sglang", "", lambda v: {"physical_to_logical_map": [list(range(4)) * 2] * 4}, "layer 0: expert 4 is on no rank"),
     ("sglang", "", lambda v: {"physical_to_logical_map": [list(range(1, 9))] * 4}, "names expert 8"),
@@ -329,7 +322,7 @@ BAD_VALUES = [
         "trtllm",
         "",
         lambda v: {**v, "initial_global_assignments": {**v["initial_global_assignments"], 2: [0] * 8}},
-        "layer 2: expert 0 is twice on rank 0",
+        "layer 2: expert 1 is on no rank",
     ),
     ("vllm", "pr41141", lambda v: {**v, "record_type": "eplb_load_stats"}, "its record_type is 'eplb_load_stats'"),
     ("vllm", "pr41141", lambda v: {**v, "version": 2}, "has version 2, expected 1"),
@@ -364,7 +357,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize(("kind", "format", "change", "message"), BAD_VALUES)
 def test_a_misleading_file_is_one_line(tmp_path, kind, format, change, message):
     plan = plan_of()
-    path = tmp_path / f"map{KINDS[kind][0]}"
+    path = tmp_path / f"map{KINDS[kind].endings[0]}"
     value = change(export_map(plan, kind, format=format))
     path.write_text(yaml.safe_dump(value) if kind == "trtllm" else json.dumps(value))
     with pytest.raises(InputError, match=message) as raised:
@@ -389,7 +382,7 @@ BYTES = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_garbage_is_one_line(tmp_path, kind, content):
     plan = plan_of()
-    for suffix in KINDS[kind]:
+    for suffix in KINDS[kind].endings:
         path = tmp_path / f"map{suffix}"
         path.write_bytes(content)
         with pytest.raises(InputError) as raised:
@@ -400,7 +393,7 @@ def test_garbage_is_one_line(tmp_path, kind, content):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_file_or_a_directory_is_one_line(tmp_path, kind):
     plan = plan_of()
-    for suffix in KINDS[kind]:
+    for suffix in KINDS[kind].endings:
         (tmp_path / f"dir{suffix}").mkdir()
         for name in (f"none{suffix}", f"dir{suffix}"):
             with pytest.raises(InputError, match=str(tmp_path / name)):
@@ -477,7 +470,7 @@ def saved(tmp_path) -> Path:
 
 
 def test_choices_equal_the_kinds():
-    assert [kind.value for kind in Kind] == list(KINDS) and [f.value for f in VllmFormat] == list(VLLM_FORMATS)
+    assert [kind.value for kind in MapKind] == list(KINDS) and [f.value for f in VllmFormat] == list(VLLM_FORMATS)
 
 
 def test_the_command_writes_the_map_its_origin_and_the_flags(saved, tmp_path):
@@ -541,7 +534,28 @@ def test_mistakes_are_one_line(saved, tmp_path):
 def test_a_stale_origin_is_not_believed(saved, tmp_path):
     assert run(saved, "--to", "sglang", "-o", tmp_path / "map.json").exit_code == 0
     (tmp_path / "map.json").write_text("{}")
-    assert exported_from(tmp_path / "map.json") == {}
+    assert exported_from(tmp_path / "map.json") is None
+    sidecar_path(tmp_path / "map.json").unlink()
+    assert exported_from(tmp_path / "map.json") == {"trace": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:30], "is not JSON"),
+        (lambda text: text.replace("semmoe-export", "x"), "is not a sidecar of an engine's map"),
+        (lambda text: text.replace('"ranks": 4', '"ranks": true'), "ranks is True, expected a whole number"),
+        (lambda text: text.replace('"ranks": 4', '"ranks": 4, "ranks": 5'), "'ranks' stands twice"),
+        (lambda text: text.replace('"trace": {', '"trace": 3, "x": {'), "trace is 3, expected an object"),
+        (lambda text: text.replace('"sha256": "', '"sha256": "g'), "sha256 is 'g.*expected a SHA-256"),
+    ],
+)
+def test_a_damaged_origin_is_one_line(saved, tmp_path, change, message):
+    assert run(saved, "--to", "sglang", "-o", tmp_path / "map.json").exit_code == 0
+    sidecar = sidecar_path(tmp_path / "map.json")
+    sidecar.write_text(change(sidecar.read_text()))
+    with pytest.raises(InputError, match=f"map.json.semmoe.json.*{message}"):
+        exported_from(tmp_path / "map.json")
 
 
 def test_the_documented_commands_run_and_the_flags_agree(saved, tmp_path, monkeypatch):
@@ -581,31 +595,21 @@ def test_the_documented_commands_run_and_the_flags_agree(saved, tmp_path, monkey
 
 
 def test_an_imported_map_is_scored_on_all_requests(tmp_path):
-    write_synthetic(tmp_path / "t", num_requests=40)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     trace = RoutingTrace.open(tmp_path / "t")
-    plan = make_plan(
-        [trace],
-        Topology(4),
-        Demands(load_cap=1.2),
-        method="spectral",
-        holdout=0.25,
-        holdout_domains=[],
-        refit=True,
-        certify=False,
-        setting=Setting(),
-        made_by="semmoe place",
-    )
+    how = PlanOptions(method="spectral", holdout=0.25, made_by="semmoe place")
+    plan = make_plan([trace], Topology(4), Demands(load_cap=1.2), how)
     options = {"dispatch": "per-rank", "setting": Setting(), "made_by": "semmoe place"}
     path = write(plan, tmp_path / "map.jsonl", "vllm", "pr41141")
     imported = import_plan([trace], Topology(4), kind="vllm", file=path, **options)
     assert same(imported.placement, plan.placement) and imported.method == "imported"
-    assert imported.scores["requests"] == 40 and not len(imported.fitted_keys)
+    assert imported.scores.requests == 40 and not len(imported.fitted_keys)
     assert "these scores are not held out" in imported.notes[0]
     imported.save(tmp_path / "q")
     assert Plan.load(tmp_path / "q").options["import"] == "vllm"
     sidecar_path(path).unlink()
     assert "all 40 requests are scored" in import_plan([trace], Topology(4), kind="vllm", file=path, **options).notes[0]
-    rows = {row["placement"]: row["rem"] for row in imported.scores["rows"]}
+    rows = {row.placement: row.rem for row in imported.scores.rows}
     assert rows["plan"] < rows["contiguous"]
     with pytest.raises(InputError, match="32 experts do not divide over 5 ranks"):
         import_plan([trace], Topology(5), kind="vllm", file=path, **options)
@@ -614,7 +618,7 @@ def test_an_imported_map_is_scored_on_all_requests(tmp_path):
 def test_place_imports_a_map(tmp_path):
     from semmoe.main import app as semmoe
 
-    write_synthetic(tmp_path / "t", num_requests=20)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=20))
     plan = plan_of(4, 4, 8, dense=0)
     path = write(plan, tmp_path / "map.json", "vllm-ascend")
     words = ["place", tmp_path / "t", "--ranks", 4, "--import", "vllm-ascend", path, "-o", tmp_path / "q", "--json"]

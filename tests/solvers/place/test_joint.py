@@ -1,6 +1,7 @@
 """The joint method: planted structure, exact constraints under every option, no dependence on the
 number of processes."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,33 +9,36 @@ import pytest
 
 from semmoe.profiles.counts import RoutingProfile, count_batches
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import plant_structure, synthetic_requests
+from semmoe.profiles.synthetic import SyntheticWorld, plant_structure, synthetic_requests
 from semmoe.profiles.trace import TraceBatch, TraceInfo
-from semmoe.solvers.place.align import align_labels, best_labels
-from semmoe.solvers.place.clusters import cluster_loads
+from semmoe.solvers.demands import Demands
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.joint import place_semmoe, sample_rows
-from semmoe.solvers.place.metis import place_metis
+from semmoe.solvers.place.exact_counts import cluster_loads
+from semmoe.solvers.place.graph import place_metis
+from semmoe.solvers.place.joint import chosen_stages, place_semmoe, sample_rows
 from semmoe.solvers.place.paper import place_paper
 from semmoe.solvers.place.partition import EFFORTS, Problem, load_limits, partition
 from semmoe.solvers.place.remote_gains import remote_cost
-from semmoe.solvers.place.request_homes import anneal_requests
+from semmoe.solvers.place.request_homes import align_labels, anneal_requests, best_labels
 from semmoe.solvers.place.swap import overload
 from semmoe.solvers.placement import Topology
-from semmoe.solvers.schedule.transport import balanced_homes, balanced_shares
 
 GROUPS = 4
+
+
+def placed(profile: RoutingProfile, topology: Topology, objective: str = "tp", **demands) -> np.ndarray:
+    """Rank of each expert by the joint method, int64 [L, E]."""
+    return place_semmoe(profile, topology, Demands(objective=objective, **demands)).placement.rank_of_LE
 
 
 @cache
 def planted(noise: float = 0.05, n_group: int = 1, tokens: bool = True) -> tuple[RoutingProfile, np.ndarray]:
     """Profile of 24 requests of a planted model (3 layers, 16 experts, top-3), and its groups
     [L, E]."""
-    structure = plant_structure(
-        num_layers=3, num_experts=16, num_groups=GROUPS, vocab_size=300, num_domains=GROUPS, seed=1
-    )
-    options = {"top_k": 3, "num_requests": 24, "tokens_per_request": 80, "noise": noise, "seed": 2}
-    requests = list(synthetic_requests(structure, **options))
+    sizes = {"num_layers": 3, "num_experts": 16, "top_k": 3, "num_groups": GROUPS, "num_domains": GROUPS}
+    world = SyntheticWorld(**sizes, num_requests=24, tokens_per_request=80, vocab_size=300, noise=noise, seed=1)
+    structure = plant_structure(world)
+    requests = list(synthetic_requests(structure, replace(world, seed=2)))
     lengths = np.array([len(r.expert_ids_TLK) for r in requests])
     starts_B1 = np.concatenate([[0], np.cumsum(lengths)])
     token_ids_T = np.concatenate([r.token_ids[: len(r.expert_ids_TLK)] for r in requests])
@@ -60,10 +64,39 @@ def is_exact(rank_of_LE: np.ndarray, num_ranks: int) -> bool:
     return all((np.bincount(rank_of_E, minlength=num_ranks) == size).all() for rank_of_E in rank_of_LE)
 
 
+@pytest.mark.parametrize(
+    ("objective", "dispatch", "nodes", "stages"),
+    [
+        ("tp", "per-rank", 2, ["ranks"]),
+        ("tp", "per-node", 2, ["nodes"]),
+        ("tp", "per-node", 1, ["ranks"]),
+        ("dp", "per-expert", 1, ["anneal", "strong turn", "turn"]),
+        ("dp", "per-expert", 2, ["anneal", "near", "strong turn", "turn"]),
+        ("dp", "per-rank", 2, ["ranks", "labels", "near", "strong turn", "turn"]),
+        ("dp", "per-node", 2, ["nodes", "labels in nodes", "strong turn", "turn"]),
+        ("both", "per-rank", 1, ["ranks", "labels", "strong turn", "turn"]),
+        ("both", "per-rank", 2, ["ranks", "labels in nodes", "strong turn", "turn"]),
+    ],
+)
+def test_stages_follow_objective_dispatch_and_groups(
+    objective: str, dispatch: str, nodes: int, stages: list[str]
+) -> None:
+    demands = Demands(objective=objective, dispatch=dispatch)
+    assert chosen_stages(demands, Topology(4, nodes), 8) == stages
+    quick = [name for name in stages if name != "strong turn"]
+    assert chosen_stages(replace(demands, effort="fast"), Topology(4, nodes), 8) == quick
+    whole = replace(demands, expressible="permutation")
+    assert chosen_stages(whole, Topology(4, nodes), 8) == ["blocks"]
+    assert chosen_stages(whole, Topology(4, nodes), 1) == stages  # no groups to keep whole
+    costs = Topology(4, 1, np.ones((4, 4)) - np.eye(4))
+    if nodes == 1 and objective != "tp":
+        assert "near" in chosen_stages(demands, costs, 8)
+
+
 @pytest.mark.parametrize("effort", ["fast", "default"])
 def test_planted_groups_are_found(effort: str) -> None:
     profile, group_of_LE = planted()
-    rank_of_LE = place_semmoe(profile, Topology(4), load_cap=1.5, seed=0, effort=effort)
+    rank_of_LE = placed(profile, Topology(4), load_cap=1.5, seed=0, effort=effort)
     assert is_exact(rank_of_LE, 4)
     for rank_of_E, group_of_E in zip(rank_of_LE, group_of_LE, strict=True):
         assert len(set(zip(rank_of_E.tolist(), group_of_E.tolist(), strict=True))) == GROUPS
@@ -83,12 +116,12 @@ def test_planted_groups_are_found(effort: str) -> None:
 @pytest.mark.parametrize("tokens", [True, False])
 def test_every_option_keeps_counts_and_cap(options: dict, tokens: bool) -> None:
     profile, _ = planted(noise=0.3, tokens=tokens)
-    rank_of_LE = place_semmoe(profile, Topology(4, 2), load_cap=1.15, seed=0, effort="fast", **options)
+    rank_of_LE = placed(profile, Topology(4, 2), load_cap=1.15, seed=0, effort="fast", **options)
     assert is_exact(rank_of_LE, 4)
     load_LJE = cluster_loads(profile, options.get("robust", 0), 0)
     for rank_of_E, load_JE in zip(rank_of_LE, load_LJE, strict=True):
         assert overload(rank_of_E, load_JE[:1], load_limits(load_JE[:1], 4, 1.15), 4) == 0
-    again = place_semmoe(profile, Topology(4, 2), load_cap=1.15, seed=0, effort="fast", **options)
+    again = placed(profile, Topology(4, 2), load_cap=1.15, seed=0, effort="fast", **options)
     assert np.array_equal(rank_of_LE, again)
 
 
@@ -96,7 +129,7 @@ def test_a_cost_matrix_puts_groups_on_near_ranks() -> None:
     profile, group_of_LE = planted()
     cost_RR = np.array([[0, 9, 1, 9], [9, 0, 9, 1], [1, 9, 0, 9], [9, 1, 9, 0]], float)
     # Eight ranks' worth of experts per group would not fit; two groups per pair of near ranks do.
-    rank_of_LE = place_semmoe(profile, Topology(4, 1, cost_RR), load_cap=1.5, seed=0, effort="fast")
+    rank_of_LE = placed(profile, Topology(4, 1, cost_RR), load_cap=1.5, seed=0, effort="fast")
     assert is_exact(rank_of_LE, 4)
     for rank_of_E, group_of_E in zip(rank_of_LE, group_of_LE, strict=True):
         assert len(set(zip(rank_of_E.tolist(), group_of_E.tolist(), strict=True))) == GROUPS
@@ -104,13 +137,11 @@ def test_a_cost_matrix_puts_groups_on_near_ranks() -> None:
 
 def test_the_number_of_processes_does_not_matter() -> None:
     profile, _ = planted(noise=0.3)
-    one = place_semmoe(profile, Topology(4), load_cap=1.05, seed=3, effort="fast", objective="dp")
+    one = placed(profile, Topology(4), load_cap=1.05, seed=3, effort="fast", objective="dp")
     seen: list[tuple[int, int]] = []
-    two = place_semmoe(
-        profile, Topology(4), load_cap=1.05, seed=3, effort="fast", objective="dp", processes=2,
-        progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
-    assert np.array_equal(one, two)
+    demands = Demands(load_cap=1.05, seed=3, effort="fast", objective="dp", processes=2)
+    two = place_semmoe(profile, Topology(4), demands, lambda done, total: seen.append((done, total)))
+    assert np.array_equal(one, two.placement.rank_of_LE) and two.rounds == 2
     assert seen == [(done, 6) for done in range(1, 7)]  # three layers, twice
 
 
@@ -118,7 +149,7 @@ def test_the_number_of_processes_does_not_matter() -> None:
 def test_whole_groups_stay_expressible(num_ranks: int) -> None:
     profile, _ = planted(noise=0.5, n_group=8)
     options = {"load_cap": 1.1, "seed": 0, "effort": "fast"}
-    rank_of_LE = place_semmoe(profile, Topology(num_ranks), expressible="permutation", **options)
+    rank_of_LE = placed(profile, Topology(num_ranks), expressible="permutation", **options)
     assert is_exact(rank_of_LE, num_ranks)
     for rank_of_E in rank_of_LE:
         ranks_of_group = [set(r) for r in rank_of_E.reshape(8, 2).tolist()]
@@ -131,11 +162,11 @@ def test_whole_groups_stay_expressible(num_ranks: int) -> None:
 def test_refusals() -> None:
     profile, _ = planted()
     with pytest.raises(InputError, match="objective 'pp'"):
-        place_semmoe(profile, Topology(4), load_cap=1.1, seed=0, objective="pp")
+        placed(profile, Topology(4), load_cap=1.1, seed=0, objective="pp")
     with pytest.raises(InputError, match="effort 'most'"):
-        place_semmoe(profile, Topology(4), load_cap=1.1, seed=0, effort="most")
+        placed(profile, Topology(4), load_cap=1.1, seed=0, effort="most")
     with pytest.raises(InputError, match="--robust 99"):
-        place_semmoe(profile, Topology(4), load_cap=1.1, seed=0, robust=99)
+        placed(profile, Topology(4), load_cap=1.1, seed=0, robust=99)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -190,20 +221,6 @@ def test_annealing_finds_planted_requests_under_caps_and_equal_counts() -> None:
     assert np.array_equal(rank_of_LE, again_LE) and np.array_equal(home_B, again_B)
 
 
-def test_balanced_shares_split_what_is_too_heavy() -> None:
-    score_VR = np.array([[1.0, 0.0], [0.9, 0.0], [0.2, 0.0]])
-    share_VR = balanced_shares(score_VR, np.array([6.0, 2.0, 2.0]))
-    assert np.allclose(share_VR.sum(axis=1), 1)
-    assert abs(np.array([6.0, 2, 2]) @ share_VR - 5).max() < 0.25
-    assert share_VR[2, 1] > 0.9 and 0.3 < share_VR[0, 0] < 1
-
-
-def test_balanced_homes_fill_evenly() -> None:
-    score_VR = np.random.default_rng(0).random((100, 4)) + [1, 0, 0, 0]
-    assert np.bincount(balanced_homes(score_VR, np.ones(100)), minlength=4).max() <= 26
-    assert (np.bincount(balanced_homes(np.zeros((8, 4)), np.ones(8)), minlength=4) == 2).all()
-
-
 def test_paper_and_exact_keep_their_constraints() -> None:
     profile, group_of_LE = planted()
     paper_LE = place_paper(profile, Topology(4), load_cap=1.3, seed=0)
@@ -220,7 +237,7 @@ def test_paper_and_exact_keep_their_constraints() -> None:
 def test_the_joint_method_reaches_the_proven_best() -> None:
     profile, _ = planted(noise=0.1)
     best_LE = place_exact(profile, Topology(2), load_cap=1.1)
-    ours_LE = place_semmoe(profile, Topology(2), load_cap=1.1, seed=0)
+    ours_LE = placed(profile, Topology(2), load_cap=1.1, seed=0)
     cost_XR = np.ones((profile.num_tokens, 2))
     for layer in range(3):
         ids_TK = profile.sample.expert_ids_TLK[:, layer]

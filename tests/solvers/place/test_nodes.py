@@ -6,9 +6,11 @@ import pytest
 
 from semmoe.profiles.counts import RoutingProfile, count_batches
 from semmoe.profiles.trace import TraceBatch, TraceInfo
+from semmoe.solvers.demands import Demands
 from semmoe.solvers.place.exact_counts import co_activation_within
-from semmoe.solvers.place.joint import place_semmoe, scaled_costs
-from semmoe.solvers.place.metis import place_metis
+from semmoe.solvers.place.graph import place_metis
+from semmoe.solvers.place.joint import place_semmoe
+from semmoe.solvers.place.joint_layer import scaled_costs
 from semmoe.solvers.place.nodes import (
     NODE_WORTH,
     NodeGains,
@@ -21,8 +23,13 @@ from semmoe.solvers.place.nodes import (
 )
 from semmoe.solvers.place.partition import EFFORTS, PAIR_WORTH, Problem
 from semmoe.solvers.place.remote_gains import remote_cost
-from semmoe.solvers.place.solve import METHODS, Demands
+from semmoe.solvers.place.solve import METHODS
 from semmoe.solvers.placement import Topology
+
+
+def placed(profile: RoutingProfile, topology: Topology, objective: str = "tp", **demands) -> np.ndarray:
+    """Rank of each expert by the joint method, int64 [L, E]."""
+    return place_semmoe(profile, topology, Demands(objective=objective, **demands)).placement.rank_of_LE
 
 
 def problem_of(ids_TK: np.ndarray, num_experts: int, num_ranks: int, limit: float = np.inf) -> Problem:
@@ -128,7 +135,7 @@ def test_two_levels_are_found(seed: int) -> None:
     ids_TK, quartet_E = two_level_tokens(np.random.default_rng(seed))
     profile = profile_of(ids_TK, 16)
     for dispatch in ("per-node", "per-rank", "per-expert"):
-        rank_of_E = place_semmoe(profile, Topology(4, 2), load_cap=1.3, seed=0, dispatch=dispatch, effort="fast")[0]
+        rank_of_E = placed(profile, Topology(4, 2), load_cap=1.3, seed=0, dispatch=dispatch, effort="fast")[0]
         pairs = set(zip(rank_of_E.tolist(), quartet_E.tolist(), strict=True))
         assert len(pairs) == 4  # quartets on ranks
         assert len({(rank // 2, quartet // 2) for rank, quartet in pairs}) == 2  # their pairs on nodes
@@ -144,12 +151,12 @@ def test_grouping_costs_no_remote_rank() -> None:
     profile = profile_of(ids_TK, 32)
     touched = {}
     for nodes in (1, 4):
-        rank_of_E = place_semmoe(profile, Topology(8, nodes), load_cap=1.1, seed=0, effort="fast")[0]
+        rank_of_E = placed(profile, Topology(8, nodes), load_cap=1.1, seed=0, effort="fast")[0]
         touched[nodes] = remote_cost(rank_of_E, ids_TK, np.ones((1500, 8)))
         touched[nodes, "node"] = remote_cost(rank_of_E // 2, ids_TK, np.ones((1500, 4)))
     assert touched[1] == touched[4]
     assert touched[4, "node"] <= touched[1, "node"]
-    first_E = place_semmoe(profile, Topology(8, 4), load_cap=1.1, seed=0, effort="fast", dispatch="per-node")[0]
+    first_E = placed(profile, Topology(8, 4), load_cap=1.1, seed=0, effort="fast", dispatch="per-node")[0]
     assert remote_cost(first_E // 2, ids_TK, np.ones((1500, 4))) <= touched[4, "node"]
 
 
@@ -173,7 +180,7 @@ def test_whole_groups_fill_blocks() -> None:
 def test_load_goes_by_groups_to_nodes() -> None:
     # Groups {0,1} .. {6,7} of loads 10, 10, 1, 1: a heavy and a light one on each node, whole.
     profile = profile_of(np.array([[0, 1], [2, 3], [0, 1], [2, 3], [4, 5], [6, 7]]), 8, n_group=4)
-    rank_of_E = METHODS["load"](profile, Topology(4, 2), Demands(), None)[0]
+    rank_of_E = METHODS["load"](profile, Topology(4, 2), Demands(), None).placement.rank_of_LE[0]
     node_G = (rank_of_E // 2).reshape(4, 2)
     assert (node_G[:, 0] == node_G[:, 1]).all()
     assert node_G[0, 0] != node_G[1, 0] and node_G[2, 0] != node_G[3, 0]
@@ -190,7 +197,7 @@ def test_far_links_are_used_less_where_costs_are_given() -> None:
     near_RR = np.array([[0, 9, 1, 9], [9, 0, 9, 1], [1, 9, 0, 9], [9, 1, 9, 0.0]])  # ranks 0 and 2 are near, 1 and 3
     for objective in ("tp", "both"):
         profile = profile_of(ids_TK, 16)
-        rank_of_E = place_semmoe(profile, Topology(4, 1, near_RR), load_cap=1.3, seed=0, objective=objective)[0]
+        rank_of_E = placed(profile, Topology(4, 1, near_RR), load_cap=1.3, seed=0, objective=objective)[0]
         pairs = set(zip(rank_of_E.tolist(), quartet_E.tolist(), strict=True))
         assert len(pairs) == 4
         assert len({(rank % 2, quartet // 2) for rank, quartet in pairs}) == 2

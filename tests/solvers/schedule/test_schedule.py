@@ -6,20 +6,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from semmoe.profiles.counts import select_requests
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.sample import select_requests
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule import schedule as schedule_module
-from semmoe.solvers.schedule.context import context_scores_TR, default_depth, previous_experts_TLK
-from semmoe.solvers.schedule.features import NUM_POSITION_IDS, batch_position_ids_TC, position_ids_TC
+from semmoe.solvers.schedule import fit
+from semmoe.solvers.schedule.context import context_scores_TR, default_depth
+from semmoe.solvers.schedule.features import NUM_POSITION_IDS, Seen, position_ids_TC, previous_experts_TLK
+from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.learning import LEARN_EVERY, RIDGE, learned_scores_TR, request_groups
 from semmoe.solvers.schedule.paper_table import build_sequence_table, needed_rank_T, paper_scores_TR
 from semmoe.solvers.schedule.request_scorer import fit_request_scorer, request_shares_BR
-from semmoe.solvers.schedule.schedule import PREFIX, Schedule, fit_schedule
+from semmoe.solvers.schedule.schedule import PREFIX, Schedule
 from semmoe.solvers.schedule.simulate import SCHEDULES, available_schedules, simulate
-from semmoe.solvers.schedule.token_table import build_token_table, previous_token_ids_T
+from semmoe.solvers.schedule.token_fit import build_token_table
+from semmoe.solvers.schedule.token_table import previous_token_ids_T
 
 RANKS = 4
 SIZES = {"batch_tokens": 128, "window": 40, "seed": 0}
@@ -30,7 +32,7 @@ def planted(tmp_path_factory) -> tuple[TraceBatch, TraceBatch, Placement]:
     """Training and held-out requests of a synthetic trace, and its best placement with labels
     that agree over layers."""
     path = tmp_path_factory.mktemp("schedule") / "trace"
-    group_of_LE = write_synthetic(path, num_requests=120, vocab_size=300, noise=0.1, seed=4)
+    group_of_LE = write_synthetic(path, SyntheticWorld(num_requests=120, vocab_size=300, noise=0.1, seed=4))
     batch = RoutingTrace.open(path).load()
     train_B = np.arange(batch.num_requests) // 4 % 2 == 0  # domains take turns of four
     placement = Placement.from_ranks(group_of_LE, RANKS)
@@ -82,29 +84,23 @@ def test_capacities_hold_in_every_batch_and_window(planted, schedule, name):
 
 def test_context_reads_only_what_is_known_before_the_layer(planted, schedule):
     _, held_out, placement = planted
-    rows = slice(0, 200)
-    chosen_TLK = held_out.expert_ids_TLK[rows]
-    previous_TLK = previous_experts_TLK(held_out, placement.num_experts)[rows]
-    is_prompt_T, position_TC = held_out.is_prompt_T[rows], batch_position_ids_TC(held_out)[rows]
+    seen = Seen.of(held_out, placement.num_experts, np.arange(200))
+    is_prompt_T = seen.is_prompt_T
     assert is_prompt_T.any() and not is_prompt_T.all()
     shares_TR = np.zeros((200, RANKS), np.float32)
     layer = 2
-    scores_TR = context_scores_TR(
-        schedule.context, layer, shares_TR, chosen_TLK, previous_TLK, is_prompt_T, position_TC
-    )
-    future_TLK = chosen_TLK.copy()
+    scores_TR = context_scores_TR(schedule.context, layer, shares_TR, seen)
+    future_TLK = seen.chosen_TLK.copy()
     future_TLK[:, layer:] = 0
-    before_TLK = previous_TLK.copy()
+    before_TLK = seen.previous_TLK.copy()
     before_TLK[is_prompt_T, layer:] = 0  # runs in the same pass
     before_TLK[~is_prompt_T, layer + 1 :] = 0
-    same_TR = context_scores_TR(schedule.context, layer, shares_TR, future_TLK, before_TLK, is_prompt_T, position_TC)
-    np.testing.assert_array_equal(scores_TR, same_TR)
-    past_TLK = chosen_TLK.copy()
+    unread = seen._replace(chosen_TLK=future_TLK, previous_TLK=before_TLK)
+    np.testing.assert_array_equal(scores_TR, context_scores_TR(schedule.context, layer, shares_TR, unread))
+    past_TLK = seen.chosen_TLK.copy()
     past_TLK[:, layer - 1] = 0
-    assert not np.allclose(
-        scores_TR,
-        context_scores_TR(schedule.context, layer, shares_TR, past_TLK, previous_TLK, is_prompt_T, position_TC),
-    )
+    read = seen._replace(chosen_TLK=past_TLK)
+    assert not np.allclose(scores_TR, context_scores_TR(schedule.context, layer, shares_TR, read))
 
 
 def test_learning_finds_structure_that_training_did_not_have(planted, schedule):
@@ -260,7 +256,7 @@ def test_a_schedule_survives_the_plan_file(planted, schedule):
 def test_layers_fitted_apart_give_the_same_schedule(planted, schedule, monkeypatch):
     train, _, placement = planted
     whole = schedule.to_tables()
-    monkeypatch.setattr(schedule_module, "SMALL_TASK", 1)
+    monkeypatch.setattr(fit, "SMALL_TASK", 1)
     for name, array in fit_schedule(train, placement, seed=0, processes=2).to_tables().items():
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
 

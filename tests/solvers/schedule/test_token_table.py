@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.place.contiguous import place_contiguous
+from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule.schedule import Schedule, fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import available_schedules, simulate
-from semmoe.solvers.schedule.token_table import MAX_CANDIDATES
+from semmoe.solvers.schedule.token_fit import MAX_CANDIDATES
 
 SIZES = {"batch_tokens": 128, "window": 40, "seed": 0}
 
@@ -20,7 +21,7 @@ SIZES = {"batch_tokens": 128, "window": 40, "seed": 0}
 @pytest.mark.parametrize("ids", ["unknown", "one id"])
 def test_tables_without_rows_on_more_ranks_than_rows_store(tmp_path, ids):
     info_ranks = 2 * MAX_CANDIDATES
-    write_synthetic(tmp_path / "t", num_requests=20, num_experts=2 * info_ranks, num_groups=4, seed=3)
+    write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=20, num_experts=2 * info_ranks, num_groups=4, seed=3))
     trace = RoutingTrace.open(tmp_path / "t")
     batch = trace.load()
     # Either there is no row at all, or one of the id itself and none of what follows it: it is

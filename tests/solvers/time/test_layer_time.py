@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from semmoe.main import app
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.synthetic import write_synthetic
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.solvers.placement import Topology
-from semmoe.solvers.time.layer_time import Network, exchange_seconds, fit_network, layer_seconds
+from semmoe.solvers.time.layer_time import LayerWork, Network, exchange_seconds, fit_network, layer_seconds
 from semmoe.solvers.time.links import communication_seconds_L, exchange_seconds_L, parse_links, through_nodes
 
 
@@ -26,13 +26,8 @@ def test_a_layer_is_three_exchanges_and_the_busiest_experts() -> None:
     seconds = layer_seconds(
         2.0,
         1.5,
-        tokens=400,
-        num_ranks=4,
-        top_k=2,
-        row_bytes=100,
-        result_bytes=50,
-        network=Network(1e6, 0.001),
-        seconds_per_activation=1e-5,
+        LayerWork(tokens=400, num_ranks=4, row_bytes=100, result_bytes=50, top_k=2, seconds_per_activation=1e-5),
+        Network(1e6, 0.001),
     )
     assert seconds == pytest.approx(3 * 0.001 + 0.02 + 0.01 + 300 * 1e-5)
 
@@ -125,7 +120,7 @@ def report(*words: object) -> dict:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cost")
-    write_synthetic(root / "t", num_layers=3, num_requests=60, tokens_per_request=30)
+    write_synthetic(root / "t", SyntheticWorld(num_layers=3, num_requests=60, tokens_per_request=30))
     for dispatch in ("per-rank", "per-node"):
         words = ["place", root / "t", "--ranks", 4, "--nodes", 2, "--no-refit", "--dispatch", dispatch]
         assert CliRunner().invoke(app, [*map(str, words), "-o", str(root / dispatch)]).exit_code == 0

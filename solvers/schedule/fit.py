@@ -1,0 +1,145 @@
+"""Schedule of one placement, fitted on the sample of a profile, in worker processes by layers.
+
+The same sample, placement and seed give the same tables on any number of processes.
+
+Shape letters: L MoE layers, E experts, R ranks, V vocabulary, D embedding size.
+"""
+
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.mapped import MappedView, open_view, view_of
+from semmoe.profiles.progress import Progress
+from semmoe.profiles.trace import TraceBatch
+from semmoe.solvers.placement import Placement
+from semmoe.solvers.schedule.context import ContextPredictor, default_depth
+from semmoe.solvers.schedule.context_fit import fit_context, training_rows
+from semmoe.solvers.schedule.paper_table import build_sequence_table
+from semmoe.solvers.schedule.request_scorer import fit_request_scorer
+from semmoe.solvers.schedule.schedule import Schedule
+from semmoe.solvers.schedule.token_fit import build_token_table
+from semmoe.solvers.schedule.token_table import TokenTable
+from semmoe.solvers.workers import layer_map, step_file, tell_step
+
+SMALL_TASK = 20_000_000  # expert ids that one more process is worth starting for
+
+
+class LayersTask(NamedTuple):
+    """Consecutive layers of a sample to fit, and the layers before them that give their context."""
+
+    sample: TraceBatch  # its expert ids hold only the layers of this task, or nothing where `ids_view` does
+    ids_view: MappedView | None  # where the expert ids lie for a worker process
+    hosts_LER: np.ndarray
+    skip: int
+    depth: int
+    seed: int
+    embedding_VD: np.ndarray | None
+    steps_path: str | None = None  # of `step_file`
+
+
+class ScorerTask(NamedTuple):
+    """The requests to fit the request scorer on."""
+
+    sample: TraceBatch
+    ids_view: MappedView | None
+    hosts_LER: np.ndarray
+    seed: int
+
+
+def fit_schedule(
+    sample: TraceBatch,
+    placement: Placement,
+    *,
+    seed: int,
+    embedding_VD: np.ndarray | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Schedule:
+    """Schedule for the placement, from the sample of a profile; independent of `processes`.
+
+    Parameters
+    ----------
+    sample : rows of a trace, with expert ids uint8 or uint16 [T, L, K]
+    seed : of the rows and requests that are fitted on where there are very many
+    embedding_VD : float [V, D], the model's input embedding, for rare and unseen ids
+
+    Raises
+    ------
+    InputError : where the placement is for another model
+    """
+    hosts_LER, num_layers = placement.hosts_LER, sample.expert_ids_TLK.shape[1]
+    if placement.num_layers != num_layers or sample.expert_ids_TLK.max(initial=0) > placement.num_experts:
+        raise InputError(
+            f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, the trace has "
+            f"{num_layers} layers and expert id {sample.expert_ids_TLK.max(initial=0)}"
+        )
+    depth = default_depth(num_layers, placement.num_experts)
+    processes = max(1, min(processes, num_layers, sample.expert_ids_TLK.size // SMALL_TASK))
+    bounds = np.linspace(0, num_layers, processes + 1).astype(int)
+    with step_file(progress, 2 * num_layers) as steps_path:
+        tasks: list[LayersTask | ScorerTask] = []
+        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+            skip = int(min(depth, first))
+            part, view = _sendable(sample, slice(first - skip, last), processes)
+            tasks.append(LayersTask(part, view, hosts_LER[first:last], skip, depth, seed, embedding_VD, steps_path))
+        tasks.append(ScorerTask(*_sendable(sample, slice(None), processes), hosts_LER, seed))
+        if processes == 1:
+            found = [fit_part(task) for task in tasks]
+        else:
+            with layer_map(processes, placement.num_experts) as run:
+                found = list(run(fit_part, tasks))
+    parts, request = found[:-1], found[-1]
+    rows = training_rows(sample, seed)
+    return Schedule(
+        token=_joined([token for token, _ in parts]),
+        context=_joined([context for _, context in parts]),
+        request=request,
+        sequence=build_sequence_table(sample.expert_ids_TLK[rows], hosts_LER),
+    )
+
+
+def _sendable(sample: TraceBatch, layers: slice, processes: int) -> tuple[TraceBatch, MappedView | None]:
+    """The sample with some layers only, and where its expert ids lie instead where other
+    processes can map them."""
+    part = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, layers])
+    view = view_of(part.expert_ids_TLK) if processes > 1 else None
+    return part if view is None else replace(part, expert_ids_TLK=part.expert_ids_TLK[:0]), view
+
+
+def fit_part(task: LayersTask | ScorerTask) -> Any:
+    """What a task asks for: tables of its layers, or the request scorer."""
+    if isinstance(task, LayersTask):
+        return fit_layers(task)
+    sample = task.sample if task.ids_view is None else replace(task.sample, expert_ids_TLK=open_view(task.ids_view))
+    return fit_request_scorer(sample, task.hosts_LER, seed=task.seed)
+
+
+def fit_layers(task: LayersTask) -> tuple[TokenTable, ContextPredictor]:
+    """Token table and context predictor of a task's layers."""
+    sample = task.sample if task.ids_view is None else replace(task.sample, expert_ids_TLK=open_view(task.ids_view))
+    fitted = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, task.skip :])
+    step = partial(tell_step, task.steps_path)
+    token = build_token_table(fitted, task.hosts_LER, embedding_VD=task.embedding_VD, step=step)
+    context = fit_context(sample, token, task.hosts_LER, seed=task.seed, depth=task.depth, skip=task.skip, step=step)
+    return token, context
+
+
+def _joined(records: list[Any]) -> Any:
+    """One record over all layers from records of consecutive layers: arrays that have a layer
+    axis are joined along it."""
+    if len(records) == 1:
+        return records[0]
+    values = {}
+    for field in fields(records[0]):
+        parts = [getattr(record, field.name) for record in records]
+        if not isinstance(parts[0], np.ndarray):
+            values[field.name] = _joined(parts)
+        elif field.name.split("_")[-1].startswith("L") and parts[0].ndim:
+            values[field.name] = np.concatenate(parts)
+        else:
+            values[field.name] = parts[0]
+    return type(records[0])(**values)

@@ -1,0 +1,54 @@
+"""Our reader of safetensors files against the library's, and what is read with it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from semmoe.profiles.embedding import MAX_FEATURES, input_embedding
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.safetensors_file import INTEGERS, make_header, read_shard
+
+
+def test_mapped_values_are_the_library_s(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    arrays = {name: draw.integers(0, 99, (3, 5)).astype(dtype) for name, dtype in INTEGERS.items()}
+    arrays |= {"empty": np.empty((0, 4), np.int32), "one": np.array(7)}
+    save_file(arrays, tmp_path / "a.safetensors", {"who": "us"})
+    shard, read = read_shard(tmp_path / "a.safetensors"), load_file(tmp_path / "a.safetensors")
+    assert shard.metadata == {"who": "us"} and {t.name for t in shard.tensors} == set(read)
+    for tensor in shard.tensors:
+        found = shard.map(tensor, INTEGERS[tensor.dtype])
+        assert found.dtype == read[tensor.name].dtype and np.array_equal(found, read[tensor.name])
+    header = make_header(shard.tensors, shard.metadata, header_bytes=shard.header_bytes)
+    assert (tmp_path / "a.safetensors").read_bytes().startswith(header)
+    with pytest.raises(InputError, match="a.safetensors holds no tensor other"):
+        shard.find("other")
+
+
+@pytest.mark.parametrize("columns", [12, MAX_FEATURES + 8])
+def test_the_embedding_that_a_trace_refers_to(tmp_path: Path, columns: int) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    values_VD = torch.randn((50, columns), generator=torch.Generator().manual_seed(0))
+    save_torch({"e": values_VD, "e16": values_VD.bfloat16(), "ids": torch.ones((50, columns), dtype=torch.int32)},
+               tmp_path / "m.safetensors")  # fmt: skip
+    place = {"checkpoint": str(tmp_path), "file": "m.safetensors", "key": "e", "shape": [50, columns]}
+    exact, short = input_embedding(place), input_embedding({**place, "key": "e16"})
+    assert exact is not None and short is not None and exact.shape == (50, min(columns, MAX_FEATURES))
+    if columns <= MAX_FEATURES:
+        np.testing.assert_array_equal(exact, values_VD.numpy())
+        np.testing.assert_array_equal(short, values_VD.bfloat16().float().numpy())
+    assert input_embedding(None) is None and input_embedding({**place, "file": "gone.safetensors"}) is None
+    for wrong, message in [
+        ({"key": "x"}, "holds no tensor x"),
+        ({"key": "ids"}, "ids is of type I32"),
+        ({"shape": [3, 4]}, r"the trace says \[3, 4\]"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            input_embedding({**place, **wrong})
+    (tmp_path / "m.safetensors").write_bytes(b"no header")
+    with pytest.raises(InputError, match="does not begin with a safetensors header"):
+        input_embedding(place)
