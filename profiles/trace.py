@@ -58,7 +58,7 @@ EMBEDDING = record(
 
 
 def known_numbering(value: Any, at: str) -> None:
-    """Check `numbering`: "model", or a plan whose order the ids are in, or were mapped back from."""
+    """Check `numbering`: "model", or the plan whose order ids are in, or were mapped back from."""
     check = one_of("model") if isinstance(value, str) else record({"plan": text(200), "mapped_back": boolean})
     check(value, at)
 
