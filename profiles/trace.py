@@ -52,6 +52,14 @@ EMBEDDING = record(
     {"checkpoint": text(), "file": text(), "key": text(), "shape": list_of(integer(1), least=2, most=2)},
     {"revision": null_or(text())},
 )
+
+
+def known_numbering(value: Any, at: str) -> None:
+    """Check `numbering`: "model", or the plan whose order ids are in, or were mapped back from."""
+    check = one_of("model") if isinstance(value, str) else record({"plan": text(200), "mapped_back": boolean})
+    check(value, at)
+
+
 FACTS = record(
     {
         "complete": boolean,
@@ -73,6 +81,7 @@ FACTS = record(
         "kind": one_of("tokens", "counts"),
         "embedding": null_or(EMBEDDING),
         "checkpoint": null_or(IDENTITY),
+        "numbering": null_or(known_numbering),
         "made_by": text(),
         "notes": map_of(anything),
     },
@@ -100,6 +109,7 @@ class TraceInfo:
     checkpoint: dict[str, Any] | None = None  # which it was: profiles/checkpoint.py
     made_by: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+    numbering: str | dict[str, Any] | None = "model"  # whose expert ids; None: nothing tells
 
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_experts, self.top_k) < 1:
@@ -120,6 +130,15 @@ class TraceInfo:
     def id_dtype(self) -> np.dtype:
         """The unsigned type of stored ids: uint8 where every value fits."""
         return np.dtype(np.uint8 if self.num_experts + self.empty_slots <= 256 else np.uint16)
+
+    def check_numbering(self, where: str) -> None:
+        """Raise InputError where the ids are known to be in the order of a plan, not the
+        model's."""
+        if isinstance(self.numbering, dict) and not self.numbering["mapped_back"]:
+            raise InputError(
+                f"{where}: numbering in trace.json is the order of plan {self.numbering['plan']}, expected the model's: "
+                "trace the checkpoint again, or import with --model CHECKPOINT; both map ids back through its semmoe.json"
+            )
 
     def mismatch(self, other: "TraceInfo") -> str | None:
         """What makes `other` the trace of another model, in words; None where the two agree."""
@@ -233,7 +252,7 @@ def read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) -
                 f"{where}: counts.{name} is {facts['counts'][name]}, expected {found}, the sum of its parts"
             )
     known = {f.name for f in fields(TraceInfo)}
-    values: dict[str, Any] = {name: value for name, value in facts.items() if name in known}
+    values: dict[str, Any] = {"numbering": None} | {name: value for name, value in facts.items() if name in known}
     try:
         return facts, TraceInfo(**{**values, "model_layers": tuple(values["model_layers"])})
     except InputError as error:
@@ -291,7 +310,8 @@ class RoutingTrace:
     @property
     def fingerprint(self) -> str:
         """Hash of the model facts and of every part: equal exactly where the routing is."""
-        facts = {k: v for k, v in asdict(self.info).items() if k not in ("made_by", "notes", "embedding", "checkpoint")}
+        beside = ("made_by", "notes", "embedding", "checkpoint", "numbering")
+        facts = {k: v for k, v in asdict(self.info).items() if k not in beside}
         parts = [part["sha256"] for part in self.facts["parts"]]
         return hashlib.sha256(json.dumps([facts, parts], sort_keys=True).encode()).hexdigest()[:16]
 

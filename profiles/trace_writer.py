@@ -8,7 +8,7 @@ Shape letters: T tokens (rows of routing), L MoE layers, K top-k, E experts, W w
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import new_file, write_file
+from semmoe.profiles.numbering import Relabelling
 from semmoe.profiles.trace import (
     COUNTS_FILE,
     FORMAT,
@@ -52,10 +53,23 @@ class TraceWriter:
     With `resume` an existing trace of the same model is continued: `request_ids` then holds the
     requests that are complete, and `add` ignores those ids. Several processes may write one trace
     when each has its own `prefix`; one of them closes it last. Leaving the block by an exception
-    keeps complete parts and leaves the trace unfinished.
+    keeps complete parts and leaves the trace unfinished. Ids of a model that is `relabelled` are
+    mapped back to the numbering of its source.
     """
 
-    def __init__(self, path: str | Path, info: TraceInfo, *, resume: bool = False, prefix: str = "part") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        info: TraceInfo,
+        *,
+        resume: bool = False,
+        prefix: str = "part",
+        relabelled: Relabelling | None = None,
+    ) -> None:
+        self._old_LE1 = None
+        if relabelled is not None:
+            self._old_LE1 = relabelled.orders(info.model_layers, info.num_experts)
+            info = replace(info, numbering=relabelled.numbering, checkpoint=relabelled.original(info.checkpoint))
         self.path, self.info, self._prefix = Path(path), info, prefix
         self._rows: list[dict[str, Any]] = []
         self._values = 0
@@ -89,6 +103,7 @@ class TraceWriter:
         # must hold that too.
         if self.info.id_dtype != info.id_dtype:
             raise InputError(f"{self.path} stores ids as {info.id_dtype}, this run needs {self.info.id_dtype}")
+        self.info = replace(self.info, numbering=self._joint_numbering(info))
         self._hashes = {part["file"]: part["sha256"] for part in facts["parts"]}
         for name, digest in self._hashes.items():
             if (self.path / name).is_file() and hash_file(self.path / name) != digest:
@@ -97,6 +112,18 @@ class TraceWriter:
                 )
         for part in sorted(self.path.glob("*.parquet")) if info.kind == "tokens" else []:
             self.request_ids.update(open_part(part).read(["request_id"]).column(0).to_pylist())
+
+    def _joint_numbering(self, before: TraceInfo) -> str | dict[str, Any] | None:
+        """The numbering of a trace that is continued. Raises InputError where its rows may be in
+        another one than those to come."""
+        before.check_numbering(str(self.path))
+        mine, theirs = self.info.numbering, before.numbering
+        if (isinstance(mine, dict) and theirs is None) or (mine is None and isinstance(theirs, dict)):
+            raise InputError(
+                f"{self.path} cannot be added to: ids of one side are mapped back from plan {(mine or theirs)['plan']}, "
+                "of the other nothing tells the numbering (name the checkpoint, or choose another name)"
+            )
+        return theirs if isinstance(theirs, dict) or mine == "model" else mine
 
     def add(
         self,
@@ -136,6 +163,8 @@ class TraceWriter:
         if ids.size and (ids.min() < 0 or ids.max() > largest):
             bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
             raise InputError(f"request {request_id}: expert id {bad} is outside 0..{largest}")
+        if self._old_LE1 is not None:
+            ids = self._old_LE1[np.arange(info.num_layers)[:, None], ids]
         if token_ids is not None and len(token_ids) < first_position + len(ids):
             raise InputError(
                 f"request {request_id}: {len(token_ids)} token ids for rows up to position {first_position + len(ids)}"
@@ -193,6 +222,9 @@ class TraceWriter:
             raise InputError(f"counts have shape {list(load.shape)}, expected {list(expected)}")
         if load.size and load.min() < 0:
             raise InputError(f"counts hold a negative value, {load.min()}")
+        if self._old_LE1 is not None:
+            new_of_old_LE = np.argsort(self._old_LE1[:, :-1], axis=1)
+            load = np.take_along_axis(load, new_of_old_LE[None], axis=2)
         column = _list_array(list(load.astype(np.int64)), np.dtype(np.int64))
         table = pa.table({"window": pa.array(windows, pa.string()), "load": column})
         if (self.path / COUNTS_FILE).exists():

@@ -75,6 +75,8 @@ def make_plan(
     """The plan for the traces' model, with scores on held-out requests beside the baselines (see
     `score_placements`); of traces that hold loads only, a plan by load without them."""
     # Step 1: refuse what cannot be made, before anything is read.
+    for trace in traces:
+        trace.info.check_numbering(trace.path)
     if any(trace.info.kind == "counts" for trace in traces):
         check_method(traces, options.method, demands, certify=options.certify)
         return plan_of_counts(traces, topology, demands, method=options.method, made_by=options.made_by)

@@ -118,7 +118,8 @@ class ModelFacts:
         return {key: value for key, value in named.items() if key != "checkpoint" or value is not None}
 
     def check(self, info: TraceInfo, where: str) -> None:
-        """Raise InputError where the trace is not one of this model."""
+        """Raise InputError where the trace is not one of this model, or in another numbering."""
+        info.check_numbering(where)
         for name in ("num_layers", "num_experts", "top_k", "model_layers"):
             if getattr(self, name) != getattr(info, name):
                 raise InputError(

@@ -33,6 +33,7 @@ from semmoe.profiles.capture.requests import TextRequest, encode_requests
 from semmoe.profiles.capture.sources import ReadProgress
 from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.numbering import Relabelling, find_relabelling
 from semmoe.profiles.trace import TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter, refuse_existing_trace
 
@@ -137,6 +138,7 @@ def trace_model(
     encode_requests(first, tokenizer, answer=generation.num_tokens > 0)
     chosen = choose_device(options.device, ranks.local_rank)
     refuse_untraceable(source)
+    relabelled = find_relabelling(source.name, revision=source.revision)
     tell(f"loading {name} ({source.config.model_type}) on {'all devices' if options.device_map else chosen}")
     model = load_model(source, dtype=options.dtype, device=chosen, device_map=options.device_map)
     with refusals(f"{name} cannot be traced"):
@@ -152,12 +154,18 @@ def trace_model(
         made_by=options.made_by,
     )
     info = replace(info, checkpoint=checkpoint_identity(source.folder))
+    if relabelled is not None:
+        info = replace(info, notes={**info.notes, "mapped_back": relabelled.note})
+        tell(relabelled.note)
     longest = _longest_input(source, model, generation.num_tokens, limits.max_length)
     budget = options.batch_tokens or default_batch_tokens(recording, model.device)
     encoded = encoded_requests(
         itertools.chain(first, requests), tokenizer, limits, longest, progress, answer=generation.num_tokens > 0
     )
-    with interruptible(progress) as (hold, check), writing(out, info, ranks, resume=options.resume) as writer:
+    with (
+        interruptible(progress) as (hold, check),
+        writing(out, info, ranks, resume=options.resume, relabelled=relabelled) as writer,
+    ):
         mine = _new_requests(itertools.islice(encoded, ranks.rank, None, ranks.size), writer.request_ids, progress)
         progress.started = last_flush = time.monotonic()
         for batch in length_batches(mine, budget, extra_tokens=generation.num_tokens):
@@ -270,24 +278,27 @@ def _longest_input(source: ModelSource, model: Any, generated: int, max_length: 
 
 
 @contextmanager
-def writing(out: Path, info: TraceInfo, ranks: Ranks, *, resume: bool) -> Iterator[TraceWriter]:
+def writing(
+    out: Path, info: TraceInfo, ranks: Ranks, *, resume: bool, relabelled: Relabelling | None = None
+) -> Iterator[TraceWriter]:
     """The trace's writer of this rank. Rank 0 opens the trace first and finishes it last.
 
     A KeyboardInterrupt in the block ends it like its end. After an InputError everything recorded
     is written first, and the trace stays unfinished.
     """
     if ranks.size == 1:
-        writer = TraceWriter(out, info, resume=resume)
+        writer = TraceWriter(out, info, resume=resume, relabelled=relabelled)
     else:
         if ranks.rank > 0:
             ranks.barrier()
-        writer = TraceWriter(out, info, resume=resume or ranks.rank > 0, prefix=f"rank{ranks.rank}")
+        mine = {"resume": resume or ranks.rank > 0, "prefix": f"rank{ranks.rank}"}
+        writer = TraceWriter(out, info, **mine, relabelled=relabelled)
         if ranks.rank == 0:
             ranks.barrier()
     try:
         yield writer
     except KeyboardInterrupt:
-        writer.info = replace(info, notes={**info.notes, "interrupted": True})
+        writer.info = replace(writer.info, notes={**info.notes, "interrupted": True})
     except InputError:
         writer.flush()
         raise

@@ -36,6 +36,7 @@ from semmoe.profiles.engines.recorder import read_recorder
 from semmoe.profiles.engines.records import EngineLoad, EngineRequest, LeftOut, Reader
 from semmoe.profiles.engines.responses import read_sglang, read_vllm
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.numbering import Relabelling, config_folder, find_relabelling
 from semmoe.profiles.trace import RoutingTrace, TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter, refuse_existing_trace
 
@@ -111,6 +112,7 @@ class Import:
     dense: set[int] | None  # model layers that do not route, as the user says
     origin: dict[str, Any]
     dropped: LeftOut
+    relabelled: Relabelling | None = None  # the order of the checkpoint that the server ran
     notes: list[str] = field(default_factory=list)
 
     def trace_info(self, own: dict[str, Any], *, model: str = "", **more: Any) -> TraceInfo:
@@ -118,11 +120,15 @@ class Import:
         them."""
         model = _model_name(self.options.model_config) or model or "unknown"
         notes = {**self.origin, **more.pop("notes", {})}
+        if self.relabelled is not None:
+            notes["mapped_back"] = self.relabelled.note
+            self.notes.append(self.relabelled.note)
         return TraceInfo(
             model=model,
             made_by=self.options.made_by,
             notes=notes,
             checkpoint=_checkpoint(self.options.model_config),
+            numbering="model" if self.options.model_config else None,
             **more,
             **{**(self.facts or {}), **own},
         )
@@ -144,10 +150,13 @@ def import_trace(kind: str, files: list[Path], out: Path, options: ImportOptions
         raise InputError(f"no files to import as {kind}")
     refuse_existing_trace(out, resume=options.resume)  # the writer does too, but after the first pass over the files
     _refuse_pipes(files)
-    facts = None if options.model_config is None else moe_facts(read_config(options.model_config))
+    facts = relabelled = None
+    if options.model_config is not None:
+        facts = moe_facts(read_config(config_folder(options.model_config)))
+        relabelled = find_relabelling(options.model_config)
     dense = None if options.dense_layers is None else parse_layers(options.dense_layers)
     origin = {"from": kind, "files": [file.name for file in files]}
-    job = Import(out, options, facts, dense, origin, LeftOut(strict=options.strict))
+    job = Import(out, options, facts, dense, origin, LeftOut(strict=options.strict), relabelled)
     reader, looked_at = KINDS[kind], LeftOut(strict=options.strict)
     records = reader(files, facts, looked_at)
     first = next(records, None)
@@ -182,7 +191,7 @@ def _remove_if_empty(out: Path) -> None:
 
 def _checkpoint(model_config: str | None) -> dict[str, Any] | None:
     """Which checkpoint the user named, where its files are here."""
-    folder = demo_model_path() if model_config == "demo" else Path(model_config or "")
+    folder = demo_model_path() if model_config == "demo" else Path(config_folder(model_config or ""))
     return checkpoint_identity(folder) if model_config and folder.is_dir() else None
 
 
@@ -216,7 +225,7 @@ def _import_requests(job: Import, survey: Survey, requests: Iterator[EngineReque
     }
     info = job.trace_info(own, model=survey.model)
     try:
-        with TraceWriter(job.out, info, resume=job.options.resume) as writer:
+        with TraceWriter(job.out, info, resume=job.options.resume, relabelled=job.relabelled) as writer:
             adder = RequestAdder(job, layout, writer)
             for request in requests:
                 if adder.is_full:
@@ -329,7 +338,7 @@ def _import_loads(job: Import, loads: Iterable[EngineLoad]) -> ImportSummary:
         "num_model_layers": rows.num_model_layers,
     }
     info = job.trace_info(own, kind="counts", notes={} if top_k else {"top_k": "unknown"})
-    with TraceWriter(job.out, info, resume=job.options.resume) as writer:
+    with TraceWriter(job.out, info, resume=job.options.resume, relabelled=job.relabelled) as writer:
         writer.add_counts(list(windows), load_WLE[:, rows.kept_L])
     num_windows = len(RoutingTrace.open(job.out).load_counts()[0])
     job.notes.append(

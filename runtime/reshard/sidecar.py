@@ -17,16 +17,14 @@ from semmoe.profiles.config import MOST
 from semmoe.profiles.document import line_per_key, parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import inside, shortened, wrong_name
+from semmoe.profiles.numbering import FORMAT, SIDECAR, VERSION, hash_facts
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, MAX_HEADER_BYTES, Shard, read_shard
 from semmoe.runtime.reshard.copy import FilePlan, Written, checksums, run_tasks
 from semmoe.runtime.reshard.source import Checkpoint
 from semmoe.solvers.plan import Plan
 
-SIDECAR = "semmoe.json"
 SOURCE_FILE = "semmoe-source.json"
-FORMAT = "semmoe-reshard"
-VERSION = 1
 LAYOUTS = ("permuted", "ranks")
 OF_LAYOUT = re.compile(r"(?:shared|rank-\d{3,})/")  # the directories of layout "ranks"
 
@@ -90,12 +88,6 @@ def write_sidecar(target: Path, facts: dict[str, Any]) -> None:
     facts = {"format": FORMAT, "version": VERSION, **facts}
     facts["sha256"] = hash_facts(facts)
     (target / SIDECAR).write_text(line_per_key(facts), encoding="utf-8")
-
-
-def hash_facts(facts: dict[str, Any]) -> str:
-    """What semmoe.json says of itself: an order of experts that was changed would be taken back
-    to another model."""
-    return hash_bytes(json.dumps({key: facts[key] for key in facts if key != "sha256"}, sort_keys=True).encode())
 
 
 def read_sidecar(checkpoint: Path) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
         "top_k": info.top_k,
         "routing_groups": info.n_group,
         "content": "routing per token" if info.kind == "tokens" else "expert loads only",
+        "numbering": _describe_numbering(info.numbering),
         "made_by": info.made_by,
         "fingerprint": trace.fingerprint,
     }
@@ -110,6 +111,12 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
     else:
         facts["structure"] = "cannot tell: too few requests or tokens, or a single expert per token"
     return facts
+
+
+def _describe_numbering(numbering: Any) -> str:
+    if isinstance(numbering, dict):
+        return f"{'mapped back from' if numbering['mapped_back'] else 'in'} the order of plan {numbering['plan']}"
+    return "of the model" if numbering == "model" else "not known (taken as the model's)"
 
 
 def _load_skew(load_LE: Any, model_layers: tuple[int, ...]) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def _trace(
     written = _tell_written(
         progress, output, f"{info.num_layers} layers x {info.num_experts} experts, top-{info.top_k}"
     )
-    shape = {"layers": info.num_layers, "experts": info.num_experts, "top_k": info.top_k}
+    shape = {"layers": info.num_layers, "experts": info.num_experts, "top_k": info.top_k, "numbering": info.numbering}
     return written | shape, progress.interrupted
 
 

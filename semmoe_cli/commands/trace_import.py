@@ -42,6 +42,7 @@ def import_files(
 ) -> dict[str, Any]:
     """Write a trace of an engine's files, say so, and return what it was."""
     from semmoe.profiles.engines.imports import ImportOptions, import_trace
+    from semmoe.profiles.trace import RoutingTrace
 
     assert engine.from_ is not None
     options = ImportOptions(
@@ -67,6 +68,7 @@ def import_files(
         "layers": summary.layers,
         "dropped": dict(summary.dropped),
         "notes": list(summary.notes),
+        "numbering": RoutingTrace.open(output).info.numbering,
     }
 
 
@@ -75,16 +77,23 @@ def copy_hash_layers(name: str, output: Path, revision: str | None) -> dict[str,
     from semmoe.profiles.capture.hash_layers import read_hash_layers, write_hash_layers
     from semmoe.profiles.capture.loading import find_model
     from semmoe.profiles.config import moe_facts, read_config
+    from semmoe.profiles.numbering import find_relabelling
 
     if Path(name).is_dir():  # nothing is run: Transformers need not know the model yet
         folder, config = Path(name), read_config(name)
+        relabelled = find_relabelling(name)
     else:
         source = find_model(name, revision=revision)
         folder, config = source.folder, source.config.to_dict()
+        relabelled = find_relabelling(source.name, revision=source.revision)
     tables = read_hash_layers(folder)
     if not tables:
         raise InputError(f"{name}: no layer of the checkpoint is routed by a hash table (no tensor ends in .tid2eid)")
     facts = moe_facts(config)
+    if relabelled is not None:
+        orders_LE1 = relabelled.orders(list(tables), facts["num_experts"])
+        tables = {layer: order_E1[table] for order_E1, (layer, table) in zip(orders_LE1, tables.items(), strict=True)}
+        note(relabelled.note)
     write_hash_layers(output, tables, list(facts["model_layers"]), facts["num_experts"], name)
     vocabulary, top_k = next(iter(tables.values())).shape
     note(f"wrote {output}: {len(tables)} hash layers, {vocabulary} tokens x top-{top_k}")

@@ -49,6 +49,7 @@ def import_plan(
     if dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
     for trace in traces:
+        trace.info.check_numbering(trace.path)
         trace.require_tokens("the score of an imported map")
     model = ModelFacts.of(traces[0].info)
     topology.check_experts(model.num_experts)
