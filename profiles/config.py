@@ -7,15 +7,19 @@ The spellings, and what a family's files leave out, are in families.py; a key th
 and has no default.
 """
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.document import parse_json
 from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.families import IDENTITY_EXPERTS, NESTED, NUM_EXPERTS, TOP_K, Family, find_family
-from semmoe.profiles.hub import hub_in_reach, is_hub_id
 
+ENDPOINT = "https://huggingface.co"
 ZERO_EXPERTS = (IDENTITY_EXPERTS, "num_zero_experts", "n_zero_experts", "moe_num_zero_experts", "num_identity_experts")
 BLOCK_PARTS = ("ffn", "mlp", "moe", "feed_forward")  # where an entry of block_configs keeps what it says of experts
 MOST = 1_000_000  # experts, layers or choices of a model; beyond that a config is damaged
@@ -253,3 +257,23 @@ def _encoder_decoder_layers(facts: dict[str, Any], family: Family, name: str) ->
         layers += [start + i for i in range(count) if step > 0 and (step == 1 or i % step == at)]
         start += count
     return start, layers
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a hub id, "name" or "namespace/name", and not that of a
+    path."""
+    parts = name.split("/")
+    return len(parts) <= 2 and not name.endswith(".json") and all(p and p[0] not in ".~" for p in parts)
+
+
+def hub_in_reach() -> bool:
+    """False where the hub's host name cannot be found, so that only its cache is left: its client
+    would try for half a minute. Behind a proxy the answer is always True."""
+    if getproxies():
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True

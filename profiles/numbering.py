@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from semmoe.profiles.config import hub_in_reach, is_hub_id
 from semmoe.profiles.document import (
     integer,
     list_of,
@@ -28,7 +29,6 @@ from semmoe.profiles.document import (
     validate,
 )
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.hub import hub_in_reach, is_hub_id
 
 SIDECAR = "semmoe.json"
 FORMAT = "semmoe-reshard"

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from semmoe.profiles.capture.layers import explain_unsupported, find_moe_layers
+from semmoe.profiles.config import hub_in_reach, is_hub_id
 from semmoe.profiles.embedding import embedding_reference
 from semmoe.profiles.errors import InputError, raised_by_us
-from semmoe.profiles.hub import hub_in_reach, is_hub_id
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
