@@ -281,20 +281,25 @@ def writing(out: Path, info: TraceInfo, ranks: Ranks, *, resume: bool) -> Iterat
     else:
         if ranks.rank > 0:
             ranks.barrier()
-        writer = TraceWriter(out, info, resume=resume or ranks.rank > 0, prefix=f"rank{ranks.rank}")
+        writer = TraceWriter(
+            out, info, resume=resume or ranks.rank > 0, prefix=f"rank{ranks.rank}", lock=ranks.rank == 0
+        )
         if ranks.rank == 0:
             ranks.barrier()
     try:
-        yield writer
-    except KeyboardInterrupt:
-        writer.info = replace(info, notes={**info.notes, "interrupted": True})
-    except InputError:
+        try:
+            yield writer
+        except KeyboardInterrupt:
+            writer.info = replace(info, notes={**info.notes, "interrupted": True})
+        except InputError:
+            writer.flush()
+            raise
         writer.flush()
-        raise
-    writer.flush()
-    ranks.barrier()
-    if ranks.rank == 0:
-        writer.close()
+        ranks.barrier()
+        if ranks.rank == 0:
+            writer.close()
+    finally:
+        writer.release()
 
 
 @contextmanager
