@@ -55,8 +55,8 @@ class TraceWriter:
     With `resume` an existing trace of the same model is continued: `request_ids` then holds the
     requests that are complete, and `add` ignores those ids. Several processes may write one trace
     when each has its own `prefix`; one of them begins first, closes it last, and holds its lock:
-    the others are given `lock=False`. Leaving the block by an exception keeps complete parts and leaves
-    the trace unfinished; after an InputError a trace without parts is taken away.
+    the others are given `lock=False`. Leaving the block by an exception keeps complete parts and
+    leaves the trace unfinished; after an InputError a trace without parts is taken away.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TraceWriter:
         self.request_ids: set[str] = set()
         self._hashes: dict[str, str] = {}
         self.facts_before: dict[str, Any] = {}  # trace.json of a trace that is continued
-        refuse_existing_trace(self.path, resume=resume)
+        refuse_existing_trace(self.path, resume=resume, locked=not lock)
         self._made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -277,7 +277,7 @@ class TraceWriter:
 
 def refuse_existing_trace(path: Path, *, resume: bool = False, locked: bool = False) -> None:
     """Raise InputError where a trace cannot be written to `path`, for callers that want to know
-    before long work. `locked`: the caller holds its lock."""
+    before long work. `locked`: this run holds its lock."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
