@@ -8,6 +8,8 @@ Shape letters: T tokens (rows of routing), L MoE layers, K top-k, E experts, W w
 """
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.document import indented
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.files import new_file, write_file
+from semmoe.profiles.files import Lock, new_file, refuse_held, write_file
 from semmoe.profiles.numbering import Relabelling
 from semmoe.profiles.trace import (
     COUNTS_FILE,
@@ -34,6 +36,8 @@ from semmoe.profiles.trace import (
 )
 
 PART_VALUES = 64_000_000  # expert ids in one part: what a kill can lose
+TRACE_TEMPORARY = ".trace.json.tmp"  # as new_file calls it
+LOCK = ".lock"  # in the trace: whoever holds it writes there
 ROW_GROUP_VALUES = 8_000_000  # expert ids that a reader holds at a time
 
 
@@ -52,9 +56,10 @@ class TraceWriter:
 
     With `resume` an existing trace of the same model is continued: `request_ids` then holds the
     requests that are complete, and `add` ignores those ids. Several processes may write one trace
-    when each has its own `prefix`; one of them closes it last. Leaving the block by an exception
-    keeps complete parts and leaves the trace unfinished. Ids of a model that is `relabelled` are
-    mapped back to the numbering of its source.
+    when each has its own `prefix`; one of them begins first, closes it last, and holds its lock:
+    the others are given `lock=False`. Leaving the block by an exception keeps complete parts and
+    leaves the trace unfinished; after an InputError a trace without parts is taken away.
+    Ids of a model that is `relabelled` are mapped back to the numbering of its source.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class TraceWriter:
         *,
         resume: bool = False,
         prefix: str = "part",
+        lock: bool = True,
         relabelled: Relabelling | None = None,
     ) -> None:
         self._old_LE1 = None
@@ -77,20 +83,29 @@ class TraceWriter:
         self.request_ids: set[str] = set()
         self._hashes: dict[str, str] = {}
         self.facts_before: dict[str, Any] = {}  # trace.json of a trace that is continued
-        if resume and (self.path / "trace.json").exists():
-            self._continue()
-        else:
-            refuse_existing_trace(self.path)
+        refuse_existing_trace(self.path, resume=resume, locked=not lock)
+        self._made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot create the trace {self.path}: {error.strerror}") from None
-        for leftover in self.path.glob(f".{prefix}-*.tmp"):
-            leftover.unlink()
-        self._next_part = 1 + max(
-            (int(p.stem.rsplit("-", 1)[1]) for p in self.path.glob(f"{prefix}-*.parquet")), default=-1
-        )
-        self._write_facts(complete=False)
+        self._lock = Lock(self.path, self.path / LOCK) if lock else None
+        try:
+            if resume and (self.path / "trace.json").exists():
+                self._continue()
+            else:  # another run may have written one before this one held the lock
+                refuse_existing_trace(self.path, locked=lock)
+            for leftover in (self.path / TRACE_TEMPORARY, *self.path.glob(f".{prefix}-*.tmp")):
+                if leftover.is_file() and not leftover.is_symlink():
+                    leftover.unlink()
+            self._next_part = 1 + max(
+                (int(p.stem.rsplit("-", 1)[1]) for p in self.path.glob(f"{prefix}-*.parquet")), default=-1
+            )
+            if lock:
+                self._write_facts(complete=False)
+        except BaseException:
+            self.release()
+            raise
 
     def _continue(self) -> None:
         facts, info = read_facts(self.path.as_posix())
@@ -234,14 +249,26 @@ class TraceWriter:
         self._write_part(COUNTS_FILE, table)
 
     def _write_part(self, name: str, table: pa.Table, **options: Any) -> None:
-        with new_file(self.path / name) as file:
+        with new_file(self.path / name, lock=self._lock) as file:
             pq.write_table(table, file, compression="zstd", **options)
         self._hashes[name] = hash_file(self.path / name)
 
     def close(self) -> None:
-        """Complete the last part and mark the trace as finished."""
+        """Complete the last part, mark the trace as finished, and let others write it."""
         self.flush()
         self._write_facts(complete=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let others write the trace."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _remove_if_empty(self) -> None:
+        """Take away a trace of no part that this writer began; still under its lock."""
+        if not self.facts_before and not any(self.path.glob("*.parquet")):
+            with suppress(OSError):
+                (self.path / "trace.json").unlink()
 
     def _write_facts(self, *, complete: bool) -> None:
         parts = []
@@ -264,28 +291,45 @@ class TraceWriter:
             "counts": counts,
             "parts": parts,
         }
-        write_file(self.path / "trace.json", indented(facts))
+        write_file(self.path / "trace.json", indented(facts), lock=self._lock)
 
     def __enter__(self) -> "TraceWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if kind is None:
-            self.close()
+        try:
+            if kind is None:
+                self.close()
+            elif issubclass(kind, InputError):
+                self._remove_if_empty()
+        finally:
+            self.release()
+        if kind is not None and self._made:
+            with suppress(OSError):  # not empty: something was written
+                self.path.rmdir()
 
 
-def refuse_existing_trace(path: Path, *, resume: bool = False) -> None:
+def refuse_existing_trace(path: Path, *, resume: bool = False, locked: bool = False) -> None:
     """Raise InputError where a trace cannot be written to `path`, for callers that want to know
-    before long work."""
+    before long work. `locked`: this run holds its lock."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise InputError(f"{path} is not UTF-8, the names of Parquet files must be: choose another name") from None
+    if not locked:
+        refuse_held(path, path / LOCK)
     if resume and (path / "trace.json").exists():
         return
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"cannot create the trace {path}: it is a link to nothing ({os.readlink(path)})")
+    # What a run that was killed at its start leaves is no trace.
+    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {LOCK, TRACE_TEMPORARY}):
         state = "an unfinished trace" if _is_unfinished(path) else "there already"
         raise InputError(f"{path} is {state}: add to it with --resume, or choose another name")
+    above = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "cannot be written to" if above.is_dir() else "is no directory"
+        raise InputError(f"cannot create the trace {path}: {above} {why}")
 
 
 def _is_unfinished(path: Path) -> bool:

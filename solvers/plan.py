@@ -36,7 +36,7 @@ from semmoe.profiles.document import (
     validate,
 )
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.files import inside, new_directory, write_file
+from semmoe.profiles.files import check_directory_target, inside, new_directory, write_file
 from semmoe.profiles.safetensors_file import read_shard
 from semmoe.profiles.trace import MAX_LAYERS, TraceInfo, hash_file
 from semmoe.solvers.deployment import Deployment
@@ -365,6 +365,7 @@ def check_plan_target(path: Path) -> None:
         raise InputError(f"{path} is there and is not a plan: choose another name")
     if not path.absolute().parent.exists():
         raise InputError(f"cannot write the plan {path}: the directory {path.absolute().parent} does not exist")
+    check_directory_target(path, what=f"the plan {path}")
 
 
 def signed(facts: dict[str, Any], tables: bytes) -> dict[str, Any]:

@@ -291,21 +291,24 @@ def writing(
     else:
         if ranks.rank > 0:
             ranks.barrier()
-        mine = {"resume": resume or ranks.rank > 0, "prefix": f"rank{ranks.rank}"}
+        mine = {"resume": resume or ranks.rank > 0, "prefix": f"rank{ranks.rank}", "lock": ranks.rank == 0}
         writer = TraceWriter(out, info, **mine, relabelled=relabelled)
         if ranks.rank == 0:
             ranks.barrier()
     try:
-        yield writer
-    except KeyboardInterrupt:
-        writer.info = replace(writer.info, notes={**info.notes, "interrupted": True})
-    except InputError:
+        try:
+            yield writer
+        except KeyboardInterrupt:
+            writer.info = replace(writer.info, notes={**info.notes, "interrupted": True})
+        except InputError:
+            writer.flush()
+            raise
         writer.flush()
-        raise
-    writer.flush()
-    ranks.barrier()
-    if ranks.rank == 0:
-        writer.close()
+        ranks.barrier()
+        if ranks.rank == 0:
+            writer.close()
+    finally:
+        writer.release()
 
 
 @contextmanager

@@ -181,14 +181,6 @@ def _refuse_pipes(files: list[Path]) -> None:
             raise InputError(f"{file} is no file, and engine files are read twice: save it first (.gz may stay packed)")
 
 
-def _remove_if_empty(out: Path) -> None:
-    """Take away a trace of no part that a failed import began."""
-    if out.is_dir() and not any(out.glob("*.parquet")):
-        (out / "trace.json").unlink(missing_ok=True)
-        if not any(out.iterdir()):
-            out.rmdir()
-
-
 def _checkpoint(model_config: str | None) -> dict[str, Any] | None:
     """Which checkpoint the user named, where its files are here."""
     folder = demo_model_path() if model_config == "demo" else Path(config_folder(model_config or ""))
@@ -224,19 +216,15 @@ def _import_requests(job: Import, survey: Survey, requests: Iterator[EngineReque
         "empty_slots": layout.empty_slots,
     }
     info = job.trace_info(own, model=survey.model)
-    try:
-        with TraceWriter(job.out, info, resume=job.options.resume, relabelled=job.relabelled) as writer:
-            adder = RequestAdder(job, layout, writer)
-            for request in requests:
-                if adder.is_full:
-                    job.notes.append(f"stopped at {job.options.max_tokens} tokens")
-                    break
-                adder.add(request)
-            adder.tell()
-            _note_left_out(job, writer)
-    except InputError:
-        _remove_if_empty(job.out)
-        raise
+    with TraceWriter(job.out, info, resume=job.options.resume, relabelled=job.relabelled) as writer:
+        adder = RequestAdder(job, layout, writer)
+        for request in requests:
+            if adder.is_full:
+                job.notes.append(f"stopped at {job.options.max_tokens} tokens")
+                break
+            adder.add(request)
+        adder.tell()
+        _note_left_out(job, writer)
     written = RoutingTrace.open(job.out)
     return ImportSummary(written.num_requests, written.num_tokens, layout.num_kept, dict(job.dropped), job.notes)
 

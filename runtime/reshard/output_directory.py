@@ -1,14 +1,13 @@
 """Where a reshard may be written: not over something else, not where the disk has no room."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.files import new_directory
+from semmoe.profiles.files import check_directory_target, new_directory
 
 SPARE_BYTES = 32 << 20  # room for configs, indices and the sidecar
 
@@ -21,7 +20,7 @@ def output_directory(out: Path, source: Path, *, marker: str, force: bool) -> It
     is known. Raises InputError as check_target and new_directory do.
     """
     check_target(out, source, marker=marker, force=force)
-    with new_directory(out.resolve(), lock=True) as folder:  # of a link, the directory: the disk that its owner chose
+    with new_directory(out) as folder:
         yield folder
 
 
@@ -32,12 +31,9 @@ def check_target(out: Path, source: Path, *, marker: str, force: bool) -> None:
         raise InputError(f"{out} and {source} lie in each other: choose another name")
     if not out.parent.is_dir():
         raise InputError(f"cannot write {out}: the directory {out.parent} does not exist")
+    check_directory_target(out)
     if not out.exists():
         return
-    if os.path.ismount(out) or os.path.samefile(out, "."):
-        raise InputError(
-            f"{out} is a mount point or the current directory, which cannot be replaced: name one inside it"
-        )
     if out.is_dir() and not any(out.iterdir()):
         return
     if not force:

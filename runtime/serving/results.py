@@ -4,7 +4,10 @@ run that fails keeps it.
 At the end they are written in input order beside OUT and renamed.
 """
 
+import itertools
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +19,15 @@ if TYPE_CHECKING:
 
 
 class ResultKeeper:
-    """Completions as output lines: kept on disk as they come, written in input order at the end."""
+    """Completions as output lines: kept on disk as they come, written in input order at the end.
 
-    def __init__(self, output: str | None, tokenizer: Any) -> None:
+    Finished requests of an earlier run that failed are moved to `OUT.partial.1` (2, 3, ...), and
+    `tell` gets a line that says so.
+    """
+
+    def __init__(self, output: str | None, tokenizer: Any, tell: Callable[[str], None] = lambda line: None) -> None:
         self._output = Path(output) if output else None
+        self._tell = tell
         self._tokenizer = tokenizer
         self._lines: dict[int, dict[str, Any]] = {}
 
@@ -32,13 +40,26 @@ class ResultKeeper:
         if self._output is None:
             return
         try:
-            with partial_path(self._output).open(
-                "a" if len(self._lines) > len(completions) else "w", encoding="utf-8"
-            ) as file:
+            first = len(self._lines) == len(completions)
+            if first:
+                self._move_earlier(partial_path(self._output))
+            with partial_path(self._output).open("x" if first else "a", encoding="utf-8") as file:
                 for done in completions:
                     file.write(json.dumps(self._lines[done.index], ensure_ascii=False) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {partial_path(self._output)}: {error.strerror}") from None
+
+    def _move_earlier(self, partial: Path) -> None:
+        """Make room for this run's finished requests, and lose none of an earlier one's."""
+        if not os.path.lexists(partial):
+            return
+        if not (count := whole_lines(partial)):
+            partial.unlink()
+            return
+        kept = (partial.with_name(f"{partial.name}.{number}") for number in itertools.count(1))
+        free = next(path for path in kept if not os.path.lexists(path))
+        partial.rename(free)
+        self._tell(f"{count} finished requests of an earlier run were in {partial}: they are kept in {free}")
 
     @property
     def finished(self) -> int:
@@ -62,6 +83,12 @@ def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def whole_lines(path: Path) -> int:
+    """Lines of a file that are whole; a full disk cuts the last one."""
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
+
+
 def partial_state(output: Path) -> tuple[int, int, int] | None:
     """What tells whether `OUT.partial` has been written since; None where there is none."""
     try:
@@ -76,5 +103,4 @@ def kept_results(output: Path, before: tuple[int, int, int] | None) -> str:
     `OUT.partial` when the run began."""
     if partial_state(output) in (None, before):
         return ""
-    with partial_path(output).open(encoding="utf-8") as file:
-        return f"; {sum(1 for _ in file)} finished requests are in {partial_path(output)}"
+    return f"; {whole_lines(partial_path(output))} finished requests are in {partial_path(output)}"

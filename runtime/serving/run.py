@@ -192,7 +192,7 @@ def run_rank(
         shuffled = share_out_heads(options, task, placed, source.name) if task.scheduler == "tp" else None
         # 2. Serve.
         limits = Limits(options.max_new_tokens, options.batch_tokens, stop_ids)
-        keeper = ResultKeeper(options.output, load_tokenizer(source) if group.rank == 0 else None)
+        keeper = ResultKeeper(options.output, load_tokenizer(source) if group.rank == 0 else None, tell)
         mine = [p for p, rank in zip(task.prompts, task.rank_of_B, strict=True) if shuffled or rank == group.rank]
         with torch.inference_mode(), (show if group.rank == 0 else shown_nowhere)("requests") as progress:
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from semmoe.commands.replay import replay as replay_trace
 from semmoe.options import Json, Loading, Seed, Texts, given, grouped, refuse_mixed
 from semmoe.profiles.errors import InputError, require_extra
+from semmoe.profiles.files import Lock, check_file_target, lock_beside
 from semmoe.runtime.serving.results import kept_results, partial_path, partial_state
 from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_facts, print_json
@@ -168,9 +170,11 @@ def run(
         refuse_mixed("another scheduler than --scheduler tp", given(predict=running.predict))
     require_extra("running a model", "torch", "transformers")
     kept: Callable[[], str] = str
+    held: AbstractContextManager[object] = nullcontext()
     if output is not None and os.environ.get("RANK", "0") == "0":
         check_output(output)
         kept = partial(kept_results, output, partial_state(output))
+        held = Lock(output, lock_beside(partial_path(output)))  # OUT's own lock is taken when it is written
     from semmoe.runtime.serving.options import RunOptions
 
     options = RunOptions(
@@ -183,7 +187,8 @@ def run(
         verify=running.verify,
         **everywhere,
     )
-    result = run_ranks(options, running.nproc, kept)
+    with held:
+        result = run_ranks(options, running.nproc, kept)
     if result is None:
         return
     metrics = result.metrics
@@ -228,12 +233,14 @@ def run_ranks(options: "RunOptions", nproc: int | None, kept: Callable[[], str])
 
 def check_output(output: Path) -> None:
     """Raise InputError where completions could not be written: told before weights are read."""
-    taken = output if output.is_dir() else partial_path(output)
-    if taken.is_dir():
-        raise InputError(f"cannot write {taken}: it is a directory")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        why = "cannot be written to" if output.parent.is_dir() else "does not exist"
-        raise InputError(f"cannot write {output}: the directory {output.parent} {why}")
+    check_file_target(output)
+    check_file_target(partial_path(output))
+    if partial_path(output).is_symlink():
+        raise InputError(f"cannot write {partial_path(output)}: it is a link that semmoe did not leave there")
+    for parent in {output.parent, Path(os.path.realpath(output)).parent}:
+        if not os.access(parent, os.W_OK | os.X_OK):
+            why = "cannot be written to" if parent.is_dir() else "does not exist"
+            raise InputError(f"cannot write {output}: the directory {parent} {why}")
 
 
 def print_results(lines: list[dict[str, Any]], metrics: dict[str, Any], *, output: Path | None, as_json: bool) -> None:

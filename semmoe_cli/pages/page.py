@@ -95,11 +95,13 @@ def write_page(page: Page, path: Path) -> None:
 def check_page_target(path: Path) -> None:
     """Raise InputError where a page cannot go there, before anything is computed."""
     from semmoe.profiles.errors import InputError
+    from semmoe.profiles.files import check_file_target
 
     if path.suffix not in ENDINGS:
         raise InputError(f"-o {path}: a report ends in {', '.join(ENDINGS)}")
     if path.is_dir():
         raise InputError(f"-o {path} is a directory: name a file")
+    check_file_target(path)
     if not path.absolute().parent.is_dir():
         raise InputError(f"cannot write {path}: the directory {path.absolute().parent} does not exist")
 

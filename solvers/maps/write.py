@@ -13,7 +13,7 @@ from semmoe.profiles.config import moe_facts, read_config, text_config
 from semmoe.profiles.document import SHA256, anything, indented, integer, list_of, map_of, record, text
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.families import NUM_MTP_LAYERS
-from semmoe.profiles.files import write_file
+from semmoe.profiles.files import check_file_target, write_file
 from semmoe.solvers.maps.engine import Wanted, num_extra_slots
 from semmoe.solvers.maps.kinds import KINDS, engine_of
 from semmoe.solvers.maps.launch import launch_lines
@@ -173,6 +173,7 @@ def check_export_target(path: Path, kind: str) -> None:
     endings = engine_of(kind, "--to").endings
     if path.suffix not in endings:
         raise InputError(f"{path}: a file for {kind} needs a name that ends in {' or '.join(endings)}")
+    check_file_target(path)
     if not path.absolute().parent.is_dir():
         raise InputError(f"cannot write {path}: the directory {path.absolute().parent} does not exist")
     if path.exists() and not sidecar_path(path).is_file():

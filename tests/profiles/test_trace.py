@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from semmoe.profiles import trace_writer as writer_module
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace, TraceInfo, hash_file, integers
-from semmoe.profiles.trace_writer import TraceWriter
+from semmoe.profiles.trace_writer import TraceWriter, refuse_existing_trace
 
 INFO = TraceInfo("tiny", num_layers=2, num_experts=8, top_k=3, model_layers=(1, 2), num_model_layers=3)
 
@@ -378,3 +379,45 @@ def test_counts_are_kept_apart_from_tokens(tmp_path):
 def test_routing_groups_divide_the_experts():
     with pytest.raises(InputError, match="60 experts do not divide into 8 routing groups"):
         TraceInfo("m", 1, 60, 4, (0,), n_group=8, topk_group=4)
+
+
+def test_one_writer_of_a_trace_at_a_time(tmp_path: Path) -> None:
+    write(tmp_path / "t")
+    with TraceWriter(tmp_path / "t", INFO, resume=True):
+        for resume in (True, False):
+            with pytest.raises(InputError, match=rf"^another run is writing .*t: process {os.getpid()} since "):
+                TraceWriter(tmp_path / "t", INFO, resume=resume)
+        assert (tmp_path / "t" / "trace.json").exists()  # a run that is refused takes nothing away
+        TraceWriter(tmp_path / "t", INFO, resume=True, prefix="rank1", lock=False)  # another rank of the same run
+    before = sorted(p.name for p in (tmp_path / "t").iterdir())
+    assert ".lock" not in before
+    # What a killed run leaves: its lock, and half of a part. A link of that name is left alone.
+    (tmp_path / "t" / ".lock").write_text("semmoe lock\n1\n2026-01-01 00:00:00\nsemmoe trace")
+    (tmp_path / "t" / ".part-00009.parquet.tmp").touch()
+    with TraceWriter(tmp_path / "t", INFO, resume=True):
+        pass
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == before
+    # One that was killed before its first fact left no trace.
+    (tmp_path / "early").mkdir()
+    for name in (".lock", ".trace.json.tmp"):
+        (tmp_path / "early" / name).touch()
+    with TraceWriter(tmp_path / "early", INFO):
+        pass
+    assert [p.name for p in (tmp_path / "early").iterdir()] == ["trace.json"]
+
+
+def test_where_a_trace_cannot_be_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "none").symlink_to("missing")
+    for path, wrong in (("file/t", "is no directory"), ("none", "is a link to nothing"), ("file", "is there already")):
+        with pytest.raises(InputError, match=wrong):
+            refuse_existing_trace(tmp_path / path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    refuse_existing_trace(tmp_path / "link")
+    with pytest.raises(InputError, match="nothing came"), TraceWriter(tmp_path / "link", INFO):
+        raise InputError("nothing came")
+    assert not list((tmp_path / "empty").iterdir())
+    with pytest.raises(InputError, match="nothing came"), TraceWriter(tmp_path / "new", INFO):
+        raise InputError("nothing came")
+    assert not (tmp_path / "new").exists()

@@ -394,6 +394,7 @@ def test_a_killed_run_leaves_no_out_and_the_next_run_is_whole(tmp_path: Path) ->
             shutil.rmtree(out)
     assert killed
     assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+    (tmp_path / ".out.lock").touch()
     (tmp_path / ".out.partial").mkdir(exist_ok=True)
     (tmp_path / ".out.partial" / "half-written.safetensors").write_bytes(b"stale")
     reshard_checkpoint(source, PLAN, out)

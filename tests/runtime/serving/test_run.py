@@ -23,6 +23,7 @@ from semmoe.main import app
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import Lock
 from semmoe.profiles.split import request_keys
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
@@ -244,8 +245,29 @@ def test_what_is_kept_is_counted_once_it_is_written(tmp_path: Path) -> None:
     assert kept_results(tmp_path / "o", before) == ""
     (tmp_path / "o.partial").write_text("one\ntwo\n")
     assert kept_results(tmp_path / "o", before) == f"; 2 finished requests are in {tmp_path / 'o.partial'}"
+    (tmp_path / "o.partial").write_bytes(b'one\ntwo\n{"cut": "\xc3')  # as a full disk leaves it
+    assert kept_results(tmp_path / "o", before).startswith("; 2 finished")
     (tmp_path / "o.partial").unlink()
     assert kept_results(tmp_path / "o", before) == ""
+
+
+def test_finished_requests_of_an_earlier_run_are_kept_and_named(
+    demo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "o.partial").write_text("one\ntwo\n")
+    (tmp_path / "o.partial.1").write_text("older\n")
+    (tmp_path / ".o.partial.lock").write_text("semmoe lock\n1\n")  # of a killed run
+    words = ["--plan", str(demo / "p"), "--prompts", str(demo / "prompts.jsonl"), "-o", str(tmp_path / "o")]
+    with Lock(tmp_path / "o", tmp_path / ".o.partial.lock"):
+        code, text = run(*RUN, *words)
+        assert code == 1 and text.startswith(
+            f"another run is writing {tmp_path / 'o'}: process {os.getpid()} since "
+        ), text
+    assert run(*RUN, *words)[0] == 0
+    told = f"2 finished requests of an earlier run were in {tmp_path / 'o.partial'}: they are kept in {tmp_path / 'o.partial.2'}"
+    assert told in capfd.readouterr().err
+    assert (tmp_path / "o.partial.2").read_text() == "one\ntwo\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.partial.1", "o.partial.2"]
 
 
 def test_what_one_rank_refuses_all_ranks_have_seen() -> None:
