@@ -135,7 +135,7 @@ class TraceWriter:
         mine, theirs = self.info.numbering, before.numbering
         if (isinstance(mine, dict) and theirs is None) or (mine is None and isinstance(theirs, dict)):
             raise InputError(
-                f"{self.path} cannot be added to: ids of one side are mapped back from plan {(mine or theirs)['plan']}, "
+                f"{self.path} cannot be added to: ids of one side are mapped back from plan {(mine or theirs)['plan']}, "  # pyright: ignore
                 "of the other nothing tells the numbering (name the checkpoint, or choose another name)"
             )
         return theirs if isinstance(theirs, dict) or mine == "model" else mine

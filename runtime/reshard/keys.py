@@ -134,7 +134,7 @@ def could_be_experts(rest: str, shape: tuple[int, ...], model: RoutedModel) -> b
     blocks = len(shape) > 0 and shape[0] > 0 and shape[0] % model.num_experts == 0
     if EXPERT_LIKE.search(rest):
         if AROUND_EXPERTS.match(rest) and len(shape) in (1, 2) and not one_each:
-            return blocks and shape[0] > model.hidden_size
+            return blocks and shape[0] > model.hidden_size  # pyright: ignore
         if OF_EXPERTS.search(rest):
             return shape not in ((), (1,)) or bool(NUMBERED.search(rest))
         return blocks or model.num_experts in shape

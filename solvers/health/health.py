@@ -99,7 +99,7 @@ def left_out_facts(trace: RoutingTrace) -> LeftOutFacts | None:
     counts = [c for c in (requests, tokens) if isinstance(c, dict)]
     if not requests or len(counts) < 2 or not all(isinstance(n, int) and n >= 0 for c in counts for n in c.values()):
         return None
-    num_requests, num_tokens = sum(requests.values()), sum(tokens.values())
+    num_requests, num_tokens = sum(requests.values()), sum(tokens.values())  # pyright: ignore
     return LeftOutFacts(
         requests,
         num_requests / max(num_requests + trace.num_requests, 1),
