@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Shard:
     metadata: dict[str, str]
     tensors: tuple[Tensor, ...]
 
-    @property
+    @cached_property  # asked for every tensor of a large checkpoint
     def name(self) -> str:
         return self.path.name
 

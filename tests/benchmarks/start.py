@@ -55,7 +55,7 @@ def tensor_shapes() -> list[tuple[str, tuple[int, ...]]]:
 
 def write_checkpoint(folder: Path, num_files: int) -> int:
     """Headers, index and configuration, all data holes; the number of tensors of experts."""
-    from semmoe.runtime.reshard.source import INDEX_NAME, Tensor, make_header
+    from semmoe.profiles.safetensors_file import INDEX_NAME, Tensor, make_header
 
     shapes, weight_map = tensor_shapes(), {}
     for number in range(num_files):
@@ -78,8 +78,8 @@ def read_alone(folder: Path, plan_path: Path, rank: int) -> dict[str, Any]:
     from safetensors import safe_open
 
     from semmoe.profiles.config import read_config
-    from semmoe.runtime.reshard.relabel import classify_checkpoint
-    from semmoe.runtime.reshard.reshard import check_plan, routed_model
+    from semmoe.runtime.reshard.complete import classify_checkpoint
+    from semmoe.runtime.reshard.model import check_plan, routed_model
     from semmoe.runtime.reshard.source import open_checkpoint
     from semmoe.solvers.plan import Plan
 
