@@ -325,6 +325,10 @@ def test_a_plan_without_the_scored_placement_is_still_read(made, tmp_path):
     tables = load_file(tmp_path / "old" / "tables.safetensors")
     assert {"scored_placement", "scored_expert_load"} <= tables.keys()
     save_file({n: a for n, a in tables.items() if "scored" not in n}, tmp_path / "old" / "tables.safetensors")
+    facts = json.loads((tmp_path / "old" / "plan.json").read_text(encoding="utf-8"))
+    signatures = {"digest", "tables_sha256"}  # which such a plan does not have either
+    kept = {key: value for key, value in facts.items() if key not in signatures}
+    (tmp_path / "old" / "plan.json").write_text(json.dumps(kept), encoding="utf-8")
     run("report", tmp_path / "old", made / "t", "-o", tmp_path / "old.md")
     text = (tmp_path / "old.md").read_text(encoding="utf-8")
     assert FITTED in text and "The plan does not hold the placement that was scored" in text
