@@ -70,6 +70,13 @@ class Expressible(enum.StrEnum):
     permutation = "permutation"
 
 
+class Spare(enum.StrEnum):
+    """--spare: semmoe.solvers.slots.SPARE."""
+
+    copies = "copies"
+    empty = "empty"
+
+
 class TraceKind(enum.StrEnum):
     """--from: semmoe.profiles.engines.imports.KINDS."""
 

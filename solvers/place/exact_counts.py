@@ -16,6 +16,7 @@ from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.place.baselines import place_load
 from semmoe.solvers.place.request_homes import MAX_COUNTS, chosen_requests, request_usage_LBE
+from semmoe.solvers.placement import part_sizes
 
 
 def rank_load_R(rank_of_E: np.ndarray, load_E: np.ndarray, num_ranks: int) -> np.ndarray:
@@ -52,19 +53,34 @@ def swap_gain_EE(rank_of_E: np.ndarray, affinity_EE: np.ndarray, num_ranks: int)
 
 
 def equal_counts(rank_of_E: np.ndarray, affinity_EE: np.ndarray, num_ranks: int) -> np.ndarray:
-    """The partition with exactly E / R experts per rank, by the moves that lose least affinity.
-    int64 [E]."""
-    rank_of_E = rank_of_E.copy()
-    capacity = len(rank_of_E) // num_ranks
+    """The partition in even shares (`part_sizes`), by the moves that lose least affinity, int64
+    [E].
+
+    Where the ranks cannot share the experts equally, parts are renamed first: the larger ones come
+    first.
+    """
+    sizes_R = part_sizes(len(rank_of_E), num_ranks)
+    if sizes_R[0] != sizes_R[-1]:
+        label_R = np.empty(num_ranks, np.int64)
+        counts_R = np.bincount(rank_of_E, minlength=num_ranks)
+        label_R[np.argsort(-counts_R, kind="stable")] = np.arange(num_ranks)
+        rank_of_E = label_R[rank_of_E]
+    return moved_to_sizes(rank_of_E, affinity_EE, sizes_R)
+
+
+def moved_to_sizes(rank_of_E: np.ndarray, affinity_EE: np.ndarray, sizes_R: np.ndarray) -> np.ndarray:
+    """The partition with exactly these experts on each rank, int64 [E], by the moves that lose
+    least affinity. `sizes_R`: integers, E together."""
+    rank_of_E, num_ranks = rank_of_E.copy(), len(sizes_R)
     off_EE = affinity_EE - np.diag(affinity_EE.diagonal())
     while True:
         counts_R = np.bincount(rank_of_E, minlength=num_ranks)
-        if counts_R.max() == capacity:
+        if not (counts_R > sizes_R).any():
             return rank_of_E
         to_ER = off_EE @ np.eye(num_ranks)[rank_of_E]
         gain_ER = to_ER - to_ER[np.arange(len(rank_of_E)), rank_of_E][:, None]
-        gain_ER[counts_R[rank_of_E] <= capacity] = -np.inf
-        gain_ER[:, counts_R >= capacity] = -np.inf
+        gain_ER[(counts_R <= sizes_R)[rank_of_E]] = -np.inf
+        gain_ER[:, counts_R >= sizes_R] = -np.inf
         expert, rank = np.unravel_index(np.argmax(gain_ER), gain_ER.shape)
         rank_of_E[expert] = rank
 

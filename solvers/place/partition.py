@@ -17,6 +17,7 @@ from semmoe.solvers.place.exact_counts import co_activation_within, equal_counts
 from semmoe.solvers.place.graph import balanced_k_means, metis_partition, spectral_embedding
 from semmoe.solvers.place.remote_gains import RemoteGains, remote_cost
 from semmoe.solvers.place.swap import AffinityGains, affinity_value, overload, rank_loads, swap_search
+from semmoe.solvers.placement import part_sizes
 
 PACKING_STEPS = 100
 
@@ -84,7 +85,7 @@ def load_limits(load_JE: np.ndarray, num_ranks: int, load_cap: float) -> np.ndar
 
 
 def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, contiguous: bool) -> np.ndarray:
-    """The best partition of several starts, E / R experts on each rank.
+    """The best partition of several starts, experts in even shares (`part_sizes`).
 
     Parameters:
         problem: what it is judged by; without token kinds, by affinity alone.
@@ -100,7 +101,7 @@ def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, co
     num_experts = len(problem.affinity_EE)
     if num_ranks == 1:
         return np.zeros(num_experts, np.int64)
-    if num_ranks == num_experts:
+    if num_ranks >= num_experts:
         return np.arange(num_experts)
     # Step 1: a short search on co-activation from every start.
     more = int(np.clip(256 // num_experts, 1, 4))
@@ -175,7 +176,7 @@ def _starts(
     num_experts = len(affinity_EE)
     starts = []
     if contiguous:
-        starts.append(np.arange(num_experts) // (num_experts // num_ranks))
+        starts.append(np.repeat(np.arange(num_ranks), part_sizes(num_experts, num_ranks)))
     if affinity_EE.any():
         points_EM = spectral_embedding(affinity_EE, min(num_ranks, num_experts - 1))
         rounds = 30 if num_experts <= 128 else 6
