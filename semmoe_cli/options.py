@@ -96,13 +96,25 @@ class Repetition(enum.StrEnum):
 
 
 class MapKind(enum.StrEnum):
-    """--to and --import: semmoe.solvers.maps.kinds.KINDS."""
+    """--import: semmoe.solvers.maps.kinds.KINDS."""
 
     sglang = "sglang"
     trtllm = "trtllm"
     vllm = "vllm"
     vllm_ascend = "vllm-ascend"
     eplb = "eplb"
+
+
+class ExportKind(enum.StrEnum):
+    """--to: MapKind, and semmoe.runtime.engines.write.KINDS."""
+
+    sglang = "sglang"
+    trtllm = "trtllm"
+    vllm = "vllm"
+    vllm_ascend = "vllm-ascend"
+    eplb = "eplb"
+    vllm_plugin = "vllm-plugin"
+    sglang_plugin = "sglang-plugin"
 
 
 class VllmFormat(enum.StrEnum):
