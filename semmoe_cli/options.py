@@ -199,9 +199,8 @@ def grouped(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command that takes records, as Typer takes it: every field is an option of its own.
 
-    Parameters
-    ----------
-    first, last : names of options that the help shows before and after the others
+    Parameters:
+        first, last: names of options that the help shows before and after the others
 
     A parameter annotated with a dataclass stands for that dataclass's fields, in their order; a
     field may be such a record again. Without names in `first` or `last` the help shows the options
