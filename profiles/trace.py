@@ -164,6 +164,7 @@ class TraceBatch:
     first_position_B: np.ndarray  # int64
     sequence_starts_B1: np.ndarray  # int64 [B + 1], into sequences
     sequences: np.ndarray  # int32, the whole known sequence of every request, one after the other
+    prompts_apart: "TraceBatch | None" = None  # of generated tokens alone: the prompts of the same requests, if wanted
 
     @property
     def num_requests(self) -> int:
@@ -507,11 +508,13 @@ def concat_batches(batches: list[TraceBatch], info: TraceInfo) -> TraceBatch:
     def joined_starts(name: str) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(getattr(b, name)) for b in batches]))])
 
+    apart = [b.prompts_apart for b in batches if b.prompts_apart is not None]
     return TraceBatch(
         request_ids=[r for b in batches for r in b.request_ids],
         domains=[d for b in batches for d in b.domains],
         starts_B1=joined_starts("starts_B1"),
         sequence_starts_B1=joined_starts("sequence_starts_B1"),
+        prompts_apart=concat_batches(apart, info) if len(apart) == len(batches) else None,
         **{
             name: joined(name)
             for name in (

@@ -77,6 +77,21 @@ class Spare(enum.StrEnum):
     empty = "empty"
 
 
+class Phase(enum.StrEnum):
+    """--phase: semmoe.profiles.split.PHASES."""
+
+    prompt = "prompt"
+    generated = "generated"
+    all = "all"
+
+
+class ScoreFrom(enum.StrEnum):
+    """--score-from: semmoe.solvers.schedule.simulate.SIGNATURES."""
+
+    prompt = "prompt"
+    first_tokens = "first-tokens"
+
+
 class TraceKind(enum.StrEnum):
     """--from: semmoe.profiles.engines.imports.KINDS."""
 
@@ -140,6 +155,49 @@ class Verify(enum.StrEnum):
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input and seed give the same bytes.", min=0)]
 
+ReplicaChoiceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--replica-choice",
+        metavar="RULE",
+        help="Which copy of an expert serves: own-rank-then-node-then-load; cover (per token the fewest remote ranks); as an engine "
+        "does it, by its name or engine with --engine. Of a plan its own, where it is not said.",
+    ),
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="NAME", help="Copies serve as in this engine: sglang, vllm, vllm-ascend, trtllm."),
+]
+
+
+def replica_rule(choice: str | None, engine: str | None) -> str | None:
+    """The rule that --replica-choice and --engine name; None where neither is given."""
+    from semmoe.profiles.errors import InputError
+    from semmoe.solvers.place.replicas import ENGINE_RULES, check_rule
+
+    if engine is not None and engine not in ENGINE_RULES:
+        raise InputError(f"--engine {engine}: expected {', '.join(ENGINE_RULES)}")
+    if choice == "engine" and engine is None:
+        raise InputError(f"--replica-choice engine needs --engine NAME: {', '.join(ENGINE_RULES)}")
+    found = engine if choice in (None, "engine") else choice
+    return found and check_rule(found)
+
+
+PhaseOption = Annotated[
+    Phase | None,
+    typer.Option(
+        "--phase", help="Only tokens of prompts, or only generated ones; both where it is not said, of a plan its own."
+    ),
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="contiguous|load|PLAN",
+        help="What verdict, headline and tables hold the plan against, at as many slots; the better of contiguous and load otherwise.",
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
@@ -173,13 +231,20 @@ class Simulation:
 
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a simulated batch.", min=1)] = 512
     window: Annotated[int, typer.Option(help="Requests of a simulated scheduling window.", min=1)] = 256
+    score_from: Annotated[
+        ScoreFrom | None,
+        typer.Option(
+            help="Also schedule requests of a decode pool by routing that is known when they get there: of their prompt, or of their "
+            "first 16 generated tokens."
+        ),
+    ] = None
     seed: Seed = 0
 
     def setting(self) -> "Setting":
         """The same as solvers read it."""
         from semmoe.solvers.schedule.simulate import Setting
 
-        return Setting(self.batch_tokens, self.window, self.seed)
+        return Setting(self.batch_tokens, self.window, self.seed, self.score_from.value if self.score_from else "")
 
 
 def grouped(

@@ -22,6 +22,7 @@ from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, MAX_HEADER_BYTES, Shard, read_shard
 from semmoe.runtime.reshard.copy import FilePlan, Written, checksums, run_tasks
 from semmoe.runtime.reshard.source import Checkpoint
+from semmoe.solvers.placement import EMPTY
 from semmoe.solvers.plan import Plan
 
 SOURCE_FILE = "semmoe-source.json"
@@ -155,7 +156,7 @@ def _holds_every_expert(facts: dict[str, Any]) -> bool:
         experts = list(range(facts["num_experts"]))
         if facts["layout"] == "permuted":
             return all(sorted(order) == experts for order in facts["new2old"].values())
-        placed = [sorted({expert for rank in layer for expert in rank}) for layer in facts["placement"]]
+        placed = [sorted({expert for rank in layer for expert in rank} - {EMPTY}) for layer in facts["placement"]]
         return placed == [experts] * len(facts["model_layers"])
     except (TypeError, AttributeError):
         return False

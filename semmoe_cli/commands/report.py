@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import Json, Simulation, given, grouped
+from semmoe.options import (
+    AgainstOption,
+    EngineOption,
+    Json,
+    PhaseOption,
+    ReplicaChoiceOption,
+    Simulation,
+    given,
+    grouped,
+    replica_rule,
+)
 
 if TYPE_CHECKING:
     from semmoe.pages.page import Page
@@ -49,6 +59,8 @@ class Extras:
         ),
     ] = None
 
+    against: AgainstOption = None
+
     def options(self, *, pictures: bool) -> "PlanReportOptions":
         """The same as pages read it."""
         from semmoe.pages.plan_report import PlanReportOptions
@@ -65,6 +77,7 @@ class Extras:
             self.latency,
             self.tokenizer,
             pictures,
+            self.against,
         )
 
 
@@ -86,6 +99,9 @@ def report(
     ] = None,
     *,
     extras: Extras,
+    phase: PhaseOption = None,
+    replica_choice: ReplicaChoiceOption = None,
+    engine: EngineOption = None,
     ranks: Annotated[
         int, typer.Option(help="Trace alone: ranks of its curves; 0: 8, or what the experts divide over.", min=0)
     ] = 0,
@@ -109,13 +125,15 @@ def report(
 
         check_page_target(output)
     if len(paths) == 2:
+        options = replace(options, phase=phase and phase.value, replica_choice=replica_rule(replica_choice, engine))
         _report_plan(paths[0], paths[1], options, simulation, output, json_)
-    elif given(extras, but=("dispatch_bytes",)):
+    elif given(extras, but=("dispatch_bytes",), replica_choice=replica_choice, engine=engine):
         raise InputError(
-            "--what-if, --tokenizer, --hidden-size and --topology-bandwidth need a plan: semmoe report PLAN TRACE"
+            "--what-if, --tokenizer, --hidden-size, --topology-bandwidth, --against and --replica-choice need a plan: "
+            "semmoe report PLAN TRACE"
         )
     else:
-        _report_trace(paths[0], ranks, simulation.seed, output, json_)
+        _report_trace(paths[0], phase.value if phase else "all", ranks, simulation.seed, output, json_)
 
 
 def _numbers(text: str) -> list[int]:
@@ -132,27 +150,36 @@ def _numbers(text: str) -> list[int]:
 
 
 def _report_plan(
-    plan: str, trace: str, options: "PlanReportOptions", simulation: Simulation, output: Path | None, as_json: bool
+    plan: str,
+    trace: str,
+    options: "PlanReportOptions",
+    simulation: Simulation,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
     from semmoe.pages.on_request import certificate_section, costs_section, tokens_section, what_if_section
     from semmoe.pages.page import print_section
     from semmoe.pages.plan import plan_page
     from semmoe.pages.plan_report import make_plan_report
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.tables import note, note_unchecked, print_report, print_times
 
-    placed, traced = Plan.load(plan), RoutingTrace.open(trace)
+    placed, traced, phase = Plan.load(plan).with_rule(options.replica_choice), RoutingTrace.open(trace), options.phase
     if traced.info.kind == "counts":
+        only_phase(traced, phase or "all")
         _report_balance(placed, traced, {"plan": plan, "trace": trace}, output, as_json)
         return
+    whose, with_prompts = phase or placed.options.get("phase", "all"), simulation.score_from == "prompt"
+    traced = only_phase(traced, whose, with_prompts=with_prompts)
     made = make_plan_report(placed, traced, options, simulation.setting(), plan_path=plan)
     note_unchecked(placed, traced)
     for line in [*made.notes, *made.left_out]:
         note(line)
     print_report(replace(made.report, plan=plan, trace=trace), as_json=as_json)
     if made.report.times and not as_json:
-        print_times(made.report.times)
+        print_times(made.report.times, made.report.baseline)
     if not as_json:
         asked = (
             what_if_section,
@@ -182,13 +209,14 @@ def _report_balance(
     print_balance(balance_of(plan, counted_load_LE([trace])), names, as_json=as_json)
 
 
-def _report_trace(path: str, ranks: int, seed: int, output: Path | None, as_json: bool) -> None:
+def _report_trace(path: str, phase: str, ranks: int, seed: int, output: Path | None, as_json: bool) -> None:
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.health.health import trace_health
     from semmoe.terminal.progress import steps
     from semmoe.terminal.tables import note_unchecked, print_health
 
-    trace = RoutingTrace.open(path)
+    trace = only_phase(RoutingTrace.open(path), phase)
     with steps("health") as progress:
         health = replace(trace_health(trace, seed=seed, ranks=ranks, progress=progress), trace=path)
     note_unchecked(trace)

@@ -37,6 +37,9 @@ class PlanReportOptions:
     latency: str
     tokenizer: Path | None
     pictures: bool
+    against: str | None = None
+    phase: str | None = None
+    replica_choice: str | None = None  # None: the plan's
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,7 @@ def make_plan_report(
 ) -> PlanReport:
     """The report of the plan on the trace. Raises InputError where there is nothing to score
     honestly."""
+    from semmoe.solvers.evaluate.against import deployments_beside, read_against
     from semmoe.solvers.evaluate.pictures import report_details, scored_requests
     from semmoe.solvers.evaluate.verdict import dispatch_costs
     from semmoe.solvers.make_plan import score_plan
@@ -68,16 +72,19 @@ def make_plan_report(
     apart = bool(links and not links.is_uniform)
     details, rows = None, None
     left_out: list[str] = []
+    against = read_against(options.against, plan.model, plan.topology)
     with steps("report") as progress:
         progress(0, 4)
-        report, notes = score_plan(plan, trace, setting=setting)
+        report, notes = score_plan(plan, trace, against=against, setting=setting)
         progress(1, 4)
         if options.pictures or options.what_if or options.tokenizer or apart:
             scheduled = options.pictures or apart
             scored = scored_requests(plan, trace, scheduled=scheduled, processes=os.cpu_count() or 1)
+            beside = deployments_beside(scored.deployment, plan.model.n_group, against)
             progress(2, 4)
             if options.pictures:
-                details = report_details(trace, report, scored)
+                name = report.baseline if report.baseline in beside else "contiguous"
+                details = report_details(trace, report, scored, (name, beside[name]))
                 progress(3, 4)
             if options.what_if:
                 report = replace(report, what_if=_what_if(plan, trace, scored, options.what_if, setting.seed))
@@ -89,7 +96,7 @@ def make_plan_report(
                         "predictable tokens are left out: no token id is frequent enough on both sides of the split"
                     )
             if apart:
-                rows = rows_between_ranks(trace, scored, report, plan.model.n_group)
+                rows = rows_between_ranks(trace, scored, report, beside)
     if options.hidden_size or options.bandwidth or options.pictures:
         hidden_size, assumption = _hidden_size(plan, options)
         out, back = hidden_size * options.dispatch_bytes, hidden_size * COMBINE_BYTES

@@ -41,7 +41,7 @@ from semmoe.solvers.schedule.fit import fit_schedule
 METRICS = {
     *("scheduler", "ranks", "requests", "prefill_tokens_per_s", "decode_tokens_per_s", "lar", "rem", "rows_sent"),
     *("bytes_sent", "load_imbalance", "token_imbalance", "time", "check", "layers", "device", "backend"),
-    *("verified", "same_checkpoint"),
+    *("verified", "same_checkpoint", "replica_choice"),
 }
 RUN = ["run", "demo", "--dtype", "float32", "--max-new-tokens", "4", "--batch-tokens", "600"]
 
