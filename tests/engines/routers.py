@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, list[str]]] = {  # the engine behind it, and the pro
         ["smg.launch_router", "--dp-aware", "--policy", "consistent_hashing"],
     ),
 }
-# What an engine reads must arrive behind ours: the place of its rank in a cell, and where it reads which.
+# What an engine reads must arrive behind ours: place of its rank in a cell, and routes by pin.
 KEPT: dict[str, tuple[int, dict[str, list[str]]]] = {
     "semmoe route": (0, {"header X-Data-Parallel-Rank": list(ROUTES)}),
     "semmoe route --engine sglang": (
@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("--backend", type=Path, required=True)
     parser.add_argument("--routers", type=Path)
     parser.add_argument("cases", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     lost = 0
     print("| router | sent | " + " | ".join(ROUTES) + " |\n|---|---|---|---|---|")
     with tempfile.TemporaryFile() as log:
