@@ -117,6 +117,14 @@ class ExportKind(enum.StrEnum):
     sglang_plugin = "sglang-plugin"
 
 
+class Engine(enum.StrEnum):
+    """--engine: semmoe.runtime.router.pins.ENGINES."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    trtllm = "trtllm"
+
+
 class VllmFormat(enum.StrEnum):
     """--format: semmoe.solvers.maps.vllm.FORMATS."""
 

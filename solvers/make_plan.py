@@ -96,7 +96,8 @@ def make_plan(
     max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
     scores = score_batch(
         Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule),
-        bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed),
+        # Where a server ran them under an earlier plan says nothing of this one.
+        replace(bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed), rank_of_B=None),
         profile.info,
         beside=baselines(profile.load_LE, topology, profile.info.n_group, slots=Slots.of(fitted.solved.placement)),
         setting=options.setting,
@@ -228,7 +229,26 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[Re
         return plan.scores, _notes_on_own_scores(plan, plan.scores.setting, setting)
     notes = [f"{num_seen} requests of this trace were used to fit the plan and are left out"] if num_seen else []
     beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
-    return score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting), notes
+    served, why_not = served_by(plan, trace)
+    notes += [why_not] if why_not else []
+    scored = score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting, served=served)
+    return scored, notes
+
+
+def served_by(plan: Plan, trace: RoutingTrace) -> tuple[bool, str]:
+    """Whether a trace tells on which of the plan's ranks a server ran its requests; and why its
+    ranks are not those, "" where it names none."""
+    said = trace.info.notes.get("served")
+    if not isinstance(said, dict) or said.get("ranks") is None:
+        return False, ""
+    if said["ranks"] != plan.topology.num_ranks:
+        return (
+            False,
+            f"no row as-served: the server had {said['ranks']} DP ranks, the plan has {plan.topology.num_ranks}",
+        )
+    if said.get("plan") not in (None, plan.fingerprint):
+        return False, f"no row as-served: the server ran plan {said['plan']}, this one is {plan.fingerprint}"
+    return True, ""
 
 
 def _notes_on_own_scores(plan: Plan, made: Setting, setting: Setting) -> list[str]:
