@@ -21,6 +21,7 @@ from semmoe.commands.reshard import reshard
 from semmoe.commands.run import run
 from semmoe.commands.show import show
 from semmoe.commands.trace import trace
+from semmoe.commands.try_ import try_
 from semmoe.profiles.errors import DEBUG, InputError, show_traceback, visible
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for command in (demo, trace, place, report, compare, show, reshard, export, run):
     app.command()(command)
+app.command("try")(try_)
 
 
 def _print_version(asked: bool) -> None:

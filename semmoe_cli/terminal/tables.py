@@ -164,12 +164,14 @@ TIME_CAPTION = (
 )
 
 
-def print_time(time: "TimeReport") -> None:
-    """Predicted time of every row, and the verdict by time."""
+def print_time(time: "TimeReport", plan: str = "") -> None:
+    """Predicted time of every row, and the verdict by time. `plan`: its name, where there are
+    several."""
     console = wide_console()
     engine = f", {time.engine}" if time.engine else ""
+    whose = f"{plan}: predicted" if plan else "Predicted"
     title = (
-        f"Predicted on {time.hardware}, {time.backend}{engine}: {time.tokens_per_rank:,} {time.phase} tokens a rank, "
+        f"{whose} on {time.hardware}, {time.backend}{engine}: {time.tokens_per_rank:,} {time.phase} tokens a rank, "
         f"overlap {time.overlap}"
     )
     print_fitting(

@@ -1,22 +1,25 @@
-"""Times of a trace alone: what a layer takes with contiguous experts and with those that load
-packing places, fitted and timed on different requests.
+"""Times of plans on a trace, and of a trace alone: what a layer takes with contiguous experts and
+with those that load packing places, fitted and timed on different requests.
 
 Shape letter: B requests.
 """
+
+from dataclasses import replace
 
 import numpy as np
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.split import holdout_requests
+from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
 from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.placement import Topology
+from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.time.hardware import TimeAsked
-from semmoe.solvers.time.predict import predict
+from semmoe.solvers.time.predict import PLAN, predict
 
 HOLDOUT = 0.5
 
@@ -36,3 +39,20 @@ def trace_times(trace: RoutingTrace, num_ranks: int, asked: TimeAsked, setting: 
     }
     batch = scored_batch([trace], [np.asarray(held_out_B)], seed=setting.seed)
     return predict(deployments, batch, trace.info.model, asked, setting=setting)
+
+
+def plan_times(
+    plans: dict[str, Plan], trace: RoutingTrace, asked: TimeAsked, setting: Setting
+) -> dict[str, TimeReport]:
+    """Times of each plan beside its own baselines, on the requests that no plan was fitted on.
+    Raises InputError where there is none."""
+    unseen_B = ~np.isin(request_keys(trace.requests()), np.concatenate([plan.fitted_keys for plan in plans.values()]))
+    if not unseen_B.any():
+        raise InputError(f"--hardware: every request of {trace.path} was used to fit a plan: give another trace")
+    batch = scored_batch([trace], [unseen_B], seed=setting.seed)
+    found = {}
+    for name, plan in plans.items():
+        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
+        others = {key: replace(plan.deployment, placement=placed, schedule=None) for key, placed in beside.items()}
+        found[name] = predict({PLAN: plan.deployment, **others}, batch, trace.info.model, asked, setting=setting)
+    return found

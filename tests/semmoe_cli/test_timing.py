@@ -86,6 +86,13 @@ def test_reports_of_plans_of_traces_and_of_other_ranks_have_times(trace, tmp_pat
     assert report["time"]["verdict"]["sentence"]
     assert "us a layer" in page.read_text(encoding="utf-8")
     assert all(row["us_per_layer"] > 0 for row in report["what_if"]["rows"])
+    placed(trace, tmp_path / "q", *TIME)
+    compared = json.loads(run("compare", tmp_path / "p", tmp_path / "q", trace, *TIME, "--json").stdout)
+    totals = [
+        next(row["us"]["total"] for row in time["rows"] if row["placement"] == "plan")
+        for time in compared["time"].values()
+    ]
+    assert len(totals) == 2 and totals[1] <= totals[0] * 1.01  # placed for time
     health = json.loads(run("report", trace, *TIME, "--ranks", 4, "--json").stdout)
     assert {row["placement"] for row in health["layer_time"]["rows"]} == {"contiguous", "load"}
     assert "us" in run("report", trace, *TIME, "--ranks", 4).stdout
