@@ -22,6 +22,7 @@ from semmoe.commands.route import route
 from semmoe.commands.run import run
 from semmoe.commands.show import show
 from semmoe.commands.trace import trace
+from semmoe.commands.try_ import try_
 from semmoe.profiles.errors import DEBUG, InputError, show_traceback, visible
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 for command in (demo, trace, place, report, compare, show, reshard, export, run, route):
     app.command()(command)
+app.command("try")(try_)
 
 
 def _print_version(asked: bool) -> None:

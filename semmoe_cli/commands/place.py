@@ -14,9 +14,11 @@ from semmoe.options import (
     Json,
     MapKind,
     Method,
+    Minimize,
     Objective,
     Simulation,
     Spare,
+    TimedPlacing,
     command_line,
     given,
     grouped,
@@ -94,6 +96,12 @@ class Placing:
         Expressible | None,
         typer.Option(help="permutation: only placements that a permuted checkpoint of a grouped model can express."),
     ] = None
+    minimize: Annotated[
+        Minimize | None,
+        typer.Option(
+            help="What to place for: the predicted time, where --hardware is given, or bytes under --load-cap."
+        ),
+    ] = None
     effort: Annotated[Effort, typer.Option(help="How long to search.")] = Effort.default
     processes: Annotated[
         int | None, typer.Option(help="Processes to place layers in; the result does not depend on it.", min=1)
@@ -122,7 +130,7 @@ class Placing:
             processes=self.processes or os.cpu_count() or 1,
         )
 
-    def options(self, simulation: Simulation, made_by: str) -> "PlanOptions":
+    def options(self, simulation: Simulation, timing: TimedPlacing, made_by: str) -> "PlanOptions":
         """The rest, as solvers read it."""
         from semmoe.solvers.make_plan import PlanOptions
 
@@ -134,6 +142,8 @@ class Placing:
             certify=self.certify,
             setting=simulation.setting(),
             made_by=made_by,
+            time=timing.asked_here(),
+            minimize=self.minimize.value if self.minimize else "",
         )
 
 
@@ -147,6 +157,7 @@ def place(
     network: Network,
     placing: Placing,
     simulation: Simulation,
+    timing: TimedPlacing,
     import_: Annotated[
         tuple[MapKind, Path] | None,
         typer.Option(
@@ -189,7 +200,7 @@ def place(
         from semmoe.solvers.make_plan import make_plan
         from semmoe.terminal.progress import stages
 
-        options = placing.options(simulation, command_line(output, network.topology or output, *traces))
+        options = placing.options(simulation, timing, command_line(output, network.topology or output, *traces))
         with stages() as show:
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
     plan.save(output)

@@ -19,6 +19,7 @@ from semmoe.solvers.evaluate.metrics import metrics_XL, resamples_XG
 from semmoe.solvers.evaluate.report import Report, ScoreRow
 from semmoe.solvers.evaluate.score_plan import score_placements, scored_batch
 from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
+from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.moves import count_moves
@@ -107,6 +108,7 @@ class Comparison(JsonRecord):
         differences: each plan against the first, paired over requests, with 95 % intervals.
         bytes_per_expert: bytes of one expert's weights, 0 where not known.
         moves: copies of experts, and bytes, to get from one plan to another.
+        time: of each plan, by name, where hardware is given.
 
     Source: solvers/evaluate/compare.py; docs/formats.md.
     """
@@ -123,6 +125,7 @@ class Comparison(JsonRecord):
     differences: list[Difference]
     bytes_per_expert: int
     moves: list[PlanMoves | NoMoves]
+    time: dict[str, TimeReport] | None = None
 
 
 def compare_plans(

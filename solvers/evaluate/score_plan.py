@@ -18,7 +18,7 @@ from semmoe.solvers.evaluate.metrics import Scores, score, uniform_scores
 from semmoe.solvers.evaluate.report import DomainScores, Judgement, Key, LayerScores, Report, ScoreRow, Verdict
 from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.sums import TrafficSums, resampling_groups
-from semmoe.solvers.evaluate.verdict import best_row, judge, saving, traffic_cost
+from semmoe.solvers.evaluate.verdict import best_row, bytes_only, judge, saving, traffic_cost
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, available_schedules
 
@@ -139,9 +139,8 @@ def _verdict(sums: dict[Key, TrafficSums], scores: dict[Key, Scores], deployment
         old, new = rows[before].load_imbalance, rows["plan", schedule].load_imbalance
         if new / old - 1 > max(saved.share, 0) and dispatch != "gather":
             rises = f" But the busiest rank's load rises from {old:.2f} to {new:.2f} of the mean."
-            level = "watch" if found.level == "good" else found.level
-            found = replace(found, level=level, sentence=found.sentence + rises)
-        return found
+            found = replace(found, sentence=found.sentence + rises)
+        return bytes_only(found)
 
     first = judged(best if dispatch == "per-expert" else "random")
     return Verdict(**vars(first), with_schedule=judged(best) if best != "random" else None)
