@@ -23,7 +23,7 @@ from semmoe.profiles.split import one_sided, only_phase, phase_of, phase_shares,
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.deployment import Deployment
-from semmoe.solvers.evaluate.against import Against, words_of
+from semmoe.solvers.evaluate.against import Against, deployments_beside, words_of
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, score_batch, score_placements
@@ -37,6 +37,9 @@ from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.slots import Slots
+from semmoe.solvers.time.hardware import TimeAsked, costing_of
+from semmoe.solvers.time.minimize import check_for_time, solve_for_time
+from semmoe.solvers.time.predict import timed_report
 
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
 
@@ -57,6 +60,8 @@ class PlanOptions:
         setting: how schedules are simulated.
         against: what the verdict holds the plan against.
         made_by: the command, for plan.json.
+        time: the machine and batches that times are predicted for; None: none are.
+        minimize: "time" or "bytes"; "": time where `time` is given and the method is "semmoe".
 
     Source: solvers/make_plan.py; `semmoe place --help` names the same.
     """
@@ -71,6 +76,13 @@ class PlanOptions:
     setting: Setting = field(default_factory=Setting)
     against: Against = field(default_factory=Against)
     made_by: str = ""
+    time: TimeAsked | None = None
+    minimize: str = ""
+
+    @property
+    def for_time(self) -> bool:
+        """Whether placement minimises the predicted time."""
+        return self.minimize == "time" or (not self.minimize and self.time is not None and self.method == "semmoe")
 
 
 def make_plan(
@@ -101,20 +113,18 @@ def make_plan(
     counting = partial(progress, "reading tokens")
     profile, rest, whole = profile_split(traces, held_out, seed=demands.seed, progress=counting)
     # Step 3: place the experts, and fit the schedules, on the other requests.
-    asked = _Asked(topology, demands, options.method, embedding_VD)
+    asked = _Asked(topology, demands, options.method, embedding_VD, options.time if options.for_time else None)
     fitted = _fit(profile, asked, progress)
     # Step 4: score on the held-out requests.
     max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
+    rule = check_rule(options.replica_choice)
+    deployment = Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule, rule)
+    scored_on = bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed)
+    # Where a server ran them under an earlier plan says nothing of this one.
+    scored_on = replace(scored_on, rank_of_B=None)
     scores = score_batch(
-        Deployment(
-            fitted.solved.placement,
-            profile.load_LE,
-            topology,
-            demands.dispatch,
-            fitted.schedule,
-            check_rule(options.replica_choice),
-        ),
-        bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed),
+        deployment,
+        scored_on,
         profile.info,
         against=options.against,
         setting=options.setting,
@@ -122,6 +132,9 @@ def make_plan(
         progress=partial(progress, "scoring on held-out requests: rows"),
     )
     scores = replace(scores, phase=options.phase, phase_shares=shares)
+    if options.time is not None:
+        beside = deployments_beside(deployment, profile.info.n_group, options.against)
+        scores = timed_report(scores, deployment, beside, scored_on, options.time, options.against.name)
     # Step 5: bound what any placement could reach on the requests that were fitted.
     if options.certify:
         bounding = partial(progress, "bounding what any placement could reach: layers")
@@ -145,7 +158,8 @@ def make_plan(
         fitted_keys=np.concatenate(keys),
         load_cap=demands.load_cap,
         options={k: v for k, v in asdict(demands).items() if k not in OWN_FIELDS}
-        | {"phase": options.phase, "phase_shares": shares, "replica_choice": options.replica_choice},
+        | {"phase": options.phase, "phase_shares": shares, "replica_choice": options.replica_choice}
+        | _time_options(options),
         trace=_traced(traces),
         split=_split(traces, held_out, demands.seed, options),
         scores=scores,
@@ -172,6 +186,10 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
     if options.certify and slots.copies and slots.per_rank * topology.num_ranks > traces[0].info.num_experts:
         least = slots == Slots.least(traces[0].info.num_experts, topology.num_ranks)
         raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
+    if options.for_time:
+        check_for_time(options.time, options.method, demands)
+    if options.time is not None:
+        costing_of(options.time, traces[0].info, topology)
 
 
 class _Asked(NamedTuple):
@@ -181,6 +199,7 @@ class _Asked(NamedTuple):
     demands: Demands
     method: str
     embedding_VD: np.ndarray | None
+    time: TimeAsked | None  # what placement minimises; None: bytes
 
 
 class _Fitted(NamedTuple):
@@ -194,7 +213,10 @@ class _Fitted(NamedTuple):
 def _fit(profile: RoutingProfile, asked: _Asked, progress: Stages, again: str = "") -> _Fitted:
     demands = asked.demands
     placing = partial(progress, f"placing layers{again}")
-    solved = solve_placement(profile, asked.topology, demands, method=asked.method, progress=placing)
+    if asked.time is None:
+        solved = solve_placement(profile, asked.topology, demands, method=asked.method, progress=placing)
+    else:
+        solved = solve_for_time(profile, asked.topology, demands, asked.time, progress=placing)
     schedule = fit_schedule(
         profile.sample,
         solved.placement,
@@ -224,6 +246,11 @@ def _notes_on_phases(phase: str, shares: dict[str, float]) -> list[str]:
     if phase != "all":
         return [f"placed for {phase} tokens alone, {shares[phase]:.0%} of the trace"]
     return [said] if (said := one_sided(shares)) else []
+
+
+def _time_options(options: PlanOptions) -> dict[str, Any]:
+    """What plan.json says of the time that was minimised; nothing where bytes were."""
+    return {"minimize": "time"} if options.for_time else {}
 
 
 def _traced(traces: list[RoutingTrace]) -> dict[str, Any]:
@@ -274,7 +301,26 @@ def score_plan(
     if num_seen := int((unseen_B & against.seen(keys_B)).sum()):
         notes.append(f"{num_seen} requests of this trace were used to fit {against.name} and are left out")
         unseen_B &= ~against.seen(keys_B)
-    return score_placements(plan.deployment, [trace], [unseen_B], against=against, setting=setting), notes
+    served, why_not = served_by(plan, trace)
+    notes += [why_not] if why_not else []
+    options = {"against": against, "setting": setting, "served": served}
+    return score_placements(plan.deployment, [trace], [unseen_B], **options), notes
+
+
+def served_by(plan: Plan, trace: RoutingTrace) -> tuple[bool, str]:
+    """Whether a trace tells on which of the plan's ranks a server ran its requests; and why its
+    ranks are not those, "" where it names none."""
+    said = trace.info.notes.get("served")
+    if not isinstance(said, dict) or said.get("ranks") is None:
+        return False, ""
+    if said["ranks"] != plan.topology.num_ranks:
+        return (
+            False,
+            f"no row as-served: the server had {said['ranks']} DP ranks, the plan has {plan.topology.num_ranks}",
+        )
+    if said.get("plan") not in (None, plan.fingerprint):
+        return False, f"no row as-served: the server ran plan {said['plan']}, this one is {plan.fingerprint}"
+    return True, ""
 
 
 def _notes_on_own_scores(plan: Plan, scores: Report, setting: Setting, against: Against) -> list[str]:

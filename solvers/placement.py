@@ -3,8 +3,11 @@
 Shape letters: L MoE layers, E experts, R ranks, N nodes, S slots per rank.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -188,3 +191,12 @@ class Placement:
         """Expert in every slot, ranks one after the other, int32 [L, R * S], -1 in empty ones: the
         map that serving engines read."""
         return self.experts_LRS.reshape(self.num_layers, -1)
+
+
+def fingerprint_of(model: dict[str, Any], experts_LRS: np.ndarray) -> str:
+    """Short hash of a placement and of the model it is for, as plan.json has it; which checkpoint
+    was traced does not count."""
+    facts = {key: value for key, value in model.items() if key != "checkpoint"}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(experts_LRS).tobytes())
+    return digest.hexdigest()[:16]

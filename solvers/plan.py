@@ -21,6 +21,7 @@ from semmoe.profiles.checkpoint import IDENTITY
 from semmoe.profiles.document import (
     SHA256,
     anything,
+    digest_of,
     distinct,
     grid,
     integer,
@@ -43,7 +44,7 @@ from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.html import facts_html
 from semmoe.solvers.place.replicas import OWN_RULE, check_rule
-from semmoe.solvers.placement import EMPTY, Placement, Topology, part_sizes
+from semmoe.solvers.placement import EMPTY, Placement, Topology, fingerprint_of, part_sizes
 from semmoe.solvers.schedule.request_scorer import RequestScorer
 from semmoe.solvers.schedule.schedule import Schedule
 
@@ -378,10 +379,7 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Short hash of the placement and the model it is for."""
-        facts = {key: value for key, value in asdict(self.model).items() if key != "checkpoint"}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        digest.update(np.ascontiguousarray(self.placement.experts_LRS).tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(asdict(self.model), self.placement.experts_LRS)
 
 
 def check_plan_target(path: Path) -> None:
@@ -398,13 +396,6 @@ def signed(facts: dict[str, Any], tables: bytes) -> dict[str, Any]:
     """plan.json with the hash of its tables, and its own."""
     facts = json.loads(json.dumps(facts)) | {"tables_sha256": hashlib.sha256(tables).hexdigest()}
     return {**facts, "digest": digest_of(facts)}
-
-
-def digest_of(facts: dict[str, Any]) -> str:
-    """SHA-256 of the content of plan.json but for its digest, as JSON with sorted keys: it does
-    not depend on how the file is laid out."""
-    content = json.dumps({key: facts[key] for key in facts if key != "digest"}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read_facts(path: Path, *, accept_edits: bool = False) -> tuple[dict[str, Any], dict[str, str]]:

@@ -94,16 +94,14 @@ def layer_tables(
 ) -> list[LayerTables]:
     """Where the experts of every layer are served for tokens of `rank`.
 
-    Parameters
-    ----------
-    placement : experts of each rank in slot order, in the numbers that the router speaks of.
-    serving_LRE : int [L, R, E], the rank that serves expert e for tokens of rank r.
-    names : of the layers, for people; as many as the placement has layers.
-    moving : what chooses copies token by token, in place of `serving_LRE`.
+    Parameters:
+        placement: experts of each rank in slot order, in the numbers that the router speaks of.
+        serving_LRE: int [L, R, E], the rank that serves expert e for tokens of rank r.
+        names: of the layers, for people; as many as the placement has layers.
+        moving: what chooses copies token by token, in place of `serving_LRE`.
 
-    Returns
-    -------
-    One LayerTables per layer, tensors on `device`.
+    Returns:
+        One LayerTables per layer, tensors on `device`.
     """
     slot_LRE = np.zeros(serving_LRE.shape, np.int64)
     layer, ranks, slot = np.nonzero(placement.experts_LRS != EMPTY)

@@ -10,11 +10,10 @@ import typer
 
 from semmoe.options import (
     AgainstOption,
-    EngineOption,
     Json,
-    PhaseOption,
     ReplicaChoiceOption,
     Simulation,
+    Timing,
     grouped,
     replica_rule,
 )
@@ -63,11 +62,10 @@ def compare(
     ] = None,
     *,
     sizes: Sizes,
-    phase: PhaseOption = None,
     replica_choice: ReplicaChoiceOption = None,
-    engine: EngineOption = None,
     against: AgainstOption = None,
     simulation: Simulation,
+    timing: Timing,
     json_: Json = False,
 ) -> None:
     """Score plans side by side on requests that none of them saw, and count the experts to move
@@ -76,36 +74,42 @@ def compare(
     Example: semmoe compare p1 p2 t --expert-bytes 50000000 -o compare.html
     """
     from semmoe.profiles.errors import InputError
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.against import read_against
     from semmoe.solvers.evaluate.compare import compare_phases
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import note, note_unchecked, print_json
+    from semmoe.terminal.tables import note, note_unchecked, print_json, print_time
 
     *plan_paths, trace = paths
     if len(plan_paths) < 2:
         raise typer.BadParameter("two plans or more, and a trace", param_hint="PLAN PLAN... TRACE")
     if len(set(plan_paths)) < len(plan_paths):
         raise InputError(f"a plan is named twice: {', '.join(plan_paths)}")
-    bytes_per_expert = sizes.bytes()
+    bytes_per_expert, asked = sizes.bytes(), timing.asked(sizes.hidden_size, sizes.expert_size)
     if output is not None:
         from semmoe.pages.page import check_page_target
 
         check_page_target(output)
-    rule = replica_rule(replica_choice, engine)
+    rule = replica_rule(replica_choice, timing.engine)
     plans, traced = {path: Plan.load(path).with_rule(rule) for path in plan_paths}, RoutingTrace.open(trace)
     held = [read_against(against, plan.model, plan.topology) for plan in plans.values()][0]
     with steps("compare") as progress:
         comparison, notes = compare_phases(
             plans,
             traced,
-            phase and phase.value,
+            timing.whose,
             bytes_per_expert=bytes_per_expert,
             against=held,
             setting=simulation.setting(),
             progress=progress,
         )
+        if asked is not None:
+            from semmoe.solvers.time.trace_times import plan_times
+
+            view = only_phase(traced, timing.whose or "all")
+            comparison = replace(comparison, time=plan_times(plans, view, asked, simulation.setting(), held))
     note_unchecked(*plans.values(), traced)
     for line in notes:
         note(line)
@@ -114,6 +118,8 @@ def compare(
         print_json(comparison.to_json())
     else:
         _print(comparison)
+        for name, time in (comparison.time or {}).items():
+            print_time(time, name)
     if output is not None:
         from semmoe.pages.compare import compare_page
         from semmoe.pages.page import write_page

@@ -11,16 +11,16 @@ from semmoe.options import (
     AgainstOption,
     Dispatch,
     Effort,
-    EngineOption,
     Expressible,
     Json,
     MapKind,
     Method,
+    Minimize,
     Objective,
-    PhaseOption,
     ReplicaChoiceOption,
     Simulation,
     Spare,
+    TimedPlacing,
     command_line,
     given,
     grouped,
@@ -100,6 +100,12 @@ class Placing:
         Expressible | None,
         typer.Option(help="permutation: only placements that a permuted checkpoint of a grouped model can express."),
     ] = None
+    minimize: Annotated[
+        Minimize | None,
+        typer.Option(
+            help="What to place for: the predicted time, where --hardware is given, or bytes under --load-cap."
+        ),
+    ] = None
     effort: Annotated[Effort, typer.Option(help="How long to search.")] = Effort.default
     processes: Annotated[
         int | None, typer.Option(help="Processes to place layers in; the result does not depend on it.", min=1)
@@ -128,7 +134,7 @@ class Placing:
             processes=self.processes or os.cpu_count() or 1,
         )
 
-    def options(self, simulation: Simulation, against: "Against", made_by: str) -> "PlanOptions":
+    def options(self, simulation: Simulation, timing: TimedPlacing, against: "Against", made_by: str) -> "PlanOptions":
         """The rest, as solvers read it."""
         from semmoe.solvers.make_plan import PlanOptions
 
@@ -141,6 +147,8 @@ class Placing:
             setting=simulation.setting(),
             against=against,
             made_by=made_by,
+            time=timing.asked_here(),
+            minimize=self.minimize.value if self.minimize else "",
         )
 
 
@@ -154,9 +162,8 @@ def place(
     network: Network,
     placing: Placing,
     simulation: Simulation,
-    phase: PhaseOption = None,
+    timing: TimedPlacing,
     replica_choice: ReplicaChoiceOption = None,
-    engine: EngineOption = None,
     against: AgainstOption = None,
     import_: Annotated[
         tuple[MapKind, Path] | None,
@@ -188,7 +195,7 @@ def place(
     opened, links = [RoutingTrace.open(path) for path in traces], network.read()
     held = read_against(against, ModelFacts.of(opened[0].info), links)
     named = [Path(against)] if held.deployment and against else []
-    whose, rule = phase.value if phase else "all", replica_rule(replica_choice, engine) or OWN_RULE
+    whose, rule = timing.whose or "all", replica_rule(replica_choice, timing.engine) or OWN_RULE
     if import_ is not None:
         from semmoe.solvers.maps.import_plan import Served, import_plan
 
@@ -206,7 +213,7 @@ def place(
         from semmoe.terminal.progress import stages
 
         files = (output, network.topology or output, *named, *traces)
-        options = placing.options(simulation, held, command_line(*files))
+        options = placing.options(simulation, timing, held, command_line(*files))
         options = replace(options, phase=whose, replica_choice=rule)
         with stages() as show:
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)

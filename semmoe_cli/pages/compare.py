@@ -6,6 +6,7 @@ The numbers are those of `semmoe compare`'s tables.
 
 from semmoe.pages.deployment import named_model
 from semmoe.pages.figures.plan import score_rows
+from semmoe.pages.on_request import timed
 from semmoe.pages.page import Grid, Page, Picture, Section, Text
 from semmoe.solvers.evaluate.compare import PAIRED, Comparison, NoMoves, PlanMoves
 from semmoe.solvers.evaluate.report import ScoreRow, random_row
@@ -32,6 +33,7 @@ def compare_page(comparison: Comparison, notes: list[str]) -> Page:
         sections=[
             section
             for section in (
+                *_times(comparison),
                 _quality(comparison, comparison.rows, "Quality", notes),
                 *(
                     _quality(comparison, p.rows, f"On {p.tokens:,} {p.phase} tokens alone", [])
@@ -58,6 +60,12 @@ def shown_rows(comparison: Comparison, scored: list[ScoreRow]) -> list[ScoreRow]
             shown.append(best)
     names = {plan.plan for plan in comparison.plans}
     return shown + [row for row in scored if row.placement not in names]
+
+
+def _times(comparison: Comparison) -> list[Section]:
+    """Predicted times of each plan, where hardware is given."""
+    found = {name: timed(time) for name, time in (comparison.time or {}).items()}
+    return [Section(f"{name}. {section.title}", section.blocks) for name, section in found.items()]
 
 
 def compare_verdict(comparison: Comparison) -> str:

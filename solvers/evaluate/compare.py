@@ -20,6 +20,7 @@ from semmoe.solvers.evaluate.metrics import metrics_XL, resamples_XG
 from semmoe.solvers.evaluate.report import Report, ScoreRow, random_row
 from semmoe.solvers.evaluate.score_plan import BETTER, score_placements, scored_batch
 from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
+from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.place.moves import count_moves
 from semmoe.solvers.placement import Topology
@@ -121,6 +122,7 @@ class Comparison(JsonRecord):
         differences: each plan against that, paired over requests, with 95 % intervals.
         bytes_per_expert: bytes of one expert's weights, 0 where not known.
         moves: copies of experts, and bytes, to get from one plan to another.
+        time: of each plan, by name, where hardware is given.
 
     Source: solvers/evaluate/compare.py; docs/formats.md.
     """
@@ -141,6 +143,7 @@ class Comparison(JsonRecord):
     differences: list[Difference]
     bytes_per_expert: int
     moves: list[PlanMoves | NoMoves]
+    time: dict[str, TimeReport] | None = None
 
 
 def compare_plans(

@@ -81,6 +81,13 @@ def score(sums: TrafficSums, topology: Topology, *, dispatch: str, num_resamples
     The draws are shifted by their mean deviation from the estimate: the busiest of several ranks is
     busier in every resample, so plain percentiles of LINK and of imbalances could miss the estimate
     itself.
+
+    Parameters:
+        sums: traffic summed by groups of requests, layers and ranks.
+        topology: the ranks, for NODE and LINK.
+        dispatch: one of DISPATCHES, what a remote expert costs.
+        num_resamples: draws of the bootstrap.
+        seed: of the draws.
     """
     num_groups = len(sums.tokens_G)
     if num_groups == 0:

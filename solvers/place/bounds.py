@@ -142,7 +142,18 @@ def co_activation_bound(
     affinity_EE: np.ndarray, load_E: np.ndarray, limit: float, num_ranks: int, *, iterations: int = 200
 ) -> float:
     """No placement in even shares with rank loads up to `limit` has more co-activation within
-    ranks, each pair once. Arguments as of `certify`."""
+    ranks, each pair once. Arguments as of `certify`.
+
+    Parameters:
+        affinity_EE: co-activations, float [E, E], symmetric.
+        load_E: activations, float [E].
+        limit: most load of a rank, activations.
+        num_ranks: R.
+        iterations: steps of the multipliers; more of them tighten the bound.
+
+    Returns:
+        Co-activations, in the units of `affinity_EE`.
+    """
     # Ranks with room for one more hold an expert that nobody chooses: every placement is one of
     # equal counts then.
     spare = -len(load_E) % num_ranks

@@ -24,6 +24,8 @@ from semmoe.solvers.placement import Topology
 from semmoe.solvers.schedule.transport import balanced_homes
 
 SAMPLE_ROWS = 32_768  # tokens per layer that decide on copies
+MAX_CELLS = 2**19  # of tokens by ranks, where that is fewer tokens
+LEAST_ROWS = 4_096
 PAIR_SHARE = 0.5  # of a remote rank: what a copy is worth where its token needs one more expert of that rank
 ROUNDS = 3  # of homes and copies in turn, after the first copies
 TURN_STEPS = 120  # swaps of experts in a turn, at most
@@ -59,6 +61,8 @@ def add_copies(
         int32 [R, S], no expert twice on one rank.
     """
     ids_TK = layer.expert_ids_TK.astype(np.int64)
+    most = max(LEAST_ROWS, MAX_CELLS // topology.num_ranks)
+    ids_TK = ids_TK[:: max(1, -(-len(ids_TK) // most))]
     copies, remote = _filled(layer.rank_of_E, ids_TK, layer.load_E, topology, slots)
     # Experts and copies in turn.
     for turn in range(turns):

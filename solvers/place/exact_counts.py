@@ -102,6 +102,13 @@ def repair_load(
     int64 [E].
 
     Where swaps get stuck above the cap, what they reached is returned: `is_within_cap` tells.
+
+    Parameters:
+        rank_of_E: rank of each expert, int64 [E].
+        affinity_EE: what experts are worth to each other on one rank, float [E, E].
+        load_E: activations, float [E].
+        num_ranks: R.
+        load_cap: most load of a rank over the mean.
     """
     rank_of_E, load_E = rank_of_E.copy(), load_E.astype(np.float64)
     limit = load_limit(load_E, num_ranks, load_cap)
@@ -121,7 +128,11 @@ def improve_within_cap(
     rank_of_E: np.ndarray, affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, load_cap: float
 ) -> np.ndarray:
     """A placement under the cap, improved by swaps that keep it there until none gains, int64
-    [E]."""
+    [E].
+
+    Parameters:
+        As of `repair_load`; the placement keeps the cap.
+    """
     rank_of_E, load_E = rank_of_E.copy(), load_E.astype(np.float64)
     limit = load_limit(load_E, num_ranks, load_cap)
     while True:
@@ -149,6 +160,11 @@ def equalize(
 
     `balanced_E`: a placement by load alone, from which the search starts again where repair of the
     partition gets stuck.
+
+    Parameters:
+        rank_of_E, affinity_EE, load_E, num_ranks, load_cap: as of `repair_load`; parts of any size.
+        balanced_E: a placement by load alone, int64 [E], from which the search starts again where
+            repair of the partition gets stuck.
     """
     rank_of_E = repair_load(equal_counts(rank_of_E, affinity_EE, num_ranks), affinity_EE, load_E, num_ranks, load_cap)
     if is_within_cap(rank_of_E, load_E, num_ranks, load_cap):
@@ -166,6 +182,10 @@ def best_within_cap(
     until none gains.
 
     Where no partition can be brought under the cap, the one that comes nearest to it is returned.
+
+    Parameters:
+        partitions: placements, int64 [E] each.
+        affinity_EE, load_E, num_ranks, load_cap: as of `repair_load`.
     """
     balanced_E = place_load(load_E[None], num_ranks)[0]
     placed = [equalize(part_E, affinity_EE, load_E, num_ranks, load_cap, balanced_E) for part_E in partitions]

@@ -106,7 +106,15 @@ def _best_of(
 def metis_partition(
     affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, seed: int, recursive: bool
 ) -> np.ndarray:
-    """One METIS run: part of each expert, int64 [E]. The parts may differ in size."""
+    """One METIS run: part of each expert, int64 [E]. The parts may differ in size.
+
+    Parameters:
+        affinity_EE: weights of edges, float [E, E]; the diagonal is not looked at.
+        load_E: weights of vertices, float [E].
+        num_ranks: R.
+        seed: of METIS.
+        recursive: recursive bisection in place of k-way.
+    """
     import pymetis
 
     off_EE = affinity_EE - np.diag(affinity_EE.diagonal())
@@ -161,7 +169,14 @@ def place_spectral(
 
 def spectral_starts(affinity_EE: np.ndarray, num_ranks: int, *, seed: int, num_starts: int) -> list[np.ndarray]:
     """Partitions in even shares, int64 [E] each, from different k-means seeds; load is not looked
-    at."""
+    at.
+
+    Parameters:
+        affinity_EE: what experts are worth to each other, float [E, E].
+        num_ranks: R.
+        seed: of the first start; the others count on from it.
+        num_starts: k-means seeds.
+    """
     points_EM = spectral_embedding(affinity_EE, num_ranks)
     return [balanced_k_means(points_EM, num_ranks, seed=seed + i) for i in range(num_starts)]
 
@@ -179,7 +194,14 @@ def spectral_embedding(affinity_EE: np.ndarray, num_axes: int) -> np.ndarray:
 
 
 def balanced_k_means(points_EM: np.ndarray, num_ranks: int, *, seed: int, max_rounds: int = 30) -> np.ndarray:
-    """Cluster of each point, int64 [E], clusters of even sizes (`part_sizes`); k-means++ start."""
+    """Cluster of each point, int64 [E], clusters of even sizes (`part_sizes`); k-means++ start.
+
+    Parameters:
+        points_EM: float [E, M].
+        num_ranks: R, clusters.
+        seed: of the start.
+        max_rounds: rounds of assignment, at most.
+    """
     from scipy.optimize import linear_sum_assignment
 
     rng = np.random.default_rng(seed)

@@ -294,7 +294,14 @@ STAGES: dict[str, Stage] = {
 
 
 def home_pairs_RR(expert_ids_TLK: np.ndarray, rank_of_LE: np.ndarray, home_T: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Tokens that live on rank h and touch rank r, summed over layers, float64 [R, R]."""
+    """Tokens that live on rank h and touch rank r, summed over layers, float64 [R, R].
+
+    Parameters:
+        expert_ids_TLK: integers [T, L, K].
+        rank_of_LE: int [L, E].
+        home_T: home rank of each token, int [T].
+        num_ranks: R.
+    """
     home_TR = np.eye(num_ranks)[home_T]
     layers = [rank_counts_TR(expert_ids_TLK[:, i], rank_of_E, num_ranks) > 0 for i, rank_of_E in enumerate(rank_of_LE)]
     return sum((home_TR.T @ touched_TR for touched_TR in layers), np.zeros((num_ranks, num_ranks)))

@@ -50,7 +50,15 @@ def place_layer(
     affinity_EE: np.ndarray, use_BE: np.ndarray, load_E: np.ndarray, num_ranks: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Rank of each expert, int64 [E]: the pair of clusterings with the least theta-weighted
-    imbalance and remote share."""
+    imbalance and remote share.
+
+    Parameters:
+        affinity_EE: co-activations, float [E, E].
+        use_BE: activations of each expert by request, float [B, E].
+        load_E: activations, float [E].
+        num_ranks: R.
+        rng: of the clusterings.
+    """
     experts_EE = affinity_EE - np.diag(np.diagonal(affinity_EE)).astype(np.float64)
     experts_EE /= max(experts_EE.mean(), 1e-12)
     share_BE = use_BE / max(use_BE.mean(), 1e-12)

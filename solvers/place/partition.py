@@ -121,7 +121,17 @@ def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, co
 
 def polish(rank_of_E: np.ndarray, problem: Problem, steps: int, seed: int) -> np.ndarray:
     """The placement improved on the exact objective: worth of homes and of pairs less the remote
-    cost."""
+    cost.
+
+    Parameters:
+        rank_of_E: rank of each expert, int64 [E].
+        problem: what it is judged by.
+        steps: of the search; half of them without a gain end it.
+        seed: of how long a swapped pair stays put.
+
+    Returns:
+        int64 [E].
+    """
     pair_EE = PAIR_WORTH * problem.affinity_EE
     gains = RemoteGains(rank_of_E, problem.expert_ids_XK, problem.cost_XR, problem.home_ER, pair_EE)
     num_ranks = problem.home_ER.shape[1]

@@ -27,7 +27,7 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.make_plan import PlanOptions, make_plan
 from semmoe.solvers.maps.eplb import eplb_tables
-from semmoe.solvers.maps.import_plan import exported_from, import_plan
+from semmoe.solvers.maps.import_plan import Served, exported_from, import_plan
 from semmoe.solvers.maps.kinds import KINDS
 from semmoe.solvers.maps.launch import launch_lines
 from semmoe.solvers.maps.read import import_placement
