@@ -340,14 +340,20 @@ def refuse_existing_trace(path: Path, *, resume: bool = False, locked: bool = Fa
         return
     if path.is_symlink() and not path.exists():
         raise InputError(f"cannot create the trace {path}: it is a link to nothing ({os.readlink(path)})")
-    # What a run that was killed at its start leaves is no trace.
-    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {LOCK, TRACE_TEMPORARY}):
+    if path.exists() and not (path.is_dir() and _holds_nothing(path)):
         state = "an unfinished trace" if _is_unfinished(path) else "there already"
         raise InputError(f"{path} is {state}: add to it with --resume, or choose another name")
     above = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "cannot be written to" if above.is_dir() else "is no directory"
         raise InputError(f"cannot create the trace {path}: {above} {why}")
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Whether a directory holds at most what a run leaves that was killed before its first part."""
+    temporary = {p.name for p in path.glob(".*.tmp")} if _is_unfinished(path) else {TRACE_TEMPORARY}
+    facts = {"trace.json"} if _is_unfinished(path) else set()
+    return {p.name for p in path.iterdir()} <= {LOCK, *temporary, *facts}
 
 
 def _is_unfinished(path: Path) -> bool:

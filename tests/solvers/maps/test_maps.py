@@ -27,12 +27,13 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.make_plan import PlanOptions, make_plan
 from semmoe.solvers.maps.eplb import eplb_tables
-from semmoe.solvers.maps.import_plan import exported_from, import_plan
+from semmoe.solvers.maps.import_plan import import_plan
 from semmoe.solvers.maps.kinds import KINDS
 from semmoe.solvers.maps.launch import launch_lines
+from semmoe.solvers.maps.origin import exported_from, sidecar_path
 from semmoe.solvers.maps.read import import_placement
 from semmoe.solvers.maps.vllm import FORMATS as VLLM_FORMATS
-from semmoe.solvers.maps.write import check_config, export_map, render, sidecar_path, write_export
+from semmoe.solvers.maps.write import check_config, export_map, render, write_export
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
