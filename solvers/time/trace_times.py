@@ -13,8 +13,9 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.deployment import Deployment
-from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+from semmoe.solvers.evaluate.score_plan import scored_batch
 from semmoe.solvers.evaluate.time_report import TimeReport
+from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.simulate import Setting
