@@ -15,7 +15,17 @@ from semmoe.runtime.reshard.reshard import reshard_checkpoint
 
 torch = pytest.importorskip("torch")
 # Of --load-format semmoe, tests/engines; ernie4_5_moe has experts along axis 1.
-SERVED = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "granitemoe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3")
+SERVED = (
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "olmoe",
+    "granitemoe",
+    "gpt_oss",
+    "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+)
 
 
 def tensors(path: Path) -> dict:
