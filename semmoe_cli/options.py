@@ -81,6 +81,13 @@ class TraceKind(enum.StrEnum):
     eplb = "eplb"
 
 
+class Api(enum.StrEnum):
+    """--api: semmoe.profiles.capture.server.APIS."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+
+
 class Repetition(enum.StrEnum):
     """--repetition: semmoe.profiles.engines.imports.REPETITION."""
 
