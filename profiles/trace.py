@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -241,7 +241,7 @@ def read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) -
         if is_local(source):
             return read_bounded(Path(where))
         check_size(source.size(where) or 0)
-        return source.cat_file(where)  # pyright: ignore
+        return cast(bytes, source.cat_file(where))
 
     facts = read_document(read, path, "trace.json", kind="trace", format=FORMAT, version=VERSION)
     validate(facts, FACTS, where)
@@ -342,7 +342,7 @@ class RoutingTrace:
         if is_local(self._filesystem):
             source = inside(Path(self.path), part["file"], f"{self.path.rstrip('/')}/trace.json: file of a part")
         elif whole and (self._filesystem.size(name) or 0) <= REMOTE_WHOLE_BYTES:
-            content = self._filesystem.cat_file(name)  # pyright: ignore
+            content = cast(bytes, self._filesystem.cat_file(name))
             source = pa.BufferReader(content)
         else:
             source = self._filesystem.open(name, "rb")

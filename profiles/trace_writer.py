@@ -133,9 +133,10 @@ class TraceWriter:
         another one than those to come."""
         before.check_numbering(str(self.path))
         mine, theirs = self.info.numbering, before.numbering
-        if (isinstance(mine, dict) and theirs is None) or (mine is None and isinstance(theirs, dict)):
+        mapped = [side for side in (mine, theirs) if isinstance(side, dict)]
+        if mapped and None in (mine, theirs):
             raise InputError(
-                f"{self.path} cannot be added to: ids of one side are mapped back from plan {(mine or theirs)['plan']}, "  # pyright: ignore
+                f"{self.path} cannot be added to: ids of one side are mapped back from plan {mapped[0]['plan']}, "
                 "of the other nothing tells the numbering (name the checkpoint, or choose another name)"
             )
         return theirs if isinstance(theirs, dict) or mine == "model" else mine

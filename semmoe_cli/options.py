@@ -99,6 +99,13 @@ class Overlap(enum.StrEnum):
     two_batch = "two-batch"
 
 
+class Spare(enum.StrEnum):
+    """--spare: semmoe.solvers.slots.SPARE."""
+
+    copies = "copies"
+    empty = "empty"
+
+
 class TraceKind(enum.StrEnum):
     """--from: semmoe.profiles.engines.imports.KINDS."""
 
@@ -118,13 +125,25 @@ class Repetition(enum.StrEnum):
 
 
 class MapKind(enum.StrEnum):
-    """--to and --import: semmoe.solvers.maps.kinds.KINDS."""
+    """--import: semmoe.solvers.maps.kinds.KINDS."""
 
     sglang = "sglang"
     trtllm = "trtllm"
     vllm = "vllm"
     vllm_ascend = "vllm-ascend"
     eplb = "eplb"
+
+
+class ExportKind(enum.StrEnum):
+    """--to: MapKind, and semmoe.runtime.engines.write.KINDS."""
+
+    sglang = "sglang"
+    trtllm = "trtllm"
+    vllm = "vllm"
+    vllm_ascend = "vllm-ascend"
+    eplb = "eplb"
+    vllm_plugin = "vllm-plugin"
+    sglang_plugin = "sglang-plugin"
 
 
 class VllmFormat(enum.StrEnum):
@@ -302,9 +321,8 @@ def grouped(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command that takes records, as Typer takes it: every field is an option of its own.
 
-    Parameters
-    ----------
-    first, last : names of options that the help shows before and after the others
+    Parameters:
+        first, last: names of options that the help shows before and after the others
 
     A parameter annotated with a dataclass stands for that dataclass's fields, in their order; a
     field may be such a record again. Without names in `first` or `last` the help shows the options

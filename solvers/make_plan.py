@@ -26,8 +26,9 @@ from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Report
-from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines, score_batch, score_placements
-from semmoe.solvers.place.bounds import NO_BOUND, certificate_of
+from semmoe.solvers.evaluate.score_plan import SCORED_IDS, score_batch, score_placements
+from semmoe.solvers.place.baselines import baselines
+from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
 from semmoe.solvers.place.solve import check_demands, solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
@@ -35,6 +36,7 @@ from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
+from semmoe.solvers.slots import Slots
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
 from semmoe.solvers.time.minimize import check_for_time, solve_for_time
 from semmoe.solvers.time.predict import timed_report
@@ -106,7 +108,8 @@ def make_plan(
     max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
     deployment = Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule)
     scored_on = bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed)
-    beside = baselines(profile.load_LE, topology, profile.info.n_group)
+    slots = Slots.of(fitted.solved.placement)
+    beside = baselines(profile.load_LE, topology, profile.info.n_group, slots=slots)
     scores = score_batch(
         deployment,
         scored_on,
@@ -157,8 +160,10 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
     for trace in traces:
         trace.require_tokens("placement by co-activation, and its held-out scores,")
     check_demands(traces[0].info, topology, demands, method=options.method)
-    if options.certify and demands.replicas:
-        raise InputError(NO_BOUND)
+    slots = demands.slots_of(traces[0].info.num_experts, topology.num_ranks)
+    if options.certify and slots.copies and slots.per_rank * topology.num_ranks > traces[0].info.num_experts:
+        least = slots == Slots.least(traces[0].info.num_experts, topology.num_ranks)
+        raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
     if options.for_time:
         check_for_time(options.time, options.method, demands)
     if options.time is not None:
@@ -253,7 +258,7 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[Re
             )
         return plan.scores, _notes_on_own_scores(plan, plan.scores.setting, setting)
     notes = [f"{num_seen} requests of this trace were used to fit the plan and are left out"] if num_seen else []
-    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
+    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
     return score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting), notes
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "profiles": ["demo", "engines", "capture"],
     "solvers": ["schedule", "place", "evaluate", "time", "health", "maps"],
-    "runtime": ["ranks", "reshard", "layer", "transformers", "serving", "replay"],
+    "runtime": ["ranks", "reshard", "engines", "layer", "transformers", "serving", "replay"],
     "semmoe_cli": ["terminal", "pages.figures", "pages", "commands"],
 }
 PACKAGES = {"semmoe_cli": "semmoe", **{folder: f"semmoe.{folder}" for folder in list(ORDER)[:3]}}

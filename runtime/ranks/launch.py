@@ -43,16 +43,14 @@ def launch(
 ) -> Any:
     """Run `work` on every rank of this machine.
 
-    Parameters
-    ----------
-    work : importable; called with `arguments`, and with its task where there are any.
-    arguments : picklable, the same on every rank.
-    tasks : picklable, one for each rank.
+    Parameters:
+        work: importable; called with `arguments`, and with its task where there are any.
+        arguments: picklable, the same on every rank.
+        tasks: picklable, one for each rank.
 
-    Returns
-    -------
-    What rank 0 returns. Raises InputError with the reason of the rank that failed first, RankError
-    with its traceback where that is a bug; the others are stopped within seconds.
+    Returns:
+        What rank 0 returns. Raises InputError with the reason of the rank that failed first,
+        RankError with its traceback where that is a bug; the others are stopped within seconds.
     """
     context = multiprocessing.get_context("spawn")
     port = free_port()

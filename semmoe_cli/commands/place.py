@@ -17,6 +17,7 @@ from semmoe.options import (
     Minimize,
     Objective,
     Simulation,
+    Spare,
     TimedPlacing,
     command_line,
     given,
@@ -76,7 +77,18 @@ class Placing:
     lar_weight: Annotated[
         float, typer.Option(help="Remote ranks that one more local activation per token is worth.", min=0)
     ] = 0.0
-    replicas: Annotated[int, typer.Option(metavar="S", help="Extra expert slots per rank.", min=0)] = 0
+    slots: Annotated[
+        int,
+        typer.Option(metavar="S", help="Expert slots of each rank; ceil(E / R) otherwise.", min=0, show_default=False),
+    ] = 0
+    replicas: Annotated[int, typer.Option(metavar="X", help="Expert slots of each rank beyond ceil(E / R).", min=0)] = 0
+    redundant: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Copies of experts in all, as engines count them; E + N divides over R.", min=0),
+    ] = None
+    spare: Annotated[
+        Spare, typer.Option(help="Slots beyond one for each expert: filled with copies, or left empty.")
+    ] = Spare.copies
     robust: Annotated[
         int, typer.Option(metavar="K", help="Keep the load cap within each of K clusters of requests.", min=0)
     ] = 0
@@ -109,6 +121,9 @@ class Placing:
             objective=self.objective.value,
             lar_weight=self.lar_weight,
             replicas=self.replicas,
+            slots=self.slots,
+            redundant=self.redundant,
+            spare=self.spare.value,
             robust=self.robust,
             expressible=self.expressible and self.expressible.value,
             effort=self.effort.value,

@@ -54,7 +54,7 @@ class ScoreRow(JsonRecord):
     def interval(self, metric: str) -> Interval:
         """Interval of one of METRICS; the value itself where none is known."""
         value = self.value(metric)
-        return self.ci.get(metric, (value, value))  # pyright: ignore
+        return (self.ci or {}).get(metric, (value, value))
 
     @classmethod
     def of(cls, key: Key, scores: Scores) -> "ScoreRow":

@@ -19,25 +19,10 @@ from semmoe.solvers.evaluate.report import DomainScores, Judgement, Key, LayerSc
 from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.sums import TrafficSums, resampling_groups
 from semmoe.solvers.evaluate.verdict import best_row, bytes_only, judge, saving, traffic_cost
-from semmoe.solvers.place.baselines import place_contiguous, place_load_on_nodes
-from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.simulate import Setting, available_schedules
 
 SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
-
-
-def baselines(load_LE: np.ndarray, topology: Topology, num_groups: int = 1) -> dict[str, Placement]:
-    """What engines do without us: contiguous experts, and packing by load.
-
-    `load_LE`: activations of the fitted requests, integers. `num_groups`: routing groups of the
-    model, which packing puts onto nodes first.
-    """
-    num_layers, num_experts = load_LE.shape
-    ranks = {
-        "contiguous": place_contiguous(num_layers, num_experts, topology.num_ranks),
-        "load": place_load_on_nodes(load_LE, topology, num_groups),
-    }
-    return {name: Placement.from_ranks(rank_of_LE, topology.num_ranks) for name, rank_of_LE in ranks.items()}
 
 
 def scored_batch(traces: list[RoutingTrace], keep: list[np.ndarray], *, seed: int) -> TraceBatch:

@@ -13,11 +13,13 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.deployment import Deployment
-from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+from semmoe.solvers.evaluate.score_plan import scored_batch
 from semmoe.solvers.evaluate.time_report import TimeReport
+from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.simulate import Setting
+from semmoe.solvers.slots import Slots
 from semmoe.solvers.time.hardware import TimeAsked
 from semmoe.solvers.time.predict import PLAN, predict
 
@@ -52,7 +54,7 @@ def plan_times(
     batch = scored_batch([trace], [unseen_B], seed=setting.seed)
     found = {}
     for name, plan in plans.items():
-        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
+        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
         others = {key: replace(plan.deployment, placement=placed, schedule=None) for key, placed in beside.items()}
         found[name] = predict({PLAN: plan.deployment, **others}, batch, trace.info.model, asked, setting=setting)
     return found
