@@ -20,11 +20,13 @@ from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, unshown
 from semmoe.solvers.demands import Demands, Solved
-from semmoe.solvers.place.baselines import place_load_on_nodes
+from semmoe.solvers.place.baselines import baselines, place_load_on_nodes
+from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
-from semmoe.solvers.place.solve import solve_placement
-from semmoe.solvers.placement import Topology
+from semmoe.solvers.place.solve import solve_placement, with_copies
+from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.time.batches import Pool, pool_of, random_homes
+from semmoe.solvers.time.copies import CopyTask, place_copies
 from semmoe.solvers.time.hardware import WAYS, Costing, TimeAsked, costing_of, nodes_of_ranks
 from semmoe.solvers.time.moe_layer import batch_tokens, experts_us, way_us
 from semmoe.solvers.time.swaps import LayerBatches, Prices, swap_layer
@@ -34,6 +36,7 @@ REQUEST_SHARE = 0.5  # of the fitted requests that a batch is resampled from
 MOST_TOKENS = 80_000  # of a layer that swaps are counted on
 BATCHES = {"fast": 32, "default": 64, "max": 128}
 KICKS = {"fast": 0, "default": 2, "max": 8}
+COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
 LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
 
 
@@ -186,10 +189,14 @@ def solve_for_time(
     costing = costing_of(asked, info, topology, prompts=prompts)
     packed = place_load_on_nodes(profile.load_LE, topology, info.n_group)
     starts = [packed]
+    once = replace(demands, effort="fast", slots=0, replicas=0, redundant=None, spare="empty")
     if costing.kind in ("per-rank", "per-node"):
-        quick = replace(demands, effort="fast", replicas=0)
-        starts.append(solve_placement(profile, topology, quick, method="semmoe").placement.rank_of_LE)
-    return place_for_time(profile, topology, demands, costing, starts, progress)
+        starts.append(solve_placement(profile, topology, once, method="semmoe").placement.rank_of_LE)
+    solved = place_for_time(profile, topology, demands, costing, starts, progress)
+    slots = demands.slots_of(info.num_experts, topology.num_ranks)
+    if not slots.copies or slots.per_rank * topology.num_ranks == info.num_experts:
+        return solved
+    return copies_for_time(profile, topology, demands, costing, solved.placement)
 
 
 def place_for_time(
@@ -230,6 +237,47 @@ def place_for_time(
             show(len(found), info.num_layers)
     rank_of_LE = _labelled(np.stack(found), profile, topology, demands)
     return Solved.from_ranks(rank_of_LE, profile.load_LE, num_ranks)
+
+
+def copies_for_time(
+    profile: RoutingProfile, topology: Topology, demands: Demands, costing: Costing, placement: Placement
+) -> Solved:
+    """The placement with its spare slots filled for the predicted time: from what load packing
+    copies and from what affinity does, whichever becomes faster at a layer.
+
+    `placement`: every expert once.
+    """
+    info, num_ranks = profile.info, topology.num_ranks
+    slots = demands.slots_of(info.num_experts, num_ranks)
+    by_affinity = with_copies(
+        placement, profile, topology, slots, load_cap=demands.load_cap, processes=demands.processes
+    )
+    by_load = baselines(profile.load_LE, topology, info.n_group, slots=slots)["load"]
+    pool = pool_of(profile.sample, costing.phase)
+    fitted = batches_to_fit(pool, costing, num_ranks, num_batches=BATCHES[demands.effort], seed=demands.seed)
+    tile = int(costing.values["experts.tile"])
+    prices, levels_UR = prices_of(costing, topology), links_of(costing, topology).levels_UR
+
+    def tasks() -> Iterator[tuple[CopyTask, list[np.ndarray]]]:
+        for layer in range(info.num_layers):
+            ids_TK = profile.sample.expert_ids_TLK[:, layer][fitted[0]].astype(np.int64)
+            batches = LayerBatches(ids_TK, fitted[1], fitted[2], info.num_experts, tile)
+            trials = COPY_TRIALS[demands.effort]
+            task = CopyTask(batches, profile.load_LE[layer], topology, levels_UR, prices, trials, demands.seed)
+            yield task, [by_load.hosts_LER[layer], by_affinity.hosts_LER[layer]]
+
+    with layer_map(demands.processes, info.num_experts) as run:
+        hosts = list(run(_solve_copies, tasks()))
+    experts_LRS = np.array([[np.flatnonzero(hosts_ER[:, r]) for r in range(num_ranks)] for hosts_ER in hosts])
+    copied = Placement(experts_LRS.astype(np.int32), info.num_experts)
+    serving = serving_LRE(copied.hosts_LER, profile.load_LE, topology)
+    loads = np.stack([served_load_R(s, load_E) for s, load_E in zip(serving, profile.load_LE, strict=True)])
+    return Solved(copied, loads)
+
+
+def _solve_copies(work: tuple[CopyTask, list[np.ndarray]]) -> np.ndarray:
+    task, starts = work
+    return min((place_copies(task, hosts_ER) for hosts_ER in starts), key=lambda found: found[1])[0]
 
 
 def _labelled(rank_of_LE: np.ndarray, profile: RoutingProfile, topology: Topology, demands: Demands) -> np.ndarray:
