@@ -6,6 +6,7 @@ Shape letters: T tokens, L MoE layers, K top-k, R ranks, E experts, S slots per 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ class ReplayOptions:
     dtype: str = "auto"
     timeout_s: float = 300.0
     seed: int = 0
+    write_hardware: Path | None = None  # measured exchanges and experts go there
 
 
 class Case(NamedTuple):

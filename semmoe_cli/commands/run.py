@@ -64,6 +64,12 @@ class Replaying:
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="With --replay: most rows to replay, a random choice of requests.", min=1)
     ] = 65536
+    write_hardware: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --replay: also write the measured exchanges and experts, for --hardware FILE."
+        ),
+    ] = None
     seed: Seed = 0
 
 
@@ -165,6 +171,8 @@ def run(
         refuse_mixed("--replay", refused)
         from semmoe.runtime.replay.cases import ReplayOptions
 
+        if replaying.write_hardware is not None:
+            check_file_target(replaying.write_hardware)
         sizes = asdict(replaying)
         options = ReplayOptions(trace=sizes.pop("replay"), **sizes, **everywhere)
         replay_trace(options, running.nproc, as_json=json_)

@@ -144,13 +144,17 @@ def _sides(plan: "Plan", trace: "RoutingTrace", scored: "Scored") -> "tuple[np.n
 
 def _timed(report: "Report", plan: "Plan", trace: "RoutingTrace", scored: "Scored", asked: "TimeAsked") -> "Report":
     """The report with its times, on the requests that it was scored on."""
-    from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+    from semmoe.solvers.evaluate.score_plan import scored_batch
+    from semmoe.solvers.place.baselines import baselines
+    from semmoe.solvers.slots import Slots
     from semmoe.solvers.time.predict import timed_report
 
     if not scored.held_out:
         raise InputError(f"--hardware: {trace.path} holds no request that the plan was not fitted on")
     batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
-    beside = baselines(scored.deployment.load_LE, plan.topology, plan.model.n_group)
+    deployed = scored.deployment
+    slots = Slots.of(deployed.placement)
+    beside = baselines(deployed.load_LE, plan.topology, plan.model.n_group, slots=slots)
     return timed_report(report, scored.deployment, beside, batch, asked)
 
 
