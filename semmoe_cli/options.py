@@ -187,7 +187,7 @@ class Dtype(enum.StrEnum):
 
 
 class Layout(enum.StrEnum):
-    """--layout: semmoe.runtime.reshard.sidecar.LAYOUTS."""
+    """--layout: semmoe.profiles.numbering.LAYOUTS."""
 
     permuted = "permuted"
     ranks = "ranks"

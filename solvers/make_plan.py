@@ -24,9 +24,10 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.against import Against, deployments_beside, words_of
+from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Report
-from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, score_batch, score_placements
+from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, score_batch, scored_batch
 from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
 from semmoe.solvers.place.replicas import OWN_RULE, check_rule
 from semmoe.solvers.place.solve import check_demands, solve_placement
@@ -94,7 +95,7 @@ def make_plan(
     progress: Stages = unshown_stages,
 ) -> Plan:
     """The plan for the traces' model, with scores on held-out requests beside the baselines (see
-    `score_placements`); of traces that hold loads only, a plan by load without them."""
+    `score_batch`); of traces that hold loads only, a plan by load without them."""
     # Step 1: refuse what cannot be made, before anything is read.
     for trace in traces:
         trace.info.check_numbering(trace.path)
@@ -301,10 +302,15 @@ def score_plan(
     if num_seen := int((unseen_B & against.seen(keys_B)).sum()):
         notes.append(f"{num_seen} requests of this trace were used to fit {against.name} and are left out")
         unseen_B &= ~against.seen(keys_B)
+        if not unseen_B.any():
+            raise InputError(f"--against {against.name} was fitted on every request of {trace.path} that is left")
+    batch = scored_batch([trace], [unseen_B], seed=setting.seed)
+    refuse_foreign_order(plan, batch, trace.info, trace.path)
     served, why_not = served_by(plan, trace)
     notes += [why_not] if why_not else []
-    options = {"against": against, "setting": setting, "served": served}
-    return score_placements(plan.deployment, [trace], [unseen_B], **options), notes
+    batch = batch if served else replace(batch, rank_of_B=None)
+    report = score_batch(plan.deployment, batch, trace.info, against=against, setting=setting)
+    return replace(report, phase=phase_of(trace), phase_shares=phase_shares([trace])), notes
 
 
 def served_by(plan: Plan, trace: RoutingTrace) -> tuple[bool, str]:

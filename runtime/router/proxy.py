@@ -75,8 +75,16 @@ class Passing(Protocol):
         ...
 
     async def pass_on(
-        self, asking: object, chosen: Chosen, response: aiohttp.ClientResponse, answer: "Answer"
+        self, asking: Any, chosen: Chosen, response: aiohttp.ClientResponse, answer: "Answer"
     ) -> None: ...
+
+    def counts(self) -> dict[str, int]:
+        """What became of those answers."""
+        ...
+
+    def finding(self) -> str | None:
+        """What people must be told; None for nothing."""
+        ...
 
 
 @dataclass(eq=False)

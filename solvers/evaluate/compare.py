@@ -14,11 +14,12 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, unshown
 from semmoe.profiles.split import only_phase, phase_of, phase_shares, request_keys
-from semmoe.profiles.trace import RoutingTrace
+from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from semmoe.solvers.evaluate.against import BASELINES, Against, deployments_beside
+from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
 from semmoe.solvers.evaluate.metrics import metrics_XL, resamples_XG
 from semmoe.solvers.evaluate.report import Report, ScoreRow, random_row
-from semmoe.solvers.evaluate.score_plan import BETTER, score_placements, scored_batch
+from semmoe.solvers.evaluate.score_plan import BETTER, score_batch, scored_batch
 from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
 from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.json_record import JsonRecord
@@ -176,9 +177,12 @@ def compare_plans(
     unseen_B = ~np.isin(requests, np.concatenate([plan.fitted_keys for plan in plans.values()]))
     unseen_B &= ~against.seen(requests)
     if unseen_B.any():
-        reports = _scored_reports(plans, trace, unseen_B, against, setting, progress)
+        batch = scored_batch([trace], [unseen_B], seed=setting.seed)
+        for plan in plans.values():
+            refuse_foreign_order(plan, batch, trace.info, trace.path)
+        reports = _scored_reports(plans, batch, trace.info, against, setting, progress)
         progress(len(plans), len(plans) + 1)
-        differences = _differences(plans, trace, unseen_B, against, setting.seed)
+        differences = _differences(plans, batch, against, setting.seed)
         left_out = int((~unseen_B).sum())
         said = f"{left_out} requests of {trace.path} were used to fit one of the plans and are left out"
         notes = [said] if left_out else []
@@ -247,8 +251,8 @@ def _plan_facts(name: str, plan: Plan) -> ComparedPlan:
 
 def _scored_reports(
     plans: dict[str, Plan],
-    trace: RoutingTrace,
-    unseen_B: np.ndarray,
+    batch: TraceBatch,
+    info: TraceInfo,
     against: Against,
     setting: Setting,
     progress: Progress,
@@ -259,7 +263,7 @@ def _scored_reports(
     for number, (name, plan) in enumerate(plans.items()):
         progress(number, len(plans) + 1)
         deployment = replace(plan.deployment, dispatch=dispatch)
-        reports[name] = score_placements(deployment, [trace], [unseen_B], against=against, setting=setting)
+        reports[name] = score_batch(deployment, batch, info, against=against, setting=setting)
     return reports
 
 
@@ -293,13 +297,10 @@ def _rows_of_baseline(name: str, plans: dict[str, Plan], reports: dict[str, Repo
     return [row for row in first.rows if name and name not in plans and row.placement == name]
 
 
-def _differences(
-    plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, against: Against, seed: int
-) -> list[Difference]:
+def _differences(plans: dict[str, Plan], batch: TraceBatch, against: Against, seed: int) -> list[Difference]:
     """Every plan against the one baseline, or every other plan against the first; tokens at random
     homes, on the same resamples of the requests."""
     (first_name, first), *others = plans.items()
-    batch = scored_batch([trace], [unseen_B], seed=seed)
     found = []
     for name, plan in plans.items() if against.name else others:
         deployment = replace(plan.deployment, dispatch=first.dispatch)

@@ -39,13 +39,10 @@ def score_placements(
     *,
     against: Against = BETTER,
     setting: Setting,
-    served: bool = False,
 ) -> Report:
     """`score_batch` on the requests of `keep` (bool [B] per trace); of very large traces, on a
-    random sample of them. `served`: also where a server ran them, if the traces say so. Raises
-    InputError where there is none."""
-    batch = scored_batch(traces, keep, seed=setting.seed)
-    batch = batch if served else replace(batch, rank_of_B=None)
+    random sample of them. Raises InputError where there is none."""
+    batch = replace(scored_batch(traces, keep, seed=setting.seed), rank_of_B=None)
     if batch.num_tokens == 0:
         raise InputError(f"{traces[0].path} holds no request to score on")
     report = score_batch(deployment, batch, traces[0].info, against=against, setting=setting)

@@ -155,8 +155,20 @@ def swap_layer(
     return found, time
 
 
+def mean_time(
+    batches: LayerBatches, rank_of_E: np.ndarray, levels_UR: list[np.ndarray], prices: Prices, *, num_ranks: int
+) -> float:
+    """Mean time of a placement over batches; arguments as in `swap_layer`."""
+    return _descend(batches, rank_of_E.astype(np.int64), levels_UR, prices, num_ranks, steps=0)[1]
+
+
 def _descend(
-    batches: LayerBatches, rank_of_E: np.ndarray, levels_UR: list[np.ndarray], prices: Prices, num_ranks: int
+    batches: LayerBatches,
+    rank_of_E: np.ndarray,
+    levels_UR: list[np.ndarray],
+    prices: Prices,
+    num_ranks: int,
+    steps: int = MOST_STEPS,
 ) -> tuple[np.ndarray, float]:
     rank_of_E = rank_of_E.copy()
     width, groups = batches.num_experts + 1, batches.weight_MG.shape[1]
@@ -167,7 +179,7 @@ def _descend(
     levels = [_Level(batches, unit_of_R, rank_of_E) for unit_of_R in levels_UR]
     time = np.inf
     waiting: list[int] = []
-    for _ in range(MOST_STEPS):
+    for step in range(steps + 1):
         work_FMR = work_FME @ np.eye(num_ranks)[rank_of_E]
         us_MR = prices.experts(*work_FMR)
         link_M = prices.links(_busiest(levels, work_FMR, prices))
@@ -175,7 +187,7 @@ def _descend(
         if now < time - LEAST_GAIN * now:  # a swap was made: ask the ranks again, those that cost most first
             waiting = _by_cost(us_MR, levels)
         time = min(time, now)
-        if not waiting:
+        if not waiting or step == steps:
             break
         rank = waiting.pop(0)
         chosen = _best_swap(rank, rank_of_E, work_FME, work_FMR, us_MR, levels, prices)
