@@ -75,6 +75,11 @@ def process(words: list[object], log: Path, **environment: str) -> Iterator[subp
 
 
 @contextmanager
+def running(url: str) -> Iterator[tuple[str, subprocess.Popen | None]]:
+    yield url, None
+
+
+@contextmanager
 def vllm(asked: argparse.Namespace, folder: Path, *flags: object) -> Iterator[tuple[str, subprocess.Popen]]:
     """A server, whose address may not answer yet."""
     port, template = free_port(), folder / "template.jinja"
@@ -111,9 +116,9 @@ class Checks:
         print(f"{'ok  ' if good else 'FAIL'} {name}: {value}", flush=True)
 
 
-async def ready(client: aiohttp.ClientSession, url: str, path: str, started: subprocess.Popen) -> float:
+async def ready(client: aiohttp.ClientSession, url: str, path: str, started: subprocess.Popen | None) -> float:
     begin = time.monotonic()
-    while time.monotonic() < begin + START_SECONDS and started.poll() is None:
+    while time.monotonic() < begin + START_SECONDS and (started is None or started.poll() is None):
         try:
             async with client.get(url + path, timeout=aiohttp.ClientTimeout(total=5)) as response:
                 if response.status == 200:
@@ -121,7 +126,7 @@ async def ready(client: aiohttp.ClientSession, url: str, path: str, started: sub
         except (aiohttp.ClientError, TimeoutError):
             pass
         await asyncio.sleep(0.5)
-    raise RuntimeError(f"{url} did not start, status {started.poll()}")
+    raise RuntimeError(f"{url} did not start")
 
 
 async def metrics(client: aiohttp.ClientSession, url: str, name: str) -> dict[str, float]:
@@ -246,7 +251,7 @@ def check_served(trace: Path, plan: str, checks: Checks) -> None:
 async def case_dp2(asked: argparse.Namespace, folder: Path, checks: Checks) -> None:
     texts, trace = texts_of(asked.texts), folder / "served"
     flags = ("--data-parallel-size", 2, "--enable-expert-parallel")
-    with vllm(asked, folder, *flags) as (server, one):
+    with running(asked.server) if asked.server else vllm(asked, folder, *flags) as (server, one):
         with route(asked, folder, server, record=trace, max_inflight=500) as (router, two):
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
                 checks.say(
@@ -255,9 +260,10 @@ async def case_dp2(asked: argparse.Namespace, folder: Path, checks: Checks) -> N
                     round(await ready(client, server, "/health", one)),
                 )
                 await ready(client, router, "/readyz", two)
+                before = by_label(await metrics(client, server, "vllm:request_success_total"), "engine")
                 await serve_texts(client, router, str(asked.model), texts[: asked.requests], 32)
                 sent = by_label(await metrics(client, router, "semmoe_requests_total"), "rank")
-                ran = by_label(await metrics(client, server, "vllm:request_success_total"), "engine")
+                ran = by_label(await metrics(client, server, "vllm:request_success_total"), "engine") - before
                 checks.say("pins arrive: requests by rank, sent and run", sent == ran, [dict(sent), dict(ran)])
                 async with client.get(router + "/semmoe/status") as response:
                     said = await response.json()
@@ -353,6 +359,7 @@ def main() -> int:
     for name in ("venv", "model", "plan", "texts"):
         parser.add_argument(name, type=str if name == "plan" else Path)
     parser.add_argument("--backend", type=Path)
+    parser.add_argument("--server", help="of dp2: one that runs already, in place of a start")
     parser.add_argument("--requests", type=int, default=400, help="of the check of what is served at home")
     parser.add_argument("cases", nargs="*", choices=[*CASES, []])
     asked, checks = parser.parse_intermixed_args(), Checks()
