@@ -71,6 +71,13 @@ class Expressible(enum.StrEnum):
     permutation = "permutation"
 
 
+class Spare(enum.StrEnum):
+    """--spare: semmoe.solvers.slots.SPARE."""
+
+    copies = "copies"
+    empty = "empty"
+
+
 class Phase(enum.StrEnum):
     """--phase: semmoe.solvers.time.hardware.PHASES."""
 
@@ -99,13 +106,6 @@ class Overlap(enum.StrEnum):
     two_batch = "two-batch"
 
 
-class Spare(enum.StrEnum):
-    """--spare: semmoe.solvers.slots.SPARE."""
-
-    copies = "copies"
-    empty = "empty"
-
-
 class TraceKind(enum.StrEnum):
     """--from: semmoe.profiles.engines.imports.KINDS."""
 
@@ -115,6 +115,13 @@ class TraceKind(enum.StrEnum):
     trtllm = "trtllm"
     megatron = "megatron"
     eplb = "eplb"
+
+
+class Api(enum.StrEnum):
+    """--api: semmoe.profiles.capture.server.APIS."""
+
+    vllm = "vllm"
+    sglang = "sglang"
 
 
 class Repetition(enum.StrEnum):
@@ -146,6 +153,14 @@ class ExportKind(enum.StrEnum):
     sglang_plugin = "sglang-plugin"
 
 
+class Engine(enum.StrEnum):
+    """--engine: semmoe.runtime.router.pins.ENGINES."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    trtllm = "trtllm"
+
+
 class VllmFormat(enum.StrEnum):
     """--format: semmoe.solvers.maps.vllm.FORMATS."""
 
@@ -164,7 +179,7 @@ class Dtype(enum.StrEnum):
 
 
 class Layout(enum.StrEnum):
-    """--layout: semmoe.runtime.reshard.sidecar.LAYOUTS."""
+    """--layout: semmoe.profiles.numbering.LAYOUTS."""
 
     permuted = "permuted"
     ranks = "ranks"

@@ -24,9 +24,10 @@ from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Report
-from semmoe.solvers.evaluate.score_plan import SCORED_IDS, score_batch, score_placements
+from semmoe.solvers.evaluate.score_plan import SCORED_IDS, score_batch, scored_batch
 from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
 from semmoe.solvers.place.solve import check_demands, solve_placement
@@ -89,7 +90,7 @@ def make_plan(
     progress: Stages = unshown_stages,
 ) -> Plan:
     """The plan for the traces' model, with scores on held-out requests beside the baselines (see
-    `score_placements`); of traces that hold loads only, a plan by load without them."""
+    `score_batch`); of traces that hold loads only, a plan by load without them."""
     # Step 1: refuse what cannot be made, before anything is read.
     for trace in traces:
         trace.info.check_numbering(trace.path)
@@ -112,8 +113,9 @@ def make_plan(
     max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
     deployment = Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule)
     scored_on = bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed)
-    slots = Slots.of(fitted.solved.placement)
-    beside = baselines(profile.load_LE, topology, profile.info.n_group, slots=slots)
+    # Where a server ran them under an earlier plan says nothing of this one.
+    scored_on = replace(scored_on, rank_of_B=None)
+    beside = baselines(profile.load_LE, topology, profile.info.n_group, slots=Slots.of(fitted.solved.placement))
     scores = score_batch(
         deployment,
         scored_on,
@@ -264,8 +266,29 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[Re
             )
         return plan.scores, _notes_on_own_scores(plan, plan.scores.setting, setting)
     notes = [f"{num_seen} requests of this trace were used to fit the plan and are left out"] if num_seen else []
+    batch = scored_batch([trace], [unseen_B], seed=setting.seed)
+    refuse_foreign_order(plan, batch, trace.info, trace.path)
     beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
-    return score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting), notes
+    served, why_not = served_by(plan, trace)
+    notes += [why_not] if why_not else []
+    batch = batch if served else replace(batch, rank_of_B=None)
+    return score_batch(plan.deployment, batch, trace.info, beside=beside, setting=setting), notes
+
+
+def served_by(plan: Plan, trace: RoutingTrace) -> tuple[bool, str]:
+    """Whether a trace tells on which of the plan's ranks a server ran its requests; and why its
+    ranks are not those, "" where it names none."""
+    said = trace.info.notes.get("served")
+    if not isinstance(said, dict) or said.get("ranks") is None:
+        return False, ""
+    if said["ranks"] != plan.topology.num_ranks:
+        return (
+            False,
+            f"no row as-served: the server had {said['ranks']} DP ranks, the plan has {plan.topology.num_ranks}",
+        )
+    if said.get("plan") not in (None, plan.fingerprint):
+        return False, f"no row as-served: the server ran plan {said['plan']}, this one is {plan.fingerprint}"
+    return True, ""
 
 
 def _notes_on_own_scores(plan: Plan, made: Setting, setting: Setting) -> list[str]:

@@ -194,8 +194,7 @@ def run_nothing(rows_PD: torch.Tensor, slot_P1: torch.Tensor, weight_P1: torch.T
 
 
 def barrier(group: Group) -> None:
-    with naming(group.rank, "a barrier"):
-        seconds_of_slowest(0.0, group)
+    seconds_of_slowest(0.0, group)
     if group.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -205,7 +204,8 @@ def seconds_of_slowest(seconds: float, group: Group) -> float:
     if group.device.type == "cuda":
         torch.cuda.synchronize()
     worst = torch.tensor(seconds, dtype=torch.float64, device=group.device if group.backend == "nccl" else "cpu")
-    dist.all_reduce(worst, dist.ReduceOp.MAX, group=group.handle)
+    with naming(group.rank, "the agreement on the time of a batch"):
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=group.handle)
     return float(worst)
 
 
@@ -260,7 +260,8 @@ def replay_case(replay: Replay, case: Case, run_experts: RunExperts) -> dict[str
             spent = seconds_of_slowest(time.perf_counter() - begun, group)
             seconds = spent if number == 0 else seconds + spent
     gathered: list[Any] = [None] * group.size
-    dist.all_gather_object(gathered, layers[0].state.counters, group=group.handle)
+    with naming(group.rank, "the collection of counters"):
+        dist.all_gather_object(gathered, layers[0].state.counters, group=group.handle)
     totals = stacked(gathered)
     served_RL = totals["served_L"]
     return {

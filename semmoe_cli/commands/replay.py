@@ -31,7 +31,7 @@ def replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> Non
     from semmoe.solvers.plan import Plan
 
     if under_torchrun():
-        result = as_rank(lambda: replay_rank(options, None, note, steps))
+        result = as_rank(lambda: replay_rank(options, None, note, steps), note)
     else:
         ranks = Plan.load(options.plan).topology.num_ranks
         if nproc not in (None, ranks):

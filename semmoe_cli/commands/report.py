@@ -177,16 +177,19 @@ def _report_balance(
     plan: "Plan", trace: "RoutingTrace", names: dict[str, str], output: Path | None, as_json: bool
 ) -> None:
     """What can be said of a plan on loads alone."""
+    from semmoe.solvers.evaluate.foreign_order import refuse_foreign_loads
     from semmoe.solvers.plan_of_counts import ONLY_BALANCE, balance_of, counted_load_LE
     from semmoe.terminal.tables import note, print_balance
 
     if output is not None:
         trace.require_tokens("a page")
     plan.model.check(trace.info, trace.path)
+    load_LE = counted_load_LE([trace])
+    refuse_foreign_loads(plan, load_LE, trace.info, trace.path)
     note(f"{trace.path}: {ONLY_BALANCE}")
     if trace.fingerprint in plan.trace.get("fingerprints", []):
         note("the plan was made from these very loads: its balance is not held out")
-    print_balance(balance_of(plan, counted_load_LE([trace])), names, as_json=as_json)
+    print_balance(balance_of(plan, load_LE), names, as_json=as_json)
 
 
 def _report_trace(

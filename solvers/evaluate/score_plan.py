@@ -20,7 +20,7 @@ from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.sums import TrafficSums, resampling_groups
 from semmoe.solvers.evaluate.verdict import best_row, bytes_only, judge, saving, traffic_cost
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule.simulate import Setting, available_schedules
+from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, available_schedules
 
 SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
 
@@ -41,7 +41,7 @@ def score_placements(
 ) -> Report:
     """`score_batch` on the requests of `keep` (bool [B] per trace); of very large traces, on a
     random sample of them. Raises InputError where there is none."""
-    batch = scored_batch(traces, keep, seed=setting.seed)
+    batch = replace(scored_batch(traces, keep, seed=setting.seed), rank_of_B=None)
     if batch.num_tokens == 0:
         raise InputError(f"{traces[0].path} holds no request to score on")
     return score_batch(deployment, batch, traces[0].info, beside=beside, setting=setting)
@@ -74,6 +74,8 @@ def score_batch(
     # Random homes are summed exactly; they are no schedule to simulate.
     known = available_schedules(deployment.schedule) if deployment.schedule else []
     rows |= {("plan", name): deployment for name in known if name != "random"}
+    if batch.rank_of_B is not None and (batch.rank_of_B >= 0).any():
+        rows[("plan", AS_SERVED)] = deployment
     names, domain_of_B = domain_groups(batch.domains)
     group_of_B, domain_of_G = resampling_groups(domain_of_B)
     summed = list(summed_rows(rows, batch, setting, group_of_B, processes=processes, progress=progress))
@@ -87,6 +89,7 @@ def score_batch(
     for domain, name in enumerate(names):
         parts = {key: whole.of_groups(domain_of_G == domain) for key, whole in sums.items()}
         if tokens := int(parts["plan", "random"].tokens_G.sum()):
+            parts = {key: part for key, part in parts.items() if part.tokens_G.any()}
             its_rows = [ScoreRow.of(key, found) for key, found in _scores(parts, deployment, setting.seed).items()]
             domains.append(DomainScores(name, int((domain_of_B == domain).sum()), tokens, its_rows))
     return Report(
@@ -124,7 +127,7 @@ def _verdict(sums: dict[Key, TrafficSums], scores: dict[Key, Scores], deployment
     """
     dispatch, rows = deployment.dispatch, {key: ScoreRow.of(key, found) for key, found in scores.items()}
     before = min((("contiguous", "random"), ("load", "random")), key=lambda key: traffic_cost(rows[key], dispatch))
-    scheduled = [row for (p, s), row in rows.items() if p == "plan" and s not in ("random", "dp-roundrobin")]
+    scheduled = [row for (p, s), row in rows.items() if p == "plan" and s not in ("random", "dp-roundrobin", AS_SERVED)]
     best = best_row(scheduled, dispatch).schedule if scheduled else "random"
 
     def judged(schedule: str) -> Judgement:

@@ -11,8 +11,8 @@ from semmoe.profiles.engines.imports import import_trace
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.deployment import Deployment
-from semmoe.solvers.evaluate.score_plan import baselines
 from semmoe.solvers.make_plan import split_requests
+from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.time import predict as predicting
