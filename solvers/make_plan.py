@@ -39,7 +39,7 @@ from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.slots import Slots
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
-from semmoe.solvers.time.minimize import check_for_time, solve_for_time
+from semmoe.solvers.time.minimize import cap_by_time, check_for_time, solve_for_time
 from semmoe.solvers.time.predict import timed_report
 
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
@@ -62,6 +62,7 @@ class PlanOptions:
         against: what the verdict holds the plan against.
         made_by: the command, for plan.json.
         time: the machine and batches that times are predicted for; None: none are.
+        auto_cap: the load cap is chosen by predicted time on requests that a trial did not see.
         minimize: "time" or "bytes"; "": time where `time` is given and the method is "semmoe".
 
     Source: solvers/make_plan.py; `semmoe place --help` names the same.
@@ -79,6 +80,7 @@ class PlanOptions:
     made_by: str = ""
     time: TimeAsked | None = None
     minimize: str = ""
+    auto_cap: bool = False
 
     @property
     def for_time(self) -> bool:
@@ -114,6 +116,8 @@ def make_plan(
     counting = partial(progress, "reading tokens")
     profile, rest, whole = profile_split(traces, held_out, seed=demands.seed, progress=counting)
     # Step 3: place the experts, and fit the schedules, on the other requests.
+    if options.auto_cap and options.time is not None:
+        demands = replace(demands, load_cap=cap_by_time(profile, topology, demands, options.time, options.method))
     asked = _Asked(topology, demands, options.method, embedding_VD, options.time if options.for_time else None)
     fitted = _fit(profile, asked, progress)
     # Step 4: score on the held-out requests.
@@ -189,6 +193,8 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
         raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
     if options.for_time:
         check_for_time(options.time, options.method, demands)
+    if options.auto_cap and (options.time is None or options.for_time):
+        raise InputError("--load-cap auto needs --hardware, and --minimize bytes: time has no cap")
     if options.time is not None:
         costing_of(options.time, traces[0].info, topology)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from semmoe.solvers.placement import Topology
 
 # What an expert map is scored with too, or that changes no result.
+AUTO = "auto"  # --load-cap
 FINE_WITH_IMPORT = ("dispatch", "effort", "processes")
 
 
@@ -72,8 +73,12 @@ class Placing:
         typer.Option(metavar="D", help="Hold out all requests of this domain instead; may be repeated."),
     ] = None
     load_cap: Annotated[
-        float, typer.Option(help="Most expert load of a rank over the mean, on the fitted requests.")
-    ] = 1.05
+        str,
+        typer.Option(
+            metavar="CAP|auto",
+            help="Most expert load of a rank over the mean, on the fitted requests; auto: by predicted time, with --minimize bytes.",
+        ),
+    ] = "1.05"
     refit: Annotated[bool, typer.Option(help="After scoring, fit the written plan on all requests.")] = True
     objective: Annotated[
         Objective, typer.Option(help="Schedules to place for: tokens (tp), requests (dp), or both.")
@@ -119,7 +124,7 @@ class Placing:
         from semmoe.solvers.demands import Demands
 
         return Demands(
-            load_cap=self.load_cap,
+            load_cap=self._load_cap(),
             seed=seed,
             dispatch=self.dispatch.value,
             objective=self.objective.value,
@@ -133,6 +138,15 @@ class Placing:
             effort=self.effort.value,
             processes=self.processes or os.cpu_count() or 1,
         )
+
+    def _load_cap(self) -> float:
+        """The cap; a first one where it is chosen later."""
+        if self.load_cap == AUTO:
+            return 1.05
+        try:
+            return float(self.load_cap)
+        except ValueError:
+            raise typer.BadParameter(f"{self.load_cap!r} is no number, nor auto", param_hint="--load-cap") from None
 
     def options(self, simulation: Simulation, timing: TimedPlacing, against: "Against", made_by: str) -> "PlanOptions":
         """The rest, as solvers read it."""
@@ -149,6 +163,7 @@ class Placing:
             made_by=made_by,
             time=timing.asked_here(),
             minimize=self.minimize.value if self.minimize else "",
+            auto_cap=self.load_cap == AUTO,
         )
 
 
