@@ -28,6 +28,7 @@ LONGEST_NAME = 255  # bytes, of Linux file systems
 KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}  # else a device
 UNFIT = re.compile(r"[\0-\x1f\x7f\\]")  # control characters; and what is a separator elsewhere
 BLOB = re.compile(r"(models|datasets|spaces)--[^/]+/blobs/([0-9a-f]{40}|[0-9a-f]{64})")  # a file of the hub's cache
+CANNOT_ALLOCATE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system
 LOCK_MARK = "semmoe lock"  # the first line of a lock; the holder's process, start and command follow
 LOCK_TRIES_S = 0.2  # others look whether a lock is held by taking it for a moment
 
@@ -168,6 +169,19 @@ def check_file_target(path: Path) -> None:
         raise InputError(f"cannot write {path}: it is a directory")
     if path.exists() and not path.is_file():
         raise InputError(f"cannot write {path}: it is neither a file nor absent")
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Make an open file `size` bytes long, on blocks that are its own. Raises OSError where the
+    disk has no room; where the file system cannot promise any, the file is sparse."""
+    if not size:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in CANNOT_ALLOCATE:
+            raise
+        os.truncate(descriptor, size)
 
 
 @contextmanager

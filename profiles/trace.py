@@ -46,6 +46,7 @@ VERSION = 1
 COUNTS_FILE = "counts.parquet"
 REMOTE_WHOLE_BYTES = 1 << 30  # a part behind a URL is read whole and checked up to this size
 MAX_LAYERS = 100_000
+MOST_SERVING = 1_000_000  # data-parallel ranks of a server
 
 PART = record({"file": name_of_file(ending=".parquet"), "requests": integer(), "tokens": integer(), "sha256": SHA256})
 EMBEDDING = record(
@@ -167,6 +168,8 @@ class TraceBatch:
     first_position_B: np.ndarray  # int64
     sequence_starts_B1: np.ndarray  # int64 [B + 1], into sequences
     sequences: np.ndarray  # int32, the whole known sequence of every request, one after the other
+    rank_of_B: np.ndarray | None = None  # int64, the DP rank that served; -1: unknown; None: of all
+    prompts_apart: "TraceBatch | None" = None  # of generated tokens alone: the prompts of the same requests, if wanted
 
     @property
     def num_requests(self) -> int:
@@ -190,7 +193,7 @@ class TraceBatch:
         return self.sequence(b)[: self.num_prompt_tokens_B[b]]
 
 
-def trace_schema(id_dtype: np.dtype, weights: bool) -> pa.Schema:
+def trace_schema(id_dtype: np.dtype, weights: bool, served: bool = False) -> pa.Schema:
     columns = [
         pa.field("request_id", pa.string(), nullable=False),
         pa.field("domain", pa.string(), nullable=False),
@@ -200,7 +203,9 @@ def trace_schema(id_dtype: np.dtype, weights: bool) -> pa.Schema:
         pa.field("num_tokens", pa.int32(), nullable=False),
         pa.field("expert_ids", pa.list_(pa.from_numpy_dtype(id_dtype)), nullable=False),
     ]
-    return pa.schema(columns + ([pa.field("expert_weights", pa.list_(pa.float16()))] if weights else []))
+    columns += [pa.field("expert_weights", pa.list_(pa.float16()))] if weights else []
+    columns += [pa.field("rank", pa.int32()), pa.field("decision", pa.string())] if served else []
+    return pa.schema(columns)
 
 
 def integers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
@@ -396,7 +401,8 @@ class RoutingTrace:
                 row += count
                 if keep is not None and not keep.any():
                     continue
-                table = _read(file, name, columns, group)
+                served = ["rank"] if "rank" in file.schema_arrow.names else []
+                table = _read(file, name, columns + served, group)
                 if keep is not None and not keep.all():
                     table = table.filter(pa.array(keep))
                 yield _batch_of(table, self.info, name)
@@ -447,6 +453,7 @@ COLUMN_TYPES = {
     "expert_ids": ("uint8", "uint16"),
     "window": ("string",),
     "load": ("int64",),
+    "rank": ("int32",),
 }
 LISTS = ("token_ids", "expert_ids", "load")
 MAY_BE_NULL = ("token_ids",)  # the list, not a value of it
@@ -505,6 +512,12 @@ def _batch_of(table: pa.Table, info: TraceInfo, name: str) -> TraceBatch:
     largest = info.num_experts - (not info.empty_slots)
     if ids.size and ids.max() > largest:
         raise InputError(f"{name} holds expert id {ids.max()}, the trace has ids 0..{largest}")
+    rank_of_B = None
+    if "rank" in table.column_names:
+        column = table.column("rank").fill_null(-1)
+        rank_of_B = integers(column).astype(np.int64)
+        if rank_of_B.size and not -1 <= rank_of_B.min() <= rank_of_B.max() <= MOST_SERVING:
+            raise InputError(f"{name} holds a rank outside -1..{MOST_SERVING}")
     starts = np.concatenate([[0], np.cumsum(num_tokens)])
     sequence_starts, sequences = _flat_list(table, "token_ids")
     _check_sequences(table, np.maximum(first + num_tokens, prompt), np.diff(sequence_starts), sequences, name)
@@ -524,6 +537,7 @@ def _batch_of(table: pa.Table, info: TraceInfo, name: str) -> TraceBatch:
         first_position_B=first,
         sequence_starts_B1=sequence_starts,
         sequences=sequences,
+        rank_of_B=rank_of_B,
     )
 
 
@@ -556,11 +570,17 @@ def concat_batches(batches: list[TraceBatch], info: TraceInfo) -> TraceBatch:
     def joined_starts(name: str) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(getattr(b, name)) for b in batches]))])
 
+    apart = [b.prompts_apart for b in batches if b.prompts_apart is not None]
+    served = [b.rank_of_B for b in batches]
+    known = any(rank_of_B is not None for rank_of_B in served)
+    ranks = [np.full(b.num_requests, -1) if r is None else r for b, r in zip(batches, served, strict=True)]
     return TraceBatch(
+        rank_of_B=np.concatenate(ranks) if known else None,
         request_ids=[r for b in batches for r in b.request_ids],
         domains=[d for b in batches for d in b.domains],
         starts_B1=joined_starts("starts_B1"),
         sequence_starts_B1=joined_starts("sequence_starts_B1"),
+        prompts_apart=concat_batches(apart, info) if len(apart) == len(batches) else None,
         **{
             name: joined(name)
             for name in (
