@@ -188,7 +188,7 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
         trace.require_tokens("placement by co-activation, and its held-out scores,")
     check_demands(traces[0].info, topology, demands, method=options.method)
     slots = demands.slots_of(traces[0].info.num_experts, topology.num_ranks)
-    if options.certify and slots.copies and slots.per_rank * topology.num_ranks > traces[0].info.num_experts:
+    if options.certify and slots.has_spare(traces[0].info.num_experts, topology.num_ranks):
         least = slots == Slots.least(traces[0].info.num_experts, topology.num_ranks)
         raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
     if options.for_time:
