@@ -7,7 +7,6 @@ trace is finished.
 Shape letters: T tokens (rows of routing), L MoE layers, K top-k, E experts, W windows of counts.
 """
 
-import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semmoe.profiles.checkpoint import same_routers
-from semmoe.profiles.document import indented
+from semmoe.profiles.document import indented, parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import Lock, new_file, refuse_held, write_file
 from semmoe.profiles.numbering import Relabelling
@@ -141,9 +140,10 @@ class TraceWriter:
         another one than those to come."""
         before.check_numbering(str(self.path))
         mine, theirs = self.info.numbering, before.numbering
-        if (isinstance(mine, dict) and theirs is None) or (mine is None and isinstance(theirs, dict)):
+        mapped = [side for side in (mine, theirs) if isinstance(side, dict)]
+        if mapped and None in (mine, theirs):
             raise InputError(
-                f"{self.path} cannot be added to: ids of one side are mapped back from plan {(mine or theirs)['plan']}, "  # pyright: ignore
+                f"{self.path} cannot be added to: ids of one side are mapped back from plan {mapped[0]['plan']}, "
                 "of the other nothing tells the numbering (name the checkpoint, or choose another name)"
             )
         return theirs if isinstance(theirs, dict) or mine == "model" else mine
@@ -173,8 +173,8 @@ class TraceWriter:
             expert_weights_TLK: weights of the chosen experts, kept as float16.
             served: where a server ran it, if known.
 
-        Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its
-        rows.
+        Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its rows
+        or its prompt.
         """
         if request_id in self.request_ids:
             return False
@@ -190,9 +190,10 @@ class TraceWriter:
             raise InputError(f"request {request_id}: expert id {bad} is outside 0..{largest}")
         if self._old_LE1 is not None:
             ids = self._old_LE1[np.arange(info.num_layers)[:, None], ids]
-        if token_ids is not None and len(token_ids) < first_position + len(ids):
+        end = first_position + len(ids)
+        if token_ids is not None and len(token_ids) < max(end, num_prompt_tokens):
             raise InputError(
-                f"request {request_id}: {len(token_ids)} token ids for rows up to position {first_position + len(ids)}"
+                f"request {request_id}: {len(token_ids)} token ids for rows up to position {end}, prompt of {num_prompt_tokens}"
             )
         row = {
             "request_id": request_id,
@@ -339,8 +340,7 @@ def refuse_existing_trace(path: Path, *, resume: bool = False, locked: bool = Fa
         return
     if path.is_symlink() and not path.exists():
         raise InputError(f"cannot create the trace {path}: it is a link to nothing ({os.readlink(path)})")
-    # What a run that was killed at its start leaves is no trace.
-    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {LOCK, TRACE_TEMPORARY}):
+    if path.exists() and not (path.is_dir() and _holds_nothing(path)):
         state = "an unfinished trace" if _is_unfinished(path) else "there already"
         raise InputError(f"{path} is {state}: add to it with --resume, or choose another name")
     above = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
@@ -349,8 +349,15 @@ def refuse_existing_trace(path: Path, *, resume: bool = False, locked: bool = Fa
         raise InputError(f"cannot create the trace {path}: {above} {why}")
 
 
+def _holds_nothing(path: Path) -> bool:
+    """Whether a directory holds at most what a run leaves that was killed before its first part."""
+    temporary = {p.name for p in path.glob(".*.tmp")} if _is_unfinished(path) else {TRACE_TEMPORARY}
+    facts = {"trace.json"} if _is_unfinished(path) else set()
+    return {p.name for p in path.iterdir()} <= {LOCK, *temporary, *facts}
+
+
 def _is_unfinished(path: Path) -> bool:
     try:
-        return not json.loads((path / "trace.json").read_text(encoding="utf-8"))["complete"]
+        return not parse_json(read_bounded(path / "trace.json"))["complete"]
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -22,6 +23,7 @@ from semmoe.commands.route import route
 from semmoe.commands.run import run
 from semmoe.commands.show import show
 from semmoe.commands.trace import trace
+from semmoe.commands.try_ import try_
 from semmoe.profiles.errors import DEBUG, InputError, show_traceback, visible
 
 app = typer.Typer(
@@ -34,6 +36,7 @@ app = typer.Typer(
 )
 for command in (demo, trace, place, report, compare, show, reshard, export, run, route):
     app.command()(command)
+app.command("try")(try_)
 
 
 def _print_version(asked: bool) -> None:
@@ -67,8 +70,13 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names that stdout's encoding lacks end no command
+    main_of(app if os.environ.get("RANK", "0") == "0" else _run_quietly)
+
+
+def main_of(command: Callable[[], object]) -> None:
+    """Run a command, and end as `main` does."""
     try:
-        app()
+        command()
     except InputError as error:
         _end(error, str(error))
     except SystemExit as end:
@@ -91,6 +99,20 @@ def main() -> None:
         if not _worker_died(error):
             raise
         _end(error, "a worker process died, most often for lack of memory: semmoe place takes --processes 1")
+
+
+def _run_quietly() -> None:
+    """The command on a further rank of torchrun: wrong usage and Ctrl-C are told by rank 0, which
+    was called alike."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if getattr(error, "exit_code", None) != 2:  # of wrong usage; its class is not Typer's to give
+            raise
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _end(error: BaseException, line: str) -> NoReturn:

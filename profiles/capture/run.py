@@ -28,7 +28,7 @@ from semmoe.profiles.capture.loading import (
     refusals,
     refuse_untraceable,
 )
-from semmoe.profiles.capture.requests import TextRequest, encode_requests
+from semmoe.profiles.capture.requests import TextRequest, encode_requests, has_no_text
 from semmoe.profiles.capture.work import FLUSH_SECONDS, Limits, TraceProgress, interruptible
 from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.errors import InputError
@@ -206,7 +206,7 @@ def encoded_requests(
     tokens = count = 0
     while chunk := list(itertools.islice(requests, ENCODE_REQUESTS)):
         for request, ids in zip(chunk, encode_requests(chunk, tokenizer, answer=answer), strict=True):
-            if not len(ids) or (request.messages is None and not request.text.strip()):
+            if has_no_text(request, ids):
                 progress.empty += 1
                 continue
             too_long = longest is not None and len(ids) > longest

@@ -15,10 +15,10 @@ from semmoe.profiles.config import moe_facts
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.engines.band import BAND, Band, Choice
 from semmoe.runtime.engines.counters import Counters
-from semmoe.runtime.engines.entry import BAND as BAND_NAME
-from semmoe.runtime.engines.entry import PLAN, RECORD, RECORD_SHARE, STRICT
 from semmoe.runtime.engines.plan_files import PlanFacts, read_plan_facts
 from semmoe.runtime.engines.scorer import PlanScorer
+from semmoe.runtime.engines.variables import BAND as BAND_NAME
+from semmoe.runtime.engines.variables import PLAN, RECORD, RECORD_SHARE, STRICT
 
 MOST_NEW_TOKENS = 1_024  # that a request counts for: a limit of the whole context says nothing of an answer's length
 

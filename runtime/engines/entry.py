@@ -9,10 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-PLAN, STRICT, BAND = "SEMMOE_PLAN", "SEMMOE_STRICT", "SEMMOE_BAND"
-RECORD, RECORD_SHARE = "SEMMOE_RECORD", "SEMMOE_RECORD_SHARE"
+from semmoe.runtime.engines.variables import LOAD_FORMAT, PLAN, RECORD
+
 LOADERS = "vllm.model_executor.model_loader"
-LOAD_FORMAT = "semmoe"
 
 
 def vllm() -> None:

@@ -19,9 +19,9 @@ from semmoe.profiles.errors import InputError
 from semmoe.runtime.engines.band import Band
 from semmoe.runtime.engines.chooser import RankChooser, Settings, check_model, is_strict, request_tokens
 from semmoe.runtime.engines.counters import Counters
-from semmoe.runtime.engines.entry import LOAD_FORMAT
 from semmoe.runtime.engines.recorder import Recorder, finished_of
 from semmoe.runtime.engines.scorer import PlanScorer
+from semmoe.runtime.engines.variables import LOAD_FORMAT
 
 LOG = logging.getLogger("vllm.plugins.semmoe")  # a child of vLLM's own, so its handlers write it
 CHOOSER = "_semmoe_chooser"  # attribute of a client

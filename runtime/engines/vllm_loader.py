@@ -14,8 +14,8 @@ from typing import Any
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # pyright: ignore
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.engines.entry import PLAN
 from semmoe.runtime.engines.plan_files import read_plan_facts
+from semmoe.runtime.engines.variables import PLAN
 from semmoe.runtime.engines.weights import WeightRelabeller
 
 LOG = logging.getLogger("vllm.plugins.semmoe")

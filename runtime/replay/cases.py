@@ -6,6 +6,7 @@ Shape letters: T tokens, L MoE layers, K top-k, R ranks, E experts, S slots per 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.sample import sample_requests
 from semmoe.profiles.split import request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
+from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
 from semmoe.solvers.place.baselines import place_contiguous, place_load
 from semmoe.solvers.place.replicas import serving_LRE
 from semmoe.solvers.placement import Placement
@@ -41,6 +43,7 @@ class ReplayOptions:
     dtype: str = "auto"
     timeout_s: float = 300.0
     seed: int = 0
+    write_hardware: Path | None = None  # measured exchanges and experts go there
 
 
 class Case(NamedTuple):
@@ -80,6 +83,7 @@ def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None])
     )
     if not batch.num_tokens:
         raise InputError(f"{options.trace} holds no rows to replay")
+    refuse_foreign_order(plan, batch, trace.info, options.trace)
     for name, why in {**plan.unchecked, **trace.unchecked}.items():
         tell(f"{name} was not checked: {why}")
     if batch.num_tokens < trace.num_tokens:

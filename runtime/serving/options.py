@@ -22,4 +22,5 @@ class RunOptions:
     output: str | None = None
     timeout_s: float = 300.0
     check: bool = False
+    reference: str | None = None  # what check compares with; None: the checkpoint itself
     verify: bool = True  # compare a reshard with the checksums of its semmoe.json

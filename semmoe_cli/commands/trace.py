@@ -4,6 +4,7 @@ commands/trace_import.py."""
 import os
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -185,6 +186,16 @@ def _trace(
 ) -> tuple[dict[str, Any] | None, bool]:
     """What was written, None on all ranks but the first; and whether it was interrupted."""
     source, generation = texts.source(), capture.sampling.generation()
+    from semmoe.runtime.ranks.launch import as_rank, under_torchrun
+
+    work = partial(_trace_rank, name, output, source, generation, capture, resume)
+    return as_rank(work, note) if under_torchrun() else work()
+
+
+def _trace_rank(
+    name: str, output: Path, source: "RequestSource", generation: "Generation", capture: Capture, resume: bool
+) -> tuple[dict[str, Any] | None, bool]:
+    """The same on this process, alone or one of torchrun's ranks."""
     _quiet_libraries()
     from semmoe.profiles.capture.requests import open_requests
     from semmoe.profiles.capture.run import TraceOptions, trace_model
@@ -246,10 +257,16 @@ def _join_ranks() -> "Ranks":
 
     from torch import distributed
 
+    from semmoe.runtime.ranks.failures import naming
+
     distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks with short shares wait for the others
-    return Ranks(
-        distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), lambda: distributed.barrier() and None
-    )
+    rank = distributed.get_rank()
+
+    def wait() -> None:
+        with naming(rank, "the wait for the other ranks"):
+            distributed.barrier()
+
+    return Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), wait)
 
 
 def _tell_written(progress: "TraceProgress", output: Path, shape: str) -> dict[str, Any]:

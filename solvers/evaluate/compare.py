@@ -14,16 +14,20 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, unshown
 from semmoe.profiles.split import request_keys
-from semmoe.profiles.trace import RoutingTrace
+from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
+from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
 from semmoe.solvers.evaluate.metrics import metrics_XL, resamples_XG
 from semmoe.solvers.evaluate.report import Report, ScoreRow
-from semmoe.solvers.evaluate.score_plan import baselines, score_placements, scored_batch
+from semmoe.solvers.evaluate.score_plan import score_batch, scored_batch
 from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
+from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.json_record import JsonRecord
+from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.moves import count_moves
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.simulate import Setting
+from semmoe.solvers.slots import Slots
 
 COMPARE_FORMAT = "semmoe-compare"
 COMPARE_VERSION = 1
@@ -105,6 +109,7 @@ class Comparison(JsonRecord):
         differences: each plan against the first, paired over requests, with 95 % intervals.
         bytes_per_expert: bytes of one expert's weights, 0 where not known.
         moves: copies of experts, and bytes, to get from one plan to another.
+        time: of each plan, by name, where hardware is given.
 
     Source: solvers/evaluate/compare.py; docs/formats.md.
     """
@@ -121,6 +126,7 @@ class Comparison(JsonRecord):
     differences: list[Difference]
     bytes_per_expert: int
     moves: list[PlanMoves | NoMoves]
+    time: dict[str, TimeReport] | None = None
 
 
 def compare_plans(
@@ -149,9 +155,12 @@ def compare_plans(
     requests = request_keys(trace.requests())
     unseen_B = ~np.isin(requests, np.concatenate([plan.fitted_keys for plan in plans.values()]))
     if unseen_B.any():
-        reports = _scored_reports(plans, trace, unseen_B, setting, progress)
+        batch = scored_batch([trace], [unseen_B], seed=setting.seed)
+        for plan in plans.values():
+            refuse_foreign_order(plan, batch, trace.info, trace.path)
+        reports = _scored_reports(plans, batch, trace.info, setting, progress)
         progress(len(plans), len(plans) + 1)
-        differences = _differences(plans, trace, unseen_B, setting.seed)
+        differences = _differences(plans, batch, setting.seed)
         left_out = int((~unseen_B).sum())
         said = f"{left_out} requests of {trace.path} were used to fit one of the plans and are left out"
         notes = [said] if left_out else []
@@ -189,16 +198,16 @@ def _plan_facts(name: str, plan: Plan) -> ComparedPlan:
 
 
 def _scored_reports(
-    plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, setting: Setting, progress: Progress
+    plans: dict[str, Plan], batch: TraceBatch, info: TraceInfo, setting: Setting, progress: Progress
 ) -> dict[str, Report]:
     """Every plan on the same requests; rows are counted as for the first plan's dispatch."""
     dispatch = next(iter(plans.values())).dispatch
     reports = {}
     for number, (name, plan) in enumerate(plans.items()):
         progress(number, len(plans) + 1)
-        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
+        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
         deployment = replace(plan.deployment, dispatch=dispatch)
-        reports[name] = score_placements(deployment, [trace], [unseen_B], beside=beside, setting=setting)
+        reports[name] = score_batch(deployment, batch, info, beside=beside, setting=setting)
     return reports
 
 
@@ -222,11 +231,10 @@ def _split_of(plan: Plan) -> tuple[Any, ...]:
     return tuple(plan.split.get(name) for name in ("holdout", "holdout_domains", "seed"))
 
 
-def _differences(plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, seed: int) -> list[Difference]:
+def _differences(plans: dict[str, Plan], batch: TraceBatch, seed: int) -> list[Difference]:
     """Every other plan against the first, tokens at random homes, on the same resamples of the
     requests."""
     (first_name, first), *others = plans.items()
-    batch = scored_batch([trace], [unseen_B], seed=seed)
     before = deployment_sums(first.deployment, batch)
     found = []
     for name, plan in others:

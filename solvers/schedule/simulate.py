@@ -83,24 +83,21 @@ def simulate(
 ) -> Simulation:
     """Homes of the batch's tokens under a schedule.
 
-    Parameters
-    ----------
-    name : one of SCHEDULES
-    batch : requests with T rows in all
-    placement : experts of L layers on R ranks
-    schedule : the tables that `name` reads, fitted for the placement
-    batch_tokens : tokens of a batch over all ranks, at most (TP)
-    window : requests that are weighed against each other, at most (DP)
-    seed : of the order in which rows are mixed, or requests arrive
+    Parameters:
+        name: one of SCHEDULES
+        batch: requests with T rows in all
+        placement: experts of L layers on R ranks
+        schedule: the tables that `name` reads, fitted for the placement
+        batch_tokens: tokens of a batch over all ranks, at most (TP)
+        window: requests that are weighed against each other, at most (DP)
+        seed: of the order in which rows are mixed, or requests arrive
 
-    Returns
-    -------
-    homes_TL : int16 [T, L]
-    token_imbalance : tokens of the busiest rank over the mean, averaged over batches or windows
+    Returns:
+        homes_TL: int16 [T, L]
+        token_imbalance: tokens of the busiest rank over the mean, averaged over batches or windows
 
-    Raises
-    ------
-    InputError : for another name, or sizes under 1
+    Raises:
+        InputError: for another name, or sizes under 1
     """
     if name not in SCHEDULES:
         raise InputError(f"schedule {name!r} is none of {', '.join(SCHEDULES)}")
