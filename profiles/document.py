@@ -6,6 +6,7 @@ What a document must hold is declared: a `Check` takes a value and its place in 
 the first wrong value is, where it stands and what was expected.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -102,6 +103,13 @@ def read_document(
     if facts.get("version") != version or isinstance(facts["version"], bool):
         raise InputError(f"{where} has version {facts.get('version')}, this semmoe reads version {version}")
     return facts
+
+
+def digest_of(facts: dict[str, Any]) -> str:
+    """SHA-256 of the content of a document but for its digest, as JSON with sorted keys: it does
+    not depend on how the file is laid out."""
+    content = json.dumps({key: facts[key] for key in facts if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 # ---- what a document must hold

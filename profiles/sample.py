@@ -39,6 +39,7 @@ def select_requests(batch: TraceBatch, keep_B: np.ndarray) -> TraceBatch:
         first_position_B=batch.first_position_B[keep_B],
         sequence_starts_B1=np.concatenate([[0], np.cumsum(np.diff(batch.sequence_starts_B1)[keep_B])]),
         sequences=batch.sequences[keep_S],
+        rank_of_B=None if batch.rank_of_B is None else batch.rank_of_B[keep_B],
     )
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -46,6 +46,7 @@ VERSION = 1
 COUNTS_FILE = "counts.parquet"
 REMOTE_WHOLE_BYTES = 1 << 30  # a part behind a URL is read whole and checked up to this size
 MAX_LAYERS = 100_000
+MOST_SERVING = 1_000_000  # data-parallel ranks of a server
 
 PART = record({"file": name_of_file(ending=".parquet"), "requests": integer(), "tokens": integer(), "sha256": SHA256})
 EMBEDDING = record(
@@ -164,6 +165,7 @@ class TraceBatch:
     first_position_B: np.ndarray  # int64
     sequence_starts_B1: np.ndarray  # int64 [B + 1], into sequences
     sequences: np.ndarray  # int32, the whole known sequence of every request, one after the other
+    rank_of_B: np.ndarray | None = None  # int64, the DP rank that served; -1: unknown; None: of all
 
     @property
     def num_requests(self) -> int:
@@ -187,7 +189,7 @@ class TraceBatch:
         return self.sequence(b)[: self.num_prompt_tokens_B[b]]
 
 
-def trace_schema(id_dtype: np.dtype, weights: bool) -> pa.Schema:
+def trace_schema(id_dtype: np.dtype, weights: bool, served: bool = False) -> pa.Schema:
     columns = [
         pa.field("request_id", pa.string(), nullable=False),
         pa.field("domain", pa.string(), nullable=False),
@@ -197,7 +199,9 @@ def trace_schema(id_dtype: np.dtype, weights: bool) -> pa.Schema:
         pa.field("num_tokens", pa.int32(), nullable=False),
         pa.field("expert_ids", pa.list_(pa.from_numpy_dtype(id_dtype)), nullable=False),
     ]
-    return pa.schema(columns + ([pa.field("expert_weights", pa.list_(pa.float16()))] if weights else []))
+    columns += [pa.field("expert_weights", pa.list_(pa.float16()))] if weights else []
+    columns += [pa.field("rank", pa.int32()), pa.field("decision", pa.string())] if served else []
+    return pa.schema(columns)
 
 
 def integers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
@@ -241,7 +245,7 @@ def read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) -
         if is_local(source):
             return read_bounded(Path(where))
         check_size(source.size(where) or 0)
-        return source.cat_file(where)  # pyright: ignore
+        return cast(bytes, source.cat_file(where))
 
     facts = read_document(read, path, "trace.json", kind="trace", format=FORMAT, version=VERSION)
     validate(facts, FACTS, where)
@@ -342,7 +346,7 @@ class RoutingTrace:
         if is_local(self._filesystem):
             source = inside(Path(self.path), part["file"], f"{self.path.rstrip('/')}/trace.json: file of a part")
         elif whole and (self._filesystem.size(name) or 0) <= REMOTE_WHOLE_BYTES:
-            content = self._filesystem.cat_file(name)  # pyright: ignore
+            content = cast(bytes, self._filesystem.cat_file(name))
             source = pa.BufferReader(content)
         else:
             source = self._filesystem.open(name, "rb")
@@ -386,7 +390,8 @@ class RoutingTrace:
                 row += count
                 if keep is not None and not keep.any():
                     continue
-                table = _read(file, name, columns, group)
+                served = ["rank"] if "rank" in file.schema_arrow.names else []
+                table = _read(file, name, columns + served, group)
                 if keep is not None and not keep.all():
                     table = table.filter(pa.array(keep))
                 yield _batch_of(table, self.info, name)
@@ -428,6 +433,7 @@ COLUMN_TYPES = {
     "expert_ids": ("uint8", "uint16"),
     "window": ("string",),
     "load": ("int64",),
+    "rank": ("int32",),
 }
 LISTS = ("token_ids", "expert_ids", "load")
 
@@ -473,6 +479,12 @@ def _batch_of(table: pa.Table, info: TraceInfo, name: str) -> TraceBatch:
     largest = info.num_experts - (not info.empty_slots)
     if ids.size and ids.max() > largest:
         raise InputError(f"{name} holds expert id {ids.max()}, the trace has ids 0..{largest}")
+    rank_of_B = None
+    if "rank" in table.column_names:
+        column = table.column("rank").fill_null(-1)
+        rank_of_B = integers(column).astype(np.int64)
+        if rank_of_B.size and not -1 <= rank_of_B.min() <= rank_of_B.max() <= MOST_SERVING:
+            raise InputError(f"{name} holds a rank outside -1..{MOST_SERVING}")
     starts = np.concatenate([[0], np.cumsum(num_tokens)])
     sequence_starts, sequences = _flat_list(table, "token_ids")
     position_T = np.arange(starts[-1]) - np.repeat(starts[:-1] - first, num_tokens)
@@ -491,6 +503,7 @@ def _batch_of(table: pa.Table, info: TraceInfo, name: str) -> TraceBatch:
         first_position_B=first,
         sequence_starts_B1=sequence_starts,
         sequences=sequences,
+        rank_of_B=rank_of_B,
     )
 
 
@@ -507,7 +520,11 @@ def concat_batches(batches: list[TraceBatch], info: TraceInfo) -> TraceBatch:
     def joined_starts(name: str) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(getattr(b, name)) for b in batches]))])
 
+    served = [b.rank_of_B for b in batches]
+    known = any(rank_of_B is not None for rank_of_B in served)
+    ranks = [np.full(b.num_requests, -1) if r is None else r for b, r in zip(batches, served, strict=True)]
     return TraceBatch(
+        rank_of_B=np.concatenate(ranks) if known else None,
         request_ids=[r for b in batches for r in b.request_ids],
         domains=[d for b in batches for d in b.domains],
         starts_B1=joined_starts("starts_B1"),

@@ -12,7 +12,7 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +51,14 @@ def _list_array(pieces: list[np.ndarray | None], dtype: np.dtype) -> pa.ListArra
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), mask=mask)
 
 
+class Served(NamedTuple):
+    """Where a server ran a request: its data-parallel rank, -1 for unknown; and why there, ""
+    for unknown (semmoe.runtime.engines.band.DECISIONS)."""
+
+    rank: int
+    decision: str = ""
+
+
 class TraceWriter:
     """Writes requests to a trace directory, part by part. Use as a context manager.
 
@@ -79,7 +87,7 @@ class TraceWriter:
         self.path, self.info, self._prefix = Path(path), info, prefix
         self._rows: list[dict[str, Any]] = []
         self._values = 0
-        self._weights = False
+        self._weights = self._served = False
         self.request_ids: set[str] = set()
         self._hashes: dict[str, str] = {}
         self.facts_before: dict[str, Any] = {}  # trace.json of a trace that is continued
@@ -133,9 +141,10 @@ class TraceWriter:
         another one than those to come."""
         before.check_numbering(str(self.path))
         mine, theirs = self.info.numbering, before.numbering
-        if (isinstance(mine, dict) and theirs is None) or (mine is None and isinstance(theirs, dict)):
+        mapped = [side for side in (mine, theirs) if isinstance(side, dict)]
+        if mapped and None in (mine, theirs):
             raise InputError(
-                f"{self.path} cannot be added to: ids of one side are mapped back from plan {(mine or theirs)['plan']}, "  # pyright: ignore
+                f"{self.path} cannot be added to: ids of one side are mapped back from plan {mapped[0]['plan']}, "
                 "of the other nothing tells the numbering (name the checkpoint, or choose another name)"
             )
         return theirs if isinstance(theirs, dict) or mine == "model" else mine
@@ -150,6 +159,7 @@ class TraceWriter:
         num_prompt_tokens: int = 0,
         first_position: int = 0,
         expert_weights_TLK: np.ndarray | None = None,
+        served: Served | None = None,
     ) -> bool:
         """Append one request; False where its id is in the trace already.
 
@@ -162,6 +172,7 @@ class TraceWriter:
             num_prompt_tokens: how many tokens of the sequence are its prompt.
             first_position: place of the first row in the sequence.
             expert_weights_TLK: weights of the chosen experts, kept as float16.
+            served: where a server ran it, if known.
 
         Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its
         rows.
@@ -196,6 +207,9 @@ class TraceWriter:
         if expert_weights_TLK is not None:
             row["expert_weights"] = np.asarray(expert_weights_TLK, np.float16)
             self._weights = True
+        if served is not None:
+            row |= {"rank": served.rank if served.rank >= 0 else None, "decision": served.decision or None}
+            self._served = True
         self._rows.append(row)
         self.request_ids.add(request_id)
         self._values += ids.size
@@ -207,7 +221,7 @@ class TraceWriter:
         """Complete the current part: everything added so far survives a kill."""
         if not self._rows:
             return
-        schema = trace_schema(self.info.id_dtype, self._weights)
+        schema = trace_schema(self.info.id_dtype, self._weights, self._served)
         arrays: dict[str, pa.Array] = {}
         for column in schema:
             values = [row.get(column.name) for row in self._rows]
@@ -253,10 +267,14 @@ class TraceWriter:
             pq.write_table(table, file, compression="zstd", **options)
         self._hashes[name] = hash_file(self.path / name)
 
-    def close(self) -> None:
-        """Complete the last part, mark the trace as finished, and let others write it."""
+    def complete(self) -> None:
+        """Complete the last part and mark the trace as finished; more may be added."""
         self.flush()
         self._write_facts(complete=True)
+
+    def close(self) -> None:
+        """`complete`, and let others write the trace."""
+        self.complete()
         self.release()
 
     def release(self) -> None:

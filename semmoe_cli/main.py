@@ -19,9 +19,11 @@ from semmoe.commands.export import export
 from semmoe.commands.place import place
 from semmoe.commands.report import report
 from semmoe.commands.reshard import reshard
+from semmoe.commands.route import route
 from semmoe.commands.run import run
 from semmoe.commands.show import show
 from semmoe.commands.trace import trace
+from semmoe.commands.try_ import try_
 from semmoe.profiles.errors import DEBUG, InputError, show_traceback, visible
 
 app = typer.Typer(
@@ -32,8 +34,9 @@ app = typer.Typer(
     help="Offline expert placement for Mixture-of-Experts models: record routing, place experts, measure the saved traffic.",
     epilog="Example: semmoe trace --from sglang responses.jsonl.gz -o t; semmoe place t --ranks 4 -o p; semmoe report p t",
 )
-for command in (demo, trace, place, report, compare, show, reshard, export, run):
+for command in (demo, trace, place, report, compare, show, reshard, export, run, route):
     app.command()(command)
+app.command("try")(try_)
 
 
 def _print_version(asked: bool) -> None:

@@ -26,8 +26,9 @@ from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Report
-from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines, score_batch, score_placements
-from semmoe.solvers.place.bounds import NO_BOUND, certificate_of
+from semmoe.solvers.evaluate.score_plan import SCORED_IDS, score_batch, score_placements
+from semmoe.solvers.place.baselines import baselines
+from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
 from semmoe.solvers.place.solve import check_demands, solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
@@ -35,6 +36,10 @@ from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
+from semmoe.solvers.slots import Slots
+from semmoe.solvers.time.hardware import TimeAsked, costing_of
+from semmoe.solvers.time.minimize import check_for_time, solve_for_time
+from semmoe.solvers.time.predict import timed_report
 
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
 
@@ -51,6 +56,8 @@ class PlanOptions:
         certify: bound what any placement could reach (`Report.certificate`).
         setting: how schedules are simulated.
         made_by: the command, for plan.json.
+        time: the machine and batches that times are predicted for; None: none are.
+        minimize: "time" or "bytes"; "": time where `time` is given and the method is "semmoe".
 
     Source: solvers/make_plan.py; `semmoe place --help` names the same.
     """
@@ -62,6 +69,13 @@ class PlanOptions:
     certify: bool = False
     setting: Setting = field(default_factory=Setting)
     made_by: str = ""
+    time: TimeAsked | None = None
+    minimize: str = ""
+
+    @property
+    def for_time(self) -> bool:
+        """Whether placement minimises the predicted time."""
+        return self.minimize == "time" or (not self.minimize and self.time is not None and self.method == "semmoe")
 
 
 def make_plan(
@@ -88,19 +102,26 @@ def make_plan(
     counting = partial(progress, "reading tokens")
     profile, rest, whole = profile_split(traces, held_out, seed=demands.seed, progress=counting)
     # Step 3: place the experts, and fit the schedules, on the other requests.
-    asked = _Asked(topology, demands, options.method, embedding_VD)
+    asked = _Asked(topology, demands, options.method, embedding_VD, options.time if options.for_time else None)
     fitted = _fit(profile, asked, progress)
     # Step 4: score on the held-out requests.
     max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
+    deployment = Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule)
+    scored_on = bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed)
+    # Where a server ran them under an earlier plan says nothing of this one.
+    scored_on = replace(scored_on, rank_of_B=None)
+    beside = baselines(profile.load_LE, topology, profile.info.n_group, slots=Slots.of(fitted.solved.placement))
     scores = score_batch(
-        Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule),
-        bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed),
+        deployment,
+        scored_on,
         profile.info,
-        beside=baselines(profile.load_LE, topology, profile.info.n_group),
+        beside=beside,
         setting=options.setting,
         processes=demands.processes,
         progress=partial(progress, "scoring on held-out requests: rows"),
     )
+    if options.time is not None:
+        scores = timed_report(scores, deployment, beside, scored_on, options.time)
     # Step 5: bound what any placement could reach on the requests that were fitted.
     if options.certify:
         bounding = partial(progress, "bounding what any placement could reach: layers")
@@ -123,7 +144,7 @@ def make_plan(
         load_LE=fitted.profile.load_LE,
         fitted_keys=np.concatenate(keys),
         load_cap=demands.load_cap,
-        options={k: v for k, v in asdict(demands).items() if k not in OWN_FIELDS},
+        options={k: v for k, v in asdict(demands).items() if k not in OWN_FIELDS} | _time_options(options),
         trace=_traced(traces),
         split=_split(traces, held_out, demands.seed, options),
         scores=scores,
@@ -140,8 +161,14 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
     for trace in traces:
         trace.require_tokens("placement by co-activation, and its held-out scores,")
     check_demands(traces[0].info, topology, demands, method=options.method)
-    if options.certify and demands.replicas:
-        raise InputError(NO_BOUND)
+    slots = demands.slots_of(traces[0].info.num_experts, topology.num_ranks)
+    if options.certify and slots.copies and slots.per_rank * topology.num_ranks > traces[0].info.num_experts:
+        least = slots == Slots.least(traces[0].info.num_experts, topology.num_ranks)
+        raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
+    if options.for_time:
+        check_for_time(options.time, options.method, demands)
+    if options.time is not None:
+        costing_of(options.time, traces[0].info, topology)
 
 
 class _Asked(NamedTuple):
@@ -151,6 +178,7 @@ class _Asked(NamedTuple):
     demands: Demands
     method: str
     embedding_VD: np.ndarray | None
+    time: TimeAsked | None  # what placement minimises; None: bytes
 
 
 class _Fitted(NamedTuple):
@@ -164,7 +192,10 @@ class _Fitted(NamedTuple):
 def _fit(profile: RoutingProfile, asked: _Asked, progress: Stages, again: str = "") -> _Fitted:
     demands = asked.demands
     placing = partial(progress, f"placing layers{again}")
-    solved = solve_placement(profile, asked.topology, demands, method=asked.method, progress=placing)
+    if asked.time is None:
+        solved = solve_placement(profile, asked.topology, demands, method=asked.method, progress=placing)
+    else:
+        solved = solve_for_time(profile, asked.topology, demands, asked.time, progress=placing)
     schedule = fit_schedule(
         profile.sample,
         solved.placement,
@@ -181,6 +212,11 @@ def _notes_on_checkpoints(traces: list[RoutingTrace]) -> list[str]:
     others = [t for t in traces[1:] if same_routers(first, t.info.checkpoint) is False]
     said = "was recorded on another checkpoint of the model: the plan names the first trace's"
     return [f"one of the traces {said}"] if others else []
+
+
+def _time_options(options: PlanOptions) -> dict[str, Any]:
+    """What plan.json says of the time that was minimised; nothing where bytes were."""
+    return {"minimize": "time"} if options.for_time else {}
 
 
 def _traced(traces: list[RoutingTrace]) -> dict[str, Any]:
@@ -223,8 +259,27 @@ def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[Re
             )
         return plan.scores, _notes_on_own_scores(plan, plan.scores.setting, setting)
     notes = [f"{num_seen} requests of this trace were used to fit the plan and are left out"] if num_seen else []
-    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
-    return score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting), notes
+    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
+    served, why_not = served_by(plan, trace)
+    notes += [why_not] if why_not else []
+    scored = score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting, served=served)
+    return scored, notes
+
+
+def served_by(plan: Plan, trace: RoutingTrace) -> tuple[bool, str]:
+    """Whether a trace tells on which of the plan's ranks a server ran its requests; and why its
+    ranks are not those, "" where it names none."""
+    said = trace.info.notes.get("served")
+    if not isinstance(said, dict) or said.get("ranks") is None:
+        return False, ""
+    if said["ranks"] != plan.topology.num_ranks:
+        return (
+            False,
+            f"no row as-served: the server had {said['ranks']} DP ranks, the plan has {plan.topology.num_ranks}",
+        )
+    if said.get("plan") not in (None, plan.fingerprint):
+        return False, f"no row as-served: the server ran plan {said['plan']}, this one is {plan.fingerprint}"
+    return True, ""
 
 
 def _notes_on_own_scores(plan: Plan, made: Setting, setting: Setting) -> list[str]:

@@ -275,6 +275,7 @@ class RequestAdder:
                 # Where nothing tells how long the prompt is, every row counts as prompt.
                 num_prompt_tokens=first + len(ids_TLK) if prompt is None else prompt,
                 first_position=first,
+                served=request.served,
             )
             self._requests += 1
             self._tokens += len(ids_TLK)

@@ -111,7 +111,7 @@ def read_eplb(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut)
             if "logical_count" not in value:
                 raise InputError(f"{file}: keys {sorted(map(str, value))[:5]}, expected logical_count")
             value = value["logical_count"]
-        ndim = value.ndim if hasattr(value, "ndim") else np.ndim(_nested(value))  # pyright: ignore
+        ndim = np.ndim(_nested(value) if isinstance(value, list) else value)
         if ndim not in (2, 3):
             raise InputError(
                 f"{file}: a matrix with {ndim} axes, expected [layers, experts] or [windows, layers, experts]"

@@ -26,6 +26,7 @@ import numpy as np
 
 from semmoe.profiles.document import parse_json
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.trace_writer import Served
 
 CUT_LINES = "cut or damaged lines"
 FOREIGN = "records of another kind"
@@ -47,6 +48,7 @@ class EngineRequest:
     model: str = ""
     num_experts: int = 0  # where the file states it; 0 = it does not
     layer_ids: tuple[int, ...] | None = None  # numbers of the layers where the file states them; None = 0, 1, 2, ...
+    served: Served | None = None  # where the server ran it
 
 
 @dataclass(frozen=True, eq=False)

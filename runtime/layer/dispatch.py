@@ -83,16 +83,14 @@ def serve_tokens(
 ) -> torch.Tensor:
     """The output of an expert layer for this rank's batch; all ranks call it together.
 
-    Parameters
-    ----------
-    run_experts : weighted outputs of rows for slots of this rank.
-    hidden_TD : rows of the batch, padding included (RankState.valid_T says which are tokens).
-    expert_ids_TK : int64 [T, K], the router's choice; the id E is no expert.
-    weight_TK : floating [T, K], its weights.
+    Parameters:
+        run_experts: weighted outputs of rows for slots of this rank.
+        hidden_TD: rows of the batch, padding included (RankState.valid_T says which are tokens).
+        expert_ids_TK: int64 [T, K], the router's choice; the id E is no expert.
+        weight_TK: floating [T, K], its weights.
 
-    Returns
-    -------
-    Weighted sum of the chosen experts' outputs [T, D] in the dtype of the rows; 0 for padding.
+    Returns:
+        Weighted sum of the chosen experts' outputs [T, D] in the dtype of the rows; 0 for padding.
     """
     state = layer.state
     state.stopwatch.mark("attention")

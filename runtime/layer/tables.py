@@ -74,15 +74,13 @@ def layer_tables(
 ) -> list[LayerTables]:
     """Where the experts of every layer are served for tokens of `rank`.
 
-    Parameters
-    ----------
-    placement : experts of each rank in slot order, in the numbers that the router speaks of.
-    serving_LRE : int [L, R, E], the rank that serves expert e for tokens of rank r.
-    names : of the layers, for people; as many as the placement has layers.
+    Parameters:
+        placement: experts of each rank in slot order, in the numbers that the router speaks of.
+        serving_LRE: int [L, R, E], the rank that serves expert e for tokens of rank r.
+        names: of the layers, for people; as many as the placement has layers.
 
-    Returns
-    -------
-    One LayerTables per layer, tensors on `device`.
+    Returns:
+        One LayerTables per layer, tensors on `device`.
     """
     slot_LRE = np.zeros(serving_LRE.shape, np.int64)
     layer, ranks, slot = np.indices(placement.experts_LRS.shape)

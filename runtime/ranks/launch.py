@@ -38,16 +38,14 @@ def launch(
 ) -> Any:
     """Run `work` on every rank of this machine.
 
-    Parameters
-    ----------
-    work : importable; called with `arguments`, and with its task where there are any.
-    arguments : picklable, the same on every rank.
-    tasks : picklable, one for each rank.
+    Parameters:
+        work: importable; called with `arguments`, and with its task where there are any.
+        arguments: picklable, the same on every rank.
+        tasks: picklable, one for each rank.
 
-    Returns
-    -------
-    What rank 0 returns. Raises InputError with the reason of the rank that failed first, RankError
-    with its traceback where that is a bug; the others are stopped within seconds.
+    Returns:
+        What rank 0 returns. Raises InputError with the reason of the rank that failed first,
+        RankError with its traceback where that is a bug; the others are stopped within seconds.
     """
     from torch.distributed import TCPStore
 
@@ -152,10 +150,9 @@ def _end_with_parent() -> None:
 def as_rank(work: Callable[[], Any], tell: Callable[[str], None], kept: Callable[[], str] = str) -> Any:
     """What `work` returns on this rank under torchrun. A failure is one line, of one rank.
 
-    Parameters
-    ----------
-    tell : prints the line where this rank is held up in an exchange.
-    kept : what is added to it.
+    Parameters:
+        tell: prints the line where this rank is held up in an exchange.
+        kept: what is added to it.
     """
     from semmoe.runtime.ranks.failures import ExchangeError
     from semmoe.runtime.ranks.watch import RankWatch

@@ -66,15 +66,13 @@ def replay_rank(
 ) -> dict[str, Any] | None:
     """Replay on this process's rank; all ranks call it.
 
-    Parameters
-    ----------
-    prepared : what is replayed; None: rank 0 reads the trace.
-    show : `show("...")` gives a function that rank 0 calls with how many of how many placements and
-        schedules are measured.
+    Parameters:
+        prepared: what is replayed; None: rank 0 reads the trace.
+        show: `show("...")` gives a function that rank 0 calls with how many of how many placements
+            and schedules are measured.
 
-    Returns
-    -------
-    The result on rank 0, None elsewhere.
+    Returns:
+        The result on rank 0, None elsewhere.
     """
     with (
         open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group,

@@ -222,15 +222,13 @@ def run_rank(
 ) -> RunResult | None:
     """Run this process's rank; all ranks call it.
 
-    Parameters
-    ----------
-    show : `show("...")` gives a function that rank 0 calls with how many of how many requests are
-        finished.
-    task : what this rank is told; None: rank 0 reads it for all, by `read(number of ranks)`.
+    Parameters:
+        show: `show("...")` gives a function that rank 0 calls with how many of how many requests
+            are finished.
+        task: what this rank is told; None: rank 0 reads it for all, by `read(number of ranks)`.
 
-    Returns
-    -------
-    The result on rank 0, None elsewhere.
+    Returns:
+        The result on rank 0, None elsewhere.
     """
     transformers_logging.disable_progress_bar()  # one bar per rank would be noise, and one table of what a checkpoint lacks
     transformers_logging.set_verbosity_error()

@@ -125,11 +125,10 @@ def install_tensor_parallel(
 ) -> ShuffledModel:
     """Change a placed model's decoder layers; all ranks call it.
 
-    Parameters
-    ----------
-    homes : predicts the rank of every token.
-    model_layers : numbers of the MoE layers in the model, in order.
-    name : of the model, for people.
+    Parameters:
+        homes: predicts the rank of every token.
+        model_layers: numbers of the MoE layers in the model, in order.
+        name: of the model, for people.
 
     Raises InputError for a family whose layers have another shape.
     """

@@ -66,13 +66,12 @@ def load_placed(
 ) -> PlacedModel:
     """Load what `group.rank` holds of a model.
 
-    Parameters
-    ----------
-    source : the model's configuration.
-    root : where the checkpoint lies on this machine.
-    checkpoint : what this rank reads of it (rank_parts.rank_checkpoints).
-    plan : the plan that `checkpoint` was made for.
-    dtype : "auto" (as stored) or the name of a floating type of PyTorch.
+    Parameters:
+        source: the model's configuration.
+        root: where the checkpoint lies on this machine.
+        checkpoint: what this rank reads of it (rank_parts.rank_checkpoints).
+        plan: the plan that `checkpoint` was made for.
+        dtype: "auto" (as stored) or the name of a floating type of PyTorch.
 
     Raises InputError where the family or the checkpoint does not allow it.
     """

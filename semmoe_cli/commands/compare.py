@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import Json, Simulation, grouped
+from semmoe.options import Json, Simulation, Timing, grouped
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,6 +55,7 @@ def compare(
     *,
     sizes: Sizes,
     simulation: Simulation,
+    timing: Timing,
     json_: Json = False,
 ) -> None:
     """Score plans side by side on requests that none of them saw, and count the experts to move
@@ -67,14 +68,14 @@ def compare(
     from semmoe.solvers.evaluate.compare import compare_plans
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import note, note_unchecked, print_json
+    from semmoe.terminal.tables import note, note_unchecked, print_json, print_time
 
     *plan_paths, trace = paths
     if len(plan_paths) < 2:
         raise typer.BadParameter("two plans or more, and a trace", param_hint="PLAN PLAN... TRACE")
     if len(set(plan_paths)) < len(plan_paths):
         raise InputError(f"a plan is named twice: {', '.join(plan_paths)}")
-    bytes_per_expert = sizes.bytes()
+    bytes_per_expert, asked = sizes.bytes(), timing.asked(sizes.hidden_size, sizes.expert_size)
     if output is not None:
         from semmoe.pages.page import check_page_target
 
@@ -88,6 +89,10 @@ def compare(
             setting=simulation.setting(),
             progress=progress,
         )
+        if asked is not None:
+            from semmoe.solvers.time.trace_times import plan_times
+
+            comparison = replace(comparison, time=plan_times(plans, traced, asked, simulation.setting()))
     note_unchecked(*plans.values(), traced)
     for line in notes:
         note(line)
@@ -96,6 +101,8 @@ def compare(
         print_json(comparison.to_json())
     else:
         _print(comparison)
+        for name, time in (comparison.time or {}).items():
+            print_time(time, name)
     if output is not None:
         from semmoe.pages.compare import compare_page
         from semmoe.pages.page import write_page

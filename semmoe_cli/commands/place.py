@@ -14,8 +14,11 @@ from semmoe.options import (
     Json,
     MapKind,
     Method,
+    Minimize,
     Objective,
     Simulation,
+    Spare,
+    TimedPlacing,
     command_line,
     given,
     grouped,
@@ -74,13 +77,30 @@ class Placing:
     lar_weight: Annotated[
         float, typer.Option(help="Remote ranks that one more local activation per token is worth.", min=0)
     ] = 0.0
-    replicas: Annotated[int, typer.Option(metavar="S", help="Extra expert slots per rank.", min=0)] = 0
+    slots: Annotated[
+        int,
+        typer.Option(metavar="S", help="Expert slots of each rank; ceil(E / R) otherwise.", min=0, show_default=False),
+    ] = 0
+    replicas: Annotated[int, typer.Option(metavar="X", help="Expert slots of each rank beyond ceil(E / R).", min=0)] = 0
+    redundant: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Copies of experts in all, as engines count them; E + N divides over R.", min=0),
+    ] = None
+    spare: Annotated[
+        Spare, typer.Option(help="Slots beyond one for each expert: filled with copies, or left empty.")
+    ] = Spare.copies
     robust: Annotated[
         int, typer.Option(metavar="K", help="Keep the load cap within each of K clusters of requests.", min=0)
     ] = 0
     expressible: Annotated[
         Expressible | None,
         typer.Option(help="permutation: only placements that a permuted checkpoint of a grouped model can express."),
+    ] = None
+    minimize: Annotated[
+        Minimize | None,
+        typer.Option(
+            help="What to place for: the predicted time, where --hardware is given, or bytes under --load-cap."
+        ),
     ] = None
     effort: Annotated[Effort, typer.Option(help="How long to search.")] = Effort.default
     processes: Annotated[
@@ -101,13 +121,16 @@ class Placing:
             objective=self.objective.value,
             lar_weight=self.lar_weight,
             replicas=self.replicas,
+            slots=self.slots,
+            redundant=self.redundant,
+            spare=self.spare.value,
             robust=self.robust,
             expressible=self.expressible and self.expressible.value,
             effort=self.effort.value,
             processes=self.processes or os.cpu_count() or 1,
         )
 
-    def options(self, simulation: Simulation, made_by: str) -> "PlanOptions":
+    def options(self, simulation: Simulation, timing: TimedPlacing, made_by: str) -> "PlanOptions":
         """The rest, as solvers read it."""
         from semmoe.solvers.make_plan import PlanOptions
 
@@ -119,6 +142,8 @@ class Placing:
             certify=self.certify,
             setting=simulation.setting(),
             made_by=made_by,
+            time=timing.asked_here(),
+            minimize=self.minimize.value if self.minimize else "",
         )
 
 
@@ -132,6 +157,7 @@ def place(
     network: Network,
     placing: Placing,
     simulation: Simulation,
+    timing: TimedPlacing,
     import_: Annotated[
         tuple[MapKind, Path] | None,
         typer.Option(
@@ -174,7 +200,7 @@ def place(
         from semmoe.solvers.make_plan import make_plan
         from semmoe.terminal.progress import stages
 
-        options = placing.options(simulation, command_line(output, network.topology or output, *traces))
+        options = placing.options(simulation, timing, command_line(output, network.topology or output, *traces))
         with stages() as show:
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
     plan.save(output)

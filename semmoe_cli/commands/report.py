@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import Json, Simulation, given, grouped
+from semmoe.options import Json, Simulation, Timing, given, grouped
 
 if TYPE_CHECKING:
     from semmoe.pages.page import Page
     from semmoe.pages.plan_report import PlanReportOptions
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
+    from semmoe.solvers.time.hardware import TimeAsked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,11 @@ class Extras:
         ),
     ] = None
 
-    def options(self, *, pictures: bool) -> "PlanReportOptions":
+    expert_size: Annotated[
+        int, typer.Option(metavar="I", help="With --hardware: intermediate size of an expert.", min=0)
+    ] = 0
+
+    def options(self, timing: Timing, *, pictures: bool) -> "PlanReportOptions":
         """The same as pages read it."""
         from semmoe.pages.plan_report import PlanReportOptions
 
@@ -65,6 +70,7 @@ class Extras:
             self.latency,
             self.tokenizer,
             pictures,
+            timing.asked(self.hidden_size, self.expert_size),
         )
 
 
@@ -86,6 +92,7 @@ def report(
     ] = None,
     *,
     extras: Extras,
+    timing: Timing,
     ranks: Annotated[
         int, typer.Option(help="Trace alone: ranks of its curves; 0: 8, or what the experts divide over.", min=0)
     ] = 0,
@@ -103,19 +110,19 @@ def report(
         raise typer.BadParameter("a plan and a trace, or a trace alone", param_hint="[PLAN] TRACE")
     if ranks and len(paths) == 2:
         raise typer.BadParameter("a plan has its own ranks; others are asked for with --what-if", param_hint="--ranks")
-    options = extras.options(pictures=output is not None)
+    options = extras.options(timing, pictures=output is not None)
     if output is not None:
         from semmoe.pages.page import check_page_target
 
         check_page_target(output)
     if len(paths) == 2:
         _report_plan(paths[0], paths[1], options, simulation, output, json_)
-    elif given(extras, but=("dispatch_bytes",)):
+    elif given(extras, but=("dispatch_bytes", *(("hidden_size", "expert_size") if options.time else ()))):
         raise InputError(
             "--what-if, --tokenizer, --hidden-size and --topology-bandwidth need a plan: semmoe report PLAN TRACE"
         )
     else:
-        _report_trace(paths[0], ranks, simulation.seed, output, json_)
+        _report_trace(paths[0], ranks, simulation, options.time, output, json_)
 
 
 def _numbers(text: str) -> list[int]:
@@ -148,7 +155,7 @@ def _report_plan(
         return
     made = make_plan_report(placed, traced, options, simulation.setting(), plan_path=plan)
     note_unchecked(placed, traced)
-    for line in [*made.notes, *made.left_out]:
+    for line in [*made.notes, *made.left_out, *(made.report.time.notes if made.report.time else [])]:
         note(line)
     print_report(replace(made.report, plan=plan, trace=trace), as_json=as_json)
     if made.report.times and not as_json:
@@ -182,17 +189,28 @@ def _report_balance(
     print_balance(balance_of(plan, counted_load_LE([trace])), names, as_json=as_json)
 
 
-def _report_trace(path: str, ranks: int, seed: int, output: Path | None, as_json: bool) -> None:
+def _report_trace(
+    path: str, ranks: int, simulation: Simulation, asked: "TimeAsked | None", output: Path | None, as_json: bool
+) -> None:
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.health.health import trace_health
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import note_unchecked, print_health
+    from semmoe.terminal.tables import note, note_unchecked, print_health, print_time
 
     trace = RoutingTrace.open(path)
     with steps("health") as progress:
-        health = replace(trace_health(trace, seed=seed, ranks=ranks, progress=progress), trace=path)
+        health = replace(trace_health(trace, seed=simulation.seed, ranks=ranks, progress=progress), trace=path)
+        if asked is not None:
+            from semmoe.solvers.time.trace_times import trace_times
+
+            health = replace(health, layer_time=trace_times(trace, health.ranks, asked, simulation.setting()))
     note_unchecked(trace)
     print_health(health, as_json=as_json)
+    if health.layer_time is not None:
+        for line in health.layer_time.notes:
+            note(line)
+        if not as_json:
+            print_time(health.layer_time)
     if output is not None:
         from semmoe.pages.health import health_page
 

@@ -6,6 +6,7 @@ The numbers are those of `semmoe compare`'s tables.
 
 from semmoe.pages.deployment import named_model
 from semmoe.pages.figures.plan import score_rows
+from semmoe.pages.on_request import timed
 from semmoe.pages.page import Grid, Page, Picture, Section, Text
 from semmoe.solvers.evaluate.compare import PAIRED, Comparison, NoMoves, PlanMoves
 from semmoe.solvers.evaluate.report import ScoreRow
@@ -28,11 +29,22 @@ def compare_page(comparison: Comparison, shown_rows: list[ScoreRow], notes: list
         ],
         sections=[
             section
-            for section in (_quality(comparison, shown_rows, notes), _differences(comparison), _moves(comparison))
+            for section in (
+                *_times(comparison),
+                _quality(comparison, shown_rows, notes),
+                _differences(comparison),
+                _moves(comparison),
+            )
             if section is not None
         ],
         footer=_footer(),
     )
+
+
+def _times(comparison: Comparison) -> list[Section]:
+    """Predicted times of each plan, where hardware is given."""
+    found = {name: timed(time) for name, time in (comparison.time or {}).items()}
+    return [Section(f"{name}. {section.title}", section.blocks) for name, section in found.items()]
 
 
 def compare_verdict(comparison: Comparison) -> str:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from semmoe.pages.figures import plan as figures_plan
 from semmoe.pages.page import Block, Grid, Picture, Section, Text
-from semmoe.terminal.tables import COLUMNS, times_cells
+from semmoe.terminal.tables import COLUMNS, TIME_CAPTION, TIME_HEADINGS, time_cells, times_cells
 
 if TYPE_CHECKING:
     from semmoe.pages.plan_report import PlanReport
+    from semmoe.solvers.evaluate.time_report import TimeReport
     from semmoe.solvers.place.bounds import Certificate
 
 LISTED_TOKENS = 10  # at either end
@@ -121,6 +122,38 @@ def times_section(about: "PlanReport") -> Section | None:
         ["placement", "schedule", "ms per layer", "ms, all layers", "of contiguous"], cells, names_at=frozenset((0, 1))
     )
     return Section(f"On your network a layer's exchanges take {after:.3g} ms instead of {before:.3g} ms", [text, grid])
+
+
+def time_section(about: "PlanReport") -> Section | None:
+    return timed(about.report.time) if about.report.time else None
+
+
+def timed(time: "TimeReport") -> Section:
+    """Times on given hardware, what assumed parameters change, and where the numbers are from."""
+    headings = [heading.replace("\n", " ") for heading in TIME_HEADINGS]
+    blocks: list[Block] = [
+        Grid(["placement", "schedule", *headings], time_cells(time), names_at=frozenset((0, 1))),
+        Text(f"{TIME_CAPTION[0].upper()}{TIME_CAPTION[1:]}.", hint=True),
+    ]
+    if time.sensitivity and time.sensitivity.parameters:
+        ends = [
+            [
+                end.name,
+                f"{end.low:g} to {end.high:g}",
+                f"{end.saved[0]:.1%}",
+                f"{end.saved[1]:.1%}",
+                "yes" if end.agrees else "no: measure it",
+            ]
+            for end in time.sensitivity.parameters
+        ]
+        blocks.append(Grid(["assumed", "between", "saved at the first", "at the last", "same decision"], ends))
+    pinned = "; ".join(f"{p['name']} {p['value']} ({p['source']})" for p in time.parameters if p.get("source"))
+    blocks.append(Text(f"From sources: {pinned}.", hint=True))
+    where = f"On {time.hardware} with {time.backend}, {time.tokens_per_rank:,} {time.phase} tokens a rank"
+    if time.saved is None:
+        return Section(f"{where}: a layer takes {min(row.us['total'] for row in time.rows):,.0f} us", blocks)
+    title = f"{where}: {time.saved.us:,.1f} us a layer ({time.saved.share:.1%}) saved against {time.saved.against}"
+    return Section(title, blocks)
 
 
 def certificate_section(about: "PlanReport") -> Section | None:

@@ -12,6 +12,7 @@ from semmoe.pages.headline import plan_verdict
 from semmoe.pages.on_request import (
     certificate_section,
     costs_section,
+    time_section,
     times_section,
     tokens_section,
     what_if_section,
@@ -34,6 +35,7 @@ def plan_page(about: "PlanReport") -> Page:
     report, plan = about.report, about.plan
     level, sentence = plan_verdict(report)
     makers = (
+        time_section,
         _scores,
         _layers,
         _co_activation,

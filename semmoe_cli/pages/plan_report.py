@@ -7,6 +7,7 @@ Heavy modules are imported inside.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from semmoe.solvers.evaluate.report import PredictableToken, Report, WhatIf
     from semmoe.solvers.plan import Plan
     from semmoe.solvers.schedule.simulate import Setting
+    from semmoe.solvers.time.hardware import TimeAsked
 
 ASSUMED_HIDDEN_SIZE = 4096
 COMBINE_BYTES = 2.0  # of a value on its way back
@@ -37,6 +39,7 @@ class PlanReportOptions:
     latency: str
     tokenizer: Path | None
     pictures: bool
+    time: "TimeAsked | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +75,17 @@ def make_plan_report(
         progress(0, 4)
         report, notes = score_plan(plan, trace, setting=setting)
         progress(1, 4)
-        if options.pictures or options.what_if or options.tokenizer or apart:
-            scheduled = options.pictures or apart
+        if options.pictures or options.what_if or options.tokenizer or apart or options.time:
+            scheduled = bool(options.pictures or apart or options.time)
             scored = scored_requests(plan, trace, scheduled=scheduled, processes=os.cpu_count() or 1)
             progress(2, 4)
             if options.pictures:
                 details = report_details(trace, report, scored)
                 progress(3, 4)
+            if options.time:
+                report = _timed(report, plan, trace, scored, options.time)
             if options.what_if:
-                report = replace(report, what_if=_what_if(plan, trace, scored, options.what_if, setting.seed))
+                report = replace(report, what_if=_what_if(plan, trace, scored, options, setting))
             if options.tokenizer:
                 tokens = _predictable_tokens(trace, scored, options.tokenizer, setting.seed)
                 report = replace(report, predictable_tokens=tokens)
@@ -137,12 +142,31 @@ def _sides(plan: "Plan", trace: "RoutingTrace", scored: "Scored") -> "tuple[np.n
     return ~held_out_B, held_out_B
 
 
-def _what_if(plan: "Plan", trace: "RoutingTrace", scored: "Scored", numbers: list[int], seed: int) -> "WhatIf":
+def _timed(report: "Report", plan: "Plan", trace: "RoutingTrace", scored: "Scored", asked: "TimeAsked") -> "Report":
+    """The report with its times, on the requests that it was scored on."""
+    from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+    from semmoe.solvers.time.predict import timed_report
+
+    if not scored.held_out:
+        raise InputError(f"--hardware: {trace.path} holds no request that the plan was not fitted on")
+    batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
+    beside = baselines(scored.deployment.load_LE, plan.topology, plan.model.n_group)
+    return timed_report(report, scored.deployment, beside, batch, asked)
+
+
+def _what_if(
+    plan: "Plan", trace: "RoutingTrace", scored: "Scored", options: PlanReportOptions, setting: "Setting"
+) -> "WhatIf":
     from semmoe.solvers.evaluate.what_if import what_if
+    from semmoe.solvers.time.predict import total_us
 
     fit_B, score_B = _sides(plan, trace, scored)
+    numbers, asked = options.what_if, options.time
     per_node = plan.topology.ranks_per_node if plan.topology.num_nodes > 1 else max(numbers)
-    return what_if(trace, fit_B, score_B, numbers, ranks_per_node=per_node, dispatch=plan.dispatch, seed=seed)
+    timed = {"times": partial(total_us, model=plan.model.model, asked=asked, setting=setting)} if asked else {}
+    return what_if(
+        trace, fit_B, score_B, numbers, ranks_per_node=per_node, dispatch=plan.dispatch, seed=setting.seed, **timed
+    )
 
 
 def _predictable_tokens(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.report import Report, ScoreRow, Times
+    from semmoe.solvers.evaluate.time_report import TimeReport
     from semmoe.solvers.health.record import Health
     from semmoe.solvers.plan import Plan
 
@@ -64,11 +65,13 @@ def print_report(report: "Report", *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_json())
         return
+    if report.time is not None:
+        print_time(report.time)
     console = wide_console()
     tables = [_score_table(report, shown, intervals) for shown, intervals in layouts(report.nodes)]
     print_fitting(console, tables, title=_title(report), caption=SCORE_CAPTION)
     if verdict := report.verdict:
-        colour = {"good": "green", "bad": "red"}.get(verdict.level, "yellow")
+        colour = "red" if verdict.level == "bad" else "yellow"  # bytes alone are no reason to deploy
         console.print(f"\n{visible(verdict.sentence)}", style=colour)
         more = verdict.with_schedule
         if more and more.sentence != verdict.sentence and more.schedule != verdict.schedule:
@@ -153,6 +156,67 @@ def score_cell(row: "ScoreRow", metric: str, rows: "Sequence[ScoreRow]", *, inte
     from rich.text import Text
 
     return Text.assemble((text, "bold" if best else ""), interval)
+
+
+TIME_CAPTION = (
+    "microseconds of one MoE layer, mean over batches and layers; p95 over batches; imbalances: the busiest rank or link "
+    "over the mean; (schedule): the engine does not run it"
+)
+
+
+def print_time(time: "TimeReport", plan: str = "") -> None:
+    """Predicted time of every row, and the verdict by time. `plan`: its name, where there are
+    several."""
+    console = wide_console()
+    engine = f", {time.engine}" if time.engine else ""
+    whose = f"{plan}: predicted" if plan else "Predicted"
+    title = (
+        f"{whose} on {time.hardware}, {time.backend}{engine}: {time.tokens_per_rank:,} {time.phase} tokens a rank, "
+        f"overlap {time.overlap}"
+    )
+    print_fitting(
+        console, [_time_table(time, shown) for shown in (range(9), (3, 4, 5, 7))], title=title, caption=TIME_CAPTION
+    )
+    if verdict := time.verdict:
+        colour = {"good": "green", "bad": "red"}.get(verdict.level, "yellow")
+        console.print(f"\n{visible(verdict.sentence)}", style=colour)
+    console.print("")
+
+
+TIME_HEADINGS = (
+    "dispatch",
+    "experts",
+    "combine",
+    "total",
+    "p95",
+    "experts\nmax/mean",
+    "link\nmax/mean",
+    "bound by",
+    "of step",
+)
+
+
+def time_cells(time: "TimeReport") -> list[list[str]]:
+    """Placement, schedule and TIME_HEADINGS of every row."""
+    cells = []
+    for row in time.rows:
+        us = [f"{row.us[name]:,.1f}" for name in ("dispatch", "experts", "combine", "total", "p95")]
+        imbalance = [f"{row.imbalance[name]:.3f}" for name in ("experts", "link")]
+        share = "" if row.share_of_step is None else f"{row.share_of_step:.1%}"
+        schedule = row.schedule if row.deployable else f"({row.schedule})"
+        cells.append([row.placement, schedule, *us, *imbalance, row.bound_by, share])
+    return cells
+
+
+def _time_table(time: "TimeReport", shown: Sequence[int]) -> "Table":
+    table = new_table()
+    for heading in ("placement", "schedule"):
+        table.add_column(heading, overflow="fold")
+    for number in shown:
+        table.add_column(TIME_HEADINGS[number], justify="right", no_wrap=True)
+    for placement, schedule, *values in time_cells(time):
+        add_row(table, placement, schedule, *(values[n] for n in shown))
+    return table
 
 
 def print_times(times: "Times") -> None:

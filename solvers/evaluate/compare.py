@@ -17,13 +17,16 @@ from semmoe.profiles.split import request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.evaluate.metrics import metrics_XL, resamples_XG
 from semmoe.solvers.evaluate.report import Report, ScoreRow
-from semmoe.solvers.evaluate.score_plan import baselines, score_placements, scored_batch
+from semmoe.solvers.evaluate.score_plan import score_placements, scored_batch
 from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
+from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.json_record import JsonRecord
+from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.moves import count_moves
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.simulate import Setting
+from semmoe.solvers.slots import Slots
 
 COMPARE_FORMAT = "semmoe-compare"
 COMPARE_VERSION = 1
@@ -105,6 +108,7 @@ class Comparison(JsonRecord):
         differences: each plan against the first, paired over requests, with 95 % intervals.
         bytes_per_expert: bytes of one expert's weights, 0 where not known.
         moves: copies of experts, and bytes, to get from one plan to another.
+        time: of each plan, by name, where hardware is given.
 
     Source: solvers/evaluate/compare.py; docs/formats.md.
     """
@@ -121,6 +125,7 @@ class Comparison(JsonRecord):
     differences: list[Difference]
     bytes_per_expert: int
     moves: list[PlanMoves | NoMoves]
+    time: dict[str, TimeReport] | None = None
 
 
 def compare_plans(
@@ -196,7 +201,7 @@ def _scored_reports(
     reports = {}
     for number, (name, plan) in enumerate(plans.items()):
         progress(number, len(plans) + 1)
-        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
+        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
         deployment = replace(plan.deployment, dispatch=dispatch)
         reports[name] = score_placements(deployment, [trace], [unseen_B], beside=beside, setting=setting)
     return reports

@@ -17,12 +17,14 @@ from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import score
 from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.evaluate.report import LayerScores, Report, random_row
-from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+from semmoe.solvers.evaluate.score_plan import scored_batch
 from semmoe.solvers.evaluate.sums import deployment_sums
 from semmoe.solvers.evaluate.verdict import best_schedule
+from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import Setting, simulate
+from semmoe.solvers.slots import Slots
 
 ILLUSTRATION = "the pictures show the requests that the placement was fitted on: an illustration, not evidence"
 
@@ -104,7 +106,8 @@ def report_details(trace: RoutingTrace, report: Report, scored: Scored) -> Detai
     batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
     schedule = best_schedule(report) if deployment.schedule else "random"
     rows_RR, load_LR = {}, {}
-    before = replace(deployment, placement=baselines(load_LE, topology)["contiguous"], schedule=None)
+    beside = baselines(load_LE, topology, slots=Slots.of(deployment.placement))
+    before = replace(deployment, placement=beside["contiguous"], schedule=None)
     for name, deployed in (("before", before), ("after", deployment)):
         homes_TL = simulated_homes_TL(deployed, schedule if deployed.schedule else "random", batch, report.setting)
         rows_LRR = rank_rows_LRR(batch, deployed.serving_LRE, dispatch=deployed.dispatch, homes_TL=homes_TL)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from semmoe.solvers.evaluate.metrics import METRICS, Scores
+from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.html import table_html
 from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.place.bounds import Certificate
@@ -53,7 +54,7 @@ class ScoreRow(JsonRecord):
     def interval(self, metric: str) -> Interval:
         """Interval of one of METRICS; the value itself where none is known."""
         value = self.value(metric)
-        return self.ci.get(metric, (value, value))  # pyright: ignore
+        return (self.ci or {}).get(metric, (value, value))
 
     @classmethod
     def of(cls, key: Key, scores: Scores) -> "ScoreRow":
@@ -120,6 +121,7 @@ class WhatIfRow(JsonRecord):
     link: float
     load_imbalance: float
     ci: dict[str, Interval]
+    us_per_layer: float | None = None  # predicted, where --hardware is given
 
     def value(self, metric: str) -> float:
         """One of its metrics by name."""
@@ -215,6 +217,7 @@ class Report(JsonRecord):
         layers: the rows of each layer.
         certificate: what any placement could reach, where asked for.
         what_if, predictable_tokens, costs, times: what `semmoe report` adds on request.
+        time: predicted on given hardware, with the verdict by time.
 
     Source: solvers/evaluate/report.py; docs/formats.md, "report", and docs/method.md.
     """
@@ -240,6 +243,7 @@ class Report(JsonRecord):
     predictable_tokens: list[PredictableToken] | None = None
     costs: Costs | None = None
     times: Times | None = None
+    time: TimeReport | None = None
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the verdict, and a table of the rows with their intervals."""

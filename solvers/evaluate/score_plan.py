@@ -18,26 +18,11 @@ from semmoe.solvers.evaluate.metrics import Scores, score, uniform_scores
 from semmoe.solvers.evaluate.report import DomainScores, Judgement, Key, LayerScores, Report, ScoreRow, Verdict
 from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.sums import TrafficSums, resampling_groups
-from semmoe.solvers.evaluate.verdict import best_row, judge, saving, traffic_cost
-from semmoe.solvers.place.baselines import place_contiguous, place_load_on_nodes
-from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.schedule.simulate import Setting, available_schedules
+from semmoe.solvers.evaluate.verdict import best_row, bytes_only, judge, saving, traffic_cost
+from semmoe.solvers.placement import Placement
+from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, available_schedules
 
 SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
-
-
-def baselines(load_LE: np.ndarray, topology: Topology, num_groups: int = 1) -> dict[str, Placement]:
-    """What engines do without us: contiguous experts, and packing by load.
-
-    `load_LE`: activations of the fitted requests, integers. `num_groups`: routing groups of the
-    model, which packing puts onto nodes first.
-    """
-    num_layers, num_experts = load_LE.shape
-    ranks = {
-        "contiguous": place_contiguous(num_layers, num_experts, topology.num_ranks),
-        "load": place_load_on_nodes(load_LE, topology, num_groups),
-    }
-    return {name: Placement.from_ranks(rank_of_LE, topology.num_ranks) for name, rank_of_LE in ranks.items()}
 
 
 def scored_batch(traces: list[RoutingTrace], keep: list[np.ndarray], *, seed: int) -> TraceBatch:
@@ -53,10 +38,13 @@ def score_placements(
     *,
     beside: dict[str, Placement],
     setting: Setting,
+    served: bool = False,
 ) -> Report:
     """`score_batch` on the requests of `keep` (bool [B] per trace); of very large traces, on a
-    random sample of them. Raises InputError where there is none."""
+    random sample of them. `served`: also where a server ran them, if the traces say so. Raises
+    InputError where there is none."""
     batch = scored_batch(traces, keep, seed=setting.seed)
+    batch = batch if served else replace(batch, rank_of_B=None)
     if batch.num_tokens == 0:
         raise InputError(f"{traces[0].path} holds no request to score on")
     return score_batch(deployment, batch, traces[0].info, beside=beside, setting=setting)
@@ -89,6 +77,8 @@ def score_batch(
     # Random homes are summed exactly; they are no schedule to simulate.
     known = available_schedules(deployment.schedule) if deployment.schedule else []
     rows |= {("plan", name): deployment for name in known if name != "random"}
+    if batch.rank_of_B is not None and (batch.rank_of_B >= 0).any():
+        rows[("plan", AS_SERVED)] = deployment
     names, domain_of_B = domain_groups(batch.domains)
     group_of_B, domain_of_G = resampling_groups(domain_of_B)
     summed = list(summed_rows(rows, batch, setting, group_of_B, processes=processes, progress=progress))
@@ -102,6 +92,7 @@ def score_batch(
     for domain, name in enumerate(names):
         parts = {key: whole.of_groups(domain_of_G == domain) for key, whole in sums.items()}
         if tokens := int(parts["plan", "random"].tokens_G.sum()):
+            parts = {key: part for key, part in parts.items() if part.tokens_G.any()}
             its_rows = [ScoreRow.of(key, found) for key, found in _scores(parts, deployment, setting.seed).items()]
             domains.append(DomainScores(name, int((domain_of_B == domain).sum()), tokens, its_rows))
     return Report(
@@ -139,7 +130,7 @@ def _verdict(sums: dict[Key, TrafficSums], scores: dict[Key, Scores], deployment
     """
     dispatch, rows = deployment.dispatch, {key: ScoreRow.of(key, found) for key, found in scores.items()}
     before = min((("contiguous", "random"), ("load", "random")), key=lambda key: traffic_cost(rows[key], dispatch))
-    scheduled = [row for (p, s), row in rows.items() if p == "plan" and s not in ("random", "dp-roundrobin")]
+    scheduled = [row for (p, s), row in rows.items() if p == "plan" and s not in ("random", "dp-roundrobin", AS_SERVED)]
     best = best_row(scheduled, dispatch).schedule if scheduled else "random"
 
     def judged(schedule: str) -> Judgement:
@@ -148,9 +139,8 @@ def _verdict(sums: dict[Key, TrafficSums], scores: dict[Key, Scores], deployment
         old, new = rows[before].load_imbalance, rows["plan", schedule].load_imbalance
         if new / old - 1 > max(saved.share, 0) and dispatch != "gather":
             rises = f" But the busiest rank's load rises from {old:.2f} to {new:.2f} of the mean."
-            level = "watch" if found.level == "good" else found.level
-            found = replace(found, level=level, sentence=found.sentence + rises)
-        return found
+            found = replace(found, sentence=found.sentence + rises)
+        return bytes_only(found)
 
     first = judged(best if dispatch == "per-expert" else "random")
     return Verdict(**vars(first), with_schedule=judged(best) if best != "random" else None)

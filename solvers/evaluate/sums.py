@@ -47,6 +47,11 @@ class TrafficSums:
         """The sums of some groups (bool [G])."""
         return TrafficSums(*(getattr(self, f.name)[chosen_G] for f in fields(self)))
 
+    def widened(self, num_groups: int) -> "TrafficSums":
+        """With groups of nothing behind the last."""
+        arrays = [getattr(self, f.name) for f in fields(self)]
+        return TrafficSums(*(np.pad(a, [(0, num_groups - len(a)), *[(0, 0)] * (a.ndim - 1)]) for a in arrays))
+
     def resampled(self, weights_XG: np.ndarray) -> "TrafficSums":
         """Weighted sums over the groups: leading axis X instead of G."""
         arrays = [getattr(self, f.name) for f in fields(self)]

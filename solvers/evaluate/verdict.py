@@ -10,12 +10,12 @@ Shape letters: G groups of requests, X resamples.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS, metrics_XL, resamples_XG
-from semmoe.solvers.evaluate.report import Costs, DispatchCost, Judgement, Report, ScoreRow, random_row
+from semmoe.solvers.evaluate.report import Costs, DispatchCost, Judgement, Report, ScoreRow, Verdict, random_row
 from semmoe.solvers.evaluate.sums import TrafficSums
 from semmoe.solvers.placement import Topology
 
@@ -26,6 +26,24 @@ MAX_FACTOR = 1_000  # of the tokens at hand: beyond that no trace will decide
 
 RECOMMEND, NOT_WORTH_IT, INSUFFICIENT = "recommend", "not worth it", "insufficient evidence"
 LEVELS = {RECOMMEND: "good", NOT_WORTH_IT: "bad", INSUFFICIENT: "watch"}
+BYTES_ONLY = "bytes only; time unknown: add --hardware"
+
+
+def bytes_only(found: Judgement) -> Judgement:
+    """A judgement by bytes as it stands alone: it says so, and is no reason to deploy by itself."""
+    level = "watch" if found.level == "good" else found.level
+    return replace(found, level=level, sentence=f"{found.sentence.removesuffix('.')}; {BYTES_ONLY}.")
+
+
+def beside_time(found: Verdict) -> Verdict:
+    """The same beside a verdict by time, which takes the warning's place."""
+    more = found.with_schedule
+    said = found.sentence.replace(f"; {BYTES_ONLY}", "; bytes only")
+    return replace(
+        found,
+        sentence=said,
+        with_schedule=more and replace(more, sentence=more.sentence.replace(f"; {BYTES_ONLY}", "; bytes only")),
+    )
 
 
 def traffic_cost(row: ScoreRow, dispatch: str) -> float:

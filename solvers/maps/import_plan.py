@@ -9,12 +9,14 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace, hash_file
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
-from semmoe.solvers.evaluate.score_plan import baselines, score_placements
+from semmoe.solvers.evaluate.score_plan import score_placements
 from semmoe.solvers.maps.origin import exported_from, sidecar_path
 from semmoe.solvers.maps.read import read_placement
+from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
+from semmoe.solvers.slots import Slots
 
 
 def import_plan(
@@ -50,7 +52,6 @@ def import_plan(
         trace.info.check_numbering(trace.path)
         trace.require_tokens("the score of an imported map")
     model = ModelFacts.of(traces[0].info)
-    topology.check_experts(model.num_experts)
     placement, notes_on_map = read_placement(kind, file, model, topology)
     profile = profile_traces(traces, seed=setting.seed)
     everything = [np.ones(trace.num_requests, bool) for trace in traces]
@@ -58,7 +59,7 @@ def import_plan(
         Deployment(placement, profile.load_LE, topology, dispatch),
         traces,
         everything,
-        beside=baselines(profile.load_LE, topology, profile.info.n_group),
+        beside=baselines(profile.load_LE, topology, profile.info.n_group, slots=Slots.of(placement)),
         setting=setting,
     )
     num_requests = sum(trace.num_requests for trace in traces)

@@ -97,11 +97,16 @@ def export_map(
     Raises InputError where the engine could not use the plan as it is.
     """
     engine, placement = engine_of(kind, "--to"), plan.placement
+    if placement.num_empty:
+        raise InputError(
+            f"{placement.num_empty // placement.num_layers} slots a layer are empty, which no map of an engine can say: place "
+            "without --spare empty, or give the engine a permuted checkpoint (semmoe reshard) and no map"
+        )
     extra = num_extra_slots(placement)
     if redundant is not None and redundant != extra:
         raise InputError(
             f"--redundant is {redundant}, the plan has {extra} redundant slots on {placement.num_ranks} ranks: "
-            "a server started with another number would mix up the experts; place again with --replicas"
+            "a server started with another number would mix up the experts; place again with --redundant"
         )
     depth = _model_depth(plan.model, num_hidden_layers)
     return engine.make(Wanted(placement, plan.model, depth, num_mtp_layers, format))

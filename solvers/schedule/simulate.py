@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.sample import select_requests
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.context import context_scores_TR
@@ -62,6 +63,7 @@ class Simulation(NamedTuple):
     token_imbalance: float  # busiest rank over mean, averaged over batches (TP) or windows (DP)
 
 
+AS_SERVED = "as-served"  # of a trace that a server wrote: where requests ran
 LayerScores = Callable[[int], np.ndarray]  # layer -> float [T, R]
 
 
@@ -81,24 +83,21 @@ def simulate(
 ) -> Simulation:
     """Homes of the batch's tokens under a schedule.
 
-    Parameters
-    ----------
-    name : one of SCHEDULES
-    batch : requests with T rows in all
-    placement : experts of L layers on R ranks
-    schedule : the tables that `name` reads, fitted for the placement
-    batch_tokens : tokens of a batch over all ranks, at most (TP)
-    window : requests that are weighed against each other, at most (DP)
-    seed : of the order in which rows are mixed, or requests arrive
+    Parameters:
+        name: one of SCHEDULES
+        batch: requests with T rows in all
+        placement: experts of L layers on R ranks
+        schedule: the tables that `name` reads, fitted for the placement
+        batch_tokens: tokens of a batch over all ranks, at most (TP)
+        window: requests that are weighed against each other, at most (DP)
+        seed: of the order in which rows are mixed, or requests arrive
 
-    Returns
-    -------
-    homes_TL : int16 [T, L]
-    token_imbalance : tokens of the busiest rank over the mean, averaged over batches or windows
+    Returns:
+        homes_TL: int16 [T, L]
+        token_imbalance: tokens of the busiest rank over the mean, averaged over batches or windows
 
-    Raises
-    ------
-    InputError : for another name, or sizes under 1
+    Raises:
+        InputError: for another name, or sizes under 1
     """
     if name not in SCHEDULES:
         raise InputError(f"schedule {name!r} is none of {', '.join(SCHEDULES)}")
@@ -170,6 +169,22 @@ def _homes_by_request(
     homes_TL = np.broadcast_to(np.repeat(rank_of_B, rows_B)[:, None], (batch.num_tokens, placement.num_layers))
     rows_of_arrival = rows_B[arrivals.request_of_B]
     return Simulation(homes_TL, window_imbalance(rank_of_arrival, rows_of_arrival, placement.num_ranks, window=window))
+
+
+def served_homes(batch: TraceBatch, num_ranks: int, *, window: int) -> tuple[TraceBatch, np.ndarray, Simulation]:
+    """What a server did: the requests whose rank is known, which those are (bool [B]), and their
+    homes; imbalance over windows in stored order. Raises InputError for ranks that the placement
+    does not have."""
+    rank_of_B = np.full(batch.num_requests, -1) if batch.rank_of_B is None else batch.rank_of_B
+    if rank_of_B.max(initial=-1) >= num_ranks:
+        raise InputError(f"the trace was served on rank {rank_of_B.max()}, the plan has ranks 0..{num_ranks - 1}")
+    known_B = rank_of_B >= 0
+    batch, rank_of_B = select_requests(batch, known_B), rank_of_B[known_B]
+    rows_B = np.diff(batch.starts_B1)
+    homes_TL = np.broadcast_to(
+        np.repeat(rank_of_B.astype(np.int16), rows_B)[:, None], (batch.num_tokens, batch.expert_ids_TLK.shape[1])
+    )
+    return batch, known_B, Simulation(homes_TL, window_imbalance(rank_of_B, rows_B, num_ranks, window=window))
 
 
 def _random_scores(

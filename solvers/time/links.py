@@ -61,7 +61,14 @@ def exchange_seconds_L(rows_LRR: np.ndarray, row_bytes: float, links: Links) -> 
 
 def communication_seconds_L(rows_LRR: np.ndarray, links: Links, *, row_bytes: float, result_bytes: float) -> np.ndarray:
     """Split sizes, dispatch and combine of a batch at each layer, float64 [L]; results travel
-    the other way."""
+    the other way.
+
+    Parameters:
+        rows_LRR: rows from rank to rank, float [L, R, R].
+        links: speeds of the links, bytes per second, and what a message costs, seconds.
+        row_bytes: of a token that is sent out.
+        result_bytes: of a row that comes back.
+    """
     return (
         exchange_seconds_L(np.zeros_like(rows_LRR), 0.0, links)
         + exchange_seconds_L(rows_LRR, row_bytes, links)

@@ -16,7 +16,9 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.evaluate.pictures import Scored, simulated_homes_TL
 from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.evaluate.report import Key, Report, RowTime, Times
-from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+from semmoe.solvers.evaluate.score_plan import scored_batch
+from semmoe.solvers.place.baselines import baselines
+from semmoe.solvers.slots import Slots
 from semmoe.solvers.time.layer_time import LayerWork, Network, layer_seconds
 from semmoe.solvers.time.links import Links, communication_seconds_L, through_nodes
 
@@ -64,7 +66,7 @@ def rows_between_ranks(
     deployment = scored.deployment
     topology, dispatch = deployment.topology, deployment.dispatch
     batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
-    beside = baselines(deployment.load_LE, topology, num_groups)
+    beside = baselines(deployment.load_LE, topology, num_groups, slots=Slots.of(deployment.placement))
     others = {name: replace(deployment, placement=placed, schedule=None) for name, placed in beside.items()}
     deployments = {"plan": deployment, **others}
     found = {}

@@ -26,8 +26,8 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.profiles.trace_writer import TraceWriter
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.deployment import Deployment
-from semmoe.solvers.evaluate.score_plan import baselines, score_batch, score_placements
-from semmoe.solvers.place.baselines import place_contiguous
+from semmoe.solvers.evaluate.score_plan import score_batch, score_placements
+from semmoe.solvers.place.baselines import baselines, place_contiguous
 from semmoe.solvers.place.exact_counts import cluster_loads
 from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.request_homes import chosen_requests, request_usage_LBE, usage_shares_BR

@@ -612,7 +612,7 @@ def test_an_imported_map_is_scored_on_all_requests(tmp_path):
     assert "all 40 requests are scored" in import_plan([trace], Topology(4), kind="vllm", file=path, **options).notes[0]
     rows = {row.placement: row.rem for row in imported.scores.rows}
     assert rows["plan"] < rows["contiguous"]
-    with pytest.raises(InputError, match="32 experts do not divide over 5 ranks"):
+    with pytest.raises(InputError, match="32 slots do not divide over 5 ranks"):
         import_plan([trace], Topology(5), kind="vllm", file=path, **options)
 
 
