@@ -25,6 +25,7 @@ from typing import BinaryIO
 from semmoe.profiles.errors import InputError
 
 LONGEST_NAME = 255  # bytes, of Linux file systems
+KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}  # else a device
 UNFIT = re.compile(r"[\0-\x1f\x7f\\]")  # control characters; and what is a separator elsewhere
 BLOB = re.compile(r"(models|datasets|spaces)--[^/]+/blobs/([0-9a-f]{40}|[0-9a-f]{64})")  # a file of the hub's cache
 CANNOT_ALLOCATE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system
@@ -328,6 +329,16 @@ def inside(folder: Path, name: object, where: str, *, folders: int = 0, ending: 
     return path
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """A file for reading its bytes. Raises OSError as `open` does, and for what is no file: a pipe
+    would be waited for, a device may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is {KINDS.get(stat.S_IFMT(mode), 'a device')}, expected a file")
+    return open(descriptor, "rb")
+
+
 def wrong_file(folder: Path, path: Path) -> str:
     """What keeps a path below `folder` from being read as its file, in words; "" for nothing."""
     try:
@@ -335,8 +346,7 @@ def wrong_file(folder: Path, path: Path) -> str:
     except OSError:  # nothing there, also at the end of a link
         mode = stat.S_IFREG
     if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        return f"{kinds.get(stat.S_IFMT(mode), 'a device')}, expected a file"
+        return f"{KINDS.get(stat.S_IFMT(mode), 'a device')}, expected a file"
     target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if target.is_relative_to(home) or BLOB.fullmatch("/".join(target.parts[-3:])):
         return ""

@@ -7,7 +7,6 @@ trace is finished.
 Shape letters: T tokens (rows of routing), L MoE layers, K top-k, E experts, W windows of counts.
 """
 
-import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semmoe.profiles.checkpoint import same_routers
-from semmoe.profiles.document import indented
+from semmoe.profiles.document import indented, parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import Lock, new_file, refuse_held, write_file
 from semmoe.profiles.numbering import Relabelling
@@ -174,8 +173,8 @@ class TraceWriter:
             expert_weights_TLK: weights of the chosen experts, kept as float16.
             served: where a server ran it, if known.
 
-        Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its
-        rows.
+        Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its rows
+        or its prompt.
         """
         if request_id in self.request_ids:
             return False
@@ -191,9 +190,10 @@ class TraceWriter:
             raise InputError(f"request {request_id}: expert id {bad} is outside 0..{largest}")
         if self._old_LE1 is not None:
             ids = self._old_LE1[np.arange(info.num_layers)[:, None], ids]
-        if token_ids is not None and len(token_ids) < first_position + len(ids):
+        end = first_position + len(ids)
+        if token_ids is not None and len(token_ids) < max(end, num_prompt_tokens):
             raise InputError(
-                f"request {request_id}: {len(token_ids)} token ids for rows up to position {first_position + len(ids)}"
+                f"request {request_id}: {len(token_ids)} token ids for rows up to position {end}, prompt of {num_prompt_tokens}"
             )
         row = {
             "request_id": request_id,
@@ -358,6 +358,6 @@ def _holds_nothing(path: Path) -> bool:
 
 def _is_unfinished(path: Path) -> bool:
     try:
-        return not json.loads((path / "trace.json").read_text(encoding="utf-8"))["complete"]
+        return not parse_json(read_bounded(path / "trace.json"))["complete"]
     except (OSError, ValueError, KeyError, TypeError):
         return False

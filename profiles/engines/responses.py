@@ -242,7 +242,7 @@ def _npy_ids(where: str, value: Any) -> np.ndarray:
         return _array(where, "routed_experts", value)
     try:
         array = np.load(io.BytesIO(base64_bytes(where, value)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
         raise InputError(f"{where}: routed_experts is not a .npy array: {error}") from None
     return integer_array(where, "routed_experts", array, 3)
 

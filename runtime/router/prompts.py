@@ -16,7 +16,6 @@ CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/r
 GENERATE, VLLM_GENERATE = "/generate", "/inference/v1/generate"
 ROUTES = frozenset((CHAT, COMPLETIONS, RESPONSES, GENERATE, VLLM_GENERATE))
 LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens")
-ANSWER_TOKENS = 256  # of an answer, where the request does not limit it
 HEAD_ROLES = ("system", "developer")
 TEMPLATE_KEYS = ("tools", "chat_template", "chat_template_kwargs", "documents", "reasoning_effort")
 
@@ -122,14 +121,13 @@ def _responses(body: dict[str, Any]) -> Prompt | None:
     return _chat(items, {k: v for k, v in body.items() if k != "tools"})  # its tools have another shape
 
 
-def answer_tokens(body: dict[str, Any]) -> int:
-    """Tokens that the answers may have, as far as the request says; one of no limit counts
-    ANSWER_TOKENS."""
+def answer_limits(body: dict[str, Any]) -> tuple[int, int]:
+    """The longest answer that a request allows, in tokens, 0 where it does not say; and how many
+    answers it asks for."""
     sampling = body.get("sampling_params")
     holders = (body, sampling) if isinstance(sampling, dict) else (body,)
-    found = [_positive(holder.get(key)) for holder in holders for key in LIMITS]
-    copies = max((_positive(holder.get("n")) for holder in holders), default=0)
-    return (max(found) or ANSWER_TOKENS) * max(copies, 1)
+    longest = max(_positive(holder.get(key)) for holder in holders for key in LIMITS)
+    return longest, max(1, *(_positive(holder.get("n")) for holder in holders))
 
 
 def _positive(value: Any) -> int:

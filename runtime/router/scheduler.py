@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from semmoe.runtime.engines.band import DECISIONS, Band
+from semmoe.runtime.engines.chooser import request_tokens
 from semmoe.runtime.engines.scorer import PlanScorer
 from semmoe.runtime.router.fleet import Fleet, Upstream, full
 from semmoe.runtime.router.pins import HeaderList, client_pin
-from semmoe.runtime.router.prompts import ROUTES, Prompt, answer_tokens, read_body, read_prompt
+from semmoe.runtime.router.prompts import ROUTES, Prompt, answer_limits, read_body, read_prompt
 from semmoe.runtime.router.sessions import HEADER, Sessions
 from semmoe.runtime.router.tokens import Tokenizer, Untokenised
 
@@ -110,7 +111,8 @@ class Scheduler:
         length = len(data) // CHARACTERS if ids_T is None else len(ids_T)
         header = next((value for name, value in headers if name == HEADER), b"")
         keys = self.sessions.keys(header, body.get("user"), ids_T)
-        tokens = length + answer_tokens(body)
+        longest, answers = answer_limits(body)
+        tokens = int(request_tokens(0, longest) * answers) + length
         return Asked(path, headers, data, body, True, ids_T, scores_G, tokens, pin, keys)
 
     async def _ids(self, prompt: Prompt, model: object) -> np.ndarray | None:

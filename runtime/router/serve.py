@@ -14,20 +14,25 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.engines.band import Band
+from semmoe.runtime.engines.band import BAND, Band
+from semmoe.runtime.engines.plan_files import PlanFacts
 from semmoe.runtime.engines.scorer import PlanScorer
 from semmoe.runtime.router.app import App, health_pages, number_pages
 from semmoe.runtime.router.fleet import PROBE_SECONDS, Fleet, keep_probing, probe_all
 from semmoe.runtime.router.metrics import Metrics
 from semmoe.runtime.router.proxy import Limits, Proxy, open_session
+from semmoe.runtime.router.record import Recorder, open_recorder
 from semmoe.runtime.router.scheduler import Scheduler
 from semmoe.runtime.router.status import Status
 from semmoe.runtime.router.tokens import EngineTokenizer, LocalTokenizer, Tokenizer
 
 KEEP_ALIVE = 65  # seconds that a client's connection may rest
 BACKLOG = 2048
+MOST_HEAD = 1 << 18  # bytes of a request's head
+LOOK_SECONDS, FINDING_SECONDS = 10.0, 3600.0  # until the next look for a finding; and after one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,7 @@ class RouteOptions:
         band: as in Band.
         max_inflight: requests on a rank.
         probe_seconds: between two looks at an upstream's health.
+        record: a trace that is written of what was served; "" for none.
     """
 
     plan: str
@@ -56,9 +62,10 @@ class RouteOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     metrics_port: int | None = None
-    band: float = 1.1
+    band: float = BAND
     max_inflight: int = 256
     probe_seconds: float = PROBE_SECONDS
+    record: str = ""
     limits: Limits = Limits()
 
 
@@ -82,11 +89,12 @@ async def open_router(options: RouteOptions) -> AsyncIterator[Status]:
         scorer = PlanScorer.of(scorer.plan, ranks=fleet.ranks)
     band = Band(fleet.ranks, options.band)
     tokenizer: Tokenizer | None = LocalTokenizer(options.tokenizer) if options.tokenizer else None
-    async with open_session() as session:
+    metrics = Metrics()
+    async with open_session() as session, recording(options, scorer.plan, fleet.ranks, metrics) as recorder:
         if tokenizer is None and options.engine != "trtllm":  # it has no /tokenize
             tokenizer = EngineTokenizer(session, fleet, options.engine)
         scheduler = Scheduler(scorer, band, fleet, options.engine, tokenizer)
-        proxy = Proxy(session, scheduler, Metrics(), options.limits)
+        proxy = Proxy(session, scheduler, metrics, options.limits, recorder)
         about = {"plan": Path(options.plan).name, "engine": options.engine, "band": options.band}
         await probe_all(session, fleet)
         probing = asyncio.ensure_future(keep_probing(session, fleet, options.probe_seconds))
@@ -94,6 +102,43 @@ async def open_router(options: RouteOptions) -> AsyncIterator[Status]:
             yield Status(proxy, about)
         finally:
             probing.cancel()
+
+
+@asynccontextmanager
+async def recording(
+    options: RouteOptions, plan: PlanFacts, ranks: int, metrics: Metrics
+) -> AsyncIterator[Recorder | None]:
+    """The recorder that was asked for; when the block ends, its trace is complete."""
+    if not options.record:
+        yield None
+        return
+    recorder = open_recorder(options.record, plan, ranks, options.engine, metrics, options.tokenizer)
+    recorder.start()
+    try:
+        yield recorder
+    finally:
+        await asyncio.get_running_loop().run_in_executor(None, recorder.close)
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """A connection on which the head of a request has a bound: the parser itself has none."""
+
+    in_head, head = True, 0
+
+    def on_message_begin(self) -> None:
+        self.in_head, self.head = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self.in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.in_head:
+            self.head += len(data)
+            if self.head > MOST_HEAD and not self.transport.is_closing():
+                self.send_400_response("The head of the request is too large.")
 
 
 class Server(uvicorn.Server):
@@ -107,7 +152,7 @@ class Server(uvicorn.Server):
 def make_server(app: App) -> Server:
     config = uvicorn.Config(
         app,  # pyright: ignore[reportArgumentType]
-        http="httptools",
+        http=BoundedProtocol,
         lifespan="off",
         ws="none",
         log_config=None,
@@ -160,7 +205,9 @@ async def serve(options: RouteOptions, note: Callable[[str], None]) -> None:
             note(f"pages and metrics: {address_of(found)}")
         note(f"listening on {address_of(main)}")
         beside = [asyncio.ensure_future(server.serve([found])) for server, found in servers[1:]]
+        telling = asyncio.ensure_future(_tell_finding(status, note))
         await servers[0][0].serve([main])
+        telling.cancel()
         for server, _ in servers[1:]:
             server.should_exit = True
         await asyncio.gather(*beside)
@@ -175,6 +222,16 @@ def _say_start(status: Status, options: RouteOptions, note: Callable[[str], None
             note(f"{upstream.url} does not answer {', '.join(upstream.errors)}: it is probed until it does")
     if status.proxy.scheduler.tokenizer is None:
         note("prompts of text are not tokenised and go unpinned: TensorRT-LLM has no /tokenize, name --tokenizer CKPT")
+
+
+async def _tell_finding(status: Status, note: Callable[[str], None]) -> None:
+    """Say once an hour that what is served falls short of what the plan promised, where it does."""
+    while True:
+        recorder = status.proxy.recorder
+        finding = None if recorder is None else recorder.finding()
+        if finding is not None:
+            note(finding)
+        await asyncio.sleep(FINDING_SECONDS if finding else LOOK_SECONDS)
 
 
 def _drain_on_signals(status: Status, servers: list[Server], note: Callable[[str], None]) -> None:

@@ -39,6 +39,12 @@ def replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> Non
         check_group(options.device, options.backend, ranks)
         result = launch(replay_rank, (options, prepare(options, ranks, note), note, steps), ranks)
     if result is not None:
+        if options.write_hardware is not None:
+            from semmoe.profiles.document import indented
+            from semmoe.profiles.files import write_file
+
+            write_file(options.write_hardware, indented(result["hardware"]))
+            note(f"wrote {options.write_hardware}")
         print_rows(result, as_json=as_json)
 
 

@@ -76,6 +76,14 @@ def route(
     *,
     upstreams: Upstreams,
     listening: Listening,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TRACE",
+            help="Ask for routed experts and write them, with rank and decision, as a trace; clients do not see them. "
+            "One that is there is continued.",
+        ),
+    ] = None,
 ) -> None:
     """Send every request to the rank that holds its experts, in front of any engine: a proxy for
     the OpenAI routes and the engines' own, with health, metrics and a page.
@@ -99,5 +107,6 @@ def route(
         metrics_port=listening.metrics_port,
         band=listening.band,
         max_inflight=listening.max_inflight,
+        record="" if record is None else str(record),
     )
     run(options, note)

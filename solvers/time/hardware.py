@@ -175,7 +175,7 @@ def resolve(
     variant = _variant(chosen, machine, several=bool(fast[-1]))
     if variant.get("one_domain") and fast[-1]:
         raise InputError(f"--backend {name} works inside one NVLink domain of {domain} GPUs, not on {num_ranks} ranks")
-    curves = _curves(asked, machine)
+    curves = _curves(asked, shape)
     if variant.get("needs_measured") and not curves.keys() >= set(WAYS):
         raise InputError(f"--backend {name} is bound by messages, not by bytes: give measured rows with --measured")
     parameters = dict(found)
@@ -319,7 +319,7 @@ def _shape(asked: TimeAsked, model: tuple[str, int, int, int]) -> Shape:
     return replace(shape, hidden=hidden or shape.hidden, expert=expert or shape.expert)
 
 
-def _curves(asked: TimeAsked, machine: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _curves(asked: TimeAsked, shape: Shape) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Measured microseconds over size (bytes on the busiest link; activations of a rank for
     "experts"), ascending, from --measured or from the machine's own file."""
     rows: list[tuple[str, float, float]] = []
@@ -328,6 +328,10 @@ def _curves(asked: TimeAsked, machine: str) -> dict[str, tuple[np.ndarray, np.nd
     elif Path(asked.hardware).is_file() and asked.hardware not in table()["machines"]:
         given = _own_machine(Path(asked.hardware)).get("measured", {})
         try:
+            of = given.pop("experts_of", None)
+            if of is not None and "experts" in given and list(of) != [shape.hidden, shape.expert]:
+                sizes = f"{of[0]} x {of[1]} were measured, the model's are {shape.hidden} x {shape.expert}"
+                raise InputError(f"{asked.hardware}: experts of {sizes}")
             rows = [(what, float(size), float(us)) for what, found in given.items() for size, us in found]
         except (TypeError, ValueError, AttributeError):
             raise InputError(f'{asked.hardware}: "measured" holds lists of [size, microseconds] by name') from None

@@ -10,7 +10,7 @@ from standin_engine import engine
 
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.engines.scorer import PlanScorer
-from semmoe.runtime.router.prompts import ANSWER_TOKENS, answer_tokens, read_prompt
+from semmoe.runtime.router.prompts import answer_limits, read_prompt
 from semmoe.runtime.router.sessions import Sessions
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -139,10 +139,10 @@ async def test_unpinned_requests_are_shared_among_urls(plan):
 
 
 def test_what_a_request_counts_as():
-    assert answer_tokens({}) == ANSWER_TOKENS
-    assert answer_tokens({"max_tokens": 5, "n": 3}) == 15
-    assert answer_tokens({"sampling_params": {"max_new_tokens": 7}}) == 7
-    assert answer_tokens({"max_tokens": -1, "max_completion_tokens": True, "n": "x"}) == ANSWER_TOKENS
+    assert answer_limits({}) == (0, 1)
+    assert answer_limits({"max_tokens": 5, "n": 3}) == (5, 3)
+    assert answer_limits({"sampling_params": {"max_new_tokens": 7}}) == (7, 1)
+    assert answer_limits({"max_tokens": -1, "max_completion_tokens": True, "n": "x"}) == (0, 1)
 
 
 def test_batches_of_prompts_are_one_prompt():

@@ -37,11 +37,12 @@ from semmoe.solvers.evaluate.sums import traffic_sums
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.time.hardware import TimeAsked, resolve
 
 METRICS = {
     *("scheduler", "ranks", "requests", "prefill_tokens_per_s", "decode_tokens_per_s", "lar", "rem", "rows_sent"),
     *("bytes_sent", "load_imbalance", "token_imbalance", "time", "check", "layers", "device", "backend"),
-    *("verified", "same_checkpoint", "skipped"),
+    *("verified", "same_checkpoint", "skipped", "replica_choice"),
 }
 RUN = ["run", "demo", "--dtype", "float32", "--max-new-tokens", "4", "--batch-tokens", "600"]
 
@@ -125,9 +126,17 @@ def test_learning_helps_on_traffic_that_the_plan_does_not_know(demo: Path) -> No
 
 def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
     arguments = ["--plan", str(demo / "p"), "--hidden-size", "16", "--expert-size", "8", "--batch-tokens", "500"]
-    code, stdout = run("run", "--replay", str(demo / "t"), *arguments, "--json")
+    hardware = demo / "hardware.json"
+    code, stdout = run("run", "--replay", str(demo / "t"), *arguments, "--write-hardware", str(hardware), "--json")
     assert code == 0, stdout
     result = json.loads(stdout)
+    # What was measured is what a prediction for these experts reads.
+    model = ("", 4, 32, 4)
+    asked = TimeAsked(hardware=str(hardware), hidden_size=16, expert_size=8)
+    costing = resolve(asked, model, num_ranks=2, num_nodes=1, prompts=1)
+    assert {"dispatch", "combine", "experts"} <= costing.curves.keys() and not costing.assumed
+    with pytest.raises(InputError, match="experts of 16 x 8 were measured"):
+        resolve(replace(asked, expert_size=16), model, num_ranks=2, num_nodes=1, prompts=1)
     cases = [(row["placement"], row["schedule"]) for row in result["rows"]]
     assert cases == [
         *(
