@@ -100,7 +100,7 @@ def settle(context: Any) -> None:
 def _out_of_place(command: str | None, values: dict[str, Any]) -> set[str]:
     """Parameters that the rest of a command line leaves no room for."""
     if command == "trace":
-        return {"sources"} if values["from_"] else {"model"}
+        return {"sources"} if values["from_"] or values.get("server") else {"model"}
     if command == "run" and values["replay"]:
         return {"checkpoint"}
     if command == "report" and len(values["paths"]) > 1:

@@ -16,20 +16,24 @@ from semmoe.config import blame, settle
 
 COMMON, OUTPUT = "Common", "Output and defaults"
 PANELS = {
-    COMMON: "ranks plan nodes topology method import_ dispatch hardware engine to format data dataset generate from_ prompts nproc "
-    "scheduler predict max_new_tokens what_if undo layout hub",
+    COMMON: "ranks plan nodes topology method import_ dispatch hardware engine to format data dataset generate from_ server prompts upstream "
+    "dp_ranks nproc "
+    "scheduler predict max_new_tokens what_if undo layout "
+    "against phase private message",
     "Texts": "subset split text_field messages_field domain_field",
     "What is traced": "temperature max_requests max_tokens max_length record_weights hash_layers resume",
-    "Model": "model revision trust_remote_code dtype device device_map backend num_hidden_layers",
-    "Engine files": "dense_layers repetition domain strict",
+    "Model": "model revision trust_remote_code dtype device device_map num_hidden_layers",
+    "Engine files": "dense_layers repetition domain strict api",
     "Requests learned from": "holdout holdout_domain refit",
-    "Search": "load_cap objective lar_weight robust expressible effort processes certify",
-    "Slots": "slots replicas redundant spare mtp_layers",
-    "Sizes and times": "hidden_size dispatch_bytes topology_bandwidth latency expert_bytes expert_size dtype_bytes",
-    "Simulated batches": "batch_tokens window seed",
+    "Search": "minimize load_cap objective lar_weight robust expressible effort processes certify",
+    "Slots": "slots replicas redundant spare replica_choice mtp_layers",
+    "Time": "backend tokens_per_rank weights rows overlap other_us step_ms gpu_hour measured",
+    "Sizes and links": "hidden_size dispatch_bytes topology_bandwidth latency expert_bytes expert_size dtype_bytes",
+    "Simulated batches": "batch_tokens window score_from seed",
+    "Server": "tokenizer host port metrics_port band max_inflight record",
     "Replay": "replay",
     "Checks": "check verify timeout accept_edits",
-    OUTPUT: "output name tokenizer link force json_ config version debug install_completion show_completion help",
+    OUTPUT: "output name link force json_ config version debug install_completion show_completion help",
 }
 # Options of one name that are about something else in a command.
 PANELS_OF = {
@@ -41,7 +45,8 @@ PANELS_OF = {
     **{("run", name): "Replay" for name in ("hidden_size", "expert_size", "max_tokens", "seed")},
     **{("show", name): OUTPUT for name in ("seed", "accept_edits")},
     ("demo", "seed"): COMMON,
-    ("report", "seed"): "Simulated batches",
+    ("run", "backend"): "Model",
+    ("report", "tokenizer"): OUTPUT,
 }
 METAVARS = {
     "ranks": "R",

@@ -82,4 +82,4 @@ def _with_redundant(num_experts: int, num_ranks: int, redundant: int) -> int:
         if over
         else f"{num_ranks} ranks can hold 0 to {most} copies of {num_experts} experts"
     )
-    raise InputError(f"--redundant {redundant}: {why}; --redundant {' or '.join(fits)} does")
+    raise InputError(f"--redundant {redundant}: {why}; --redundant {' or '.join(fits)} would")

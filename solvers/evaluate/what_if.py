@@ -4,11 +4,13 @@ scored on different requests.
 Shape letters: B requests, R ranks.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.trace import RoutingTrace
+from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import score
 from semmoe.solvers.evaluate.report import Skipped, WhatIf, WhatIfRow
@@ -20,6 +22,8 @@ from semmoe.solvers.place.solve import with_copies
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.slots import Slots
 
+# Microseconds per layer of deployments on a batch (semmoe.solvers.time.predict), by name.
+LayerTimes = Callable[[dict[str, Deployment], TraceBatch], dict[str, float]]
 SHOWN = ("lar", "rem", "node", "link", "load_imbalance")
 
 
@@ -32,6 +36,7 @@ def what_if(
     ranks_per_node: int,
     dispatch: str,
     seed: int,
+    times: LayerTimes = lambda deployments, batch: {},
 ) -> WhatIf:
     """Rows for every number of ranks: METIS, contiguous and load, scored on `score_B` and fitted on
     `fit_B` (bool [B]).
@@ -54,10 +59,16 @@ def what_if(
             slots = Slots.least(trace.info.num_experts, num_ranks)
             placed = with_copies(placed, profile, topology, slots, load_cap=QUICK_CAP)
         placements = {"metis": placed, **baselines(profile.load_LE, topology, profile.info.n_group)}
-        for name, placement in placements.items():
-            sums = deployment_sums(Deployment(placement, profile.load_LE, topology, dispatch), batch)
+        deployments = {
+            name: Deployment(placement, profile.load_LE, topology, dispatch) for name, placement in placements.items()
+        }
+        us = times(deployments, batch)
+        for name, deployment in deployments.items():
+            sums = deployment_sums(deployment, batch)
             scores = score(sums, topology, dispatch=dispatch, seed=seed)
             shown = {metric: scores.means[metric] for metric in SHOWN}
             intervals = {metric: scores.intervals[metric] for metric in SHOWN}
-            rows.append(WhatIfRow(num_ranks, topology.num_nodes, name, **shown, ci=intervals))
+            rows.append(
+                WhatIfRow(num_ranks, topology.num_nodes, name, **shown, ci=intervals, us_per_layer=us.get(name))
+            )
     return WhatIf(int(fit_B.sum()), int(score_B.sum()), rows, skipped)
