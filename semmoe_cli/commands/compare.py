@@ -94,7 +94,7 @@ def compare(
 
             comparison = replace(comparison, time=plan_times(plans, traced, asked, simulation.setting()))
     note_unchecked(*plans.values(), traced)
-    for line in notes:
+    for line in dict.fromkeys([*notes, *(line for time in (comparison.time or {}).values() for line in time.notes)]):
         note(line)
     comparison = replace(comparison, trace=trace)
     if json_:
