@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from semmoe.options import (
+    AgainstOption,
     Dispatch,
     Effort,
     Expressible,
@@ -16,16 +17,19 @@ from semmoe.options import (
     Method,
     Minimize,
     Objective,
+    ReplicaChoiceOption,
     Simulation,
     Spare,
     TimedPlacing,
     command_line,
     given,
     grouped,
+    replica_rule,
 )
 
 if TYPE_CHECKING:
     from semmoe.solvers.demands import Demands
+    from semmoe.solvers.evaluate.against import Against
     from semmoe.solvers.make_plan import PlanOptions
     from semmoe.solvers.placement import Topology
 
@@ -144,7 +148,7 @@ class Placing:
         except ValueError:
             raise typer.BadParameter(f"{self.load_cap!r} is no number, nor auto", param_hint="--load-cap") from None
 
-    def options(self, simulation: Simulation, timing: TimedPlacing, made_by: str) -> "PlanOptions":
+    def options(self, simulation: Simulation, timing: TimedPlacing, against: "Against", made_by: str) -> "PlanOptions":
         """The rest, as solvers read it."""
         from semmoe.solvers.make_plan import PlanOptions
 
@@ -155,6 +159,7 @@ class Placing:
             refit=self.refit,
             certify=self.certify,
             setting=simulation.setting(),
+            against=against,
             made_by=made_by,
             time=timing.asked_here(),
             minimize=self.minimize.value if self.minimize else "",
@@ -173,6 +178,8 @@ def place(
     placing: Placing,
     simulation: Simulation,
     timing: TimedPlacing,
+    replica_choice: ReplicaChoiceOption = None,
+    against: AgainstOption = None,
     import_: Annotated[
         tuple[MapKind, Path] | None,
         typer.Option(
@@ -190,32 +197,39 @@ def place(
     from semmoe.solvers.workers import compute_on_one_thread
 
     compute_on_one_thread()  # before anything imports numpy
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.plan import check_plan_target
+    from semmoe.solvers.evaluate.against import read_against
+    from semmoe.solvers.place.replicas import OWN_RULE
+    from semmoe.solvers.plan import ModelFacts, check_plan_target
     from semmoe.terminal.tables import note, note_unchecked, print_balance, print_report
 
     check_plan_target(output)
     if import_ is not None and (unused := given(placing, but=FINE_WITH_IMPORT)):
         note(f"--import takes the map as it is: {', '.join(unused)} has no use there")
     opened, links = [RoutingTrace.open(path) for path in traces], network.read()
+    held = read_against(against, ModelFacts.of(opened[0].info), links)
+    named = [Path(against)] if held.deployment and against else []
+    whose, rule = timing.whose or "all", replica_rule(replica_choice, timing.engine) or OWN_RULE
     if import_ is not None:
-        from semmoe.solvers.maps.import_plan import import_plan
+        from semmoe.solvers.maps.import_plan import Served, import_plan
 
         kind, file = import_
         plan = import_plan(
-            opened,
+            [only_phase(trace, whose) for trace in opened],
             links,
             kind=kind.value,
             file=file,
-            dispatch=placing.dispatch.value,
-            setting=simulation.setting(),
-            made_by=command_line(output, file, *traces),
+            served=Served(placing.dispatch.value, simulation.setting(), held, rule),
+            made_by=command_line(output, file, *named, *traces),
         )
     else:
         from semmoe.solvers.make_plan import make_plan
         from semmoe.terminal.progress import stages
 
-        options = placing.options(simulation, timing, command_line(output, network.topology or output, *traces))
+        files = (output, network.topology or output, *named, *traces)
+        options = placing.options(simulation, timing, held, command_line(*files))
+        options = replace(options, phase=whose, replica_choice=rule)
         with stages() as show:
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
     plan.save(output)

@@ -51,12 +51,18 @@ class Sampled:
 
 
 def timed_report(
-    report: Report, deployment: Deployment, beside: dict[str, Placement], batch: TraceBatch, asked: TimeAsked
+    report: Report,
+    deployment: Deployment,
+    beside: dict[str, Deployment],
+    batch: TraceBatch,
+    asked: TimeAsked,
+    against: str = "",
 ) -> Report:
-    """The report of a deployment with its times beside those of other placements at random homes,
-    and its verdict by bytes set beside that by time. `batch`: the requests of the report."""
-    others = {name: replace(deployment, placement=placed, schedule=None) for name, placed in beside.items()}
-    time = predict({PLAN: deployment, **others}, batch, report.model, asked, setting=report.setting)
+    """The report of a deployment with its times beside those of others at random homes, and its
+    verdict by bytes set beside that by time. `batch`: the requests of the report. `against`: which
+    of the others the verdict takes, "": the faster."""
+    options = {"setting": report.setting, "against": against or None}
+    time = predict({PLAN: deployment, **beside}, batch, report.model, asked, **options)
     return replace(report, time=time, verdict=report.verdict and beside_time(report.verdict))
 
 
