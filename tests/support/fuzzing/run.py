@@ -65,7 +65,8 @@ def import_everything() -> None:
 
     for name in ("semmoe", "semmoe.profiles", "semmoe.solvers", "semmoe.runtime"):  # folders of their own
         for module in pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}."):
-            if not module.name.endswith(("__main__", ".train", "reference")):
+            left_out = module.name.endswith(("__main__", ".train", "reference", ".vllm_loader"))
+            if not left_out and ".router." not in module.name:  # which need an engine, or the extra route
                 importlib.import_module(module.name)
     torch.set_num_threads(1)
     gc.freeze()
