@@ -313,8 +313,6 @@ class _Copies:
             # What a new host serves: its own tokens, and its part of the others'.
             copies_X = self.hosts_ER[coming].sum(axis=1)
             gained_X = load_E[coming] * (1 / num_ranks + (num_ranks - 1 - copies_X) / num_ranks / (1 + copies_X))
-            if load_R[rank] - lost + gained_X.min(initial=np.inf) > limit + over_R[rank]:
-                continue
             from_X = self.serving_RE[rank, coming]
             receiver = others[np.argmin(load_R[others])]
             change_X = np.maximum(load_R[rank] - lost + gained_X - limit, 0) - over_R[rank]

@@ -18,7 +18,7 @@ def trace(tmp_path_factory) -> RoutingTrace:
     with TraceWriter(path, INFO) as writer:
         for name, rows, prompt, first in (("both", 6, 5, 3), ("prompt", 4, 9, 0), ("answer", 3, 2, 2)):
             ids = rng.integers(0, 8, (rows, 2, 3))
-            sequence = np.arange(first + rows + 1)
+            sequence = np.arange(max(first + rows + 1, prompt))
             writer.add(name, ids, token_ids=sequence, num_prompt_tokens=prompt, first_position=first)
     return RoutingTrace.open(path)
 

@@ -234,7 +234,7 @@ def test_bounds_are_for_the_load_that_a_placement_has(trace):
 
 
 def test_replicas_are_placed_and_scored_but_have_no_certificate(trace):
-    demands = Demands(load_cap=1.2, replicas=2)
+    demands = Demands(load_cap=1.2, replicas=2, effort="fast")
     more = make_plan([trace], Topology(4), demands, PlanOptions(holdout=0.25, setting=SETTING))
     assert more.placement.slots_per_rank == 10
     assert oracle_rem(more) < oracle_rem(plan_of(trace, method="semmoe"))

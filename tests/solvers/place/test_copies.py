@@ -54,3 +54,13 @@ def test_every_slot_is_filled_with_different_experts(ranks: int, num_experts: in
     assert placement.hosts_LER[layer, expert, serving].all()
     own = placement.hosts_LER[layer, expert, rank]
     assert (serving[own] == rank[own]).all()
+
+
+def test_a_copy_of_what_outweighs_every_rank_relieves_it() -> None:
+    # Four experts on six ranks of one slot: expert 0 carries half of the load, and halves of it are
+    # still too much.
+    rng = np.random.default_rng(0)
+    ids_TK = np.array([[0, rng.integers(1, 4)] for _ in range(300)], np.uint8)
+    layer = CopiedLayer(np.arange(4), ids_TK, np.bincount(ids_TK.reshape(-1), minlength=4))
+    experts_RS = add_copies(layer, Topology(6), slots=1, load_cap=1.05)
+    assert sorted(experts_RS.ravel().tolist()) == [0, 0, 0, 1, 2, 3]

@@ -32,7 +32,7 @@ def check_counts(placement: Placement, slots: Slots) -> None:
     assert placement.hosts_LER.sum() == held_LR.sum()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     shape=st.sampled_from(SHAPES),
@@ -64,7 +64,7 @@ def test_every_method_fills_the_slots(method, seed, shape, spare, more, nodes, o
         check_counts(baseline, slots)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 10_000), shape=st.sampled_from(SHAPES), more=st.integers(0, 2), nodes=st.sampled_from([1, 2])
 )
