@@ -118,6 +118,12 @@ def only_phase(trace: RoutingTrace, phase: str, *, with_prompts: bool = False) -
     return view
 
 
+def counted_phase(traces: Sequence[RoutingTrace], phase: str, *, timed: bool) -> str:
+    """The phase, or "all" where times are asked for of a phase that no trace holds: its batches are
+    then made of the tokens there are (`semmoe.solvers.time.batches.pool_of` says so)."""
+    return "all" if timed and phase != "all" and not phase_shares(traces)[phase] else phase
+
+
 def phase_shares(traces: Sequence[RoutingTrace]) -> dict[str, float]:
     """Share of the tokens of each phase over all tokens of the traces, by name; of a view, of the
     whole trace behind it."""

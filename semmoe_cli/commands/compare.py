@@ -74,7 +74,7 @@ def compare(
     Example: semmoe compare p1 p2 t --expert-bytes 50000000 -o compare.html
     """
     from semmoe.profiles.errors import InputError
-    from semmoe.profiles.split import only_phase
+    from semmoe.profiles.split import counted_phase, only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.against import read_against
     from semmoe.solvers.evaluate.compare import compare_phases
@@ -95,11 +95,12 @@ def compare(
     rule = replica_rule(replica_choice, timing.engine)
     plans, traced = {path: Plan.load(path).with_rule(rule) for path in plan_paths}, RoutingTrace.open(trace)
     held = [read_against(against, plan.model, plan.topology) for plan in plans.values()][0]
+    whose = timing.whose and counted_phase([traced], timing.whose, timed=asked is not None)
     with steps("compare") as progress:
         comparison, notes = compare_phases(
             plans,
             traced,
-            timing.whose,
+            whose,
             bytes_per_expert=bytes_per_expert,
             against=held,
             setting=simulation.setting(),
@@ -108,7 +109,7 @@ def compare(
         if asked is not None:
             from semmoe.solvers.time.trace_times import plan_times
 
-            view = only_phase(traced, timing.whose or "all")
+            view = only_phase(traced, whose or "all")
             comparison = replace(comparison, time=plan_times(plans, view, asked, simulation.setting(), held))
     note_unchecked(*plans.values(), traced)
     for line in dict.fromkeys([*notes, *(line for time in (comparison.time or {}).values() for line in time.notes)]):

@@ -197,7 +197,7 @@ def place(
     from semmoe.solvers.workers import compute_on_one_thread
 
     compute_on_one_thread()  # before anything imports numpy
-    from semmoe.profiles.split import only_phase
+    from semmoe.profiles.split import counted_phase, only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.against import read_against
     from semmoe.solvers.place.replicas import OWN_RULE
@@ -210,7 +210,8 @@ def place(
     opened, links = [RoutingTrace.open(path) for path in traces], network.read()
     held = read_against(against, ModelFacts.of(opened[0].info), links)
     named = [Path(against)] if held.deployment and against else []
-    whose, rule = timing.whose or "all", replica_rule(replica_choice, timing.engine) or OWN_RULE
+    whose = counted_phase(opened, timing.whose or "all", timed=timing.hardware is not None)
+    rule = replica_rule(replica_choice, timing.engine) or OWN_RULE
     if import_ is not None:
         from semmoe.solvers.maps.import_plan import Served, import_plan
 

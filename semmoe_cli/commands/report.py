@@ -168,7 +168,7 @@ def _report_plan(
     from semmoe.pages.page import print_section
     from semmoe.pages.plan import plan_page
     from semmoe.pages.plan_report import make_plan_report
-    from semmoe.profiles.split import only_phase
+    from semmoe.profiles.split import counted_phase, only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.tables import note, note_unchecked, print_report, print_times
@@ -179,6 +179,7 @@ def _report_plan(
         _report_balance(placed, traced, {"plan": plan, "trace": trace}, output, as_json)
         return
     whose, with_prompts = phase or placed.options.get("phase", "all"), simulation.score_from == "prompt"
+    whose = counted_phase([traced], whose, timed=options.time is not None)
     traced = only_phase(traced, whose, with_prompts=with_prompts)
     made = make_plan_report(placed, traced, options, simulation.setting(), plan_path=plan)
     note_unchecked(placed, traced)
@@ -228,13 +229,14 @@ def _report_trace(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    from semmoe.profiles.split import only_phase
+    from semmoe.profiles.split import counted_phase, only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.health.health import trace_health
     from semmoe.terminal.progress import steps
     from semmoe.terminal.tables import note, note_unchecked, print_health, print_time
 
-    trace = only_phase(RoutingTrace.open(path), phase)
+    trace = RoutingTrace.open(path)
+    trace = only_phase(trace, counted_phase([trace], phase, timed=asked is not None))
     with steps("health") as progress:
         health = replace(trace_health(trace, seed=simulation.seed, ranks=ranks, progress=progress), trace=path)
         if asked is not None:

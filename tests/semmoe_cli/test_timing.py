@@ -3,10 +3,14 @@
 import json
 
 import pytest
+from engine_samples import routing, sglang_record, write_lines
 from typer.testing import CliRunner
 
 from semmoe.main import app
+from semmoe.profiles.engines.imports import import_trace
+from semmoe.profiles.split import counted_phase, phase_shares
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
+from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.time import predict as predicting
 from semmoe.solvers.time.minimize import CAPS
 
@@ -128,3 +132,16 @@ def test_the_load_cap_is_chosen_by_time(trace, tmp_path):
     words = ("place", trace, "--ranks", 4, "-o", tmp_path / "q", "--load-cap")
     assert "needs --hardware" in str(run(*words, "auto", code=1).exception)
     assert "is no number, nor auto" in run(*words, "much", code=2).output
+
+
+def test_batches_of_a_phase_that_was_not_recorded_are_made_of_what_was(tmp_path):
+    """Answers without their prompts' routing, timed as prefill: said, not refused."""
+    records = [sglang_record(routing(20, seed=n, dense=()), name=f"r{n}", start=3) for n in range(24)]
+    import_trace("sglang", [write_lines(tmp_path / "answers.jsonl", records)], tmp_path / "t")
+    opened = RoutingTrace.open(tmp_path / "t")
+    assert phase_shares([opened])["prompt"] == 0
+    assert counted_phase([opened], "prompt", timed=True) == "all"
+    assert counted_phase([opened], "prompt", timed=False) == "prompt"
+    report = placed(str(tmp_path / "t"), tmp_path / "p", *TIME, "--method", "load")
+    assert report["time"]["phase"] == "prompt"
+    assert any("hold no prompt tokens" in note for note in report["time"]["notes"])

@@ -62,7 +62,7 @@ def test_answers_are_imported(tmp_path):
         (("--ranks", 4), 2, "--engine"),
         (("--ranks", 4, "--engine", "llamacpp"), 1, "known are sglang"),
         (("--ranks", 4, "--engine", "sglang", "--backend", "deepep-ll"), 2, "needs --hardware"),
-        (("--ranks", 5, "--engine", "sglang"), 1, "do not divide"),
+        (("--ranks", 4, "--nodes", 3, "--engine", "sglang"), 1, "do not divide over 3 nodes"),
         (("--ranks", 4, "--engine", "sglang", "-o", "p.pdf"), 1, "ends in"),
     ],
 )
