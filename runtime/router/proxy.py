@@ -11,7 +11,8 @@ import asyncio
 import io
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -151,19 +152,8 @@ class Proxy:
             kept = end_to_end(headers, REWRITTEN)
             asked = await self.scheduler.read(exchange.method, scope["path"], kept, data)
             del data
-            work = asyncio.ensure_future(self._work(exchange, asked, answer))
-            gone = asyncio.ensure_future(_disconnected(receive))
-            try:
-                await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-                if not work.done() and not answer.complete:
-                    work.cancel()
-                    await asyncio.wait((work,))
-                    if work.cancelled():
-                        raise ClientGone
-                await work
-            finally:
-                gone.cancel()
-                work.cancel()
+            async with _while_there(receive, answer):
+                await self._work(exchange, asked, answer)
         finally:
             self._release(exchange)
 
@@ -328,9 +318,29 @@ def answer_headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]
     return end_to_end([(name.lower(), value) for name, value in response.raw_headers], HOP_BY_HOP)
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+@asynccontextmanager
+async def _while_there(receive: Receive, answer: Answer) -> AsyncIterator[None]:
+    """A block that ends with ClientGone as soon as the client goes."""
+    task, left = asyncio.current_task(), False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        # A server also says so after the last byte of an answer.
+        if not answer.complete and task is not None:
+            left = True
+            task.cancel()
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not left or task is None or task.uncancel():
+            raise
+        raise ClientGone from None
+    finally:
+        watching.cancel()
 
 
 @lru_cache(4096)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.engines.band import BAND, Band
@@ -30,6 +31,7 @@ from semmoe.runtime.router.tokens import EngineTokenizer, LocalTokenizer, Tokeni
 
 KEEP_ALIVE = 65  # seconds that a client's connection may rest
 BACKLOG = 2048
+MOST_HEAD = 1 << 18  # bytes of a request's head
 LOOK_SECONDS, FINDING_SECONDS = 10.0, 3600.0  # until the next look for a finding; and after one
 
 
@@ -118,6 +120,27 @@ async def recording(
         await asyncio.get_running_loop().run_in_executor(None, recorder.close)
 
 
+class BoundedProtocol(HttpToolsProtocol):
+    """A connection on which the head of a request has a bound: the parser itself has none."""
+
+    in_head, head = True, 0
+
+    def on_message_begin(self) -> None:
+        self.in_head, self.head = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self.in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.in_head:
+            self.head += len(data)
+            if self.head > MOST_HEAD and not self.transport.is_closing():
+                self.send_400_response("The head of the request is too large.")
+
+
 class Server(uvicorn.Server):
     """A server whose signals are ours."""
 
@@ -129,7 +152,7 @@ class Server(uvicorn.Server):
 def make_server(app: App) -> Server:
     config = uvicorn.Config(
         app,  # pyright: ignore[reportArgumentType]
-        http="httptools",
+        http=BoundedProtocol,
         lifespan="off",
         ws="none",
         log_config=None,

@@ -26,6 +26,7 @@ from semmoe.runtime.router.prompts import Message, Prompt
 LONG_HEAD = 2_000  # characters of a system prompt from which on its ids are worth a look-up
 KEPT_IDS = 4_000_000  # ids of system prompts in all: 32 MB
 TIMEOUT = 2.0  # seconds that an engine has to tokenise: routing must not hold up what it is for
+JSON = {"Content-Type": "application/json"}  # which the session adds to no request by itself
 REST = 60.0  # seconds without a question to an engine that has no /tokenize
 
 
@@ -116,7 +117,8 @@ class EngineTokenizer:
         try:
             timeout = aiohttp.ClientTimeout(total=TIMEOUT)
             url = upstream.url + "/tokenize"
-            async with self.session.post(url, json=question, timeout=timeout, allow_redirects=False) as response:
+            asked = self.session.post(url, json=question, headers=JSON, timeout=timeout, allow_redirects=False)
+            async with asked as response:
                 if response.status in (404, 405, 501):
                     self.rests_until = now + REST
                     raise Untokenised("no_tokenize")

@@ -96,6 +96,9 @@ class StandInEngine:
             return True
         if target == "/tokenize":
             self.questions.append(one.body)
+            if one.header("content-type") != "application/json":  # vLLM takes no other
+                await self.reply(writer, 400, {})
+                return True
             text = one.body.get("prompt") or json.dumps(one.body.get("messages"), ensure_ascii=False)
             await self.reply(writer, 200 if self.tokenize else 404, {"tokens": [10 + b % 200 for b in text.encode()]})
             return True

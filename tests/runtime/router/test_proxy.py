@@ -1,6 +1,7 @@
 """The proxy between a client and stand-in engines: what passes, what is refused, what ends."""
 
 import asyncio
+import contextlib
 import json
 
 import aiohttp
@@ -147,6 +148,23 @@ async def test_what_is_no_prompt_goes_on_unpinned_and_is_counted(plan, data):
         assert one.seen[0].header("x-data-parallel-rank") is None
         assert served.decisions == {"unknown": 1}
         assert sum(served.status.to_json()["unknown"].values()) == 1
+
+
+@in_loop
+async def test_heads_are_bounded(plan):
+    async with engine() as one, router(plan, one.url) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(b"GET / HTTP/1.1\r\nX: ")
+        with contextlib.suppress(ConnectionError):  # closed while we were sending
+            for _ in range(100):
+                writer.write(b"a" * 10_000)
+                await writer.drain()
+                await asyncio.sleep(0)
+            assert (await reader.read()).startswith(b"HTTP/1.1 400")
+        assert reader.at_eof() or reader.exception()
+        writer.close()
+        async with served.client.get(served.url + "/v1/models", headers={"X": "a" * 30_000}) as response:
+            assert response.status == 200
 
 
 @in_loop
