@@ -98,6 +98,8 @@ def test_vectors(plan: PlanFacts) -> dict[str, Any]:
         for ids in _prompts(plan.tables["ids_V"], draw):
             scores_R = scorer.scores(ids)
             in_flight_R = draw.integers(0, 4 * len(ids), plan.num_ranks)
+            if len(vectors) % 2:
+                in_flight_R[scores_R.argmax()] += 8 * len(ids) * plan.num_ranks  # too busy
             choice = band.choose(scores_R, in_flight_R, tokens=len(ids))
             vectors.append(
                 {

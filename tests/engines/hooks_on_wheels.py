@@ -109,7 +109,7 @@ def check_vllm(folder: Path) -> str:
     with tempfile.TemporaryDirectory() as root:
         scorer, prompts = plan_and_prompts(Path(root))
         client_class = vllm_client_class(folder)
-        install({"SEMMOE_PLAN": f"{root}/p"})
+        install({"SEMMOE_PLAN": f"{root}/p", "SEMMOE_BAND": "1.1"})
         client = client_class(RANKS)
         # 1. Alone, each request goes to the rank of its best score.
         for number, ids in enumerate(prompts):

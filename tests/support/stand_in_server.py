@@ -6,6 +6,7 @@ import collections
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -153,6 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         ids = ids_of(prompt) if isinstance(prompt, str) else prompt
         count = body.get("max_tokens", body.get("sampling_params", {}).get("max_new_tokens"))
         output = [(ids[-1] + 1 + i) % VOCABULARY for i in range(count)]
+        time.sleep(0.02)  # so that several are under way
         with server.lock:
             server.seen.append({"prompt": prompt, "ids": ids, "pin": pin, "path": self.path})
         ids_TLK = routing(ids + output)

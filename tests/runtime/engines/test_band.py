@@ -16,8 +16,8 @@ def test_an_idle_server_takes_the_best_rank():
 
 def test_a_busy_rank_is_passed_over_for_the_next_best():
     scores = np.array([0.1, 0.3, -0.4])
-    assert Band(3).choose(scores, [0, 500, 0], tokens=50) == Choice(0, "spilled")
-    assert Band(3).choose(scores, [500, 500, 0], tokens=50) == Choice(2, "spilled")
+    assert Band(3, 1.1).choose(scores, [0, 500, 0], tokens=50) == Choice(0, "spilled")
+    assert Band(3, 1.1).choose(scores, [500, 500, 0], tokens=50) == Choice(2, "spilled")
     assert Band(3, float("inf")).choose(scores, [0, 500, 0], tokens=50) == Choice(1, "affine")
 
 
@@ -30,7 +30,7 @@ def test_the_band_is_that_of_the_mean_with_the_request_counted():
 def test_ranks_that_are_down_count_for_nothing():
     scores = np.array([0.1, 0.3, -0.4])
     assert Band(3).choose(scores, [0, 0, 0], [True, False, True], tokens=5) == Choice(0, "affine")
-    assert Band(3).choose(scores, [900, 0, 100], [True, False, True], tokens=5) == Choice(2, "spilled")
+    assert Band(3, 1.1).choose(scores, [900, 0, 100], [True, False, True], tokens=5) == Choice(2, "spilled")
     assert Band(3).choose(scores, [0, 0, 0], [False] * 3) == Choice(-1, "unknown")
 
 

@@ -96,7 +96,7 @@ def test_without_a_budget_what_was_sent_lately_is_the_load(hook, prompts):
         asked = request(prompts[0])
         hook(original, server, asked)
         sent.append(asked.routed_dp_rank)
-    assert max(map(sent.count, range(4))) / 100 < 1.2
+    assert max(map(sent.count, range(4))) / 100 < 1.6  # the band
 
 
 def test_a_fault_is_told_once_and_sglang_chooses(hook, prompts, caplog, monkeypatch):

@@ -63,7 +63,7 @@ def test_each_request_goes_to_its_best_rank_while_nothing_is_under_way(core, fol
 
 
 def test_load_stays_within_the_band_while_requests_pile_up(core, folder, prompts):
-    served, scorer = client(core, folder), PlanScorer.open(folder / "p")
+    served, scorer = client(core, folder, SEMMOE_BAND="1.1"), PlanScorer.open(folder / "p")
     prompts.sort(key=lambda ids: scorer.scores(ids).argmax())  # all of one kind, then all of the next
     for number, ids in enumerate(prompts):
         served.get_core_engine_for_request(vllm_request(str(number), ids))
@@ -170,7 +170,7 @@ def test_the_start_is_one_line_of_what_is_active(core, folder, caplog):
         client(core, folder)
     (line,) = [r.message for r in caplog.records if "semmoe" in r.message]
     fingerprint = read_plan_facts(folder / "p").fingerprint
-    assert f"plan {folder}/p ({fingerprint}); active: DP rank by prompt, band 1.1; not: placement at load" in line
+    assert f"plan {folder}/p ({fingerprint}); active: DP rank by prompt, band 1.5; not: placement at load" in line
     caplog.clear()
     with caplog.at_level(logging.INFO):
         core.MPClient(vllm_config(1), 1)

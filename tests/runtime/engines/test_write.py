@@ -87,7 +87,7 @@ def test_the_vectors_are_those_of_the_page(saved, tmp_path):
         decisions.add(vector["decision"])
         load, limit = (
             np.array(vector["tokens_in_flight"]),
-            1.1 * (sum(vector["tokens_in_flight"]) + len(vector["ids"])) / 4,
+            document["band"] * (sum(vector["tokens_in_flight"]) + len(vector["ids"])) / 4,
         )
         within = [r for r in range(4) if load[r] <= limit]
         assert vector["rank"] == (max(within, key=lambda r: scores[r]) if counts else -1)
