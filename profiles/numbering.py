@@ -75,7 +75,7 @@ OF_LAYOUT = {
         {
             **ANY,
             "model_layers": distinct(list_of(integer(0, 1_000_000), most=100_000)),
-            "placement": grid((None, None, None), 0, 65_534),
+            "placement": grid((None, None, None), -1, 65_534),  # -1 in empty slots
             "files": map_of(record({"bytes": integer()}, OF_FILE)),
         },
         {"made_by": text(), "headers_sha256": SHA256},
@@ -190,7 +190,7 @@ def read_reshard(folder: Path) -> dict[str, Any]:
     experts = list(range(facts["num_experts"]))
     orders = facts.get("new2old", {})
     if facts["layout"] == "ranks":
-        placed = [sorted({expert for rank in layer for expert in rank}) for layer in facts["placement"]]
+        placed = [sorted({expert for rank in layer for expert in rank} - {-1}) for layer in facts["placement"]]
         if len(placed) != len(facts["model_layers"]):
             raise InputError(f"{where}: placement has {len(placed)} layers, model_layers {len(facts['model_layers'])}")
         orders = dict(zip(facts["model_layers"], placed, strict=True))

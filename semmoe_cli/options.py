@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from semmoe.config import used_words
+
 if TYPE_CHECKING:
     from semmoe.solvers.schedule.simulate import Setting
     from semmoe.solvers.time.hardware import TimeAsked
@@ -79,10 +81,18 @@ class Spare(enum.StrEnum):
 
 
 class Phase(enum.StrEnum):
-    """--phase: semmoe.solvers.time.hardware.PHASES."""
+    """--phase: semmoe.profiles.split.PHASES."""
 
     prompt = "prompt"
     generated = "generated"
+    all = "all"
+
+
+class ScoreFrom(enum.StrEnum):
+    """--score-from: semmoe.solvers.schedule.simulate.SIGNATURES."""
+
+    prompt = "prompt"
+    first_tokens = "first-tokens"
 
 
 class Minimize(enum.StrEnum):
@@ -193,8 +203,55 @@ class Verify(enum.StrEnum):
     logits = "logits"
 
 
+UNTOLD = ("--output", "--processes", "--config")  # of a command line, where it is recorded
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input and seed give the same bytes.", min=0)]
+
+ReplicaChoiceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--replica-choice",
+        metavar="RULE",
+        help="Which copy of an expert serves: own-rank-then-node-then-load; cover (per token the fewest remote ranks); as an engine "
+        "does it, by its name or engine with --engine. Of a plan its own, where it is not said.",
+    ),
+]
+
+
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="NAME", help="Copies serve as in this engine: sglang, vllm, trtllm, vllm-ascend."),
+]
+
+
+def replica_rule(choice: str | None, engine: str | None) -> str | None:
+    """The rule that --replica-choice and --engine name; None where neither is given."""
+    from semmoe.profiles.errors import InputError
+    from semmoe.solvers.place.replicas import ENGINE_RULES, check_rule
+
+    if engine is not None and engine not in ENGINE_RULES:
+        raise InputError(f"--engine {engine}: expected {', '.join(ENGINE_RULES)}")
+    if choice == "engine" and engine is None:
+        raise InputError(f"--replica-choice engine needs --engine NAME: {', '.join(ENGINE_RULES)}")
+    found = engine if choice in (None, "engine") else choice
+    return found and check_rule(found)
+
+
+PhaseOption = Annotated[
+    Phase | None,
+    typer.Option(
+        "--phase", help="Only tokens of prompts, or only generated ones; both where it is not said, of a plan its own."
+    ),
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="contiguous|load|PLAN",
+        help="What verdict, headline and tables hold the plan against, at as many slots; the better of contiguous and load otherwise.",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,13 +286,20 @@ class Simulation:
 
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a simulated batch.", min=1)] = 512
     window: Annotated[int, typer.Option(help="Requests of a simulated scheduling window.", min=1)] = 256
+    score_from: Annotated[
+        ScoreFrom | None,
+        typer.Option(
+            help="Also schedule requests of a decode pool by routing that is known when they get there: of their prompt, or of their "
+            "first 16 generated tokens."
+        ),
+    ] = None
     seed: Seed = 0
 
     def setting(self) -> "Setting":
         """The same as solvers read it."""
         from semmoe.solvers.schedule.simulate import Setting
 
-        return Setting(self.batch_tokens, self.window, self.seed)
+        return Setting(self.batch_tokens, self.window, self.seed, self.score_from.value if self.score_from else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,10 +324,7 @@ class Timing:
         int,
         typer.Option(metavar="N", help="Tokens of a batch on each rank; 0: 4096 for prompts, 128 generated.", min=0),
     ] = 0
-    phase: Annotated[
-        Phase | None,
-        typer.Option(help="Batches of prompts (prefill) or generated tokens (decode); what most of the trace is."),
-    ] = None
+    phase: PhaseOption = None
     weights: Annotated[
         str | None, typer.Option(metavar="bf16|fp8|mxfp4", help="Number type of the experts; the model's otherwise.")
     ] = None
@@ -288,22 +349,30 @@ class Timing:
     ] = None
     engine: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Backend and schedules of this engine: sglang, vllm, trtllm, vllm-ascend."),
+        typer.Option(
+            metavar="NAME",
+            help="Copies serve as in this engine, and with --hardware its backend and schedules: sglang, vllm, trtllm, vllm-ascend.",
+        ),
     ] = None
+
+    @property
+    def whose(self) -> str | None:
+        """One of semmoe.profiles.split.PHASES; None where it is not said."""
+        return self.phase.value if self.phase else None
 
     def asked(self, hidden_size: int = 0, expert_size: int = 0) -> "TimeAsked | None":
         """The same as solvers read it; None without --hardware, which the others need."""
         from semmoe.solvers.time.hardware import TimeAsked
 
         if self.hardware is None:
-            if others := given(self):
+            if others := given(self, but=("phase", "engine", "hidden_size", "expert_size")):
                 raise typer.BadParameter(f"{others[0]} needs --hardware: times are predicted for a machine")
             return None
         return TimeAsked(
             hardware=self.hardware,
             backend=self.backend or "",
             tokens_per_rank=self.tokens_per_rank,
-            phase=self.phase.value if self.phase else "",
+            phase="" if self.whose in (None, "all") else str(self.whose),
             weights=self.weights or "",
             rows=self.rows.value,
             overlap=self.overlap.value,
@@ -383,21 +452,21 @@ def _record_of(parameter: Parameter) -> type | None:
 
 def command_line(*path_values: Path | str) -> str:
     """The command line as typed, without what cannot change the result: where files lie, how
-    many processes work, how it is printed."""
+    many processes work, how it is printed. What semmoe.toml gave to it is added."""
     hidden = {str(p) for p in path_values}
     words, skip = [], False
     for word in sys.argv[1:]:
         if skip:
             skip = False
-        elif word in ("-o", "--output", "--processes"):
+        elif word in ("-o", *UNTOLD):
             skip = True
-        elif word in ("--json", "--debug") or word.startswith(("--output=", "--processes=")) or re.match("-o.", word):
+        elif word in ("--json", "--debug") or word.partition("=")[0] in UNTOLD or re.match("-o.", word):
             continue
         elif (value := word.partition("=")[2]) and value in hidden:
             words.append(word.partition("=")[0])  # an option that names a file, as where a space stands between the two
         elif word not in hidden and word.rstrip("/") not in hidden:
             words.append(word)
-    return shlex.join(["semmoe", *words])
+    return shlex.join(["semmoe", *words, *used_words()])
 
 
 def given(*records: Any, but: Container[str] = (), **options: Any) -> list[str]:

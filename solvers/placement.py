@@ -165,6 +165,11 @@ class Placement:
             raise InputError(f"this placement has {self.copies_in_words}: an expert has no single rank")
         return self.hosts_LER.argmax(axis=2)
 
+    def held(self, layer: int, rank: int) -> np.ndarray:
+        """Experts of a rank at a layer in slot order, int32, without its empty slots."""
+        experts_S = self.experts_LRS[layer, rank]
+        return experts_S[experts_S != EMPTY]
+
     @property
     def order_LE(self) -> np.ndarray:
         """Experts in slot order, ranks one after the other, without the empty slots, int32 [L, E].

@@ -10,7 +10,7 @@ Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ from semmoe.profiles.document import (
 )
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import check_directory_target, inside, new_directory, write_file
+from semmoe.profiles.hub.urls import fetched, is_url
 from semmoe.profiles.safetensors_file import read_shard
 from semmoe.profiles.trace import MAX_LAYERS, TraceInfo, hash_file
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.html import facts_html
+from semmoe.solvers.place.replicas import OWN_RULE, check_rule
 from semmoe.solvers.placement import EMPTY, Placement, Topology, fingerprint_of, part_sizes
 from semmoe.solvers.schedule.request_scorer import RequestScorer
 from semmoe.solvers.schedule.schedule import Schedule
@@ -193,7 +195,19 @@ class Plan:
     def deployment(self) -> Deployment:
         """The placement with its schedule. Raises InputError where the schedule's tables are not
         whole."""
-        return Deployment(self.placement, self.load_LE, self.topology, self.dispatch, Schedule.from_tables(self.tables))
+        schedule = Schedule.from_tables(self.tables)
+        return Deployment(
+            self.placement, self.load_LE, self.topology, self.dispatch, schedule, check_rule(self.replica_choice)
+        )
+
+    def with_rule(self, rule: str | None) -> "Plan":
+        """The plan with another rule by which copies serve; the same for None."""
+        return self if rule is None else replace(self, options={**self.options, "replica_choice": check_rule(rule)})
+
+    @property
+    def replica_choice(self) -> str:
+        """The rule by which copies serve (solvers/place/replicas.py)."""
+        return str(self.options.get("replica_choice", OWN_RULE))
 
     @property
     def request_scorer(self) -> RequestScorer | None:
@@ -224,7 +238,12 @@ class Plan:
             "fingerprint": self.fingerprint,
             "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
             "fitted_on": "all requests" if self.split.get("refit") else "training requests",
+            "phase": self.options.get("phase", "all"),
         }
+        if placement.num_copies:
+            facts["replica_choice"] = self.replica_choice
+        for phase, share in self.options.get("phase_shares", {}).items():
+            facts[f"{phase}_share"] = share
         if "balance" in self.options:
             facts |= {"fitted_on": "expert loads", "scored": "for balance only, on the loads that it was made from"}
         if placement.num_copies != placement.num_replicas * placement.num_ranks:
@@ -290,7 +309,10 @@ class Plan:
     def load(cls, path: str | Path, *, accept_edits: bool = False) -> "Plan":
         """Read and check a plan directory. Raises InputError where it is none, damaged, or not as
         it was written; with `accept_edits` a plan.json that was edited passes where all else does,
-        with a note of it."""
+        with a note of it. A URL that fsspec knows (hf://datasets/OWNER/NAME) is fetched first."""
+        if is_url(path):
+            with fetched(str(path), ("plan.json", TABLES)) as folder:
+                return cls.load(folder, accept_edits=accept_edits)
         path = Path(path)
         facts, unchecked = read_facts(path, accept_edits=accept_edits)
         try:

@@ -30,6 +30,10 @@ class Slots(NamedTuple):
         """The slots of a placement: what a baseline gets for an equal comparison."""
         return cls(placement.slots_per_rank, not placement.num_empty)
 
+    def has_spare(self, num_experts: int, num_ranks: int) -> bool:
+        """Whether slots are left for copies."""
+        return self.copies and self.per_rank * num_ranks > num_experts
+
     @classmethod
     def asked(
         cls, num_experts: int, num_ranks: int, *, slots: int, replicas: int, redundant: int | None, spare: str
@@ -82,4 +86,4 @@ def _with_redundant(num_experts: int, num_ranks: int, redundant: int) -> int:
         if over
         else f"{num_ranks} ranks can hold 0 to {most} copies of {num_experts} experts"
     )
-    raise InputError(f"--redundant {redundant}: {why}; --redundant {' or '.join(fits)} does")
+    raise InputError(f"--redundant {redundant}: {why}; --redundant {' or '.join(fits)} would")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from semmoe.runtime.layer.choices import chosen_copies
 from semmoe.runtime.layer.exchange import exchange_sizes, start_rows, wait_for
 from semmoe.runtime.layer.permute import (
     Destinations,
@@ -127,7 +128,7 @@ def run_layer(
     tables, watch = layer.tables, layer.state.stopwatch
     layer.state.chosen_TK = expert_ids_TK
     # 1. Who serves what.
-    to = find_destinations(expert_ids_TK, tables.rank_of_E, tables.slot_of_E, layer.group.size)
+    to = find_destinations(*chosen_copies(tables, expert_ids_TK), layer.group.size)
     watch.mark("dispatch")
     sizes = agree_on_sizes(layer, to)
     watch.mark("wait")

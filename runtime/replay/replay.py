@@ -30,6 +30,7 @@ from semmoe.runtime.ranks.progress import Show, shown_nowhere
 from semmoe.runtime.replay.cases import Case, Prepared, ReplayOptions, largest_share, prepare
 from semmoe.solvers.evaluate.metrics import metrics_XL
 from semmoe.solvers.evaluate.sums import traffic_sums
+from semmoe.solvers.place.replicas import MovingRule
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.time.layer_time import EXCHANGES, LayerWork, Network, fit_network, layer_seconds
 
@@ -239,7 +240,8 @@ def replay_case(replay: Replay, case: Case, run_experts: RunExperts) -> dict[str
     group = replay.group
     num_tokens, num_layers, top_k = replay.expert_ids_TLK.shape
     names = [f"layer {layer} of the trace" for layer in range(num_layers)]
-    layers = expert_layers(replay, Placement(case.experts_LRS, replay.num_experts), case.serving_LRE, names)
+    placement = Placement(case.experts_LRS, replay.num_experts, may_waste=True)
+    layers = expert_layers(replay, placement, case.serving_LRE, names, case.moving)
     num_batches = int(case.batch_of_T.max()) + 1
     hidden_TD = torch.randn(
         largest_share(case, group.rank), replay.options.hidden_size, generator=torch.Generator().manual_seed(0)
@@ -272,11 +274,17 @@ def replay_case(replay: Replay, case: Case, run_experts: RunExperts) -> dict[str
     }
 
 
-def expert_layers(replay: Replay, placement: Placement, serving_LRE: np.ndarray, names: list[str]) -> list[ExpertLayer]:
-    """Expert layers of this rank."""
+def expert_layers(
+    replay: Replay,
+    placement: Placement,
+    serving_LRE: np.ndarray,
+    names: list[str],
+    moving: MovingRule | None = None,
+) -> list[ExpertLayer]:
+    """Expert layers of this rank. `moving`: what chooses copies in place of `serving_LRE`."""
     group = replay.group
     state = RankState.fresh(placement.num_layers, group)
-    tables = layer_tables(placement, serving_LRE, group.rank, names, group.device)
+    tables = layer_tables(placement, serving_LRE, group.rank, names, group.device, moving=moving)
     size = replay.options.hidden_size
     return [ExpertLayer(table, group, state, size, replay.dtype, replay.top_k) for table in tables]
 
@@ -328,7 +336,8 @@ def batch_metrics(replay: Replay, case: Case, rows_T: np.ndarray) -> dict[str, n
         np.empty(0, np.int32),
     )
     topology, homes_TL = Topology(case.serving_LRE.shape[1]), case.homes_TL[rows_T]
-    sums = traffic_sums(batch, case.serving_LRE, topology, dispatch="per-rank", homes_TL=homes_TL)
+    options = {"dispatch": "per-rank", "homes_TL": homes_TL, "moving": case.moving}
+    sums = traffic_sums(batch, case.serving_LRE, topology, **options)
     return {
         name: values_XL[0]
         for name, values_XL in metrics_XL(sums.resampled(np.ones((1, 1))), topology, "per-rank").items()

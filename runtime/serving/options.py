@@ -14,6 +14,7 @@ class RunOptions:
     prompts: RequestSource
     scheduler: str | None = None  # None: dp where the plan scores requests, else none
     predict: str = "context"
+    replica_choice: str | None = None  # None: the plan's
     backend: str = "auto"
     dtype: str = "auto"
     device: str = "auto"

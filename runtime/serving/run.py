@@ -256,7 +256,8 @@ def run_rank(
         metrics = collect_metrics(placed, times, task.plan.model.model_layers)
         if metrics is None:
             return None
-        asked = {"scheduler": task.scheduler, "ranks": group.size, "requests": len(task.prompts)}
+        asked = {"scheduler": task.scheduler, "replica_choice": task.plan.replica_choice}
+        asked |= {"ranks": group.size, "requests": len(task.prompts)}
         asked |= {"skipped": task.skipped, "verified": task.verified, "same_checkpoint": task.same_checkpoint}
         return RunResult(keeper.finish(), asked | metrics, task.prompts, limits)
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import Json, Simulation, Timing, grouped
+from semmoe.options import (
+    AgainstOption,
+    Json,
+    ReplicaChoiceOption,
+    Simulation,
+    Timing,
+    grouped,
+    replica_rule,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,6 +62,8 @@ def compare(
     ] = None,
     *,
     sizes: Sizes,
+    replica_choice: ReplicaChoiceOption = None,
+    against: AgainstOption = None,
     simulation: Simulation,
     timing: Timing,
     json_: Json = False,
@@ -64,8 +74,10 @@ def compare(
     Example: semmoe compare p1 p2 t --expert-bytes 50000000 -o compare.html
     """
     from semmoe.profiles.errors import InputError
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.evaluate.compare import compare_plans
+    from semmoe.solvers.evaluate.against import read_against
+    from semmoe.solvers.evaluate.compare import compare_phases
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.progress import steps
     from semmoe.terminal.tables import note, note_unchecked, print_json, print_time
@@ -80,21 +92,26 @@ def compare(
         from semmoe.pages.page import check_page_target
 
         check_page_target(output)
-    plans, traced = {path: Plan.load(path) for path in plan_paths}, RoutingTrace.open(trace)
+    rule = replica_rule(replica_choice, timing.engine)
+    plans, traced = {path: Plan.load(path).with_rule(rule) for path in plan_paths}, RoutingTrace.open(trace)
+    held = [read_against(against, plan.model, plan.topology) for plan in plans.values()][0]
     with steps("compare") as progress:
-        comparison, notes = compare_plans(
+        comparison, notes = compare_phases(
             plans,
             traced,
+            timing.whose,
             bytes_per_expert=bytes_per_expert,
+            against=held,
             setting=simulation.setting(),
             progress=progress,
         )
         if asked is not None:
             from semmoe.solvers.time.trace_times import plan_times
 
-            comparison = replace(comparison, time=plan_times(plans, traced, asked, simulation.setting()))
+            view = only_phase(traced, timing.whose or "all")
+            comparison = replace(comparison, time=plan_times(plans, view, asked, simulation.setting(), held))
     note_unchecked(*plans.values(), traced)
-    for line in notes:
+    for line in dict.fromkeys([*notes, *(line for time in (comparison.time or {}).values() for line in time.notes)]):
         note(line)
     comparison = replace(comparison, trace=trace)
     if json_:
@@ -107,30 +124,35 @@ def compare(
         from semmoe.pages.compare import compare_page
         from semmoe.pages.page import write_page
 
-        write_page(compare_page(comparison, _shown_rows(comparison), notes), output)
+        write_page(compare_page(comparison, notes), output)
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
 
 
 def _print(comparison: "Comparison") -> None:
+    from semmoe.pages.compare import shown_rows
     from semmoe.profiles.errors import visible
     from semmoe.solvers.evaluate.compare import NoMoves
-    from semmoe.terminal.tables import SCORE_CAPTION, layouts, print_fitting, wide_console
+    from semmoe.terminal.tables import SCORE_CAPTION, layouts, phase_words, print_fitting, wide_console
 
     console = wide_console()
     nodes = max(plan.nodes for plan in comparison.plans)
     title = (
-        f"{comparison.model or 'model'}: {comparison.requests} requests that no plan saw, {comparison.tokens:,} tokens; "
-        f"{comparison.dispatch} dispatch"
+        f"{comparison.model or 'model'}: {comparison.requests} requests that no plan saw, {comparison.tokens:,} tokens"
+        f"{phase_words(comparison)}; {comparison.dispatch} dispatch"
     )
-    rows = _shown_rows(comparison)
     shapes = [(facts, *layout) for layout in layouts(nodes) for facts in (("method", "ranks"), ())]
-    tables = [_score_table(comparison, rows, *shape) for shape in shapes]
-    print_fitting(console, tables, title=title, caption=f"{SCORE_CAPTION}; --json holds every schedule")
+    caption = f"{SCORE_CAPTION}; --json holds every schedule"
+    alone = {f"\n{p.phase} tokens alone: {p.tokens:,}": p.rows for p in comparison.phases or []}
+    for heading, scored in {title: comparison.rows, **alone}.items():
+        rows = shown_rows(comparison, scored)
+        print_fitting(
+            console, [_score_table(comparison, rows, *shape) for shape in shapes], title=heading, caption=caption
+        )
     if comparison.differences:
         print_fitting(
             console,
             [_difference_table(comparison)],
-            title=f"\nDifference to {comparison.plans[0].plan}, on the same requests, tokens at random homes",
+            title=f"\nDifference to {comparison.against}, on the same requests, tokens at random homes",
             caption="in brackets: 95% paired bootstrap interval; better or worse where it excludes 0",
         )
     print_fitting(
@@ -143,21 +165,6 @@ def _print(comparison: "Comparison") -> None:
     for moves in comparison.moves:
         if isinstance(moves, NoMoves):
             console.print(visible(f"{moves.from_} to {moves.to}: {moves.why_not}"))
-
-
-def _shown_rows(comparison: "Comparison") -> "list[ScoreRow]":
-    """Each plan at random homes and under its best schedule, oracles left out."""
-    from semmoe.solvers.evaluate.report import random_row
-    from semmoe.solvers.evaluate.verdict import best_row
-
-    shown = []
-    for plan in comparison.plans:
-        rows = [row for row in comparison.rows if row.placement == plan.plan]
-        shown.append(random_row(rows, plan.plan))
-        best = best_row(rows, "per-rank")
-        if best.schedule != "random":
-            shown.append(best)
-    return shown
 
 
 def _score_table(
@@ -174,7 +181,7 @@ def _score_table(
         table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
     plans = {plan.plan: plan for plan in comparison.plans}
     for row in rows:
-        about = (str(getattr(plans[row.placement], fact)) for fact in facts)
+        about = (str(getattr(plans[row.placement], fact)) if row.placement in plans else "" for fact in facts)
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
         add_row(table, row.placement, *about, row.schedule, *cells)
     return table

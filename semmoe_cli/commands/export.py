@@ -42,7 +42,7 @@ class MapFacts:
 
 @grouped()
 def export(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan directory.")],
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="Plan directory, or its URL.")],
     to: Annotated[
         ExportKind,
         typer.Option(

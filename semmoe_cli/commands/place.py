@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from semmoe.options import (
+    AgainstOption,
     Dispatch,
     Effort,
     Expressible,
@@ -16,20 +17,24 @@ from semmoe.options import (
     Method,
     Minimize,
     Objective,
+    ReplicaChoiceOption,
     Simulation,
     Spare,
     TimedPlacing,
     command_line,
     given,
     grouped,
+    replica_rule,
 )
 
 if TYPE_CHECKING:
     from semmoe.solvers.demands import Demands
+    from semmoe.solvers.evaluate.against import Against
     from semmoe.solvers.make_plan import PlanOptions
     from semmoe.solvers.placement import Topology
 
 # What an expert map is scored with too, or that changes no result.
+AUTO = "auto"  # --load-cap
 FINE_WITH_IMPORT = ("dispatch", "effort", "processes")
 
 
@@ -68,8 +73,12 @@ class Placing:
         typer.Option(metavar="D", help="Hold out all requests of this domain instead; may be repeated."),
     ] = None
     load_cap: Annotated[
-        float, typer.Option(help="Most expert load of a rank over the mean, on the fitted requests.")
-    ] = 1.05
+        str,
+        typer.Option(
+            metavar="CAP|auto",
+            help="Most expert load of a rank over the mean, on the fitted requests; auto: by predicted time, with --minimize bytes.",
+        ),
+    ] = "1.05"
     refit: Annotated[bool, typer.Option(help="After scoring, fit the written plan on all requests.")] = True
     objective: Annotated[
         Objective, typer.Option(help="Schedules to place for: tokens (tp), requests (dp), or both.")
@@ -115,7 +124,7 @@ class Placing:
         from semmoe.solvers.demands import Demands
 
         return Demands(
-            load_cap=self.load_cap,
+            load_cap=self._load_cap(),
             seed=seed,
             dispatch=self.dispatch.value,
             objective=self.objective.value,
@@ -130,7 +139,16 @@ class Placing:
             processes=self.processes or os.cpu_count() or 1,
         )
 
-    def options(self, simulation: Simulation, timing: TimedPlacing, made_by: str) -> "PlanOptions":
+    def _load_cap(self) -> float:
+        """The cap; a first one where it is chosen later."""
+        if self.load_cap == AUTO:
+            return 1.05
+        try:
+            return float(self.load_cap)
+        except ValueError:
+            raise typer.BadParameter(f"{self.load_cap!r} is no number, nor auto", param_hint="--load-cap") from None
+
+    def options(self, simulation: Simulation, timing: TimedPlacing, against: "Against", made_by: str) -> "PlanOptions":
         """The rest, as solvers read it."""
         from semmoe.solvers.make_plan import PlanOptions
 
@@ -141,9 +159,11 @@ class Placing:
             refit=self.refit,
             certify=self.certify,
             setting=simulation.setting(),
+            against=against,
             made_by=made_by,
             time=timing.asked_here(),
             minimize=self.minimize.value if self.minimize else "",
+            auto_cap=self.load_cap == AUTO,
         )
 
 
@@ -158,6 +178,8 @@ def place(
     placing: Placing,
     simulation: Simulation,
     timing: TimedPlacing,
+    replica_choice: ReplicaChoiceOption = None,
+    against: AgainstOption = None,
     import_: Annotated[
         tuple[MapKind, Path] | None,
         typer.Option(
@@ -175,37 +197,45 @@ def place(
     from semmoe.solvers.workers import compute_on_one_thread
 
     compute_on_one_thread()  # before anything imports numpy
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.plan import check_plan_target
+    from semmoe.solvers.evaluate.against import read_against
+    from semmoe.solvers.place.replicas import OWN_RULE
+    from semmoe.solvers.plan import ModelFacts, check_plan_target
     from semmoe.terminal.tables import note, note_unchecked, print_balance, print_report
 
     check_plan_target(output)
     if import_ is not None and (unused := given(placing, but=FINE_WITH_IMPORT)):
         note(f"--import takes the map as it is: {', '.join(unused)} has no use there")
     opened, links = [RoutingTrace.open(path) for path in traces], network.read()
+    held = read_against(against, ModelFacts.of(opened[0].info), links)
+    named = [Path(against)] if held.deployment and against else []
+    whose, rule = timing.whose or "all", replica_rule(replica_choice, timing.engine) or OWN_RULE
     if import_ is not None:
-        from semmoe.solvers.maps.import_plan import import_plan
+        from semmoe.solvers.maps.import_plan import Served, import_plan
 
         kind, file = import_
         plan = import_plan(
-            opened,
+            [only_phase(trace, whose) for trace in opened],
             links,
             kind=kind.value,
             file=file,
-            dispatch=placing.dispatch.value,
-            setting=simulation.setting(),
-            made_by=command_line(output, file, *traces),
+            served=Served(placing.dispatch.value, simulation.setting(), held, rule),
+            made_by=command_line(output, file, *named, *traces),
         )
     else:
         from semmoe.solvers.make_plan import make_plan
         from semmoe.terminal.progress import stages
 
-        options = placing.options(simulation, timing, command_line(output, network.topology or output, *traces))
+        files = (output, network.topology or output, *named, *traces)
+        options = placing.options(simulation, timing, held, command_line(*files))
+        options = replace(options, phase=whose, replica_choice=rule)
         with stages() as show:
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
     plan.save(output)
     note_unchecked(*opened)
-    for line in plan.notes:
+    timed = plan.scores.time if plan.scores else None
+    for line in [*plan.notes, *(timed.notes if timed else [])]:
         note(line)
     if plan.scores is None:
         print_balance(plan.options["balance"], {"plan": str(output), "trace": ", ".join(traces)}, as_json=json_)

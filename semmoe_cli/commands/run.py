@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from semmoe.commands.replay import replay as replay_trace
-from semmoe.options import Json, Loading, Seed, Texts, given, grouped, refuse_mixed
+from semmoe.options import (
+    EngineOption,
+    Json,
+    Loading,
+    ReplicaChoiceOption,
+    Seed,
+    Texts,
+    given,
+    grouped,
+    refuse_mixed,
+    replica_rule,
+)
 from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.files import Lock, check_file_target, lock_beside
 from semmoe.runtime.serving.results import kept_results, partial_path, partial_state
@@ -107,6 +118,8 @@ class Running:
             min=1,
         ),
     ] = 4096
+    replica_choice: ReplicaChoiceOption = None
+    engine: EngineOption = None
     replaying: Replaying
     timeout: Annotated[
         float,
@@ -134,6 +147,7 @@ class Running:
     def everywhere(self, plan: Path) -> dict[str, Any]:
         """What RunOptions and ReplayOptions have in common."""
         options = {"plan": str(plan), "scheduler": self.scheduler, "backend": self.backend, "timeout_s": self.timeout}
+        options |= {"replica_choice": replica_rule(self.replica_choice, self.engine)}
         loading = {"dtype": self.loading.dtype.value, "device": self.loading.device}
         return options | loading | {"batch_tokens": self.batch_tokens}
 
@@ -238,12 +252,12 @@ def run_ranks(options: "RunOptions", nproc: int | None, kept: Callable[[], str])
         from semmoe.runtime.serving.run import prepare, run_rank
 
         def read(num_ranks: int) -> "list[RankTask]":
-            plan = Plan.load(options.plan)
+            plan = Plan.load(options.plan).with_rule(options.replica_choice)
             return prepare(options, plan, read_all(options.prompts, tell=note), num_ranks, note)
 
         return run_rank(options, note, steps, read=read)
     # Before PyTorch is imported: a plan or prompts that are not there are told at once.
-    plan = Plan.load(options.plan)
+    plan = Plan.load(options.plan).with_rule(options.replica_choice)
     requests = read_all(options.prompts, tell=note)
     from semmoe.runtime.ranks.group import check_group
     from semmoe.runtime.serving.run import prepare, run_rank

@@ -92,7 +92,7 @@ def costs_section(about: "PlanReport") -> Section | None:
     names = list(costs.rows[0].bytes)
     rows = []
     for row in costs.rows:
-        before, after = row.bytes["contiguous"], row.bytes[names[-1]]
+        before, after = row.bytes[names[0]], row.bytes[names[-1]]
         saved = f"{1 - after / before:.0%}" if before else "-"
         whose = ", this plan's" if row.dispatch == own_kind else ""
         rows.append([row.dispatch + whose, *(f"{row.bytes[name] / 1e3:,.0f}" for name in names), saved])
@@ -111,15 +111,17 @@ def times_section(about: "PlanReport") -> Section | None:
     times = about.report.times
     if times is None:
         return None
-    cells = sorted(times_cells(times), key=lambda cell: cell[0] == "plan")
+    cells = sorted(times_cells(times, about.report.baseline), key=lambda cell: cell[0] == "plan")
     after = min(row.ms_per_layer for row in times.rows if row.placement == "plan" and "oracle" not in row.schedule)
-    before = next(row.ms_per_layer for row in times.rows if row.placement == "contiguous")
+    before = next(row.ms_per_layer for row in times.rows if row.placement == about.report.baseline)
     text = Text(
         f"Dispatch and combine of a batch of {times.batch_tokens:,} tokens over all ranks, set by the busiest link: {times.network}. "
         f"{times.assumption} Experts, packing and what overlaps are left out."
     )
     grid = Grid(
-        ["placement", "schedule", "ms per layer", "ms, all layers", "of contiguous"], cells, names_at=frozenset((0, 1))
+        ["placement", "schedule", "ms per layer", "ms, all layers", f"of {about.report.baseline}"],
+        cells,
+        names_at=frozenset((0, 1)),
     )
     return Section(f"On your network a layer's exchanges take {after:.3g} ms instead of {before:.3g} ms", [text, grid])
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.deployment import Deployment
     from semmoe.solvers.evaluate.pictures import Details, Scored
     from semmoe.solvers.evaluate.report import PredictableToken, Report, WhatIf
     from semmoe.solvers.plan import Plan
@@ -39,6 +40,9 @@ class PlanReportOptions:
     latency: str
     tokenizer: Path | None
     pictures: bool
+    against: str | None = None
+    phase: str | None = None
+    replica_choice: str | None = None  # None: the plan's
     time: "TimeAsked | None" = None
 
 
@@ -60,6 +64,7 @@ def make_plan_report(
 ) -> PlanReport:
     """The report of the plan on the trace. Raises InputError where there is nothing to score
     honestly."""
+    from semmoe.solvers.evaluate.against import deployments_beside, read_against
     from semmoe.solvers.evaluate.pictures import report_details, scored_requests
     from semmoe.solvers.evaluate.verdict import dispatch_costs
     from semmoe.solvers.make_plan import score_plan
@@ -71,19 +76,22 @@ def make_plan_report(
     apart = bool(links and not links.is_uniform)
     details, rows = None, None
     left_out: list[str] = []
+    against = read_against(options.against, plan.model, plan.topology)
     with steps("report") as progress:
         progress(0, 4)
-        report, notes = score_plan(plan, trace, setting=setting)
+        report, notes = score_plan(plan, trace, against=against, setting=setting)
         progress(1, 4)
         if options.pictures or options.what_if or options.tokenizer or apart or options.time:
             scheduled = bool(options.pictures or apart or options.time)
             scored = scored_requests(plan, trace, scheduled=scheduled, processes=os.cpu_count() or 1)
+            beside = deployments_beside(scored.deployment, plan.model.n_group, against)
             progress(2, 4)
             if options.pictures:
-                details = report_details(trace, report, scored)
+                name = report.baseline if report.baseline in beside else "contiguous"
+                details = report_details(trace, report, scored, (name, beside[name]))
                 progress(3, 4)
             if options.time:
-                report = _timed(report, plan, trace, scored, options.time)
+                report = _timed(report, trace, scored, beside, options)
             if options.what_if:
                 report = replace(report, what_if=_what_if(plan, trace, scored, options, setting))
             if options.tokenizer:
@@ -94,7 +102,7 @@ def make_plan_report(
                         "predictable tokens are left out: no token id is frequent enough on both sides of the split"
                     )
             if apart:
-                rows = rows_between_ranks(trace, scored, report, plan.model.n_group)
+                rows = rows_between_ranks(trace, scored, report, beside)
     if options.hidden_size or options.bandwidth or options.pictures:
         hidden_size, assumption = _hidden_size(plan, options)
         out, back = hidden_size * options.dispatch_bytes, hidden_size * COMBINE_BYTES
@@ -142,20 +150,23 @@ def _sides(plan: "Plan", trace: "RoutingTrace", scored: "Scored") -> "tuple[np.n
     return ~held_out_B, held_out_B
 
 
-def _timed(report: "Report", plan: "Plan", trace: "RoutingTrace", scored: "Scored", asked: "TimeAsked") -> "Report":
+def _timed(
+    report: "Report",
+    trace: "RoutingTrace",
+    scored: "Scored",
+    beside: "dict[str, Deployment]",
+    options: PlanReportOptions,
+) -> "Report":
     """The report with its times, on the requests that it was scored on."""
     from semmoe.solvers.evaluate.score_plan import scored_batch
-    from semmoe.solvers.place.baselines import baselines
-    from semmoe.solvers.slots import Slots
     from semmoe.solvers.time.predict import timed_report
 
     if not scored.held_out:
         raise InputError(f"--hardware: {trace.path} holds no request that the plan was not fitted on")
     batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
-    deployed = scored.deployment
-    slots = Slots.of(deployed.placement)
-    beside = baselines(deployed.load_LE, plan.topology, plan.model.n_group, slots=slots)
-    return timed_report(report, scored.deployment, beside, batch, asked)
+    assert options.time is not None
+    against = report.baseline if options.against else ""
+    return timed_report(report, scored.deployment, beside, batch, options.time, against)
 
 
 def _what_if(

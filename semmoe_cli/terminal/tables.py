@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.evaluate.compare import Comparison
     from semmoe.solvers.evaluate.report import Report, ScoreRow, Times
     from semmoe.solvers.evaluate.time_report import TimeReport
     from semmoe.solvers.health.record import Health
@@ -133,8 +134,17 @@ def _title(report: "Report") -> str:
     nodes = "one node" if report.nodes == 1 else f"{report.nodes} nodes"
     return (
         f"{report.model or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
-        f"{report.requests} held-out requests, {report.tokens:,} tokens; mean over {len(report.layers)} layers"
+        f"{report.requests} held-out requests, {report.tokens:,} tokens{phase_words(report)}; "
+        f"mean over {len(report.layers)} layers"
     )
+
+
+def phase_words(scored: "Report | Comparison") -> str:
+    """Whose tokens were scored, and the share of each phase in the trace, for a title."""
+    if not scored.phase_shares:
+        return ""
+    shares = ", ".join(f"{share:.0%} {name}" for name, share in scored.phase_shares.items())
+    return f" ({shares})" if scored.phase == "all" else f", {scored.phase} tokens alone (trace: {shares})"
 
 
 def _width(metric: str, rows: "Sequence[ScoreRow]") -> int:
@@ -219,33 +229,34 @@ def _time_table(time: "TimeReport", shown: Sequence[int]) -> "Table":
     return table
 
 
-def print_times(times: "Times") -> None:
+def print_times(times: "Times", against: str) -> None:
     """Predicted communication time of every row, under the table of a report."""
     title = (
         f"\nPredicted dispatch and combine of a batch of {times.batch_tokens:,} tokens over all ranks: {times.network}"
     )
-    tables = [_times_table(times, shown) for shown in (range(3), (0, 2))]
+    tables = [_times_table(times, against, shown) for shown in (range(3), (0, 2))]
     print_fitting(wide_console(), tables, title=title, caption=times.assumption)
 
 
-def _times_table(times: "Times", shown: Sequence[int]) -> "Table":
-    """`shown`: which of milliseconds per layer, of all layers, and their share."""
+def _times_table(times: "Times", against: str, shown: Sequence[int]) -> "Table":
+    """`against`: the baseline. `shown`: which of milliseconds per layer, of all layers, and their
+    share."""
     table = new_table()
     for heading in ("placement", "schedule"):
         table.add_column(heading, overflow="fold")
-    headings = ("ms per\nlayer", "ms, all\nlayers", "of\ncontiguous")
+    headings = ("ms per\nlayer", "ms, all\nlayers", f"of\n{against}")
     for number in shown:
         table.add_column(headings[number], justify="right", no_wrap=True)
-    for placement, schedule, *values in times_cells(times):
+    for placement, schedule, *values in times_cells(times, against):
         cells = (values[n] for n in shown)
         add_row(table, placement, schedule, *cells, style="dim" if "oracle" in schedule else None)
     return table
 
 
-def times_cells(times: "Times") -> list[list[str]]:
-    """Placement, schedule, milliseconds per layer and of all layers, and their share of
-    contiguous experts with random homes."""
-    before = next(r.ms_per_layer for r in times.rows if (r.placement, r.schedule) == ("contiguous", "random"))
+def times_cells(times: "Times", against: str) -> list[list[str]]:
+    """Placement, schedule, milliseconds per layer and of all layers, and their share of the
+    baseline's with random homes."""
+    before = next(r.ms_per_layer for r in times.rows if (r.placement, r.schedule) == (against, "random"))
     totals = [sum(row.ms_layers) for row in times.rows]
     digits, total_digits = _decimals([row.ms_per_layer for row in times.rows]), _decimals(totals)
     cells = []

@@ -14,6 +14,7 @@ from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.html import table_html
 from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.place.bounds import Certificate
+from semmoe.solvers.place.replicas import OWN_RULE
 from semmoe.solvers.schedule.simulate import Setting
 
 REPORT_FORMAT = "semmoe-report"
@@ -98,7 +99,7 @@ class Judgement(JsonRecord):
     schedule: str
     tokens: int
     tokens_needed: int | None
-    against: str  # the better of the baselines
+    against: str  # name of a placement in the report's rows
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,9 @@ class Report(JsonRecord):
         format, version: of the JSON object.
         plan, trace: paths as given, "" in a stored report.
         model, ranks, nodes, dispatch: what was scored.
+        replica_choice: the rule by which copies serve, for all rows.
+        phase, phase_shares: whose tokens were scored, and the share of each phase in the trace.
+        against: the placement that the verdict, headline and tables hold the plan against.
         requests, tokens: how many were scored.
         setting: of the simulated schedules.
         uniform: lar, rem and node of tokens that draw experts uniformly.
@@ -230,6 +234,10 @@ class Report(JsonRecord):
     ranks: int
     nodes: int
     dispatch: str
+    replica_choice: str = OWN_RULE
+    phase: str = "all"
+    phase_shares: dict[str, float] | None = None
+    against: str = ""
     requests: int
     tokens: int
     setting: Setting = field(default_factory=Setting)
@@ -252,6 +260,11 @@ class Report(JsonRecord):
         about = f"{self.model}: {self.requests} requests, {self.tokens} tokens, {self.ranks} ranks, {self.dispatch}"
         said = f"{about}. {self.verdict.sentence}" if self.verdict else about
         return f"<p>{escape(said)}</p>" + table_html(["placement", "schedule", *metrics], cells)
+
+    @property
+    def baseline(self) -> str:
+        """Name of what the plan is held against; of an older report, what its verdict names."""
+        return self.against or (self.verdict.against if self.verdict else "contiguous")
 
     @property
     def plan_rows(self) -> list[ScoreRow]:

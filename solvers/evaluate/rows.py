@@ -5,7 +5,7 @@ Shape letters: T tokens, L MoE layers, K top-k, B requests.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -105,5 +105,5 @@ def row_sums(task: RowTask) -> tuple[TrafficSums, float | None]:
         assert schedule is not None
         # Balance is kept within each batch or window, so that is where it is measured.
         placement = task.deployment.placement
-        homes_TL, imbalance = simulate(task.schedule_name, batch, placement, schedule, **asdict(task.setting))
+        homes_TL, imbalance = simulate(task.schedule_name, batch, placement, schedule, **task.setting.sizes())
     return deployment_sums(task.deployment, batch, homes_TL=homes_TL, group_of_B=task.group_of_B), imbalance

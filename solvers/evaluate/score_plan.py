@@ -11,17 +11,18 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.sample import sample_requests
-from semmoe.profiles.split import domain_groups
+from semmoe.profiles.split import domain_groups, phase_of, phase_shares
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.against import BASELINES, Against, deployments_beside
 from semmoe.solvers.evaluate.metrics import Scores, score, uniform_scores
 from semmoe.solvers.evaluate.report import DomainScores, Judgement, Key, LayerScores, Report, ScoreRow, Verdict
 from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.sums import TrafficSums, resampling_groups
 from semmoe.solvers.evaluate.verdict import best_row, bytes_only, judge, saving, traffic_cost
-from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, available_schedules
 
+BETTER = Against()  # of the two baselines
 SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
 
 
@@ -36,7 +37,7 @@ def score_placements(
     traces: list[RoutingTrace],
     keep: list[np.ndarray],
     *,
-    beside: dict[str, Placement],
+    against: Against = BETTER,
     setting: Setting,
 ) -> Report:
     """`score_batch` on the requests of `keep` (bool [B] per trace); of very large traces, on a
@@ -44,7 +45,8 @@ def score_placements(
     batch = replace(scored_batch(traces, keep, seed=setting.seed), rank_of_B=None)
     if batch.num_tokens == 0:
         raise InputError(f"{traces[0].path} holds no request to score on")
-    return score_batch(deployment, batch, traces[0].info, beside=beside, setting=setting)
+    report = score_batch(deployment, batch, traces[0].info, against=against, setting=setting)
+    return replace(report, phase=phase_of(traces[0]), phase_shares=phase_shares(traces))
 
 
 def score_batch(
@@ -52,7 +54,7 @@ def score_batch(
     batch: TraceBatch,
     info: TraceInfo,
     *,
-    beside: dict[str, Placement],
+    against: Against = BETTER,
     setting: Setting,
     processes: int = 1,
     progress: Progress | None = None,
@@ -62,17 +64,18 @@ def score_batch(
     Parameters:
         deployment: the plan, scored with tokens at random homes and under what its schedule allows.
         batch: requests that it was not fitted on.
-        info: the model, for names of layers and uniform draws.
-        beside: placements to score with tokens at random homes only, by name (`baselines`).
+        info: the model, for names of layers, uniform draws and routing groups.
+        against: which baseline the verdict is about, or a plan that is scored like them.
         setting: how schedules are simulated.
         processes: worker processes for the rows; the result does not depend on them.
     """
     if batch.num_tokens == 0:
         raise InputError("no request is left to score on")
-    others = {name: replace(deployment, placement=placement, schedule=None) for name, placement in beside.items()}
+    others = deployments_beside(deployment, info.n_group, against)
     rows = {(name, "random"): deployed for name, deployed in {"plan": deployment, **others}.items()}
     # Random homes are summed exactly; they are no schedule to simulate.
     known = available_schedules(deployment.schedule) if deployment.schedule else []
+    known += [f"dp-{setting.score_from}"] if known and setting.score_from else []
     rows |= {("plan", name): deployment for name in known if name != "random"}
     if batch.rank_of_B is not None and (batch.rank_of_B >= 0).any():
         rows[("plan", AS_SERVED)] = deployment
@@ -85,6 +88,9 @@ def score_batch(
         if imbalance is not None:  # balance is kept within batches and windows: resampled requests do not speak of it
             scores[key].means["token_imbalance"] = imbalance
             scores[key].intervals["token_imbalance"] = (imbalance, imbalance)
+    dispatch = deployment.dispatch
+    costs = {name: traffic_cost(ScoreRow.of((name, "random"), scores[name, "random"]), dispatch) for name in BASELINES}
+    before = against.name or min(costs, key=costs.__getitem__)
     domains = []
     for domain, name in enumerate(names):
         parts = {key: whole.of_groups(domain_of_G == domain) for key, whole in sums.items()}
@@ -98,12 +104,14 @@ def score_batch(
         model=info.model,
         ranks=deployment.topology.num_ranks,
         nodes=deployment.topology.num_nodes,
-        dispatch=deployment.dispatch,
+        dispatch=dispatch,
+        replica_choice=deployment.replica_choice,
+        against=before,
         requests=batch.num_requests,
         tokens=batch.num_tokens,
         setting=setting,
         uniform=uniform_scores(info.num_experts, info.top_k, deployment.topology),
-        verdict=_verdict(sums, scores, deployment, setting.seed),
+        verdict=_verdict(sums, scores, deployment, before, setting.seed),
         rows=[ScoreRow.of(key, found) for key, found in scores.items()],
         domains=domains,
         layers=[
@@ -118,21 +126,23 @@ def _scores(sums: dict[Key, TrafficSums], deployment: Deployment, seed: int) -> 
     return {key: score(found, topology, dispatch=dispatch, seed=seed) for key, found in sums.items()}
 
 
-def _verdict(sums: dict[Key, TrafficSums], scores: dict[Key, Scores], deployment: Deployment, seed: int) -> Verdict:
-    """Verdict on placement alone, against the better of the baselines, and on the best schedule
-    that needs no oracle.
+def _verdict(
+    sums: dict[Key, TrafficSums], scores: dict[Key, Scores], deployment: Deployment, against: str, seed: int
+) -> Verdict:
+    """Verdict on placement alone, against the placement of that name, and on the best schedule that
+    needs no oracle.
 
     Where rows are per token and expert placement alone saves nothing, so there the schedule
     decides.
     """
     dispatch, rows = deployment.dispatch, {key: ScoreRow.of(key, found) for key, found in scores.items()}
-    before = min((("contiguous", "random"), ("load", "random")), key=lambda key: traffic_cost(rows[key], dispatch))
+    before = against, "random"
     scheduled = [row for (p, s), row in rows.items() if p == "plan" and s not in ("random", "dp-roundrobin", AS_SERVED)]
     best = best_row(scheduled, dispatch).schedule if scheduled else "random"
 
     def judged(schedule: str) -> Judgement:
         saved = saving(sums[before], sums["plan", schedule], deployment.topology, dispatch=dispatch, seed=seed)
-        found = judge(saved, dispatch=dispatch, schedule=schedule, against=before[0])
+        found = judge(saved, dispatch=dispatch, schedule=schedule, against=against)
         old, new = rows[before].load_imbalance, rows["plan", schedule].load_imbalance
         if new / old - 1 > max(saved.share, 0) and dispatch != "gather":
             rises = f" But the busiest rank's load rises from {old:.2f} to {new:.2f} of the mean."

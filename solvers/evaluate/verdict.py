@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from semmoe.solvers.evaluate.against import words_of
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS, metrics_XL, resamples_XG
 from semmoe.solvers.evaluate.report import Costs, DispatchCost, Judgement, Report, ScoreRow, Verdict, random_row
 from semmoe.solvers.evaluate.sums import TrafficSums
@@ -95,7 +96,7 @@ def dispatch_costs(
     `assumption`: a sentence on where the hidden size is from.
     """
     schedule = best_schedule(report)
-    shown = {"contiguous": random_row(report.rows, "contiguous"), "plan": random_row(report.rows, "plan")}
+    shown = {name: random_row(report.rows, name) for name in (report.baseline, "plan")}
     if schedule != "random":
         shown[f"plan, {schedule}"] = next(row for row in report.plan_rows if row.schedule == schedule)
     per_row = row_bytes(hidden_size, dispatch_bytes=dispatch_bytes) * len(report.layers)
@@ -171,7 +172,8 @@ def judge(
     under = "placement alone" if schedule == "random" else f"placement with {schedule}"
     sentence = f"{decision[0].upper()}{decision[1:]}: {reason}"
     if dispatch != "gather":
-        sentence += f" ({under} saves {saved.share:.1%} of the bytes, interval {saved.low:.1%} to {saved.high:.1%})"
+        sentence += f" ({under} saves {saved.share:.1%} of the bytes against {words_of(against)}, "
+        sentence += f"interval {saved.low:.1%} to {saved.high:.1%})"
     if decision == INSUFFICIENT:
         more = f"about {needed:,} held-out tokens" if needed else "more tokens than any trace will have"
         sentence += f"; to decide, {more} would be needed"

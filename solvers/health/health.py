@@ -16,6 +16,7 @@ import numpy as np
 
 from semmoe.profiles.counts import co_activation_EE, profile_traces
 from semmoe.profiles.progress import Progress
+from semmoe.profiles.split import phase_of
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.health.drift import cross_fits, domain_drift, random_share_B, rem_T, time_drift
 from semmoe.solvers.health.findings import health_findings
@@ -72,6 +73,7 @@ def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Pr
         tokens=trace.num_tokens,
         sampled_tokens=batch.num_tokens,
         prompt_share=float(batch.is_prompt_T.mean()),
+        phase=phase_of(trace),
         ranks=num_ranks,
         curve_layers=[int(info.model_layers[i]) for i in layers],
         load=done(_load_facts(load_LE)),

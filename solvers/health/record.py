@@ -158,6 +158,7 @@ class Health(JsonRecord):
     tokens: int
     sampled_tokens: int
     prompt_share: float
+    phase: str = "all"
     ranks: int
     curve_layers: list[int]
     load: LoadFacts

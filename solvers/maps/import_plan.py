@@ -1,22 +1,41 @@
 """A plan of a map that an engine runs today, so that it can be scored and compared."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.split import phase_of
 from semmoe.profiles.trace import RoutingTrace, hash_file
 from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.against import Against
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
-from semmoe.solvers.evaluate.score_plan import score_placements
+from semmoe.solvers.evaluate.score_plan import BETTER, score_placements
 from semmoe.solvers.maps.origin import exported_from, sidecar_path
 from semmoe.solvers.maps.read import read_placement
-from semmoe.solvers.place.baselines import baselines
+from semmoe.solvers.place.replicas import OWN_RULE, check_rule
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
-from semmoe.solvers.slots import Slots
+
+
+@dataclass(frozen=True)
+class Served:
+    """How an imported map is scored.
+
+    Fields:
+        dispatch: one of DISPATCH_KINDS.
+        setting: of the simulated schedules; its seed also draws the sample.
+        against: what the verdict holds the map against.
+        replica_choice: the rule by which copies serve, one of REPLICA_RULES.
+    """
+
+    dispatch: str
+    setting: Setting
+    against: Against = BETTER
+    replica_choice: str = OWN_RULE
 
 
 def import_plan(
@@ -25,8 +44,7 @@ def import_plan(
     *,
     kind: str,
     file: Path,
-    dispatch: str,
-    setting: Setting,
+    served: Served,
     made_by: str,
 ) -> Plan:
     """A plan of the imported map, scored on all requests of the traces: none of them was used to
@@ -40,12 +58,12 @@ def import_plan(
         topology: the ranks that the map was made for.
         kind: one of KINDS.
         file: the map.
-        dispatch: one of DISPATCH_KINDS.
-        setting: of the simulated schedules; its seed also draws the sample.
+        served: how the engine serves, and what the map is scored against.
         made_by: the command, for the plan.
 
     Raises InputError as read_placement does, and for a trace of loads.
     """
+    dispatch, setting, rule = served.dispatch, served.setting, check_rule(served.replica_choice)
     if dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
     for trace in traces:
@@ -56,10 +74,10 @@ def import_plan(
     profile = profile_traces(traces, seed=setting.seed)
     everything = [np.ones(trace.num_requests, bool) for trace in traces]
     scores = score_placements(
-        Deployment(placement, profile.load_LE, topology, dispatch),
+        Deployment(placement, profile.load_LE, topology, dispatch, replica_choice=rule),
         traces,
         everything,
-        beside=baselines(profile.load_LE, topology, profile.info.n_group, slots=Slots.of(placement)),
+        against=served.against,
         setting=setting,
     )
     num_requests = sum(trace.num_requests for trace in traces)
@@ -88,6 +106,7 @@ def import_plan(
         load_LE=profile.load_LE,
         fitted_keys=np.empty(0, np.uint64),
         options={"import": kind, "sha256": hash_file(file)}
+        | {"phase": phase_of(traces[0]), "replica_choice": rule}
         | ({"wasted_slots": placement.num_wasted} if placement.num_wasted else {}),
         trace={
             "fingerprints": fingerprints,

@@ -3,9 +3,10 @@
 Tokens live where most of their experts are, in equal numbers per rank. A copy on a rank saves each
 token that lives there a remote rank where the expert is the only one that the token needs from its
 rank (and is worth a part of one where there are two). Copies are taken one at a time at each rank,
-the best first; tokens then choose their homes again, and every copy is reconsidered. At last copies
-are exchanged where a rank would serve more than the load cap: the exchange that loses fewest saved
-ranks for the load that it relieves comes first.
+the best first; tokens then choose their homes again, and every copy is reconsidered. Where a search
+is asked for, experts take turns with copies: swaps of two experts for what tokens still need from
+other ranks, then copies anew. At last copies are exchanged where a rank would serve more than the
+load cap: the exchange that loses fewest saved ranks for the load that it relieves comes first.
 
 Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, S slots per rank.
 """
@@ -14,15 +15,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from semmoe.profiles.counts import co_activation_EE
+from semmoe.solvers.place.partition import PAIR_WORTH
+from semmoe.solvers.place.remote_gains import RemoteGains
 from semmoe.solvers.place.replicas import serve_RE, served_load_R
+from semmoe.solvers.place.swap import rank_loads, swap_search
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.schedule.transport import balanced_homes
 
 SAMPLE_ROWS = 32_768  # tokens per layer that decide on copies
-PAIR_SHARE = 0.3  # of a remote rank: what a copy is worth where its token needs one more expert of that rank
+MAX_CELLS = 2**19  # of tokens by ranks, where that is fewer tokens
+LEAST_ROWS = 4_096
+PAIR_SHARE = 0.5  # of a remote rank: what a copy is worth where its token needs one more expert of that rank
 ROUNDS = 3  # of homes and copies in turn, after the first copies
-LEVEL_STEPS = 2  # exchanges of copies per rank, at most
-LEVEL_TRIALS = 4  # exchanges tried at each
+TURN_STEPS = 120  # swaps of experts in a turn, at most
+TURN_SLACK = 1.10  # load over the mean that swaps may leave, tried beside the cap: copies may level the rest
+FORBIDDEN = -1e5  # tokens that a swap is worth where its expert is on the rank already
+LEVEL_STEPS = 4  # exchanges of copies per rank, at most
+LEVEL_TRIALS = 12  # exchanges tried at each
 
 
 class CopiedLayer(NamedTuple):
@@ -33,7 +43,9 @@ class CopiedLayer(NamedTuple):
     load_E: np.ndarray  # activations
 
 
-def add_copies(layer: CopiedLayer, topology: Topology, *, slots: int, load_cap: float = np.inf) -> np.ndarray:
+def add_copies(
+    layer: CopiedLayer, topology: Topology, *, slots: int, load_cap: float = np.inf, turns: int = 0
+) -> np.ndarray:
     """Experts of every rank in slot order: its own in ascending order, then copies until the slots
     are full.
 
@@ -43,11 +55,37 @@ def add_copies(layer: CopiedLayer, topology: Topology, *, slots: int, load_cap: 
         slots: S of each rank, E at most.
         load_cap: copies are exchanged while a rank serves more than this times the mean, where that
             helps.
+        turns: of experts and copies, until one brings no fewer remote ranks; 0: experts stay.
 
     Returns:
         int32 [R, S], no expert twice on one rank.
     """
-    copies = _Copies(layer.rank_of_E, layer.expert_ids_TK.astype(np.int64), layer.load_E, topology, slots)
+    ids_TK = layer.expert_ids_TK.astype(np.int64)
+    most = max(LEAST_ROWS, MAX_CELLS // topology.num_ranks)
+    ids_TK = ids_TK[:: max(1, -(-len(ids_TK) // most))]
+    first, remote = _filled(layer.rank_of_E, ids_TK, layer.load_E, topology, slots)
+    found = [first]
+    # Experts and copies in turn; loads that swaps leave apart may be more than copies can level.
+    for slack in sorted({min(load_cap, TURN_SLACK), TURN_SLACK}) if turns else ():
+        copies, fewest = first, remote
+        for turn in range(turns):
+            again, fewer = _filled(copies.swapped_E(slack, seed=turn), ids_TK, layer.load_E, topology, slots)
+            if fewer >= fewest:
+                break
+            copies, fewest = again, fewer
+        found += [copies] if copies is not first else []
+    if np.isfinite(load_cap):
+        for copies in found:
+            copies.level(load_cap)
+    best = found[0] if len(found) == 1 else min(found, key=lambda copies: copies.cost(load_cap))
+    return np.array(best.held_RS, np.int32)
+
+
+def _filled(
+    rank_of_E: np.ndarray, ids_TK: np.ndarray, load_E: np.ndarray, topology: Topology, slots: int
+) -> tuple["_Copies", int]:
+    """The slots filled by what copies save, and the remote ranks that the tokens then need."""
+    copies = _Copies(rank_of_E, ids_TK, load_E, topology, slots)
     # Step 1: one copy per rank at a time; tokens then choose their homes again.
     while copies.room_R.any():
         copies.settle()
@@ -56,17 +94,13 @@ def add_copies(layer: CopiedLayer, topology: Topology, *, slots: int, load_cap: 
     # Step 2: every copy reconsidered, for where tokens live with all of them.
     best = copies.remote(), [list(held) for held in copies.held_RS]
     for _ in range(ROUNDS):
-        copies.settle()
         if not sum(copies.reconsider(rank) for rank in range(topology.num_ranks)):
             break
         found = copies.remote(), [list(held) for held in copies.held_RS]
         best = min(best, found, key=lambda x: x[0])
     copies.hold(best[1])
-    # Step 3: the load cap.
-    if np.isfinite(load_cap):
-        copies.settle()
-        copies.level(load_cap)
-    return np.array(copies.held_RS, np.int32)
+    copies.settle()
+    return copies, best[0]
 
 
 class _Copies:
@@ -77,7 +111,7 @@ class _Copies:
     ) -> None:
         num_ranks = topology.num_ranks
         self.ids_TK, self.load_E, self.topology, self.slots = ids_TK, load_E, topology, slots
-        self.num_experts, self.num_ranks = len(rank_of_E), num_ranks
+        self.rank_of_E, self.num_experts, self.num_ranks = rank_of_E, len(rank_of_E), num_ranks
         self.held_RS = [np.flatnonzero(rank_of_E == rank).tolist() for rank in range(num_ranks)]
         self.own_R = np.array([len(held) for held in self.held_RS])  # slots of the ranks' own experts
         self.hold(self.held_RS)
@@ -171,6 +205,50 @@ class _Copies:
             self.hosts_ER[expert, rank] = True
             self.serving_RE[rank, expert] = rank
         return changed
+
+    def cost(self, load_cap: float) -> tuple[float, int]:
+        """Load over the cap in units of it, and remote ranks: what choices are judged by."""
+        load_R = served_load_R(self.serving_RE[:, :-1], self.load_E)
+        limit = min(load_cap, 1e9) * float(load_R.mean())
+        over = float(np.maximum(load_R - limit, 0).sum()) / max(limit, 1e-300)
+        return round(over, 3), self.remote()
+
+    def swapped_E(self, slack: float, *, seed: int) -> np.ndarray:
+        """Rank of each expert's first place after swaps that save most remote ranks of the tokens,
+        where they live now and beside the copies there are, int64 [E].
+
+        Loads by the replica rule may be `slack` times the mean, as copies will be chosen anew.
+        """
+        home_T, num_experts, num_ranks = self.home_T, self.num_experts, self.num_ranks
+        # What a copy serves at home is no matter of the others' places.
+        own_TK = np.append(self.rank_of_E, num_ranks)[self.ids_TK] == home_T[:, None]
+        ids_TK = np.where(self.hosts_ER[self.ids_TK, home_T[:, None]] & ~own_TK, num_experts, self.ids_TK)
+        cost_TR = np.ones((len(ids_TK), num_ranks), np.float32)
+        cost_TR[np.arange(len(ids_TK)), home_T] = 0
+        copied_ER = self.hosts_ER[:-1].copy()
+        copied_ER[np.arange(num_experts), self.rank_of_E] = False
+        # What copies serve stays where it is: the load of an item that no swap may move from its
+        # rank.
+        served_ER = self._served_ER()
+        first_E = served_ER[np.arange(num_experts), self.rank_of_E]
+        fixed_R = served_ER.sum(axis=0) - np.bincount(self.rank_of_E, first_E, num_ranks)
+        load_JI = np.append(first_E, fixed_R)[None]
+        rank_of_I = np.append(self.rank_of_E, np.arange(num_ranks))
+        worth_IR = FORBIDDEN * np.vstack([copied_ER, ~np.eye(num_ranks, dtype=bool)])
+        pair_II = np.pad(PAIR_WORTH * co_activation_EE(ids_TK, num_experts), (0, num_ranks))
+        ids_TK = np.where(ids_TK == num_experts, num_experts + num_ranks, ids_TK)
+        gains = RemoteGains(rank_of_I, ids_TK, cost_TR, worth_IR, pair_II)
+        most = max(slack * load_JI.sum() / num_ranks, rank_loads(rank_of_I, load_JI, num_ranks).max())
+        options = {"num_ranks": num_ranks, "steps": TURN_STEPS, "patience": TURN_STEPS // 2, "seed": seed}
+        return swap_search(gains, load_JI, np.array([most]), **options)[0][:num_experts]
+
+    def _served_ER(self) -> np.ndarray:
+        """Activations of each expert that each rank serves where every rank sends an equal share,
+        float64 [E, R]."""
+        keys_RE = np.arange(self.num_experts) * self.num_ranks + self.serving_RE[:, :-1]
+        share_RE = np.broadcast_to(self.load_E / self.num_ranks, keys_RE.shape)
+        size = self.num_experts * self.num_ranks
+        return np.bincount(keys_RE.reshape(-1), share_RE.reshape(-1), size).reshape(-1, self.num_ranks)
 
     def level(self, load_cap: float) -> None:
         """Copies exchanged for others until no rank serves more than the cap or no exchange brings

@@ -26,6 +26,9 @@ from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.slots import Slots
 from semmoe.solvers.workers import layer_map
 
+COPY_TURNS = {"fast": 0, "default": 2, "max": 4}
+LARGEST_TURNS = 128  # experts of a layer: a swap costs their square, and the search of the placement has had its share
+
 Method = Callable[[RoutingProfile, Topology, Demands, Progress | None], Solved]
 
 
@@ -91,7 +94,7 @@ def check_demands(info: TraceInfo, topology: Topology, demands: Demands, *, meth
     if not 0 <= demands.lar_weight < np.inf:
         raise InputError(f"--lar-weight is {demands.lar_weight}, expected a number of at least 0")
     slots = demands.slots_of(info.num_experts, topology.num_ranks)
-    if demands.expressible and slots.copies and slots.per_rank * topology.num_ranks > info.num_experts:
+    if demands.expressible and slots.has_spare(info.num_experts, topology.num_ranks):
         least = slots == Slots.least(info.num_experts, topology.num_ranks)
         how = "add --spare empty" if least else "leave --replicas, --slots and --redundant out"
         raise InputError(f"--expressible {demands.expressible}: a permuted checkpoint holds every expert once, {how}")
@@ -120,7 +123,7 @@ def solve_placement(
     # Step 1: refuse what the method cannot meet, before it starts.
     check_demands(profile.info, topology, demands, method=method)
     slots = demands.slots_of(profile.info.num_experts, topology.num_ranks)
-    filled = slots.copies and slots.per_rank * topology.num_ranks > profile.info.num_experts
+    filled = slots.has_spare(profile.info.num_experts, topology.num_ranks)
     # Step 2: every expert once, and copies in the spare slots; what engines do has copies of its
     # own.
     if filled and method in ("load", "contiguous"):
@@ -130,10 +133,22 @@ def solve_placement(
         solved = METHODS[method](profile, topology, demands, progress)
         if filled:
             options = {"load_cap": demands.load_cap, "processes": demands.processes}
+            if method == "semmoe":
+                options["turns"] = _copy_turns(profile.info, topology, demands)
             placement = with_copies(solved.placement, profile, topology, slots, **options)
             solved = replace(solved, placement=placement, loads_LR=_served_LR(placement, profile, topology))
     # Step 3: say what was not kept.
     return replace(solved, notes=solved.notes + _cap_notes(solved.placement, profile, topology, demands))
+
+
+def _copy_turns(info: TraceInfo, topology: Topology, demands: Demands) -> int:
+    """Turns of experts and copies: where tokens of a layer choose their homes by themselves, and
+    layers are small enough for a second search."""
+    by_request = demands.objective == "dp" or demands.dispatch == "per-expert"
+    by_network = topology.num_nodes > 1 or topology.cost_RR is not None
+    if by_request or by_network or info.num_experts > LARGEST_TURNS:
+        return 0
+    return COPY_TURNS[demands.effort]
 
 
 def with_copies(
@@ -144,6 +159,7 @@ def with_copies(
     *,
     load_cap: float,
     processes: int = 1,
+    turns: int = 0,
 ) -> Placement:
     """A placement without copies with its spare slots filled, layer by layer in worker processes.
 
@@ -154,13 +170,14 @@ def with_copies(
         slots: of each rank.
         load_cap: most load of a rank over the mean, where copies can keep it.
         processes: worker processes; the result does not depend on them.
+        turns: of experts and copies (`add_copies`).
     """
     ids_TLK = profile.sample.expert_ids_TLK[:: max(1, profile.sample.num_tokens // SAMPLE_ROWS)]
     layers = (
         CopiedLayer(rank_of_E, ids_TLK[:, number], profile.load_LE[number])
         for number, rank_of_E in enumerate(placement.rank_of_LE)
     )
-    fill = partial(add_copies, topology=topology, slots=slots.per_rank, load_cap=load_cap)
+    fill = partial(add_copies, topology=topology, slots=slots.per_rank, load_cap=load_cap, turns=turns)
     with layer_map(processes, profile.info.num_experts) as run:
         return Placement(np.stack(list(run(fill, layers))), profile.info.num_experts)
 

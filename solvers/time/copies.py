@@ -66,14 +66,11 @@ class _Measured(NamedTuple):
     @classmethod
     def of(cls, task: CopyTask) -> "_Measured":
         batches = task.batches
-        width, groups = batches.num_experts + 1, batches.weight_MG.shape[1]
-        keys_TK = batches.group_T[:, None] * width + batches.ids_TK
-        n_GE = np.bincount(keys_TK.reshape(-1), minlength=groups * width).reshape(groups, width)[:, :-1]
-        tokens_M = batches.weight_MG @ np.bincount(batches.group_T, minlength=groups)
+        tokens_M = batches.weight_MG @ np.bincount(batches.group_T, minlength=batches.weight_MG.shape[1])
         rng = np.random.default_rng([task.seed, 37])
         rows = rng.permutation(len(batches.ids_TK))[:LINK_TOKENS]
         home_T = np.arange(len(rows)) % task.topology.num_ranks
-        n_ME = batches.summed(n_GE)
+        n_ME = batches.activations_ME()
         return cls(n_ME, n_ME.mean(0), batches.ids_TK[rows], home_T, tokens_M)
 
 

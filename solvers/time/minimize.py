@@ -19,32 +19,38 @@ import numpy as np
 from semmoe.profiles.counts import RoutingProfile, co_activation_EE
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, unshown
+from semmoe.profiles.sample import select_requests
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_load_on_nodes
 from semmoe.solvers.place.graph import place_quickly
 from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
-from semmoe.solvers.place.solve import with_copies
+from semmoe.solvers.place.solve import solve_placement, with_copies
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.time.batches import Pool, pool_of, random_homes
 from semmoe.solvers.time.copies import CopyTask, place_copies
 from semmoe.solvers.time.hardware import WAYS, Costing, TimeAsked, costing_of, nodes_of_ranks
 from semmoe.solvers.time.moe_layer import batch_tokens, experts_us, way_us
-from semmoe.solvers.time.swaps import LayerBatches, Prices, mean_time, swap_layer
+from semmoe.solvers.time.swaps import LayerBatches, Prices, mean_imbalance, mean_time, swap_layer
 from semmoe.solvers.workers import layer_map
 
 REQUEST_SHARE = 0.5  # of the fitted requests that a batch is resampled from
 MOST_TOKENS = 40_000  # of a layer that swaps are counted on
+# Where only activations count, batches are cheap: so many times as many of them, and of tokens.
+MORE_BATCHES, MORE_TOKENS = 4, 8
+SURE_GAIN = 0.01  # of the time on fitted requests, which promise more than others keep
 BATCHES = {"fast": 32, "default": 64, "max": 128}
 KICKS = {"fast": 0, "default": 1, "max": 8}
 COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
+CAPS = (1.02, 1.05, 1.1, 1.2)  # that --load-cap auto tries
+LEARNED_SHARE = 0.7  # of the requests that it places by; the others are timed
 TRIED_LAYERS = 8  # that recipes are compared on
 LEAST_REQUESTS = 8  # that are worth halving
 LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
 
 
 def batches_to_fit(
-    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int
+    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int, most_tokens: int = MOST_TOKENS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows of a trace, int64 [T], the group of each, int64 [T], and batches as sums of groups,
     float64 [M, G].
@@ -56,7 +62,7 @@ def batches_to_fit(
     size = num_ranks * batch_tokens(costing)
     few = max(1, round(REQUEST_SHARE * pool.num_requests))
     drawn_MB = rng.integers(0, pool.num_requests, (num_batches, few))
-    if costing.phase == "generated" and size * num_batches <= MOST_TOKENS:
+    if costing.phase == "generated" and size * num_batches <= most_tokens:
         shape = (num_ranks, batch_tokens(costing))
         rows = np.concatenate([random_homes(pool, drawn, shape, costing.phase, rng) for drawn in drawn_MB])
         return rows, np.repeat(np.arange(num_batches), size), np.eye(num_batches)
@@ -203,20 +209,29 @@ RECIPES: dict[str, Callable[[_Layer], np.ndarray]] = {
     "links and experts, from balanced experts": lambda layer: layer.swapped(layer.balanced()),
     "links and experts, from co-activation": lambda layer: layer.swapped(layer.near()),
 }
+JOINT = list(RECIPES)[2:]
 BALANCE_ONLY = list(RECIPES)[:2]  # where no row is sent once, there is nothing else
 
 
-def _solve(work: tuple[str, _Layer]) -> np.ndarray:
+def _solve(work: tuple[str, _Layer]) -> tuple[np.ndarray, float]:
+    """The layer placed by a recipe, and its mean time on the batches that it was placed by."""
     recipe, layer = work
-    return RECIPES[recipe](layer)
+    rank_of_E = RECIPES[recipe](layer)
+    options = (layer.levels_UR, layer.prices)
+    return rank_of_E, mean_time(layer.batches, rank_of_E, *options, num_ranks=layer.num_ranks)
 
 
-def _try(work: tuple[list[str], _Layer, LayerBatches]) -> list[float]:
-    """Mean time of each recipe on batches of other requests."""
+def _try(work: tuple[list[str], _Layer, LayerBatches]) -> list[tuple[float, float]]:
+    """Mean time of each recipe on batches of other requests, and the busiest rank's activations
+    over the mean."""
     recipes, layer, others = work
+    placed = [RECIPES[name](layer) for name in recipes]
     return [
-        mean_time(others, RECIPES[name](layer), layer.levels_UR, layer.prices, num_ranks=layer.num_ranks)
-        for name in recipes
+        (
+            mean_time(others, rank_of_E, layer.levels_UR, layer.prices, num_ranks=layer.num_ranks),
+            mean_imbalance(others, rank_of_E, layer.num_ranks),
+        )
+        for rank_of_E in placed
     ]
 
 
@@ -245,6 +260,38 @@ def solve_for_time(
         return solved
     copied = copies_for_time(profile, topology, demands, costing, solved.placement)
     return replace(copied, notes=solved.notes)
+
+
+def cap_by_time(profile: RoutingProfile, topology: Topology, demands: Demands, asked: TimeAsked, method: str) -> float:
+    """The load cap of CAPS at which a quick placement by one part of the requests takes least
+    predicted time on the others. Raises InputError where there are too few requests."""
+    sample, info = profile.sample, profile.info
+    if sample.num_requests < LEAST_REQUESTS:
+        raise InputError(f"--load-cap auto needs {LEAST_REQUESTS} requests, not {sample.num_requests}: give a number")
+    keep_B = np.random.default_rng([demands.seed, 41]).random(sample.num_requests) < LEARNED_SHARE
+    keep_B[0], keep_B[-1] = True, False
+    learned = select_requests(sample, keep_B)
+    rest = select_requests(sample, ~keep_B)
+    costing = costing_of(asked, info, topology, prompts=float(sample.is_prompt_T.mean()))
+    fit = _fit_of(pool_of(rest, costing.phase), costing, topology, demands)
+    pairs_LEE = np.stack(
+        [co_activation_EE(ids_TK, info.num_experts) for ids_TK in learned.expert_ids_TLK.swapaxes(0, 1)]
+    )
+    load_LE = np.diagonal(pairs_LEE, axis1=1, axis2=2).copy()
+    part = RoutingProfile(info, learned.num_tokens, load_LE, pairs_LEE, learned)
+    once = replace(demands, effort="fast", slots=0, replicas=0, redundant=None, spare="empty")
+    levels_UR, prices = links_of(costing, topology).levels_UR, prices_of(costing, topology)
+    times = {}
+    for cap in CAPS:
+        placed = solve_placement(part, topology, replace(once, load_cap=cap), method=method).placement.rank_of_LE
+        total = 0.0
+        for number, rank_of_E in enumerate(placed):
+            ids_TK = rest.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
+            tile = int(costing.values["experts.tile"])
+            batches = LayerBatches(ids_TK, fit.group_T, fit.weight_MG, info.num_experts, tile)
+            total += mean_time(batches, rank_of_E, levels_UR, prices, num_ranks=topology.num_ranks)
+        times[cap] = total
+    return min(times, key=lambda cap: times[cap])
 
 
 def place_for_time(
@@ -287,16 +334,30 @@ def place_for_time(
             for half in (1, 2)
             for number in tried
         )
-        best = BALANCE_ONLY[1]
+        best, promised = BALANCE_ONLY[1], ""
         if halves:
-            best = recipes[int(np.argmin(np.array(list(run(_try, trials))).sum(0)))]
-        work = ((best, layer(fits[0], number, KICKS[demands.effort])) for number in range(info.num_layers))
-        for rank_of_E in run(_solve, work):
-            found.append(rank_of_E)
-            show(len(found), info.num_layers)
-    rank_of_LE = _labelled(np.stack(found), profile, topology, demands)
+            found_X2 = np.array(list(run(_try, trials))).mean(0)
+            chosen = int(np.argmin(found_X2[:, 0]))
+            best = recipes[chosen]
+            promised = f"; placed by half of the requests, the busiest rank of the others has {found_X2[chosen, 1]:.3f} of the mean load"
+            promised += f" ({found_X2[0, 1]:.3f} by load packing)"
+        # Where swaps start best, all requests say: halves know too few pairs of experts.
+        finals = JOINT if best in JOINT else [best]
+        work = (
+            (name, layer(fits[0], number, KICKS[demands.effort]))
+            for number in range(info.num_layers)
+            for name in finals
+        )
+        for solved in run(_solve, work):
+            found.append(solved)
+            show(len(found), info.num_layers * len(finals))
+    times_LF = np.array([time for _, time in found]).reshape(info.num_layers, -1)
+    first, last = times_LF.mean(0)[[0, -1]]
+    best = finals[-1] if last < first * (1 - SURE_GAIN) else finals[0]
+    placed = np.stack([rank_of_E for rank_of_E, _ in found[finals.index(best) :: len(finals)]])
+    rank_of_LE = _labelled(placed, profile, topology, demands)
     solved = Solved.from_ranks(rank_of_LE, profile.load_LE, topology.num_ranks)
-    return replace(solved, notes=[f"placed for time: {best}"])
+    return replace(solved, notes=[f"placed for time: {best}{promised}"])
 
 
 def _halves(pool: Pool, seed: int) -> list[Pool]:
@@ -309,8 +370,15 @@ def _halves(pool: Pool, seed: int) -> list[Pool]:
 
 
 def _fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> _Fit:
-    num_batches = BATCHES[demands.effort]
-    fitted = batches_to_fit(pool, costing, topology.num_ranks, num_batches=num_batches, seed=demands.seed)
+    more = not links_of(costing, topology).levels_UR
+    fitted = batches_to_fit(
+        pool,
+        costing,
+        topology.num_ranks,
+        num_batches=BATCHES[demands.effort] * (MORE_BATCHES if more else 1),
+        seed=demands.seed,
+        most_tokens=MOST_TOKENS * (MORE_TOKENS if more else 1),
+    )
     return _Fit(*fitted, np.concatenate(pool.rows_B))
 
 

@@ -16,6 +16,7 @@ from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Key, Report
 from semmoe.solvers.evaluate.time_report import TimedRow, TimeReport
 from semmoe.solvers.evaluate.verdict import beside_time
+from semmoe.solvers.place.replicas import MovingRule
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import DP_SCHEDULES, TP_SCHEDULES, Setting, available_schedules, simulate
@@ -51,12 +52,18 @@ class Sampled:
 
 
 def timed_report(
-    report: Report, deployment: Deployment, beside: dict[str, Placement], batch: TraceBatch, asked: TimeAsked
+    report: Report,
+    deployment: Deployment,
+    beside: dict[str, Deployment],
+    batch: TraceBatch,
+    asked: TimeAsked,
+    against: str = "",
 ) -> Report:
-    """The report of a deployment with its times beside those of other placements at random homes,
-    and its verdict by bytes set beside that by time. `batch`: the requests of the report."""
-    others = {name: replace(deployment, placement=placed, schedule=None) for name, placed in beside.items()}
-    time = predict({PLAN: deployment, **others}, batch, report.model, asked, setting=report.setting)
+    """The report of a deployment with its times beside those of others at random homes, and its
+    verdict by bytes set beside that by time. `batch`: the requests of the report. `against`: which
+    of the others the verdict takes, "": the faster."""
+    options = {"setting": report.setting, "against": against or None}
+    time = predict({PLAN: deployment, **beside}, batch, report.model, asked, **options)
     return replace(report, time=time, verdict=report.verdict and beside_time(report.verdict))
 
 
@@ -171,7 +178,10 @@ def served(deployment: Deployment, sampled: Sampled, costing: Costing) -> Served
     topology = deployment.topology
     node_R = nodes_of_ranks(topology.num_ranks, topology.ranks_per_node, topology.num_nodes, costing.domain)
     tile = int(costing.values["experts.tile"])
-    return Served(sampled.ids_LTK, deployment.serving_LRE[sampled.layers], node_R, costing.kind, tile)
+    moving = deployment.moving
+    if moving is not None:
+        moving = MovingRule(moving.name, moving.hosts_LER[sampled.layers], moving.serving_LRE[sampled.layers])
+    return Served(sampled.ids_LTK, deployment.serving_LRE[sampled.layers], node_R, costing.kind, tile, moving)
 
 
 def _scheduled(

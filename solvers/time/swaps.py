@@ -35,6 +35,12 @@ class LayerBatches:
         """Sums over groups, [G, ...], by batch, [M, ...]."""
         return (self.weight_MG @ counts_G.reshape(len(counts_G), -1)).reshape(-1, *counts_G.shape[1:])
 
+    def activations_ME(self) -> np.ndarray:
+        """Activations of each expert by batch, float64 [M, E]."""
+        width, groups = self.num_experts + 1, self.weight_MG.shape[1]
+        keys_TK = self.group_T[:, None] * width + self.ids_TK
+        return self.summed(np.bincount(keys_TK.reshape(-1), minlength=groups * width).reshape(groups, width)[:, :-1])
+
 
 class Prices(NamedTuple):
     """Microseconds from counts; arrays of any shape in and out."""
@@ -162,6 +168,12 @@ def mean_time(
     return _descend(batches, rank_of_E.astype(np.int64), levels_UR, prices, num_ranks, steps=0)[1]
 
 
+def mean_imbalance(batches: LayerBatches, rank_of_E: np.ndarray, num_ranks: int) -> float:
+    """Activations of the busiest rank over the mean, mean over batches."""
+    load_MR = batches.activations_ME() @ np.eye(num_ranks)[rank_of_E]
+    return float((load_MR.max(1) / np.maximum(load_MR.mean(1), 1e-300)).mean())
+
+
 def _descend(
     batches: LayerBatches,
     rank_of_E: np.ndarray,
@@ -171,10 +183,7 @@ def _descend(
     steps: int = MOST_STEPS,
 ) -> tuple[np.ndarray, float]:
     rank_of_E = rank_of_E.copy()
-    width, groups = batches.num_experts + 1, batches.weight_MG.shape[1]
-    keys_TK = batches.group_T[:, None] * width + batches.ids_TK
-    n_GE = np.bincount(keys_TK.reshape(-1), minlength=groups * width).reshape(groups, width)[:, :-1]
-    n_ME = batches.summed(n_GE)
+    n_ME = batches.activations_ME()
     work_FME = np.stack([np.ceil(n_ME / batches.tile - 1e-9) * batches.tile, np.minimum(n_ME, 1.0), n_ME])
     levels = [_Level(batches, unit_of_R, rank_of_E) for unit_of_R in levels_UR]
     time = np.inf

@@ -4,8 +4,6 @@ with those that load packing places, fitted and timed on different requests.
 Shape letter: B requests.
 """
 
-from dataclasses import replace
-
 import numpy as np
 
 from semmoe.profiles.counts import profile_traces
@@ -13,13 +11,13 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.deployment import Deployment
-from semmoe.solvers.evaluate.score_plan import scored_batch
+from semmoe.solvers.evaluate.against import Against, deployments_beside
+from semmoe.solvers.evaluate.score_plan import BETTER, scored_batch
 from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.simulate import Setting
-from semmoe.solvers.slots import Slots
 from semmoe.solvers.time.hardware import TimeAsked
 from semmoe.solvers.time.predict import PLAN, predict
 
@@ -44,7 +42,7 @@ def trace_times(trace: RoutingTrace, num_ranks: int, asked: TimeAsked, setting: 
 
 
 def plan_times(
-    plans: dict[str, Plan], trace: RoutingTrace, asked: TimeAsked, setting: Setting
+    plans: dict[str, Plan], trace: RoutingTrace, asked: TimeAsked, setting: Setting, against: Against = BETTER
 ) -> dict[str, TimeReport]:
     """Times of each plan beside its own baselines, on the requests that no plan was fitted on.
     Raises InputError where there is none."""
@@ -54,7 +52,7 @@ def plan_times(
     batch = scored_batch([trace], [unseen_B], seed=setting.seed)
     found = {}
     for name, plan in plans.items():
-        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
-        others = {key: replace(plan.deployment, placement=placed, schedule=None) for key, placed in beside.items()}
-        found[name] = predict({PLAN: plan.deployment, **others}, batch, trace.info.model, asked, setting=setting)
+        beside = deployments_beside(plan.deployment, plan.model.n_group, against)
+        options = {"setting": setting, "against": against.name or None}
+        found[name] = predict({PLAN: plan.deployment, **beside}, batch, trace.info.model, asked, **options)
     return found

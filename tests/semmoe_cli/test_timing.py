@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from semmoe.main import app
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.solvers.time import predict as predicting
+from semmoe.solvers.time.minimize import CAPS
 
 SIZES = ("--hidden-size", "512", "--expert-size", "256")
 TIME = ("--hardware", "h100", "--phase", "prompt", "--tokens-per-rank", "256", *SIZES)
@@ -64,6 +65,7 @@ def test_a_plan_placed_for_time_says_what_it_saves(trace, tmp_path):
     assert {p["name"] for p in time["parameters"] if "assumed" in p} >= {"exchange.a", "setup"}
     assert all(("source" in p) != ("assumed" in p) for p in time["parameters"])
     assert "add --hardware" not in report["verdict"]["sentence"]
+    assert any("it runs placement, with dp-scorer through a router" in note for note in time["notes"])
     facts = json.loads((tmp_path / "p" / "plan.json").read_text(encoding="utf-8"))
     assert facts["options"]["minimize"] == "time"
 
@@ -117,3 +119,12 @@ def test_what_cannot_be_timed_is_refused_and_writes_nothing(trace, tmp_path, wor
 def test_options_of_time_need_hardware(trace, tmp_path):
     done = run("place", trace, "--ranks", 4, "-o", tmp_path / "p", "--backend", "deepep-ll", code=2)
     assert "needs --hardware" in done.output
+
+
+def test_the_load_cap_is_chosen_by_time(trace, tmp_path):
+    placed(trace, tmp_path / "p", *TIME, "--minimize", "bytes", "--load-cap", "auto")
+    facts = json.loads((tmp_path / "p" / "plan.json").read_text(encoding="utf-8"))
+    assert facts["load_cap"] in CAPS and "minimize" not in facts["options"]
+    words = ("place", trace, "--ranks", 4, "-o", tmp_path / "q", "--load-cap")
+    assert "needs --hardware" in str(run(*words, "auto", code=1).exception)
+    assert "is no number, nor auto" in run(*words, "much", code=2).output

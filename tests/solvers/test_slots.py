@@ -30,10 +30,10 @@ def test_slots_that_were_asked_for(experts: int, ranks: int, asked: dict, slots:
 @pytest.mark.parametrize(
     ("experts", "ranks", "asked", "message"),
     [
-        (256, 72, {"redundant": 30}, "256 \\+ 30 slots do not divide over 72 ranks; --redundant 32 does"),
-        (256, 72, {"redundant": 40}, "--redundant 32 or 104 does"),
-        (256, 72, {"redundant": 5}, "--redundant 32 does"),
-        (8, 2, {"redundant": 10}, "2 ranks can hold 0 to 8 copies of 8 experts; --redundant 8 does"),
+        (256, 72, {"redundant": 30}, "256 \\+ 30 slots do not divide over 72 ranks; --redundant 32 would"),
+        (256, 72, {"redundant": 40}, "--redundant 32 or 104 would"),
+        (256, 72, {"redundant": 5}, "--redundant 32 would"),
+        (8, 2, {"redundant": 10}, "2 ranks can hold 0 to 8 copies of 8 experts; --redundant 8 would"),
         (32, 5, {"slots": 6}, "5 ranks hold 32 experts in 7 to 32 slots each"),
         (32, 5, {"slots": 33}, "5 ranks hold 32 experts in 7 to 32 slots each"),
         (32, 5, {"replicas": 26}, "a rank can host 25 more experts at most"),

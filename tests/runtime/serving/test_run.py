@@ -42,7 +42,7 @@ from semmoe.solvers.time.hardware import TimeAsked, resolve
 METRICS = {
     *("scheduler", "ranks", "requests", "prefill_tokens_per_s", "decode_tokens_per_s", "lar", "rem", "rows_sent"),
     *("bytes_sent", "load_imbalance", "token_imbalance", "time", "check", "layers", "device", "backend"),
-    *("verified", "same_checkpoint", "skipped"),
+    *("verified", "same_checkpoint", "skipped", "replica_choice"),
 }
 RUN = ["run", "demo", "--dtype", "float32", "--max-new-tokens", "4", "--batch-tokens", "600"]
 

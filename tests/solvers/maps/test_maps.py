@@ -27,7 +27,7 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.make_plan import PlanOptions, make_plan
 from semmoe.solvers.maps.eplb import eplb_tables
-from semmoe.solvers.maps.import_plan import import_plan
+from semmoe.solvers.maps.import_plan import Served, import_plan
 from semmoe.solvers.maps.kinds import KINDS
 from semmoe.solvers.maps.launch import launch_lines
 from semmoe.solvers.maps.origin import exported_from, sidecar_path
@@ -600,7 +600,7 @@ def test_an_imported_map_is_scored_on_all_requests(tmp_path):
     trace = RoutingTrace.open(tmp_path / "t")
     how = PlanOptions(method="spectral", holdout=0.25, made_by="semmoe place")
     plan = make_plan([trace], Topology(4), Demands(load_cap=1.2), how)
-    options = {"dispatch": "per-rank", "setting": Setting(), "made_by": "semmoe place"}
+    options = {"served": Served("per-rank", Setting()), "made_by": "semmoe place"}
     path = write(plan, tmp_path / "map.jsonl", "vllm", "pr41141")
     imported = import_plan([trace], Topology(4), kind="vllm", file=path, **options)
     assert same(imported.placement, plan.placement) and imported.method == "imported"

@@ -8,7 +8,7 @@ import pytest
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.maps.import_plan import import_plan
+from semmoe.solvers.maps.import_plan import Served, import_plan
 from semmoe.solvers.maps.read import import_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
@@ -27,7 +27,7 @@ def trace(tmp_path_factory):
 
 
 def imported(trace, file):
-    return import_plan([trace], FOUR, kind="eplb", file=file, dispatch="per-rank", setting=Setting(), made_by="")
+    return import_plan([trace], FOUR, kind="eplb", file=file, served=Served("per-rank", Setting()), made_by="")
 
 
 def test_a_wasted_slot_serves_nothing_and_is_counted(trace, tmp_path):
