@@ -8,10 +8,12 @@ Shape letters: G data-parallel ranks.
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -23,6 +25,7 @@ from semmoe.runtime.router.refusals import Refused
 FAILURES_OUT = 3  # in a row
 PROBE_SECONDS = 2.0
 PROBE_TIMEOUT = 5.0
+BUSY_SECONDS = 30.0  # since a server was heard of, in which its timeouts mean that it is busy
 HEALTH = "/health"  # of vLLM, SGLang and TensorRT-LLM alike
 
 
@@ -37,6 +40,7 @@ class Upstream:
         failures: since the last answer.
         in_flight: requests there now, pinned or not.
         errors: by cause, since the start.
+        heard: when it last sent a byte, by the monotonic clock.
     """
 
     url: str
@@ -46,12 +50,17 @@ class Upstream:
     failures: int = FAILURES_OUT
     in_flight: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    heard: float = -inf
 
     def answered(self) -> None:
-        self.up, self.failures = True, 0
+        self.up, self.failures, self.heard = True, 0, time.monotonic()
 
-    def failed(self, cause: str) -> None:
+    def failed(self, cause: str, error: BaseException | None = None) -> None:
+        """Count a failure. A server that is busy with answers may be slow to say that it is well,
+        or to take a connection: no reason to take it out."""
         self.errors[cause] += 1
+        if isinstance(error, TimeoutError) and time.monotonic() < self.heard + BUSY_SECONDS:
+            return
         self.failures += 1
         self.up = self.up and self.failures < FAILURES_OUT
 
@@ -172,8 +181,8 @@ async def probe(session: aiohttp.ClientSession, upstream: Upstream) -> None:
                 upstream.answered()
             else:
                 upstream.failed(f"health_{response.status}")
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        upstream.failed("health_unreachable")
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        upstream.failed("health_unreachable", error)
 
 
 async def probe_all(session: aiohttp.ClientSession, fleet: Fleet) -> None:

@@ -21,14 +21,14 @@ from urllib.parse import quote
 import aiohttp
 from yarl import URL
 
-from semmoe.runtime.router.fleet import Fleet
+from semmoe.runtime.router.fleet import Fleet, Upstream
 from semmoe.runtime.router.metrics import Metrics
 from semmoe.runtime.router.pins import Pinned, with_pin, without_pin
 from semmoe.runtime.router.refusals import HOP_BY_HOP, REWRITTEN, Refused, end_to_end, refuse_ambiguous
 from semmoe.runtime.router.scheduler import PASSED, Asked, Chosen, Scheduler
 
 LOG = logging.getLogger("semmoe.route")
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS = 20.0  # health is what finds a dead server; a burst of connections takes its time
 IDLE_SECONDS = 4.0  # of a connection that is kept: engines close theirs after 5
 BUSY, GATEWAY = 503, 502
 SAFE = ("GET", "HEAD", "OPTIONS")
@@ -95,6 +95,7 @@ class Answer:
     send: Send
     started: bool = False
     complete: bool = False
+    upstream: Upstream | None = None  # whose answer it is
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True
@@ -102,6 +103,8 @@ class Answer:
 
     async def body(self, data: bytes, *, more: bool = True) -> None:
         self.complete = not more
+        if self.upstream is not None:
+            self.upstream.heard = time.monotonic()
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def refuse(self, refused: Refused) -> None:
@@ -205,6 +208,7 @@ class Proxy:
                 response = await self._open(exchange, asked, chosen, again=left > 0)
                 if response is not None:
                     self._opened(asked, chosen)
+                    answer.upstream = chosen.upstream
                     self._release(exchange)
                     async with response:
                         if asking is not None and self.recorder is not None:
@@ -253,7 +257,7 @@ class Proxy:
             )
         except (aiohttp.ClientConnectionError, TimeoutError) as error:
             cause = type(error).__name__
-            upstream.failed(cause)
+            upstream.failed(cause, error)
             if again and (asked.generates or exchange.method in SAFE or isinstance(error, NEVER_SENT)):
                 self.metrics.retries[cause] += 1
                 return None

@@ -17,7 +17,7 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.engines.band import BAND, Band
+from semmoe.runtime.engines.band import Band
 from semmoe.runtime.engines.plan_files import PlanFacts
 from semmoe.runtime.engines.scorer import PlanScorer
 from semmoe.runtime.router.app import App, health_pages, number_pages
@@ -62,7 +62,7 @@ class RouteOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     metrics_port: int | None = None
-    band: float = BAND
+    band: float = 1.1
     max_inflight: int = 256
     probe_seconds: float = PROBE_SECONDS
     record: str = ""

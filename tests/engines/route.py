@@ -279,7 +279,7 @@ async def case_dp2(asked: argparse.Namespace, folder: Path, checks: Checks) -> N
                 two.send_signal(signal.SIGTERM)
                 checks.say("the router ends", two.wait(30) == 0, two.returncode)
         check_served(trace, asked.plan, checks)
-        with route(asked, folder, server, max_inflight=500) as (router, two):
+        with route(asked, folder, server, max_inflight=500, tokenizer=asked.model) as (router, two):
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
                 await ready(client, router, "/readyz", two)
                 await check_equality(client, server, router, str(asked.model), checks)

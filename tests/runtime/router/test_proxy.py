@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 
 import aiohttp
 import pytest
@@ -10,6 +11,7 @@ from routers import Router, in_loop, router, until
 from standin_engine import engine
 from yarl import URL
 
+from semmoe.runtime.router.fleet import Upstream
 from semmoe.runtime.router.proxy import Limits
 
 IDS = list(range(10, 60))
@@ -275,6 +277,18 @@ async def test_without_any_upstream_it_says_so(plan):
         one.healthy = True
         await until(lambda: served.status.ready)
         assert (await served.post(COMPLETIONS, {"prompt": IDS}))[0] == 200
+
+
+def test_a_timeout_takes_no_upstream_out_while_it_answers():
+    busy, silent = (Upstream("http://a", 0, 1, up=True, failures=0) for _ in range(2))
+    busy.heard = time.monotonic()
+    for upstream in (busy, silent):
+        for _ in range(3):
+            upstream.failed("ConnectionTimeoutError", TimeoutError())
+    assert busy.up and not silent.up
+    for _ in range(3):
+        busy.failed("ClientConnectorError", ConnectionError())
+    assert not busy.up and busy.errors == {"ConnectionTimeoutError": 3, "ClientConnectorError": 3}
 
 
 @in_loop
