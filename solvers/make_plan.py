@@ -7,6 +7,7 @@ written may then be fitted on all requests: more data only helps it, and plan.js
 Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Stages, unshown_stages
+from semmoe.profiles.progress import Progress, Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import holdout_requests, request_keys
 from semmoe.profiles.trace import RoutingTrace
@@ -82,36 +83,63 @@ def make_plan(
         return plan_of_counts(traces, topology, demands, method=options.method, made_by=options.made_by)
     _check(traces, topology, demands, options)
     # Step 2: hold requests out and count both sides, in one reading.
-    embedding_VD = input_embedding(traces[0].info.embedding)
+    traffic = read_traffic(traces, options, demands.seed, progress)
+    # Step 3: the plan for the counts.
+    solve = partial(_placed, topology=topology, demands=demands, method=options.method)
+    return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
+
+
+class Traffic(NamedTuple):
+    """Requests of traces, counted: those to learn from, those held out, and all."""
+
+    held_out: list[np.ndarray]  # bool [B] per trace
+    profile: RoutingProfile
+    rest: RoutingProfile
+    whole: RoutingProfile
+
+
+def read_traffic(traces: list[RoutingTrace], options: PlanOptions, seed: int, progress: Stages) -> Traffic:
+    """The traces' requests in one reading. Raises InputError where they cannot be split."""
     holdout = {"holdout": options.holdout, "holdout_domains": options.holdout_domains}
-    held_out = split_requests(traces, **holdout, seed=demands.seed)
+    held_out = split_requests(traces, **holdout, seed=seed)
     counting = partial(progress, "reading tokens")
-    profile, rest, whole = profile_split(traces, held_out, seed=demands.seed, progress=counting)
-    # Step 3: place the experts, and fit the schedules, on the other requests.
-    asked = _Asked(topology, demands, options.method, embedding_VD)
-    fitted = _fit(profile, asked, progress)
-    # Step 4: score on the held-out requests.
-    max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
-    scores = score_batch(
-        Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule),
-        bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed),
-        profile.info,
-        beside=baselines(profile.load_LE, topology, profile.info.n_group),
-        setting=options.setting,
-        processes=demands.processes,
-        progress=partial(progress, "scoring on held-out requests: rows"),
-    )
-    # Step 5: bound what any placement could reach on the requests that were fitted.
+    return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting))
+
+
+Solve = Callable[[RoutingProfile, Progress], Solved]
+
+
+class Asked(NamedTuple):
+    """What a placement and its schedules are fitted for, on whichever requests."""
+
+    topology: Topology
+    demands: Demands
+    solve: Solve  # from the profile to the placement
+
+
+def plan_of_traffic(
+    traces: list[RoutingTrace], traffic: Traffic, asked: Asked, options: PlanOptions, progress: Stages
+) -> Plan:
+    """The plan with its schedules, scored on the held-out requests."""
+    topology, demands, _ = asked
+    held_out, profile, _, whole = traffic
+    embedding_VD = input_embedding(traces[0].info.embedding)
+    # Step 1: place the experts, and fit the schedules, on the requests that are not held out.
+    fitted = _fit(profile, asked, embedding_VD, progress)
+    # Step 2: score on those that are.
+    deployed = Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule)
+    scores = score_held_out(deployed, traffic, options, demands.processes, progress)
+    # Step 3: bound what any placement could reach on the requests that were fitted.
     if options.certify:
         bounding = partial(progress, "bounding what any placement could reach: layers")
         placement = fitted.solved.placement
         certificate = certificate_of(profile, placement, load_cap=demands.load_cap, progress=bounding)
         scores = replace(scores, certificate=certificate)
-    # Step 6: fit again on all requests, which is what gets written beside what was scored.
+    # Step 4: fit again on all requests, which is what gets written beside what was scored.
     scored = None
     if options.refit:
         scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
-        fitted = _fit(whole, asked, progress, again=" again")
+        fitted = _fit(whole, asked, embedding_VD, progress, again=" again")
     keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
     return Plan(
         placement=fitted.solved.placement,
@@ -134,6 +162,23 @@ def make_plan(
     )
 
 
+def score_held_out(
+    deployment: Deployment, traffic: Traffic, options: PlanOptions, processes: int, progress: Stages
+) -> Report:
+    """The deployment on the held-out requests, beside what engines do without us."""
+    profile = traffic.profile
+    max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
+    return score_batch(
+        deployment,
+        bounded_requests(traffic.rest.sample, max_tokens=max_tokens, seed=options.setting.seed),
+        profile.info,
+        beside=baselines(profile.load_LE, deployment.topology, profile.info.n_group),
+        setting=options.setting,
+        processes=processes,
+        progress=partial(progress, "scoring on held-out requests: rows"),
+    )
+
+
 def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, options: PlanOptions) -> None:
     if demands.dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {demands.dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
@@ -144,15 +189,6 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
         raise InputError(NO_BOUND)
 
 
-class _Asked(NamedTuple):
-    """What a placement and its schedules are fitted for, on whichever requests."""
-
-    topology: Topology
-    demands: Demands
-    method: str
-    embedding_VD: np.ndarray | None
-
-
 class _Fitted(NamedTuple):
     """A placement and its schedules, and what both were fitted on."""
 
@@ -161,15 +197,22 @@ class _Fitted(NamedTuple):
     schedule: Schedule
 
 
-def _fit(profile: RoutingProfile, asked: _Asked, progress: Stages, again: str = "") -> _Fitted:
+def _placed(
+    profile: RoutingProfile, progress: Progress, *, topology: Topology, demands: Demands, method: str
+) -> Solved:
+    return solve_placement(profile, topology, demands, method=method, progress=progress)
+
+
+def _fit(
+    profile: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages, again: str = ""
+) -> _Fitted:
     demands = asked.demands
-    placing = partial(progress, f"placing layers{again}")
-    solved = solve_placement(profile, asked.topology, demands, method=asked.method, progress=placing)
+    solved = asked.solve(profile, partial(progress, f"placing layers{again}"))
     schedule = fit_schedule(
         profile.sample,
         solved.placement,
         seed=demands.seed,
-        embedding_VD=asked.embedding_VD,
+        embedding_VD=embedding_VD,
         processes=demands.processes,
         progress=partial(progress, f"fitting schedules{again}: layers"),
     )

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from semmoe.options import Json, MapKind, VllmFormat, command_line, grouped
+
+if TYPE_CHECKING:
+    from semmoe.solvers.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ def export(
     made_by = command_line(output, plan, facts.model or "")
     options = MapOptions(vllm_format, facts.model, facts.num_hidden_layers, facts.mtp_layers, facts.redundant, made_by)
     lines = write_map(placed, kind, output, options)
+    delta = _write_delta(plan, placed, output)
     placement = placed.placement
     note(
         f"wrote {output}: {placement.num_layers} layers, {placement.slots_per_rank} slots on {placement.num_ranks} ranks"
@@ -84,4 +88,24 @@ def export(
     for line in lines:
         note(line)
     if json_:
-        print_json({"kind": kind, "file": str(output), "plan": placed.fingerprint, "notes": lines})
+        print_json({"kind": kind, "file": str(output), "plan": placed.fingerprint, "delta": delta, "notes": lines})
+
+
+def _write_delta(plan: Path, placed: "Plan", output: Path) -> str | None:
+    """A copy of the plan's delta beside the map, where it has one: slots of a map are the plan's,
+    so it says which of them a running server must load anew. Its path, or None."""
+    from semmoe.profiles.document import line_per_key
+    from semmoe.profiles.errors import InputError
+    from semmoe.profiles.files import write_file
+    from semmoe.solvers.replan.delta import DELTA_FILE, read_delta
+    from semmoe.terminal.tables import note
+
+    if not (plan / DELTA_FILE).is_file():
+        return None
+    delta = read_delta(plan)
+    if delta.new != placed.fingerprint:
+        raise InputError(f"{plan / DELTA_FILE} leads to the plan {delta.new}, {plan} is {placed.fingerprint}")
+    target = output.with_name(f"{output.name}.{DELTA_FILE}")
+    write_file(target, line_per_key(delta.to_json()))
+    note(f"wrote {target}: {delta.budget.used} of {delta.budget.slots} slots differ from those of plan {delta.old}")
+    return str(target)
