@@ -15,7 +15,20 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from semmoe.profiles.demo.paths import demo_model_path
-from semmoe.profiles.document import parse_json
+from semmoe.profiles.document import (
+    Check,
+    Wrong,
+    boolean,
+    integer,
+    list_of,
+    null_or,
+    parse_json,
+    read_bounded,
+    record,
+    shortened,
+    text,
+    validate,
+)
 from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.families import IDENTITY_EXPERTS, NESTED, NUM_EXPERTS, TOP_K, Family, find_family
 
@@ -23,6 +36,42 @@ ENDPOINT = "https://huggingface.co"
 ZERO_EXPERTS = (IDENTITY_EXPERTS, "num_zero_experts", "n_zero_experts", "moe_num_zero_experts", "num_identity_experts")
 BLOCK_PARTS = ("ffn", "mlp", "moe", "feed_forward")  # where an entry of block_configs keeps what it says of experts
 MOST = 1_000_000  # experts, layers or choices of a model; beyond that a config is damaged
+
+
+def whole(low: int) -> Check:
+    """A number of a configuration: null where it says nothing, a list where parts of the model
+    differ (text and vision experts of Ernie VL, or layers)."""
+    one, several = integer(low, 10**9), list_of(integer(low, 10**9), least=1)
+    return lambda value, at: None if value is None else (several if isinstance(value, list) else one)(value, at)
+
+
+def which_layers(value: Any, at: str) -> None:
+    """Numbers of layers, as a list or as text."""
+    numbers = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(numbers, list) or not all(
+        type(n) is int or (isinstance(n, str) and n.isdigit()) for n in numbers
+    ):
+        raise Wrong(f"{at} is {shortened(value)}, expected numbers of layers")
+
+
+STATED_TYPE = null_or(text(200, r"[^\x00-\x1f\x7f]*", "the name of a model type"))
+# What is read with a default where a family does not state it: a wrong type would be silence.
+STATED = record(
+    {},
+    {
+        "model_type": STATED_TYPE,
+        **dict.fromkeys(("vocab_size", *ZERO_EXPERTS, "n_group", "num_expert_group", "topk_group"), whole(0)),
+        **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "dense_mlp_idx"), whole(0)),
+        **dict.fromkeys(("moe_layer_num_skipped", "moe_layer_start_index", "expert_layer_offset"), whole(0)),
+        **dict.fromkeys(("moe_layer_interval", "interleave_moe_layer_step", "moe_layer_freq"), whole(0)),
+        **dict.fromkeys(("decoder_sparse_step", "expert_layer_period"), whole(1)),
+        "moe_layer_end_index": whole(-1),
+        **dict.fromkeys(("enable_moe_block", "is_moe"), null_or(boolean)),
+        **dict.fromkeys(("mlp_only_layers", "moe_layers", "moe_layers_enum"), null_or(which_layers)),
+        **dict.fromkeys(("mlp_layer_types", "layers_block_type"), null_or(list_of(text(100)))),
+        "hybrid_override_pattern": null_or(text()),
+    },
+)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -40,7 +89,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     elif not file.exists():
         file = _hub_config(str(path))
     try:
-        config = parse_json(file.read_text(encoding="utf-8"))
+        config = parse_json(read_bounded(file), unique=True)
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     except OSError as error:
@@ -93,7 +142,9 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
     then the largest). Raises InputError where the file
     lacks a fact, or the model has no experts.
     """
+    validate(config, record({}, {"model_type": STATED_TYPE}), "config.json")
     inner = _with_blocks(text_config(config))
+    validate(inner, STATED, "config.json")
     model_type = str(config.get("model_type") or inner.get("model_type") or "")
     family = find_family(model_type, str(inner.get("model_type") or ""))
     facts = {**family.defaults, **inner}

@@ -6,17 +6,17 @@ What a document must hold is declared: a `Check` takes a value and its place in 
 the first wrong value is, where it stands and what was expected.
 """
 
+import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.files import shortened, wrong_name
+from semmoe.profiles.files import open_file, shortened, wrong_name
 
 Check = Callable[[Any, str], None]  # value and key -> nothing, or raises Wrong
 
@@ -31,11 +31,14 @@ class Wrong(ValueError):
     """A value of a document that is not as declared: where it stands, and what is wrong."""
 
 
-def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
+def parse_json(text: str | bytes, *, strict: bool = False, unique: bool = False) -> Any:
     """The value of JSON text. Raises ValueError alone, also where it nests too deep or holds
-    text that no file can take. `strict`: for files that say what others mean, also where a key
-    stands twice in an object, or a number is none (NaN, Infinity)."""
-    rules: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_number} if strict else {}
+    text that no file can take. `unique`: also where a key stands twice in an object with two
+    values. `strict`: for files that say what others mean, also where it stands there twice at all,
+    or a number is none (NaN, Infinity)."""
+    rules: dict[str, Any] = {"object_pairs_hook": _one_value} if unique else {}
+    if strict:
+        rules = {"object_pairs_hook": _unique, "parse_constant": _no_number}
     try:
         value = json.loads(text, **rules)
     except RecursionError:
@@ -58,18 +61,32 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _one_value(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    for key, value in pairs if len(found) < len(pairs) else ():
+        if found[key] != value:
+            raise ValueError(f"the key {shortened(key)} stands twice in an object, with two values")
+    return found
+
+
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
+def holds_flags(value: Any, depth: int = 0) -> bool:
+    """Whether there is true or false among the values of nested lists, which numpy takes for 1
+    and 0 between numbers."""
+    if not isinstance(value, list):
+        return False
+    kinds = set(map(type, value))
+    return bool in kinds or (list in kinds and depth < 8 and any(holds_flags(item, depth + 1) for item in value))
+
+
 def read_bounded(path: Path) -> bytes:
-    """The bytes of a file that is to be a JSON document. Raises ValueError where it is no file
-    (reading a pipe would wait for ever) or larger than any document, OSError as `open` does."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is a directory, a pipe or a device, expected a file")
-        check_size(found.st_size)
+    """The bytes of a file that is to be a JSON document. Raises ValueError where it is larger than
+    any document, OSError as `open_file` does."""
+    with open_file(path) as file:
+        check_size(os.fstat(file.fileno()).st_size)
         return file.read()
 
 
@@ -102,6 +119,13 @@ def read_document(
     if facts.get("version") != version or isinstance(facts["version"], bool):
         raise InputError(f"{where} has version {facts.get('version')}, this semmoe reads version {version}")
     return facts
+
+
+def digest_of(facts: dict[str, Any]) -> str:
+    """SHA-256 of the content of a document but for its digest, as JSON with sorted keys: it does
+    not depend on how the file is laid out."""
+    content = json.dumps({key: facts[key] for key in facts if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 # ---- what a document must hold

@@ -7,6 +7,7 @@ from before the first byte until after the rename. What lies under a temporary n
 run where its lock lies there too, and is removed; without one it is somebody else's.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -24,8 +25,10 @@ from typing import BinaryIO
 from semmoe.profiles.errors import InputError
 
 LONGEST_NAME = 255  # bytes, of Linux file systems
+KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}  # else a device
 UNFIT = re.compile(r"[\0-\x1f\x7f\\]")  # control characters; and what is a separator elsewhere
 BLOB = re.compile(r"(models|datasets|spaces)--[^/]+/blobs/([0-9a-f]{40}|[0-9a-f]{64})")  # a file of the hub's cache
+CANNOT_ALLOCATE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system
 LOCK_MARK = "semmoe lock"  # the first line of a lock; the holder's process, start and command follow
 LOCK_TRIES_S = 0.2  # others look whether a lock is held by taking it for a moment
 
@@ -166,6 +169,19 @@ def check_file_target(path: Path) -> None:
         raise InputError(f"cannot write {path}: it is a directory")
     if path.exists() and not path.is_file():
         raise InputError(f"cannot write {path}: it is neither a file nor absent")
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Make an open file `size` bytes long, on blocks that are its own. Raises OSError where the
+    disk has no room; where the file system cannot promise any, the file is sparse."""
+    if not size:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in CANNOT_ALLOCATE:
+            raise
+        os.truncate(descriptor, size)
 
 
 @contextmanager
@@ -313,6 +329,16 @@ def inside(folder: Path, name: object, where: str, *, folders: int = 0, ending: 
     return path
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """A file for reading its bytes. Raises OSError as `open` does, and for what is no file: a pipe
+    would be waited for, a device may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is {KINDS.get(stat.S_IFMT(mode), 'a device')}, expected a file")
+    return open(descriptor, "rb")
+
+
 def wrong_file(folder: Path, path: Path) -> str:
     """What keeps a path below `folder` from being read as its file, in words; "" for nothing."""
     try:
@@ -320,8 +346,7 @@ def wrong_file(folder: Path, path: Path) -> str:
     except OSError:  # nothing there, also at the end of a link
         mode = stat.S_IFREG
     if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        return f"{kinds.get(stat.S_IFMT(mode), 'a device')}, expected a file"
+        return f"{KINDS.get(stat.S_IFMT(mode), 'a device')}, expected a file"
     target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if target.is_relative_to(home) or BLOB.fullmatch("/".join(target.parts[-3:])):
         return ""

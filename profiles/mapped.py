@@ -7,7 +7,6 @@ file has no name, so nothing is left even by a kill.
 """
 
 import os
-import shutil
 import tempfile
 import weakref
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import allocate
 
 SMALL_BYTES = 32_000_000  # arrays up to this size stay in memory
 
@@ -33,16 +33,21 @@ def mapped_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array to fill, zeros at first: mapped from a temporary file that goes when the array does,
     or in memory where it is small.
 
-    Raises InputError where the temporary directory has no room for it.
+    Its blocks are allocated: a page of a file that the disk has no block for ends the process when
+    it is written (SIGBUS). Raises InputError where the temporary directory has no room for it.
     """
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if size <= SMALL_BYTES:
         return np.zeros(shape, dtype)
     directory = tempfile.gettempdir()
-    if shutil.disk_usage(directory).free < size:
-        raise InputError(f"{directory} has no room for {size // 2**20} MiB of routing: set TMPDIR to a larger place")
     descriptor, name = tempfile.mkstemp(prefix="semmoe-", dir=directory)
-    os.truncate(descriptor, size)
+    try:
+        allocate(descriptor, size)
+    except OSError as error:
+        _remove(descriptor, name)
+        raise InputError(
+            f"{directory} has no room for {size // 2**20} MiB of routing ({error.strerror}): set TMPDIR to a larger place"
+        ) from None
     path = f"/proc/{os.getpid()}/fd/{descriptor}"
     if os.path.exists(path):
         os.unlink(name)

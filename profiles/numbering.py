@@ -1,4 +1,4 @@
-"""In which order a checkpoint numbers its experts: semmoe.json of a permuted reshard.
+"""semmoe.json of a reshard, and in which order a permuted one numbers its experts.
 
 A server that runs such a checkpoint reports the new numbers. Traces speak of the model's own, so
 they are mapped back here, where a trace is written.
@@ -17,6 +17,9 @@ import numpy as np
 
 from semmoe.profiles.config import hub_in_reach, is_hub_id
 from semmoe.profiles.document import (
+    SHA256,
+    distinct,
+    grid,
     integer,
     list_of,
     map_of,
@@ -29,18 +32,55 @@ from semmoe.profiles.document import (
     validate,
 )
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.safetensors_file import MAX_HEADER_BYTES
 
 SIDECAR = "semmoe.json"
 FORMAT = "semmoe-reshard"
 VERSION = 1
 
-ANY = record({"layout": one_of("permuted", "ranks"), "plan": record({"fingerprint": text(200)})})
-PERMUTED = record(
+PLAN = record(
+    {"fingerprint": text(200)},
     {
-        "num_experts": integer(1, 65_535),
-        "new2old": map_of(list_of(integer(0, 65_534), most=65_535), keys=text(10, "[0-9]+", "a number of a layer")),
-    }
+        "model": text(),
+        "method": text(),
+        "seed": integer(-(2**63)),
+        "ranks": integer(1, 65_535),
+        "nodes": integer(1, 65_535),
+        "made_by": text(),
+    },
 )
+HEADER_BYTES = integer(8, 8 + MAX_HEADER_BYTES)
+OF_FILE = {
+    "linked": one_of(True),
+    "header_sha256": SHA256,
+    "checksums": list_of(list_of(integer(0, 2**64 - 1), least=3, most=3)),  # offset, bytes, checksum
+}
+ANY = {"plan": PLAN, "num_experts": integer(1, 65_535)}
+LAYOUTS = ("permuted", "ranks")
+OF_LAYOUT = {
+    "permuted": record(
+        {
+            **ANY,
+            "new2old": map_of(list_of(integer(0, 65_534), most=65_535), keys=text(10, "[0-9]+", "a number of a layer")),
+            "files": map_of(
+                record(
+                    {"bytes": integer(), "source_header_bytes": HEADER_BYTES, "source_header_sha256": SHA256},
+                    {"source_sha256": SHA256, **OF_FILE},
+                )
+            ),
+        },
+        {"made_by": text(), "settings": map_of(text(10_000_000, "[\x00-\xff]*", "text of Latin-1"))},
+    ),
+    "ranks": record(
+        {
+            **ANY,
+            "model_layers": distinct(list_of(integer(0, 1_000_000), most=100_000)),
+            "placement": grid((None, None, None), -1, 65_534),  # -1 in empty slots
+            "files": map_of(record({"bytes": integer()}, OF_FILE)),
+        },
+        {"made_by": text(), "headers_sha256": SHA256},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +149,13 @@ def find_relabelling(model: str, *, revision: str | None = None) -> Relabelling 
         file: Path | None = (path.parent if path.is_file() else path) / SIDECAR
     else:
         file = _hub_sidecar(model, revision) if model != "demo" and is_hub_id(model) else None
-    return None if file is None or not file.exists() else _read(file)
+    if file is None or not file.exists():
+        return None
+    facts = read_reshard(file.parent)
+    if facts["layout"] == "ranks":  # routers keep the model's own numbering
+        return None
+    new2old = {int(layer): order for layer, order in facts["new2old"].items()}
+    return Relabelling(str(file), facts["plan"]["fingerprint"], facts["num_experts"], new2old)
 
 
 def config_folder(model: str) -> str:
@@ -130,21 +176,26 @@ def _hub_sidecar(name: str, revision: str | None) -> Path | None:
         return None
 
 
-def _read(file: Path) -> Relabelling | None:
+def read_reshard(folder: Path) -> dict[str, Any]:
+    """The content of semmoe.json. Raises InputError where there is none, it was changed, or it is
+    not what a reshard writes; what its names lead to is for the reader of the files to check."""
+    where = folder / SIDECAR
     facts = read_document(
-        lambda: read_bounded(file), str(file.parent), SIDECAR, kind="reshard", format=FORMAT, version=VERSION
+        lambda: read_bounded(where), str(folder), SIDECAR, kind="reshard", format=FORMAT, version=VERSION
     )
-    validate(facts, ANY, str(file))
     if facts.get("sha256", hash_facts(facts)) != hash_facts(facts):
-        raise InputError(f"{file} was changed after it was written: its sha256 is not that of its keys")
-    if facts["layout"] == "ranks":  # routers keep the model's own numbering
-        return None
-    validate(facts, PERMUTED, str(file))
+        raise InputError(f"{where} was changed after it was written: its sha256 is not that of its keys")
+    validate(facts, record({"layout": one_of(*LAYOUTS)}), str(where))
+    validate(facts, OF_LAYOUT[facts["layout"]], str(where))
     experts = list(range(facts["num_experts"]))
-    for layer, order in facts["new2old"].items():
+    orders = facts.get("new2old", {})
+    if facts["layout"] == "ranks":
+        placed = [sorted({expert for rank in layer for expert in rank} - {-1}) for layer in facts["placement"]]
+        if len(placed) != len(facts["model_layers"]):
+            raise InputError(f"{where}: placement has {len(placed)} layers, model_layers {len(facts['model_layers'])}")
+        orders = dict(zip(facts["model_layers"], placed, strict=True))
+    for layer, order in orders.items():
         if sorted(order) != experts:
-            raise InputError(
-                f"{file}: new2old.{layer} is {shortened(order)}, expected every expert of 0 to {experts[-1]} once"
-            )
-    new2old = {int(layer): order for layer, order in facts["new2old"].items()}
-    return Relabelling(str(file), facts["plan"]["fingerprint"], facts["num_experts"], new2old)
+            at = f"new2old.{layer}" if facts["layout"] == "permuted" else f"placement of layer {layer}"
+            raise InputError(f"{where}: {at} is {shortened(order)}, expected every expert of 0 to {experts[-1]}")
+    return facts

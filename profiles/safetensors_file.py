@@ -104,7 +104,10 @@ def read_shard(path: Path) -> Shard:
 
     try:
         entries = parse_json(text, strict=True)  # a tensor that stands twice is two tensors
-        metadata = entries.pop("__metadata__", None) or {}
+        metadata = entries.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        if any(not isinstance(value, str) for value in metadata.values()):
+            raise ValueError
         tensors = tuple(
             sorted(
                 (
@@ -168,11 +171,19 @@ def make_header(tensors: tuple[Tensor, ...], metadata: dict[str, str], *, header
 def read_index(path: Path) -> dict[str, Any]:
     """The index of a sharded checkpoint: {"metadata": {...}, "weight_map": {tensor: file}}."""
     try:
-        index = parse_json(read_bounded(path), strict=True)
-    except ValueError as error:  # of the encoding too
-        raise InputError(f"{path} is not JSON: {error}") from None
+        return parse_index(read_bounded(path), str(path))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_index(content: str | bytes, path: str) -> dict[str, Any]:
+    """The index in a text that `path` names."""
+    try:
+        index = parse_json(content, strict=True)
+    except ValueError as error:  # of the encoding too
+        raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
         raise InputError(f"{path} has no weight_map: expected the index of a sharded checkpoint")
     if not all(isinstance(file, str) for file in index["weight_map"].values()):

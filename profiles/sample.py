@@ -4,6 +4,8 @@ tokens.
 Shape letters: T tokens, B requests, S tokens of known sequences.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, concat_batches, integers
@@ -39,6 +41,25 @@ def select_requests(batch: TraceBatch, keep_B: np.ndarray) -> TraceBatch:
         first_position_B=batch.first_position_B[keep_B],
         sequence_starts_B1=np.concatenate([[0], np.cumsum(np.diff(batch.sequence_starts_B1)[keep_B])]),
         sequences=batch.sequences[keep_S],
+        rank_of_B=None if batch.rank_of_B is None else batch.rank_of_B[keep_B],
+        prompts_apart=batch.prompts_apart and select_requests(batch.prompts_apart, keep_B),
+    )
+
+
+def rows_of(batch: TraceBatch, keep_T: np.ndarray) -> TraceBatch:
+    """The batch with some rows only (bool [T], consecutive ones of each request); requests may keep
+    none."""
+    ends = np.concatenate([[0], np.cumsum(keep_T)])
+    starts_B1 = ends[batch.starts_B1]
+    first_row_B = np.searchsorted(ends, starts_B1[:-1], side="right") - 1
+    skipped_B = np.where(np.diff(starts_B1) > 0, first_row_B - batch.starts_B1[:-1], 0)
+    return replace(
+        batch,
+        starts_B1=starts_B1,
+        expert_ids_TLK=batch.expert_ids_TLK[keep_T],
+        token_ids_T=batch.token_ids_T[keep_T],
+        is_prompt_T=batch.is_prompt_T[keep_T],
+        first_position_B=batch.first_position_B + skipped_B,
     )
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -46,10 +46,11 @@ VERSION = 1
 COUNTS_FILE = "counts.parquet"
 REMOTE_WHOLE_BYTES = 1 << 30  # a part behind a URL is read whole and checked up to this size
 MAX_LAYERS = 100_000
+MOST_SERVING = 1_000_000  # data-parallel ranks of a server
 
 PART = record({"file": name_of_file(ending=".parquet"), "requests": integer(), "tokens": integer(), "sha256": SHA256})
 EMBEDDING = record(
-    {"checkpoint": text(), "file": text(), "key": text(), "shape": list_of(integer(1), least=2, most=2)},
+    {"checkpoint": text(), "file": name_of_file(), "key": text(), "shape": list_of(integer(1), least=2, most=2)},
     {"revision": null_or(text())},
 )
 
@@ -76,7 +77,7 @@ FACTS = record(
         "model_type": text(),
         "vocab_size": integer(),
         "n_group": integer(1, 65_535),
-        "topk_group": integer(0, 65_535),
+        "topk_group": integer(1, 65_535),
         "empty_slots": boolean,
         "kind": one_of("tokens", "counts"),
         "embedding": null_or(EMBEDDING),
@@ -125,6 +126,9 @@ class TraceInfo:
             raise InputError(f"{self.num_experts} experts do not divide into {self.n_group} routing groups")
         if len(self.model_layers) != self.num_layers:
             raise InputError(f"model_layers names {len(self.model_layers)} layers, num_layers is {self.num_layers}")
+        if 0 < self.num_model_layers <= max(self.model_layers):
+            last = max(self.model_layers)
+            raise InputError(f"model_layers names layer {last}, the model has {self.num_model_layers} layers")
 
     @property
     def id_dtype(self) -> np.dtype:
@@ -164,6 +168,8 @@ class TraceBatch:
     first_position_B: np.ndarray  # int64
     sequence_starts_B1: np.ndarray  # int64 [B + 1], into sequences
     sequences: np.ndarray  # int32, the whole known sequence of every request, one after the other
+    rank_of_B: np.ndarray | None = None  # int64, the DP rank that served; -1: unknown; None: of all
+    prompts_apart: "TraceBatch | None" = None  # of generated tokens alone: the prompts of the same requests, if wanted
 
     @property
     def num_requests(self) -> int:
@@ -187,7 +193,7 @@ class TraceBatch:
         return self.sequence(b)[: self.num_prompt_tokens_B[b]]
 
 
-def trace_schema(id_dtype: np.dtype, weights: bool) -> pa.Schema:
+def trace_schema(id_dtype: np.dtype, weights: bool, served: bool = False) -> pa.Schema:
     columns = [
         pa.field("request_id", pa.string(), nullable=False),
         pa.field("domain", pa.string(), nullable=False),
@@ -197,7 +203,9 @@ def trace_schema(id_dtype: np.dtype, weights: bool) -> pa.Schema:
         pa.field("num_tokens", pa.int32(), nullable=False),
         pa.field("expert_ids", pa.list_(pa.from_numpy_dtype(id_dtype)), nullable=False),
     ]
-    return pa.schema(columns + ([pa.field("expert_weights", pa.list_(pa.float16()))] if weights else []))
+    columns += [pa.field("expert_weights", pa.list_(pa.float16()))] if weights else []
+    columns += [pa.field("rank", pa.int32()), pa.field("decision", pa.string())] if served else []
+    return pa.schema(columns)
 
 
 def integers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
@@ -241,7 +249,7 @@ def read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) -
         if is_local(source):
             return read_bounded(Path(where))
         check_size(source.size(where) or 0)
-        return source.cat_file(where)  # pyright: ignore
+        return cast(bytes, source.cat_file(where))
 
     facts = read_document(read, path, "trace.json", kind="trace", format=FORMAT, version=VERSION)
     validate(facts, FACTS, where)
@@ -342,7 +350,7 @@ class RoutingTrace:
         if is_local(self._filesystem):
             source = inside(Path(self.path), part["file"], f"{self.path.rstrip('/')}/trace.json: file of a part")
         elif whole and (self._filesystem.size(name) or 0) <= REMOTE_WHOLE_BYTES:
-            content = self._filesystem.cat_file(name)  # pyright: ignore
+            content = cast(bytes, self._filesystem.cat_file(name))
             source = pa.BufferReader(content)
         else:
             source = self._filesystem.open(name, "rb")
@@ -364,11 +372,18 @@ class RoutingTrace:
         self.require_tokens("a list of requests")
         columns = ["request_id", "domain", "num_prompt_tokens", "first_position", "num_tokens"]
         tables = [_read(file, name, columns) for name, file in self._parts(whole=False)]
-        return (
-            pa.concat_tables(tables)
-            if tables
-            else trace_schema(self.info.id_dtype, False).empty_table().select(columns)
-        )
+        if not tables:
+            return trace_schema(self.info.id_dtype, False).empty_table().select(columns)
+        for part, table in zip(self.facts["parts"], tables, strict=True):
+            tokens_B = integers(table.column("num_tokens")).astype(np.int64)
+            if (tokens_B < 0).any() or tokens_B.sum() != part["tokens"]:
+                raise InputError(
+                    f"{self.path.rstrip('/')}/{part['file']}: num_tokens adds up to {tokens_B.sum()}, trace.json says {part['tokens']}"
+                )
+        table = pa.concat_tables(tables)
+        if repeated := len(table) - len(table.column("request_id").unique()):
+            raise InputError(f"{self.path} is damaged: {repeated} of its {len(table)} requests have the id of another")
+        return table
 
     def batches(self, keep_B: np.ndarray | None = None) -> Iterator[TraceBatch]:
         """Batches of requests in stored order, a row group at a time. `keep_B`: bool [all
@@ -386,7 +401,8 @@ class RoutingTrace:
                 row += count
                 if keep is not None and not keep.any():
                     continue
-                table = _read(file, name, columns, group)
+                served = ["rank"] if "rank" in file.schema_arrow.names else []
+                table = _read(file, name, columns + served, group)
                 if keep is not None and not keep.all():
                     table = table.filter(pa.array(keep))
                 yield _batch_of(table, self.info, name)
@@ -414,7 +430,16 @@ class RoutingTrace:
             )
         if load.size and load.min() < 0:
             raise InputError(f"{name}: load holds {load.min()}, expected counts from 0")
-        return table.column("window").to_pylist(), load.reshape(-1, self.info.num_layers, self.info.num_experts)
+        windows = table.column("window").to_pylist()
+        if not windows:
+            raise InputError(f"{name} holds no window of counts")
+        if len(set(windows)) < len(windows):
+            raise InputError(f"{name}: {len(windows) - len(set(windows))} windows have the name of another")
+        if load.sum(dtype=np.float64) >= 2**62:
+            raise InputError(
+                f"{name}: load adds up to {load.sum(dtype=np.float64):.3g}, expected less than {2**62:.3g}"
+            )
+        return windows, load.reshape(-1, self.info.num_layers, self.info.num_experts)
 
 
 # Types of the values of each column; where there are several, the first that holds them.
@@ -428,11 +453,15 @@ COLUMN_TYPES = {
     "expert_ids": ("uint8", "uint16"),
     "window": ("string",),
     "load": ("int64",),
+    "rank": ("int32",),
 }
 LISTS = ("token_ids", "expert_ids", "load")
+MAY_BE_NULL = ("token_ids",)  # the list, not a value of it
 
 
 def _read(file: pq.ParquetFile, name: str, columns: list[str], group: int | None = None) -> pa.Table:
+    """Some columns of a part, or of one row group of it. Raises InputError where a column is not of
+    its type, or holds nulls or text that is none."""
     for column in columns:
         if file.schema_arrow.names.count(column) != 1:
             raise InputError(f"{name} lacks the column {column!r}, or has it twice")
@@ -442,9 +471,18 @@ def _read(file: pq.ParquetFile, name: str, columns: list[str], group: int | None
             wanted = " or ".join(f"list<{t}>" if column in LISTS else t for t in COLUMN_TYPES[column])
             raise InputError(f"{name}: the column {column!r} is {kind}, expected {wanted}")
     try:
-        return file.read(columns) if group is None else file.read_row_group(group, columns)
+        table = file.read(columns) if group is None else file.read_row_group(group, columns)
+        table.select([c for c in columns if c not in LISTS]).validate(full=True)  # that text is UTF-8
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
+    for column in columns:
+        values = table.column(column)
+        nulls = 0 if column in MAY_BE_NULL else values.null_count
+        if column in LISTS:
+            nulls += sum(chunk.flatten().null_count for chunk in values.chunks)
+        if nulls:
+            raise InputError(f"{name} is damaged: the column {column!r} holds {nulls} nulls")
+    return pa.table({column: table.column(column) for column in columns})  # parts differ in what may be null
 
 
 def _flat_list(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -462,19 +500,27 @@ def _batch_of(table: pa.Table, info: TraceInfo, name: str) -> TraceBatch:
     first = integers(table.column("first_position")).astype(np.int64)
     prompt = integers(table.column("num_prompt_tokens")).astype(np.int64)
     request_ids = table.column("request_id").to_pylist()
+    for column, values in (("num_tokens", num_tokens), ("first_position", first), ("num_prompt_tokens", prompt)):
+        if values.size and values.min() < 0:
+            raise InputError(f"{name} holds a negative {column}")
     wrong = np.flatnonzero(np.diff(id_starts) != num_tokens * row_size)
     if wrong.size:
         raise InputError(
             f"{name}, request {request_ids[wrong[0]]}: {np.diff(id_starts)[wrong[0]]} expert ids, "
             f"expected {num_tokens[wrong[0]]} tokens x {info.num_layers} layers x top-{info.top_k}"
         )
-    if any(values.size and values.min() < 0 for values in (first, prompt)):
-        raise InputError(f"{name} holds a negative first_position or num_prompt_tokens")
     largest = info.num_experts - (not info.empty_slots)
     if ids.size and ids.max() > largest:
         raise InputError(f"{name} holds expert id {ids.max()}, the trace has ids 0..{largest}")
+    rank_of_B = None
+    if "rank" in table.column_names:
+        column = table.column("rank").fill_null(-1)
+        rank_of_B = integers(column).astype(np.int64)
+        if rank_of_B.size and not -1 <= rank_of_B.min() <= rank_of_B.max() <= MOST_SERVING:
+            raise InputError(f"{name} holds a rank outside -1..{MOST_SERVING}")
     starts = np.concatenate([[0], np.cumsum(num_tokens)])
     sequence_starts, sequences = _flat_list(table, "token_ids")
+    _check_sequences(table, np.maximum(first + num_tokens, prompt), np.diff(sequence_starts), sequences, name)
     position_T = np.arange(starts[-1]) - np.repeat(starts[:-1] - first, num_tokens)
     known_T = position_T < np.repeat(np.diff(sequence_starts), num_tokens)
     token_ids = np.full(starts[-1], -1, np.int32)
@@ -491,7 +537,24 @@ def _batch_of(table: pa.Table, info: TraceInfo, name: str) -> TraceBatch:
         first_position_B=first,
         sequence_starts_B1=sequence_starts,
         sequences=sequences,
+        rank_of_B=rank_of_B,
     )
+
+
+def _check_sequences(
+    table: pa.Table, needed_B: np.ndarray, length_B: np.ndarray, sequences: np.ndarray, name: str
+) -> None:
+    """Raise InputError where a known sequence ends before the rows or the prompt of its request, or
+    holds what is no token id."""
+    known_B = integers(table.column("token_ids").is_valid().cast(pa.uint8())).astype(bool)
+    short = np.flatnonzero(known_B & (length_B < needed_B))
+    if short.size:
+        request = table.column("request_id")[int(short[0])]
+        raise InputError(
+            f"{name}, request {request}: {length_B[short[0]]} token ids, expected at least {needed_B[short[0]]}"
+        )
+    if sequences.size and sequences.min() < -1:
+        raise InputError(f"{name} holds token id {sequences.min()}, expected ids from 0, or -1 where one is not known")
 
 
 def concat_batches(batches: list[TraceBatch], info: TraceInfo) -> TraceBatch:
@@ -507,11 +570,17 @@ def concat_batches(batches: list[TraceBatch], info: TraceInfo) -> TraceBatch:
     def joined_starts(name: str) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(getattr(b, name)) for b in batches]))])
 
+    apart = [b.prompts_apart for b in batches if b.prompts_apart is not None]
+    served = [b.rank_of_B for b in batches]
+    known = any(rank_of_B is not None for rank_of_B in served)
+    ranks = [np.full(b.num_requests, -1) if r is None else r for b, r in zip(batches, served, strict=True)]
     return TraceBatch(
+        rank_of_B=np.concatenate(ranks) if known else None,
         request_ids=[r for b in batches for r in b.request_ids],
         domains=[d for b in batches for d in b.domains],
         starts_B1=joined_starts("starts_B1"),
         sequence_starts_B1=joined_starts("sequence_starts_B1"),
+        prompts_apart=concat_batches(apart, info) if len(apart) == len(batches) else None,
         **{
             name: joined(name)
             for name in (

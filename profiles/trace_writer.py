@@ -7,19 +7,18 @@ trace is finished.
 Shape letters: T tokens (rows of routing), L MoE layers, K top-k, E experts, W windows of counts.
 """
 
-import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semmoe.profiles.checkpoint import same_routers
-from semmoe.profiles.document import indented
+from semmoe.profiles.document import indented, parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import Lock, new_file, refuse_held, write_file
 from semmoe.profiles.numbering import Relabelling
@@ -51,6 +50,14 @@ def _list_array(pieces: list[np.ndarray | None], dtype: np.dtype) -> pa.ListArra
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), mask=mask)
 
 
+class Served(NamedTuple):
+    """Where a server ran a request: its data-parallel rank, -1 for unknown; and why there, ""
+    for unknown (semmoe.runtime.engines.band.DECISIONS)."""
+
+    rank: int
+    decision: str = ""
+
+
 class TraceWriter:
     """Writes requests to a trace directory, part by part. Use as a context manager.
 
@@ -79,7 +86,7 @@ class TraceWriter:
         self.path, self.info, self._prefix = Path(path), info, prefix
         self._rows: list[dict[str, Any]] = []
         self._values = 0
-        self._weights = False
+        self._weights = self._served = False
         self.request_ids: set[str] = set()
         self._hashes: dict[str, str] = {}
         self.facts_before: dict[str, Any] = {}  # trace.json of a trace that is continued
@@ -133,9 +140,10 @@ class TraceWriter:
         another one than those to come."""
         before.check_numbering(str(self.path))
         mine, theirs = self.info.numbering, before.numbering
-        if (isinstance(mine, dict) and theirs is None) or (mine is None and isinstance(theirs, dict)):
+        mapped = [side for side in (mine, theirs) if isinstance(side, dict)]
+        if mapped and None in (mine, theirs):
             raise InputError(
-                f"{self.path} cannot be added to: ids of one side are mapped back from plan {(mine or theirs)['plan']}, "  # pyright: ignore
+                f"{self.path} cannot be added to: ids of one side are mapped back from plan {mapped[0]['plan']}, "
                 "of the other nothing tells the numbering (name the checkpoint, or choose another name)"
             )
         return theirs if isinstance(theirs, dict) or mine == "model" else mine
@@ -150,6 +158,7 @@ class TraceWriter:
         num_prompt_tokens: int = 0,
         first_position: int = 0,
         expert_weights_TLK: np.ndarray | None = None,
+        served: Served | None = None,
     ) -> bool:
         """Append one request; False where its id is in the trace already.
 
@@ -162,9 +171,10 @@ class TraceWriter:
             num_prompt_tokens: how many tokens of the sequence are its prompt.
             first_position: place of the first row in the sequence.
             expert_weights_TLK: weights of the chosen experts, kept as float16.
+            served: where a server ran it, if known.
 
-        Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its
-        rows.
+        Raises InputError for a wrong shape, an id out of range, or a sequence shorter than its rows
+        or its prompt.
         """
         if request_id in self.request_ids:
             return False
@@ -180,9 +190,10 @@ class TraceWriter:
             raise InputError(f"request {request_id}: expert id {bad} is outside 0..{largest}")
         if self._old_LE1 is not None:
             ids = self._old_LE1[np.arange(info.num_layers)[:, None], ids]
-        if token_ids is not None and len(token_ids) < first_position + len(ids):
+        end = first_position + len(ids)
+        if token_ids is not None and len(token_ids) < max(end, num_prompt_tokens):
             raise InputError(
-                f"request {request_id}: {len(token_ids)} token ids for rows up to position {first_position + len(ids)}"
+                f"request {request_id}: {len(token_ids)} token ids for rows up to position {end}, prompt of {num_prompt_tokens}"
             )
         row = {
             "request_id": request_id,
@@ -196,6 +207,9 @@ class TraceWriter:
         if expert_weights_TLK is not None:
             row["expert_weights"] = np.asarray(expert_weights_TLK, np.float16)
             self._weights = True
+        if served is not None:
+            row |= {"rank": served.rank if served.rank >= 0 else None, "decision": served.decision or None}
+            self._served = True
         self._rows.append(row)
         self.request_ids.add(request_id)
         self._values += ids.size
@@ -207,7 +221,7 @@ class TraceWriter:
         """Complete the current part: everything added so far survives a kill."""
         if not self._rows:
             return
-        schema = trace_schema(self.info.id_dtype, self._weights)
+        schema = trace_schema(self.info.id_dtype, self._weights, self._served)
         arrays: dict[str, pa.Array] = {}
         for column in schema:
             values = [row.get(column.name) for row in self._rows]
@@ -253,10 +267,14 @@ class TraceWriter:
             pq.write_table(table, file, compression="zstd", **options)
         self._hashes[name] = hash_file(self.path / name)
 
-    def close(self) -> None:
-        """Complete the last part, mark the trace as finished, and let others write it."""
+    def complete(self) -> None:
+        """Complete the last part and mark the trace as finished; more may be added."""
         self.flush()
         self._write_facts(complete=True)
+
+    def close(self) -> None:
+        """`complete`, and let others write the trace."""
+        self.complete()
         self.release()
 
     def release(self) -> None:
@@ -322,8 +340,7 @@ def refuse_existing_trace(path: Path, *, resume: bool = False, locked: bool = Fa
         return
     if path.is_symlink() and not path.exists():
         raise InputError(f"cannot create the trace {path}: it is a link to nothing ({os.readlink(path)})")
-    # What a run that was killed at its start leaves is no trace.
-    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {LOCK, TRACE_TEMPORARY}):
+    if path.exists() and not (path.is_dir() and _holds_nothing(path)):
         state = "an unfinished trace" if _is_unfinished(path) else "there already"
         raise InputError(f"{path} is {state}: add to it with --resume, or choose another name")
     above = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
@@ -332,8 +349,15 @@ def refuse_existing_trace(path: Path, *, resume: bool = False, locked: bool = Fa
         raise InputError(f"cannot create the trace {path}: {above} {why}")
 
 
+def _holds_nothing(path: Path) -> bool:
+    """Whether a directory holds at most what a run leaves that was killed before its first part."""
+    temporary = {p.name for p in path.glob(".*.tmp")} if _is_unfinished(path) else {TRACE_TEMPORARY}
+    facts = {"trace.json"} if _is_unfinished(path) else set()
+    return {p.name for p in path.iterdir()} <= {LOCK, *temporary, *facts}
+
+
 def _is_unfinished(path: Path) -> bool:
     try:
-        return not json.loads((path / "trace.json").read_text(encoding="utf-8"))["complete"]
+        return not parse_json(read_bounded(path / "trace.json"))["complete"]
     except (OSError, ValueError, KeyError, TypeError):
         return False

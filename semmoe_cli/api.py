@@ -182,18 +182,24 @@ def compare(
 
 
 def export(plan: Plan, kind: str, output: str | Path, options: MapOptions = MapOptions()) -> list[str]:
-    """Write the expert map that a serving engine reads, and FILE.semmoe.json beside it.
+    """Write the expert map that a serving engine reads, and FILE.semmoe.json beside it; or the
+    directory that a plug-in inside the engine reads.
 
     Parameters:
         plan: the placement and its model.
-        kind: "sglang", "trtllm", "vllm", "vllm-ascend" or "eplb".
-        output: file to write; its ending decides the container of eplb tables.
+        kind: "sglang", "trtllm", "vllm", "vllm-ascend" or "eplb"; "vllm-plugin" or "sglang-plugin".
+        output: file to write, of a plug-in a directory; its ending decides the container of eplb
+            tables.
         options: what the map depends on beside the plan.
 
     Returns lines that say how to start the engine. Raises InputError where the engine could not use
     the plan, or the file is there and is no map of semmoe's. Writing a .pt file needs torch.
     Source: solvers/maps; docs/engines.md.
     """
+    from semmoe.runtime.engines.write import KINDS, write_plugin_directory
+
+    if kind in KINDS:
+        return write_plugin_directory(plan, kind, Path(output), made_by=options.made_by)
     return write_map(plan, kind, Path(output), options)
 
 

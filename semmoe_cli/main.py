@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -18,9 +19,11 @@ from semmoe.commands.export import export
 from semmoe.commands.place import place
 from semmoe.commands.report import report
 from semmoe.commands.reshard import reshard
+from semmoe.commands.route import route
 from semmoe.commands.run import run
 from semmoe.commands.show import show
 from semmoe.commands.trace import trace
+from semmoe.commands.try_ import try_
 from semmoe.profiles.errors import DEBUG, InputError, show_traceback, visible
 
 app = typer.Typer(
@@ -31,8 +34,9 @@ app = typer.Typer(
     help="Offline expert placement for Mixture-of-Experts models: record routing, place experts, measure the saved traffic.",
     epilog="Example: semmoe trace --from sglang responses.jsonl.gz -o t; semmoe place t --ranks 4 -o p; semmoe report p t",
 )
-for command in (demo, trace, place, report, compare, show, reshard, export, run):
+for command in (demo, trace, place, report, compare, show, reshard, export, run, route):
     app.command()(command)
+app.command("try")(try_)
 
 
 def _print_version(asked: bool) -> None:
@@ -66,8 +70,13 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names that stdout's encoding lacks end no command
+    main_of(app if os.environ.get("RANK", "0") == "0" else _run_quietly)
+
+
+def main_of(command: Callable[[], object]) -> None:
+    """Run a command, and end as `main` does."""
     try:
-        app()
+        command()
     except InputError as error:
         _end(error, str(error))
     except SystemExit as end:
@@ -90,6 +99,20 @@ def main() -> None:
         if not _worker_died(error):
             raise
         _end(error, "a worker process died, most often for lack of memory: semmoe place takes --processes 1")
+
+
+def _run_quietly() -> None:
+    """The command on a further rank of torchrun: wrong usage and Ctrl-C are told by rank 0, which
+    was called alike."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if getattr(error, "exit_code", None) != 2:  # of wrong usage; its class is not Typer's to give
+            raise
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _end(error: BaseException, line: str) -> NoReturn:

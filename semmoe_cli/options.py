@@ -25,6 +25,7 @@ import typer
 
 if TYPE_CHECKING:
     from semmoe.solvers.schedule.simulate import Setting
+    from semmoe.solvers.time.hardware import TimeAsked
 
 
 class Method(enum.StrEnum):
@@ -70,6 +71,49 @@ class Expressible(enum.StrEnum):
     permutation = "permutation"
 
 
+class Spare(enum.StrEnum):
+    """--spare: semmoe.solvers.slots.SPARE."""
+
+    copies = "copies"
+    empty = "empty"
+
+
+class Phase(enum.StrEnum):
+    """--phase: semmoe.profiles.split.PHASES."""
+
+    prompt = "prompt"
+    generated = "generated"
+    all = "all"
+
+
+class ScoreFrom(enum.StrEnum):
+    """--score-from: semmoe.solvers.schedule.simulate.SIGNATURES."""
+
+    prompt = "prompt"
+    first_tokens = "first-tokens"
+
+
+class Minimize(enum.StrEnum):
+    """--minimize: semmoe.solvers.make_plan.PlanOptions."""
+
+    time = "time"
+    bytes = "bytes"
+
+
+class RowType(enum.StrEnum):
+    """--rows: semmoe.solvers.time.hardware.ROWS."""
+
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
+class Overlap(enum.StrEnum):
+    """--overlap: semmoe.solvers.time.hardware.OVERLAPS."""
+
+    none = "none"
+    two_batch = "two-batch"
+
+
 class TraceKind(enum.StrEnum):
     """--from: semmoe.profiles.engines.imports.KINDS."""
 
@@ -81,6 +125,13 @@ class TraceKind(enum.StrEnum):
     eplb = "eplb"
 
 
+class Api(enum.StrEnum):
+    """--api: semmoe.profiles.capture.server.APIS."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+
+
 class Repetition(enum.StrEnum):
     """--repetition: semmoe.profiles.engines.imports.REPETITION."""
 
@@ -89,13 +140,33 @@ class Repetition(enum.StrEnum):
 
 
 class MapKind(enum.StrEnum):
-    """--to and --import: semmoe.solvers.maps.kinds.KINDS."""
+    """--import: semmoe.solvers.maps.kinds.KINDS."""
 
     sglang = "sglang"
     trtllm = "trtllm"
     vllm = "vllm"
     vllm_ascend = "vllm-ascend"
     eplb = "eplb"
+
+
+class ExportKind(enum.StrEnum):
+    """--to: MapKind, and semmoe.runtime.engines.write.KINDS."""
+
+    sglang = "sglang"
+    trtllm = "trtllm"
+    vllm = "vllm"
+    vllm_ascend = "vllm-ascend"
+    eplb = "eplb"
+    vllm_plugin = "vllm-plugin"
+    sglang_plugin = "sglang-plugin"
+
+
+class Engine(enum.StrEnum):
+    """--engine: semmoe.runtime.router.pins.ENGINES."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    trtllm = "trtllm"
 
 
 class VllmFormat(enum.StrEnum):
@@ -116,7 +187,7 @@ class Dtype(enum.StrEnum):
 
 
 class Layout(enum.StrEnum):
-    """--layout: semmoe.runtime.reshard.sidecar.LAYOUTS."""
+    """--layout: semmoe.profiles.numbering.LAYOUTS."""
 
     permuted = "permuted"
     ranks = "ranks"
@@ -132,6 +203,51 @@ class Verify(enum.StrEnum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input and seed give the same bytes.", min=0)]
+
+ReplicaChoiceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--replica-choice",
+        metavar="RULE",
+        help="Which copy of an expert serves: own-rank-then-node-then-load; cover (per token the fewest remote ranks); as an engine "
+        "does it, by its name or engine with --engine. Of a plan its own, where it is not said.",
+    ),
+]
+
+
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="NAME", help="Copies serve as in this engine: sglang, vllm, trtllm, vllm-ascend."),
+]
+
+
+def replica_rule(choice: str | None, engine: str | None) -> str | None:
+    """The rule that --replica-choice and --engine name; None where neither is given."""
+    from semmoe.profiles.errors import InputError
+    from semmoe.solvers.place.replicas import ENGINE_RULES, check_rule
+
+    if engine is not None and engine not in ENGINE_RULES:
+        raise InputError(f"--engine {engine}: expected {', '.join(ENGINE_RULES)}")
+    if choice == "engine" and engine is None:
+        raise InputError(f"--replica-choice engine needs --engine NAME: {', '.join(ENGINE_RULES)}")
+    found = engine if choice in (None, "engine") else choice
+    return found and check_rule(found)
+
+
+PhaseOption = Annotated[
+    Phase | None,
+    typer.Option(
+        "--phase", help="Only tokens of prompts, or only generated ones; both where it is not said, of a plan its own."
+    ),
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="contiguous|load|PLAN",
+        help="What verdict, headline and tables hold the plan against, at as many slots; the better of contiguous and load otherwise.",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,13 +282,118 @@ class Simulation:
 
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a simulated batch.", min=1)] = 512
     window: Annotated[int, typer.Option(help="Requests of a simulated scheduling window.", min=1)] = 256
+    score_from: Annotated[
+        ScoreFrom | None,
+        typer.Option(
+            help="Also schedule requests of a decode pool by routing that is known when they get there: of their prompt, or of their "
+            "first 16 generated tokens."
+        ),
+    ] = None
     seed: Seed = 0
 
     def setting(self) -> "Setting":
         """The same as solvers read it."""
         from semmoe.solvers.schedule.simulate import Setting
 
-        return Setting(self.batch_tokens, self.window, self.seed)
+        return Setting(self.batch_tokens, self.window, self.seed, self.score_from.value if self.score_from else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The machine and the batches that times are predicted for (semmoe.solvers.time)."""
+
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Predict the time of a MoE layer on this machine: a100, h100, h200, h800, h20, b200, gb200, mi300x, or a JSON file.",
+        ),
+    ] = None
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Exchange of the engine: deepep-normal, deepep-ll, nvlink-onesided, nccl-a2a, nccl-gather, self-balancing, cpu-proxy.",
+        ),
+    ] = None
+    tokens_per_rank: Annotated[
+        int,
+        typer.Option(metavar="N", help="Tokens of a batch on each rank; 0: 4096 for prompts, 128 generated.", min=0),
+    ] = 0
+    phase: PhaseOption = None
+    weights: Annotated[
+        str | None, typer.Option(metavar="bf16|fp8|mxfp4", help="Number type of the experts; the model's otherwise.")
+    ] = None
+    rows: Annotated[RowType, typer.Option(help="Number type of a row on dispatch.")] = RowType.bf16
+    overlap: Annotated[
+        Overlap, typer.Option(help="two-batch: the exchanges of one half run behind the work of the other.")
+    ] = Overlap.none
+    other_us: Annotated[
+        float, typer.Option(metavar="U", help="Microseconds of a layer outside experts and exchanges.", min=0)
+    ] = 0.0
+    step_ms: Annotated[
+        float, typer.Option(metavar="X", help="Milliseconds of a step of the whole model, for shares of it.", min=0)
+    ] = 0.0
+    gpu_hour: Annotated[
+        float, typer.Option(metavar="USD", help="With --step-ms: price of a GPU hour, for money.", min=0)
+    ] = 0.0
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ROWS.csv", help="Measured exchanges (bytes,us) and experts (what,bytes,us) of the machine."
+        ),
+    ] = None
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Copies serve as in this engine, and with --hardware its backend and schedules: sglang, vllm, trtllm, vllm-ascend.",
+        ),
+    ] = None
+
+    @property
+    def whose(self) -> str | None:
+        """One of semmoe.profiles.split.PHASES; None where it is not said."""
+        return self.phase.value if self.phase else None
+
+    def asked(self, hidden_size: int = 0, expert_size: int = 0) -> "TimeAsked | None":
+        """The same as solvers read it; None without --hardware, which the others need."""
+        from semmoe.solvers.time.hardware import TimeAsked
+
+        if self.hardware is None:
+            if others := given(self, but=("phase", "engine", "hidden_size", "expert_size")):
+                raise typer.BadParameter(f"{others[0]} needs --hardware: times are predicted for a machine")
+            return None
+        return TimeAsked(
+            hardware=self.hardware,
+            backend=self.backend or "",
+            tokens_per_rank=self.tokens_per_rank,
+            phase="" if self.whose in (None, "all") else str(self.whose),
+            weights=self.weights or "",
+            rows=self.rows.value,
+            overlap=self.overlap.value,
+            other_us=self.other_us,
+            step_ms=self.step_ms,
+            gpu_hour=self.gpu_hour,
+            measured=self.measured,
+            engine=self.engine or "",
+            hidden_size=hidden_size,
+            expert_size=expert_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedPlacing(Timing):
+    """The same, for a command that has no other use for the model's sizes."""
+
+    hidden_size: Annotated[int, typer.Option(metavar="D", help="With --hardware: hidden size of the model.", min=0)] = 0
+    expert_size: Annotated[
+        int, typer.Option(metavar="I", help="With --hardware: intermediate size of an expert.", min=0)
+    ] = 0
+
+    def asked_here(self) -> "TimeAsked | None":
+        """`asked`, with the sizes of these options."""
+        return self.asked(self.hidden_size, self.expert_size)
 
 
 def grouped(
@@ -180,9 +401,8 @@ def grouped(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command that takes records, as Typer takes it: every field is an option of its own.
 
-    Parameters
-    ----------
-    first, last : names of options that the help shows before and after the others
+    Parameters:
+        first, last: names of options that the help shows before and after the others
 
     A parameter annotated with a dataclass stands for that dataclass's fields, in their order; a
     field may be such a record again. Without names in `first` or `last` the help shows the options

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from semmoe.solvers.placement import Placement
+from semmoe.solvers.slots import Slots
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,10 @@ class Demands:
         objective: the schedules that placement is made for: "tp" (tokens), "dp" (requests) or
             "both".
         lar_weight: remote ranks that one more local activation per token is worth.
-        replicas: extra expert slots per rank.
+        replicas: expert slots of a rank beyond ceil(E / R).
+        slots: expert slots of a rank in all; 0: ceil(E / R) and `replicas`.
+        redundant: copies of experts on all ranks together, in place of `slots` and `replicas`.
+        spare: what slots beyond one for each expert hold: "copies" or "empty" (every expert once).
         robust: clusters of requests that each keep the cap; 0 = only all together.
         expressible: "permutation": only what a permuted checkpoint of a grouped model can express.
         effort: how long to search: "fast", "default" or "max".
@@ -38,10 +42,24 @@ class Demands:
     objective: str = "both"
     lar_weight: float = 0.0
     replicas: int = 0
+    slots: int = 0
+    redundant: int | None = None
+    spare: str = "copies"
     robust: int = 0
     expressible: str | None = None
     effort: str = "default"
     processes: int = 1
+
+    def slots_of(self, num_experts: int, num_ranks: int) -> Slots:
+        """The slots that are asked for. Raises InputError where they do not fit."""
+        return Slots.asked(
+            num_experts,
+            num_ranks,
+            slots=self.slots,
+            replicas=self.replicas,
+            redundant=self.redundant,
+            spare=self.spare,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +73,6 @@ class Solved:
 
     @classmethod
     def from_ranks(cls, rank_of_LE: np.ndarray, load_LE: np.ndarray, num_ranks: int, *, rounds: int = 1) -> "Solved":
-        """Without replicas, from the rank and the load of each expert, [L, E] both."""
+        """Without copies, from the rank and the load of each expert, [L, E] both."""
         loads = [np.bincount(r_E, load_E, num_ranks) for r_E, load_E in zip(rank_of_LE, load_LE, strict=True)]
         return cls(Placement.from_ranks(rank_of_LE, num_ranks), np.stack(loads), rounds)

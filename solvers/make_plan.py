@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.counts import RoutingProfile, profile_split
@@ -21,14 +20,17 @@ from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
-from semmoe.profiles.split import holdout_requests, request_keys
+from semmoe.profiles.split import one_sided, only_phase, phase_of, phase_shares, request_keys, split_requests
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.against import Against, deployments_beside, words_of
+from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Report
-from semmoe.solvers.evaluate.score_plan import SCORED_IDS, baselines, score_batch, score_placements
-from semmoe.solvers.place.bounds import NO_BOUND, certificate_of
+from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, score_batch, scored_batch
+from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
+from semmoe.solvers.place.replicas import OWN_RULE, check_rule
 from semmoe.solvers.place.solve import check_demands, solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
@@ -36,6 +38,10 @@ from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
+from semmoe.solvers.slots import Slots
+from semmoe.solvers.time.hardware import TimeAsked, costing_of
+from semmoe.solvers.time.minimize import cap_by_time, check_for_time, solve_for_time
+from semmoe.solvers.time.predict import timed_report
 
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
 
@@ -48,10 +54,17 @@ class PlanOptions:
         method: "semmoe", "metis", "spectral", "load", "contiguous", "paper" or "exact".
         holdout: share of the requests that is scored on and not learned from.
         holdout_domains: requests of these domains are scored on instead, where any are named.
+        phase: only tokens of the "prompt" are counted, fitted and scored, or only "generated" ones;
+            "all": both.
+        replica_choice: the rule by which copies serve, one of REPLICA_RULES.
         refit: the plan is fitted on all requests after scoring.
         certify: bound what any placement could reach (`Report.certificate`).
         setting: how schedules are simulated.
+        against: what the verdict holds the plan against.
         made_by: the command, for plan.json.
+        time: the machine and batches that times are predicted for; None: none are.
+        auto_cap: the load cap is chosen by predicted time on requests that a trial did not see.
+        minimize: "time" or "bytes"; "": time where `time` is given and the method is "semmoe".
 
     Source: solvers/make_plan.py; `semmoe place --help` names the same.
     """
@@ -59,10 +72,21 @@ class PlanOptions:
     method: str = "semmoe"
     holdout: float = 0.2
     holdout_domains: list[str] = field(default_factory=list)
+    phase: str = "all"
+    replica_choice: str = OWN_RULE
     refit: bool = True
     certify: bool = False
     setting: Setting = field(default_factory=Setting)
+    against: Against = field(default_factory=Against)
     made_by: str = ""
+    time: TimeAsked | None = None
+    minimize: str = ""
+    auto_cap: bool = False
+
+    @property
+    def for_time(self) -> bool:
+        """Whether placement minimises the predicted time."""
+        return self.minimize == "time" or (not self.minimize and self.time is not None and self.method == "semmoe")
 
 
 def make_plan(
@@ -74,18 +98,24 @@ def make_plan(
     progress: Stages = unshown_stages,
 ) -> Plan:
     """The plan for the traces' model, with scores on held-out requests beside the baselines (see
-    `score_placements`); of traces that hold loads only, a plan by load without them."""
+    `score_batch`); of traces that hold loads only, a plan by load without them."""
     # Step 1: refuse what cannot be made, before anything is read.
     for trace in traces:
         trace.info.check_numbering(trace.path)
     if any(trace.info.kind == "counts" for trace in traces):
         check_method(traces, options.method, demands, certify=options.certify)
+        only_phase(traces[0], options.phase)
         return plan_of_counts(traces, topology, demands, method=options.method, made_by=options.made_by)
     _check(traces, topology, demands, options)
+    with_prompts = options.setting.score_from == "prompt"
+    traces = [only_phase(trace, options.phase, with_prompts=with_prompts) for trace in traces]
     # Step 2: hold requests out and count both sides, in one reading.
     traffic = read_traffic(traces, options, demands.seed, progress)
     # Step 3: the plan for the counts.
-    solve = partial(_placed, topology=topology, demands=demands, method=options.method)
+    if options.auto_cap and options.time is not None:
+        cap = cap_by_time(traffic.profile, topology, demands, options.time, options.method)
+        demands = replace(demands, load_cap=cap)
+    solve = partial(_placed, topology=topology, demands=demands, options=options)
     return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
 
 
@@ -120,15 +150,17 @@ class Asked(NamedTuple):
 def plan_of_traffic(
     traces: list[RoutingTrace], traffic: Traffic, asked: Asked, options: PlanOptions, progress: Stages
 ) -> Plan:
-    """The plan with its schedules, scored on the held-out requests."""
+    """The plan with its schedules, scored on the held-out requests. `traces`: of the phase that was
+    counted."""
     topology, demands, _ = asked
     held_out, profile, _, whole = traffic
-    embedding_VD = input_embedding(traces[0].info.embedding)
+    embedding_VD, shares = input_embedding(traces[0].info.embedding), phase_shares(traces)
     # Step 1: place the experts, and fit the schedules, on the requests that are not held out.
     fitted = _fit(profile, asked, embedding_VD, progress)
     # Step 2: score on those that are.
-    deployed = Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule)
-    scores = score_held_out(deployed, traffic, options, demands.processes, progress)
+    rule = check_rule(options.replica_choice)
+    deployment = Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule, rule)
+    scores = replace(score_held_out(deployment, traffic, options, demands.processes, progress), phase_shares=shares)
     # Step 3: bound what any placement could reach on the requests that were fitted.
     if options.certify:
         bounding = partial(progress, "bounding what any placement could reach: layers")
@@ -151,11 +183,18 @@ def plan_of_traffic(
         load_LE=fitted.profile.load_LE,
         fitted_keys=np.concatenate(keys),
         load_cap=demands.load_cap,
-        options={k: v for k, v in asdict(demands).items() if k not in OWN_FIELDS},
+        options={k: v for k, v in asdict(demands).items() if k not in OWN_FIELDS}
+        | {"phase": options.phase, "phase_shares": shares, "replica_choice": options.replica_choice}
+        | _time_options(options),
         trace=_traced(traces),
         split=_split(traces, held_out, demands.seed, options),
         scores=scores,
-        notes=fitted.solved.notes + _notes_on_checkpoints(traces),
+        notes=[
+            *fitted.solved.notes,
+            *_notes_on_checkpoints(traces),
+            *_notes_on_against(options.against, traces, held_out),
+            *_notes_on_phases(options.phase, shares),
+        ],
         made_by=options.made_by,
         tables=fitted.schedule.to_tables(),
         scored=scored,
@@ -166,27 +205,44 @@ def score_held_out(
     deployment: Deployment, traffic: Traffic, options: PlanOptions, processes: int, progress: Stages
 ) -> Report:
     """The deployment on the held-out requests, beside what engines do without us."""
-    profile = traffic.profile
-    max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
-    return score_batch(
+    info = traffic.profile.info
+    max_tokens = SCORED_IDS // (info.num_layers * info.top_k)
+    scored_on = bounded_requests(traffic.rest.sample, max_tokens=max_tokens, seed=options.setting.seed)
+    # Where a server ran them under an earlier plan says nothing of this one.
+    scored_on = replace(scored_on, rank_of_B=None)
+    scores = score_batch(
         deployment,
-        bounded_requests(traffic.rest.sample, max_tokens=max_tokens, seed=options.setting.seed),
-        profile.info,
-        beside=baselines(profile.load_LE, deployment.topology, profile.info.n_group),
+        scored_on,
+        info,
+        against=options.against,
         setting=options.setting,
         processes=processes,
         progress=partial(progress, "scoring on held-out requests: rows"),
     )
+    scores = replace(scores, phase=options.phase)
+    if options.time is None:
+        return scores
+    beside = deployments_beside(deployment, info.n_group, options.against)
+    return timed_report(scores, deployment, beside, scored_on, options.time, options.against.name)
 
 
 def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, options: PlanOptions) -> None:
+    check_rule(options.replica_choice)
     if demands.dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {demands.dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
     for trace in traces:
         trace.require_tokens("placement by co-activation, and its held-out scores,")
     check_demands(traces[0].info, topology, demands, method=options.method)
-    if options.certify and demands.replicas:
-        raise InputError(NO_BOUND)
+    slots = demands.slots_of(traces[0].info.num_experts, topology.num_ranks)
+    if options.certify and slots.copies and slots.per_rank * topology.num_ranks > traces[0].info.num_experts:
+        least = slots == Slots.least(traces[0].info.num_experts, topology.num_ranks)
+        raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
+    if options.for_time:
+        check_for_time(options.time, options.method, demands)
+    if options.auto_cap and (options.time is None or options.for_time):
+        raise InputError("--load-cap auto needs --hardware, and --minimize bytes: time has no cap")
+    if options.time is not None:
+        costing_of(options.time, traces[0].info, topology)
 
 
 class _Fitted(NamedTuple):
@@ -198,9 +254,11 @@ class _Fitted(NamedTuple):
 
 
 def _placed(
-    profile: RoutingProfile, progress: Progress, *, topology: Topology, demands: Demands, method: str
+    profile: RoutingProfile, progress: Progress, *, topology: Topology, demands: Demands, options: PlanOptions
 ) -> Solved:
-    return solve_placement(profile, topology, demands, method=method, progress=progress)
+    if options.for_time and options.time is not None:
+        return solve_for_time(profile, topology, demands, options.time, progress=progress)
+    return solve_placement(profile, topology, demands, method=options.method, progress=progress)
 
 
 def _fit(
@@ -226,6 +284,24 @@ def _notes_on_checkpoints(traces: list[RoutingTrace]) -> list[str]:
     return [f"one of the traces {said}"] if others else []
 
 
+def _notes_on_against(against: Against, traces: list[RoutingTrace], held_out: list[np.ndarray]) -> list[str]:
+    scored = [request_keys(t.requests())[h] for t, h in zip(traces, held_out, strict=True)]
+    seen = int(against.seen(np.concatenate(scored)).sum())
+    said = f"{against.name} was fitted on {seen} of the held-out requests, which flatters it"
+    return [said] if seen else []
+
+
+def _notes_on_phases(phase: str, shares: dict[str, float]) -> list[str]:
+    if phase != "all":
+        return [f"placed for {phase} tokens alone, {shares[phase]:.0%} of the trace"]
+    return [said] if (said := one_sided(shares)) else []
+
+
+def _time_options(options: PlanOptions) -> dict[str, Any]:
+    """What plan.json says of the time that was minimised; nothing where bytes were."""
+    return {"minimize": "time"} if options.for_time else {}
+
+
 def _traced(traces: list[RoutingTrace]) -> dict[str, Any]:
     """Which traces a plan was made from."""
     return {
@@ -248,30 +324,61 @@ def _split(traces: list[RoutingTrace], held_out: list[np.ndarray], seed: int, op
     }
 
 
-def score_plan(plan: Plan, trace: RoutingTrace, *, setting: Setting) -> tuple[Report, list[str]]:
+def score_plan(
+    plan: Plan, trace: RoutingTrace, *, against: Against = BETTER, setting: Setting
+) -> tuple[Report, list[str]]:
     """A report of the plan on a trace, and notes on which requests were scored.
 
-    Requests that the plan was fitted on are never scored. Where that leaves none of a trace that
-    the plan was made from, its own held-out scores are the answer. Raises InputError where another
-    trace holds nothing else.
+    Requests that the plan, or the one that it is held against, was fitted on are never scored.
+    Where that leaves none of a trace that the plan was made from, its own held-out scores are the
+    answer. Raises InputError where another trace holds nothing else.
     """
     trace.require_tokens("a report")
     plan.model.check(trace.info, trace.path)
-    unseen_B = ~np.isin(request_keys(trace.requests()), plan.fitted_keys)
+    keys_B = request_keys(trace.requests())
+    unseen_B = ~np.isin(keys_B, plan.fitted_keys)
     num_seen = int((~unseen_B).sum())
     if not unseen_B.any():
         if plan.scores is None or trace.fingerprint not in plan.trace["fingerprints"]:
+            made, given = plan.options.get("phase", "all"), phase_of(trace)
+            of = f" (its held-out scores are of --phase {made}, not {given})" if made != given else ""
             raise InputError(
-                f"the plan was fitted on every request of {trace.path}: nothing is left to score it on honestly"
+                f"the plan was fitted on every request of {trace.path}: nothing is left to score it on honestly{of}"
             )
-        return plan.scores, _notes_on_own_scores(plan, plan.scores.setting, setting)
+        return plan.scores, _notes_on_own_scores(plan, plan.scores, setting, against)
     notes = [f"{num_seen} requests of this trace were used to fit the plan and are left out"] if num_seen else []
-    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
-    return score_placements(plan.deployment, [trace], [unseen_B], beside=beside, setting=setting), notes
+    if num_seen := int((unseen_B & against.seen(keys_B)).sum()):
+        notes.append(f"{num_seen} requests of this trace were used to fit {against.name} and are left out")
+        unseen_B &= ~against.seen(keys_B)
+        if not unseen_B.any():
+            raise InputError(f"--against {against.name} was fitted on every request of {trace.path} that is left")
+    batch = scored_batch([trace], [unseen_B], seed=setting.seed)
+    refuse_foreign_order(plan, batch, trace.info, trace.path)
+    served, why_not = served_by(plan, trace)
+    notes += [why_not] if why_not else []
+    batch = batch if served else replace(batch, rank_of_B=None)
+    report = score_batch(plan.deployment, batch, trace.info, against=against, setting=setting)
+    return replace(report, phase=phase_of(trace), phase_shares=phase_shares([trace])), notes
 
 
-def _notes_on_own_scores(plan: Plan, made: Setting, setting: Setting) -> list[str]:
-    split = plan.split
+def served_by(plan: Plan, trace: RoutingTrace) -> tuple[bool, str]:
+    """Whether a trace tells on which of the plan's ranks a server ran its requests; and why its
+    ranks are not those, "" where it names none."""
+    said = trace.info.notes.get("served")
+    if not isinstance(said, dict) or said.get("ranks") is None:
+        return False, ""
+    if said["ranks"] != plan.topology.num_ranks:
+        return (
+            False,
+            f"no row as-served: the server had {said['ranks']} DP ranks, the plan has {plan.topology.num_ranks}",
+        )
+    if said.get("plan") not in (None, plan.fingerprint):
+        return False, f"no row as-served: the server ran plan {said['plan']}, this one is {plan.fingerprint}"
+    return True, ""
+
+
+def _notes_on_own_scores(plan: Plan, scores: Report, setting: Setting, against: Against) -> list[str]:
+    split, made = plan.split, scores.setting
     notes = [
         f"the plan was fitted on all of this trace: these are the scores, on {split['held_out_requests']} held-out requests, "
         f"of the same method fitted on the other {split['training_requests']}"
@@ -281,20 +388,14 @@ def _notes_on_own_scores(plan: Plan, made: Setting, setting: Setting) -> list[st
             f"they stay those of --batch-tokens {made.batch_tokens} --window {made.window} --seed {made.seed}: "
             "for other settings give another trace, or place with --no-refit"
         )
+    if plan.replica_choice != scores.replica_choice:
+        notes.append(
+            f"they stay those of copies that serve by {scores.replica_choice}: for another rule give another trace, or place "
+            f"with --replica-choice {plan.replica_choice}"
+        )
+    if against.name and against.name != scores.baseline:
+        notes.append(
+            f"they stay held against {words_of(scores.baseline)}: for another baseline give another trace, or place with "
+            f"--against {against.name}"
+        )
     return notes
-
-
-def split_requests(
-    traces: list[RoutingTrace], *, holdout: float, holdout_domains: list[str], seed: int
-) -> list[np.ndarray]:
-    """Held-out requests over all traces together, bool [B] per trace (see `holdout_requests`).
-
-    Raises InputError where a request is in two of the traces: it would be learned from and scored
-    on.
-    """
-    tables = [trace.requests() for trace in traces]
-    keys = np.concatenate([request_keys(table) for table in tables])
-    if repeated := len(keys) - len(np.unique(keys)):
-        raise InputError(f"{repeated} requests are in more than one of the traces: give each request once")
-    held_out_B = holdout_requests(pa.concat_tables(tables), holdout=holdout, holdout_domains=holdout_domains, seed=seed)
-    return np.split(held_out_B, np.cumsum([t.num_rows for t in tables])[:-1])

@@ -11,7 +11,7 @@ Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from semmoe.profiles.checkpoint import IDENTITY
 from semmoe.profiles.document import (
     SHA256,
     anything,
+    digest_of,
     distinct,
     grid,
     integer,
@@ -43,7 +44,8 @@ from semmoe.profiles.trace import MAX_LAYERS, TraceInfo, hash_file
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.html import facts_html
-from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.place.replicas import OWN_RULE, check_rule
+from semmoe.solvers.placement import EMPTY, Placement, Topology, fingerprint_of, part_sizes
 from semmoe.solvers.schedule.request_scorer import RequestScorer
 from semmoe.solvers.schedule.schedule import Schedule
 
@@ -83,7 +85,7 @@ FACTS = record(
         "split": map_of(anything),
         "notes": list_of(text()),
         "scores": map_of(anything),
-        "placement": grid((None, None, None), 0, 65_535),
+        "placement": grid((None, None, None), EMPTY, 65_535),
     },
     {
         "replicas": integer(0, MAX_RANKS),
@@ -193,7 +195,19 @@ class Plan:
     def deployment(self) -> Deployment:
         """The placement with its schedule. Raises InputError where the schedule's tables are not
         whole."""
-        return Deployment(self.placement, self.load_LE, self.topology, self.dispatch, Schedule.from_tables(self.tables))
+        schedule = Schedule.from_tables(self.tables)
+        return Deployment(
+            self.placement, self.load_LE, self.topology, self.dispatch, schedule, check_rule(self.replica_choice)
+        )
+
+    def with_rule(self, rule: str | None) -> "Plan":
+        """The plan with another rule by which copies serve; the same for None."""
+        return self if rule is None else replace(self, options={**self.options, "replica_choice": check_rule(rule)})
+
+    @property
+    def replica_choice(self) -> str:
+        """The rule by which copies serve (solvers/place/replicas.py)."""
+        return str(self.options.get("replica_choice", OWN_RULE))
 
     @property
     def request_scorer(self) -> RequestScorer | None:
@@ -224,9 +238,18 @@ class Plan:
             "fingerprint": self.fingerprint,
             "fitted_load_imbalance": float((load_LR.max(1) / load_LR.mean(1)).mean()),
             "fitted_on": "all requests" if self.split.get("refit") else "training requests",
+            "phase": self.options.get("phase", "all"),
         }
+        if placement.num_copies:
+            facts["replica_choice"] = self.replica_choice
+        for phase, share in self.options.get("phase_shares", {}).items():
+            facts[f"{phase}_share"] = share
         if "balance" in self.options:
             facts |= {"fitted_on": "expert loads", "scored": "for balance only, on the loads that it was made from"}
+        if placement.num_copies != placement.num_replicas * placement.num_ranks:
+            facts["copies_per_layer"] = placement.num_copies
+        if placement.num_empty:
+            facts["empty_slots_per_layer"] = placement.num_empty // placement.num_layers
         if placement.num_wasted:
             facts["wasted_slots"] = placement.num_wasted
         possible = "possible" if outputs["permuted_checkpoint"] else f"not possible: {outputs['why_not']}"
@@ -340,12 +363,16 @@ class Plan:
     def outputs(self) -> dict[str, Any]:
         """Which outputs can express the placement, as far as the traces told: a router that chooses
         among groups of consecutive experts keeps its choices only under permutations of whole
-        groups, and a permutation has no replicas."""
-        why_not, model = "", self.model
-        if self.placement.num_replicas:
-            why_not = f"{self.placement.num_replicas} replica slots per rank"
+        groups; a permutation has no copies, and shares experts among ranks as the linear split
+        does."""
+        why_not, model, placement = "", self.model, self.placement
+        held_LR = (placement.experts_LRS != EMPTY).sum(axis=2)
+        if placement.num_copies:
+            why_not = placement.copies_in_words
+        elif (held_LR != part_sizes(placement.num_experts, placement.num_ranks)).any():
+            why_not = "ranks other than the first ones hold one expert more"
         elif 1 <= model.topk_group < model.n_group:
-            group_LP = self.placement.physical_to_logical_LP // (model.num_experts // model.n_group)
+            group_LP = placement.order_LE // (model.num_experts // model.n_group)
             group_LGE = group_LP.reshape(len(group_LP), model.n_group, -1)
             num_split = int((group_LGE != group_LGE[:, :, :1]).any(axis=(1, 2)).sum())
             if num_split:
@@ -356,10 +383,7 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Short hash of the placement and the model it is for."""
-        facts = {key: value for key, value in asdict(self.model).items() if key != "checkpoint"}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        digest.update(np.ascontiguousarray(self.placement.experts_LRS).tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(asdict(self.model), self.placement.experts_LRS)
 
 
 def check_plan_target(path: Path) -> None:
@@ -376,13 +400,6 @@ def signed(facts: dict[str, Any], tables: bytes) -> dict[str, Any]:
     """plan.json with the hash of its tables, and its own."""
     facts = json.loads(json.dumps(facts)) | {"tables_sha256": hashlib.sha256(tables).hexdigest()}
     return {**facts, "digest": digest_of(facts)}
-
-
-def digest_of(facts: dict[str, Any]) -> str:
-    """SHA-256 of the content of plan.json but for its digest, as JSON with sorted keys: it does
-    not depend on how the file is laid out."""
-    content = json.dumps({key: facts[key] for key in facts if key != "digest"}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read_facts(path: Path, *, accept_edits: bool = False) -> tuple[dict[str, Any], dict[str, str]]:

@@ -16,11 +16,12 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace, TraceInfo, concat_batches
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
-from semmoe.solvers.evaluate.score_plan import baselines
+from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.solve import solve_placement
-from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.placement import EMPTY, Placement, Topology, part_sizes
 from semmoe.solvers.plan import ModelFacts, Plan
+from semmoe.solvers.slots import Slots
 
 METHODS_OF_COUNTS = ("load", "contiguous")
 ONLY_BALANCE = "expert loads only, no routing per token: scored for balance, traffic is not scored"
@@ -50,7 +51,6 @@ def check_method(traces: list[RoutingTrace], method: str, demands: Demands, *, c
     if demands.dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {demands.dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
     asked = {"--certify": certify, "--robust": demands.robust > 1}
-    asked["--replicas with --method contiguous"] = method == "contiguous" and demands.replicas > 0
     if unmet := [option for option, is_set in asked.items() if is_set]:
         raise InputError(f"{unmet[0]} needs routing per token, {traces[0].path} holds only expert loads")
 
@@ -103,10 +103,8 @@ def balance_of(plan: Plan, load_LE: np.ndarray) -> list[dict[str, Any]]:
     mean over the layers that were counted. `load_LE`: activations, integers."""
     counted = load_LE.any(axis=1)
     rows = []
-    for name, placement in {
-        "plan": plan.placement,
-        **baselines(plan.load_LE, plan.topology, plan.model.n_group),
-    }.items():
+    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
+    for name, placement in {"plan": plan.placement, **beside}.items():
         serving = serving_LRE(placement.hosts_LER, plan.load_LE, plan.topology)
         load_LR = np.stack([served_load_R(s, load_E) for s, load_E in zip(serving, load_LE, strict=True)])[counted]
         most_L = load_LR.max(axis=1)
@@ -128,7 +126,8 @@ def _profile(info: TraceInfo, load_LE: np.ndarray) -> RoutingProfile:
 
 
 def _in_order(placement: Placement) -> np.ndarray:
-    """Experts of every rank in order, and its replica slots those of the ranks after it: [R, S]."""
-    num_ranks, num_slots = placement.num_ranks, placement.slots_per_rank
-    own = placement.num_experts // num_ranks
-    return (np.arange(num_ranks)[:, None] * own + np.arange(num_slots)) % placement.num_experts
+    """Experts of every rank in order, and its spare slots those of the ranks after it: [R, S]."""
+    sizes_R = part_sizes(placement.num_experts, placement.num_ranks)
+    slots_S, first_R = np.arange(placement.slots_per_rank), np.cumsum(sizes_R) - sizes_R
+    in_order_RS = (first_R[:, None] + slots_S) % placement.num_experts
+    return np.where((slots_S < sizes_R[:, None]) | (placement.num_empty == 0), in_order_RS, EMPTY)

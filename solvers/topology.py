@@ -9,10 +9,11 @@ Shape letter: R ranks.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.document import parse_json
+from semmoe.profiles.document import parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.placement import Topology
 
@@ -34,8 +35,8 @@ def read_topology(path: str | Path, *, num_ranks: int, num_nodes: int = 1) -> To
     neither form or of another size. Source: solvers/topology.py.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bounded(Path(path)).decode()
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise InputError(f"{path} cannot be read: {reason}") from None
     cost_RR = _json_costs(text, path) if text.lstrip()[:1] in ("[", "{") else _smi_costs(ANSI.sub("", text), path)
@@ -52,8 +53,8 @@ def _json_costs(text: str, path: str | Path) -> np.ndarray:
         raise InputError(f"{path} is not JSON: {error}") from None
     rows = value.get("cost") if isinstance(value, dict) else value
     try:
-        cost_RR = np.array(rows, np.float64)
-    except (TypeError, ValueError):
+        cost_RR = number_array(rows)
+    except ValueError:
         cost_RR = np.empty(0)
     if cost_RR.ndim != 2 or len(set(cost_RR.shape)) != 1 or not cost_RR.size:
         raise InputError(f"{path}: expected a square matrix of costs, a list of equally long lists of numbers")
@@ -62,6 +63,21 @@ def _json_costs(text: str, path: str | Path) -> np.ndarray:
     if np.diagonal(cost_RR).any():
         raise InputError(f"{path}: the cost of a rank to itself is not 0")
     return cost_RR
+
+
+def number_array(value: Any) -> np.ndarray:
+    """A number of JSON, or nested lists of them, as float64. Raises ValueError for anything else,
+    also text that looks like a number."""
+
+    def is_number(item: Any) -> bool:
+        return all(map(is_number, item)) if isinstance(item, list) else type(item) in (int, float)
+
+    if not is_number(value):
+        raise ValueError("expected numbers")
+    try:
+        return np.array(value, np.float64)
+    except OverflowError:
+        raise ValueError("a number is too large") from None
 
 
 def _smi_costs(text: str, path: str | Path) -> np.ndarray:

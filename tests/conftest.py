@@ -9,6 +9,21 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+
+
+class ByFile(LoadFileScheduling):
+    """A file's tests stay in one process, which makes its fixtures once; so do the files that use
+    what is built and installed here."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "built" if Path(file).stem in ("test_wheel", "test_names", "test_light_install") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

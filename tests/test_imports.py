@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent
 # Folders, and their rooms, each of which may import what stands before it; a folder's own files are
 # records that all share.
 ORDER = {
-    "profiles": ["demo", "engines", "capture"],
+    "profiles": ["demo", "engines", "router", "capture"],
     "solvers": ["schedule", "place", "evaluate", "time", "health", "replan", "maps"],
-    "runtime": ["ranks", "reshard", "layer", "transformers", "serving", "replay"],
+    "runtime": ["ranks", "reshard", "engines", "router", "layer", "transformers", "serving", "replay"],
     "semmoe_cli": ["terminal", "pages.figures", "pages", "commands"],
 }
 PACKAGES = {"semmoe_cli": "semmoe", **{folder: f"semmoe.{folder}" for folder in list(ORDER)[:3]}}

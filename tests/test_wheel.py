@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from environments import outside
+from environments import install, make_environment, outside
 from packaging.requirements import Requirement
 
 from semmoe.profiles.errors import EXTRAS
@@ -29,6 +29,7 @@ MODELS_ROOMS = (
     "semmoe.runtime.serving.",
     "semmoe.runtime.transformers.",
 )
+ROUTE_ROOM = "semmoe.runtime.router."  # a server's, and imports what it is made of
 
 
 def tracked(folder: str) -> list[str]:
@@ -118,7 +119,7 @@ def test_the_base_asks_for_nothing_that_engines_pin(described):
     assert {"semmoe"} == extras["all"] and "semmoe" in extras["test"]
 
 
-def test_the_base_is_enough_for_help_and_every_module_outside_of_the_models_rooms(light, tmp_path):
+def test_the_base_is_enough_for_help_and_every_module_outside_of_the_rooms_of_extras(light, tmp_path):
     done = outside(light, "semmoe", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "Example" in done.stdout, done.stderr
     assert outside(light, "semmoe", "--version", cwd=tmp_path).stdout.startswith("semmoe ")
@@ -126,11 +127,15 @@ def test_the_base_is_enough_for_help_and_every_module_outside_of_the_models_room
         absent = outside(light, "python", "-c", f"import {name}", cwd=tmp_path)
         assert f"No module named '{name}'" in absent.stderr, "the environment sees what the wheel does not declare"
     failed = set(modules()) - import_each(light, tmp_path)
-    assert {name for name in failed if not name.startswith(MODELS_ROOMS)} == set()
+    assert {name for name in failed if not name.startswith((*MODELS_ROOMS, ROUTE_ROOM))} == set()
 
 
-def test_the_models_extra_is_enough_for_every_module(with_models, tmp_path):
-    assert import_each(with_models, tmp_path) == set(modules())
+def test_an_extra_is_enough_for_every_module_of_its_rooms(with_models, wheel, requirements, tmp_path):
+    routing = make_environment(tmp_path / "routing", requirements, "route")
+    install(routing, str(wheel))
+    in_room = {name for name in modules() if name.startswith(ROUTE_ROOM)}
+    assert in_room and in_room <= import_each(routing, tmp_path)
+    assert set(modules()) - import_each(with_models, tmp_path) <= in_room
 
 
 def test_the_installed_wheel_runs_the_demo(with_models, tmp_path):

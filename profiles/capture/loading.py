@@ -17,7 +17,9 @@ from semmoe.profiles.capture.layers import explain_unsupported, find_moe_layers
 from semmoe.profiles.config import hub_in_reach, is_hub_id
 from semmoe.profiles.embedding import embedding_reference
 from semmoe.profiles.errors import InputError, raised_by_us
+from semmoe.profiles.numbering import config_folder
 
+LONGEST_REASON = 400  # characters of what Transformers says
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -43,6 +45,11 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
 
         path = str(demo_model_path())
     elif os.path.isdir(name) and not (Path(name) / "config.json").is_file():
+        if config_folder(name) != name:
+            raise InputError(
+                f"{name} is a reshard of layout ranks, whose weights lie apart for every rank: trace the checkpoint that it was "
+                f"made from, or put that together again with semmoe reshard --undo"
+            )
         raise InputError(f"{name} is not a model: it holds no config.json")
     elif not os.path.isdir(name) and not is_hub_id(name):
         raise InputError(f"{name} does not exist: expected a checkpoint directory, a hub id or demo")
@@ -73,14 +80,17 @@ def refusals(what: str):
         raise InputError(
             f"{what}: out of device memory ({str(error).splitlines()[0]}); try --device-map auto or fewer --batch-tokens"
         ) from None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # of whatever type: tokenizers raises Exception itself, configs a dozen others
         if raised_by_us(error):
             raise
         text = str(error)
         if "trust_remote_code" in text:
             raise InputError(f"{what}: it comes with code of its own; add --trust-remote-code to run that") from None
-        reason = " ".join(text.strip().split("\n")[0].split()) or type(error).__name__
-        raise InputError(f"{what}: {reason}") from None
+        lines = [" ".join(line.split()) for line in text.strip().split("\n")]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) or type(error).__name__
+        raise InputError(
+            f"{what}: {reason if len(reason) <= LONGEST_REASON else reason[:LONGEST_REASON] + '...'}"
+        ) from None
 
 
 def load_tokenizer(source: ModelSource) -> Any:

@@ -234,6 +234,11 @@ def encode_requests(requests: list[TextRequest], tokenizer: Any, *, answer: bool
     ]
 
 
+def has_no_text(request: TextRequest, ids: np.ndarray) -> bool:
+    """Whether there is nothing to read in a request."""
+    return not len(ids) or (request.messages is None and not request.text.strip())
+
+
 def _encode_chat(request: TextRequest, tokenizer: Any, answer: bool) -> list[int]:
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(

@@ -8,11 +8,10 @@ run of the same command stopped.
 """
 
 import itertools
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from semmoe.profiles.capture.loading import (
     refusals,
     refuse_untraceable,
 )
-from semmoe.profiles.capture.requests import TextRequest, encode_requests
-from semmoe.profiles.capture.sources import ReadProgress
+from semmoe.profiles.capture.requests import TextRequest, encode_requests, has_no_text
+from semmoe.profiles.capture.work import FLUSH_SECONDS, Limits, TraceProgress, interruptible
 from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.numbering import Relabelling, find_relabelling
@@ -38,16 +37,6 @@ from semmoe.profiles.trace import TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter, refuse_existing_trace
 
 ENCODE_REQUESTS = 64  # texts tokenised together
-FLUSH_SECONDS = 20.0  # how much work a killed run loses at most, besides the batch in hand
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much of a source is traced. None: no limit."""
-
-    max_requests: int | None = None
-    max_tokens: int | None = None  # prompt tokens in all
-    max_length: int | None = None  # prompt tokens of one request, which is cut there
 
 
 @dataclass(frozen=True)
@@ -85,23 +74,6 @@ class TraceOptions:
     resume: bool = False  # go on with a trace that was stopped
     ranks: Ranks = Ranks()
     made_by: str = ""
-
-
-@dataclass
-class TraceProgress:
-    """What a run has done so far, for a progress display."""
-
-    requests: int = 0
-    tokens: int = 0  # rows of routing recorded
-    skipped: int = 0  # requests that the trace held already
-    skipped_tokens: int = 0  # their prompt tokens
-    empty: int = 0  # requests without text
-    cut: int = 0  # requests cut to max_length
-    read_requests: int = 0  # of the source so far, in all ranks' shares, read ahead of the model
-    read_tokens: int = 0  # their prompt tokens
-    read: ReadProgress = field(default_factory=ReadProgress)
-    started: float = 0.0  # time.monotonic() when the first batch began
-    interrupted: bool = False
 
 
 def trace_model(
@@ -234,7 +206,7 @@ def encoded_requests(
     tokens = count = 0
     while chunk := list(itertools.islice(requests, ENCODE_REQUESTS)):
         for request, ids in zip(chunk, encode_requests(chunk, tokenizer, answer=answer), strict=True):
-            if not len(ids) or (request.messages is None and not request.text.strip()):
+            if has_no_text(request, ids):
                 progress.empty += 1
                 continue
             too_long = longest is not None and len(ids) > longest
@@ -309,45 +281,3 @@ def writing(
             writer.close()
     finally:
         writer.release()
-
-
-@contextmanager
-def interruptible(progress: TraceProgress) -> Iterator[tuple[Callable[[], Any], Callable[[], None]]]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt in the block, once. Yields `hold` and `check`.
-
-    In `with hold()` it is raised at the end only, or at a call of `check`. So reading, which may
-    wait for its source, ends at once; a model's pass ends at its next router, never inside a
-    kernel; and the trace is never left between two states.
-    """
-    holding = False
-
-    def stop(number: int, frame: Any) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        progress.interrupted = True
-        if not holding:
-            raise KeyboardInterrupt
-
-    def check() -> None:
-        if progress.interrupted:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def hold() -> Iterator[None]:
-        nonlocal holding
-        holding = True
-        try:
-            yield
-        finally:
-            holding = False
-        check()
-
-    try:
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are the caller's
-        before = {}
-    try:
-        yield hold, check
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

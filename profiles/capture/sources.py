@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from semmoe.profiles.document import parse_json
 from semmoe.profiles.errors import InputError, require_extra
+from semmoe.profiles.files import open_file
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
 MAX_CSV_FIELD = 1 << 30
@@ -125,7 +126,7 @@ def _file_records(root: Path, files: list[Path], progress: ReadProgress) -> Iter
                 yield Record(row, f"{name}:{number}", name, domain)
         else:
             try:
-                with open(file, "rb") as raw:
+                with open_file(file) as raw:
                     stream = gzip.GzipFile(fileobj=raw) if file.suffix.lower() == ".gz" else raw
                     for number, row in readers[_suffix(file)](stream, str(file)):
                         progress.done = before + raw.tell()

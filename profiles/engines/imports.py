@@ -54,6 +54,7 @@ DUMMY_ROWS = "warm-up rows"
 EMPTY_REQUESTS = "requests without rows"
 LOOPS = "requests that fell into a loop"
 KEEP_LOOPS = " (--repetition keep keeps them)"
+MOST_LOAD = 1 << 48  # of an expert in a window: sums of any number of layers stay in 64 bits
 ZERO_WINDOWS = "windows without activations"
 
 
@@ -275,6 +276,7 @@ class RequestAdder:
                 # Where nothing tells how long the prompt is, every row counts as prompt.
                 num_prompt_tokens=first + len(ids_TLK) if prompt is None else prompt,
                 first_position=first,
+                served=request.served,
             )
             self._requests += 1
             self._tokens += len(ids_TLK)
@@ -347,8 +349,8 @@ def _windows(job: Import, loads: Iterable[EngineLoad]) -> tuple[EngineLoad, dict
                 f"{load.where}: loads of {load.load_LE.shape[0]} layers x {load.load_LE.shape[1]} experts, "
                 f"{first.where} has {first.load_LE.shape[0]} x {first.load_LE.shape[1]} or other layers"
             )
-        if load.load_LE.size and load.load_LE.min() < 0:
-            layer, expert = np.argwhere(load.load_LE < 0)[0]
+        if load.load_LE.size and not 0 <= load.load_LE.min() <= load.load_LE.max() < MOST_LOAD:
+            layer, expert = np.argwhere((load.load_LE < 0) | (load.load_LE >= MOST_LOAD))[0]
             raise InputError(f"{load.where}: layer {layer}, expert {expert}: a load of {load.load_LE[layer, expert]}")
         if not load.load_LE.any():
             job.dropped[ZERO_WINDOWS] += 1

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from semmoe.profiles.document import parse_json
+from semmoe.profiles.engines.columns import MOST_EXPERTS
 from semmoe.profiles.engines.containers import container_of
 from semmoe.profiles.engines.load_rows import counted_rows, load_of
 from semmoe.profiles.engines.recorder import array_of, load_pt
@@ -37,7 +38,10 @@ def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOu
         ranks = _rank_files(folder)
         load: dict[int, dict[int, np.ndarray]] = {}
         for file in ranks:
-            for key, count_E in _tensors(file):
+            counts = list(_tensors(file))
+            if not counts:
+                raise InputError(f"{file} holds no counts: loads add up over all ranks")
+            for key, count_E in counts:
                 where = f"{file}, {key}"
                 match = re.fullmatch(r"(\d+)_(\d+)", key)
                 if match is None:
@@ -69,6 +73,10 @@ def _meta(path: Path) -> dict[str, int]:
         if not number:
             raise InputError(f"{path}: no {key}")
         found[key] = number
+    if not found["num_experts_per_token"] <= found["num_experts"] < MOST_EXPERTS:
+        raise InputError(
+            f"{path}: {found['num_experts_per_token']} of {found['num_experts']} experts a token cannot be"
+        )
     return found
 
 
@@ -111,7 +119,7 @@ def read_eplb(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut)
             if "logical_count" not in value:
                 raise InputError(f"{file}: keys {sorted(map(str, value))[:5]}, expected logical_count")
             value = value["logical_count"]
-        ndim = value.ndim if hasattr(value, "ndim") else np.ndim(_nested(value))  # pyright: ignore
+        ndim = np.ndim(_nested(value) if isinstance(value, list) else value)
         if ndim not in (2, 3):
             raise InputError(
                 f"{file}: a matrix with {ndim} axes, expected [layers, experts] or [windows, layers, experts]"
@@ -134,10 +142,10 @@ def _matrix(file: Path) -> Any:
         return load_pt(file)
     if kind == "npy" or file.suffix == ".npy":
         try:
-            return np.load(file, allow_pickle=False)
+            return np.load(file, mmap_mode="r", allow_pickle=False)  # mapped, it must be as long as it says
         except FileNotFoundError:
             raise InputError(f"{file} does not exist") from None
-        except (ValueError, EOFError, OSError) as error:
+        except (ValueError, EOFError, OSError, OverflowError) as error:
             raise InputError(f"{file} is not a .npy array: {error}") from None
     if kind == "json":
         return _json(file)

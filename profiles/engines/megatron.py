@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from semmoe.profiles.config import MOST
 from semmoe.profiles.engines.records import EngineRequest, LeftOut, integer, integer_array, json_objects
 from semmoe.profiles.errors import InputError
 
@@ -80,6 +81,8 @@ def _steps(file: Path, dropped: LeftOut) -> Iterator[EngineRequest]:
 
 def _line(where: str, line: dict[str, Any]) -> tuple[int, np.ndarray]:
     layer, num_tokens, top_k = (integer(where, line, name) for name in ("layer", "num_tokens", "topk"))
+    if layer is not None and layer > MOST:
+        raise InputError(f"{where}: layer is {layer}, expected the number of a layer of the model")
     if layer is None or line.get("top_indices") is None or line.get("block", "decoder") != "decoder":
         raise InputError(f"{where}: no layer, no top_indices, or a block other than decoder and mtp")
     value = line["top_indices"]

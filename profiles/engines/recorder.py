@@ -19,6 +19,7 @@ Shape letters: L layers of the record, E experts, S physical slots, T tokens, K 
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ def load_pt(path: Path) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ):  # torch raises a dozen kinds here, from pickle, zipfile and its own, with advice that would run its code
+        with warnings.catch_warnings():  # of what is refused in the next moment
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a dozen kinds, from pickle, zipfile and its own, with advice that would run its code
         raise InputError(
             f"{path} cannot be loaded as a .pt file of plain tensors: damaged, or another kind of file"
         ) from None
@@ -65,7 +66,11 @@ def pt_bytes(arrays: dict[str, np.ndarray]) -> bytes:
 
 def array_of(where: str, name: str, value: Any, ndim: int) -> np.ndarray:
     """A tensor, array or nested list as an array of integers with `ndim` axes."""
-    return integer_array(where, name, value.numpy() if hasattr(value, "numpy") else value, ndim)
+    try:
+        array = value.numpy() if hasattr(value, "numpy") else value
+    except (TypeError, RuntimeError) as error:  # sparse, bfloat16, without data: numpy has none of them
+        raise InputError(f"{where}: {name} is no plain tensor of integers: {str(error).splitlines()[0]}") from None
+    return integer_array(where, name, array, ndim)
 
 
 def recorder_files(files: list[Path]) -> list[Path]:

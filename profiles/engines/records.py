@@ -24,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.document import parse_json
+from semmoe.profiles.document import holds_flags, parse_json
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import open_file
+from semmoe.profiles.trace_writer import Served
 
 CUT_LINES = "cut or damaged lines"
 FOREIGN = "records of another kind"
@@ -47,6 +49,7 @@ class EngineRequest:
     model: str = ""
     num_experts: int = 0  # where the file states it; 0 = it does not
     layer_ids: tuple[int, ...] | None = None  # numbers of the layers where the file states them; None = 0, 1, 2, ...
+    served: Served | None = None  # where the server ran it
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +123,7 @@ Reader = Callable[[list[Path], dict[str, Any] | None, LeftOut], Iterator[EngineR
 def open_input(path: Path) -> Any:
     """A file for reading bytes; gzip by its first bytes, whatever its name."""
     try:
-        file = open(path, "rb")
+        file = open_file(path)
         if file.peek(2)[:2] == b"\x1f\x8b":
             return gzip.open(file, "rb")
         return file
@@ -130,9 +133,9 @@ def open_input(path: Path) -> Any:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of a file that are not blank. Raises InputError where a gzip file is cut or
-    damaged."""
+def input_lines(path: Path, left_out: LeftOut | None = None) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a file that are not blank. Raises InputError where a gzip file is damaged,
+    or cut; with `left_out` the whole lines before a cut are kept, and the cut is counted."""
     number = 0
     with open_input(path) as file:
         try:
@@ -140,6 +143,9 @@ def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if not line.isspace():
                     yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            if isinstance(error, EOFError) and left_out is not None and number:
+                left_out.leave(CUT_LINES, InputError(f"{path} is a gzip file that is cut after line {number}"))
+                return
             raise InputError(f"{path} is a damaged gzip file after line {number}: {error}") from None
         except OSError as error:
             raise InputError(f"{path} cannot be read after line {number}: {error}") from None
@@ -151,7 +157,7 @@ def json_objects(path: Path, left_out: LeftOut) -> Iterator[tuple[str, dict[str,
 
     A file that is one JSON document over many lines is read as a whole.
     """
-    lines = input_lines(path)
+    lines = input_lines(path, left_out)
     empty = True
     for number, line in lines:
         if empty and line.strip() in (b"[", b"{"):
@@ -255,13 +261,20 @@ def token_list(where: str, record: dict[str, Any], *keys: str) -> np.ndarray | N
 def integer_array(where: str, name: str, value: Any, ndim: int) -> np.ndarray:
     """An array of integers with `ndim` axes, of nested lists or an array; a whole float counts
     as an integer."""
+    if holds_flags(value):
+        raise InputError(f"{where}: {name} holds true or false, expected integers with {ndim} axes")
     try:
         array = np.asarray(value)
-    except ValueError:
-        raise InputError(f"{where}: {name} has rows of unequal length") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: {name} has rows of unequal length, or nests too deep") from None
     if array.size == 0 and array.ndim == ndim:
         return array.astype(np.int64)
-    if array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.floor(array)).all():
+    if (
+        array.dtype.kind == "f"
+        and np.isfinite(array).all()
+        and (array == np.floor(array)).all()
+        and (abs(array) < 2**63).all()
+    ):
         array = array.astype(np.int64)
     if array.ndim != ndim or array.dtype.kind not in "iu":
         raise InputError(

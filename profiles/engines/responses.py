@@ -53,6 +53,11 @@ Part = dict[str, Any]  # of a response: what it says of one sequence, in one fla
 def read_sglang(files: list[Path], facts: dict[str, Any] | None, left_out: LeftOut) -> Iterator[EngineRequest]:
     """Requests of SGLang responses in both shapes. Without routed_experts_shape, `facts` say
     layers and top-k."""
+    return _responses(files, left_out, _sglang_parts, _sglang_reader(facts))
+
+
+def _sglang_reader(facts: dict[str, Any] | None) -> Callable[[str, Path, dict[str, Any], Part], EngineRequest]:
+    """What reads one sequence of SGLang, which may tell the shape of those after it."""
     shape = None if facts is None else (facts["num_model_layers"], facts["top_k"])
 
     def read(where: str, file: Path, record: dict[str, Any], part: Part) -> EngineRequest:
@@ -65,7 +70,28 @@ def read_sglang(files: list[Path], facts: dict[str, Any] | None, left_out: LeftO
         shape = shape or ids_TLK.shape[1:]
         return request
 
-    return _responses(files, left_out, _sglang_parts, read)
+    return read
+
+
+def read_answer(kind: str, record: dict[str, Any], facts: dict[str, Any], where: str) -> list[EngineRequest]:
+    """The sequences of one response, as a server has just given it.
+
+    Parameters:
+        kind: "sglang" or "vllm".
+        record: the JSON object.
+        facts: of the model, `profiles.config.moe_facts`.
+        where: the request, for messages.
+
+    Raises InputError for an error, an abort, or rows that are not whole; one that has a `reason` is
+    counted by it.
+    """
+    parts_of, read = (_sglang_parts, _sglang_reader(facts)) if kind == "sglang" else (_vllm_parts, _vllm_request)
+    _refuse_error(where, record)
+    found = []
+    for place, part in parts_of(where, record):
+        _refuse_abort(place, part)
+        found.append(read(place, Path(where), record, part))
+    return found
 
 
 def _responses(
@@ -216,7 +242,7 @@ def _npy_ids(where: str, value: Any) -> np.ndarray:
         return _array(where, "routed_experts", value)
     try:
         array = np.load(io.BytesIO(base64_bytes(where, value)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
         raise InputError(f"{where}: routed_experts is not a .npy array: {error}") from None
     return integer_array(where, "routed_experts", array, 3)
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from semmoe.runtime.layer.choices import chosen_copies
 from semmoe.runtime.layer.exchange import exchange_sizes, start_rows, wait_for
 from semmoe.runtime.layer.permute import (
     Destinations,
@@ -83,16 +84,14 @@ def serve_tokens(
 ) -> torch.Tensor:
     """The output of an expert layer for this rank's batch; all ranks call it together.
 
-    Parameters
-    ----------
-    run_experts : weighted outputs of rows for slots of this rank.
-    hidden_TD : rows of the batch, padding included (RankState.valid_T says which are tokens).
-    expert_ids_TK : int64 [T, K], the router's choice; the id E is no expert.
-    weight_TK : floating [T, K], its weights.
+    Parameters:
+        run_experts: weighted outputs of rows for slots of this rank.
+        hidden_TD: rows of the batch, padding included (RankState.valid_T says which are tokens).
+        expert_ids_TK: int64 [T, K], the router's choice; the id E is no expert.
+        weight_TK: floating [T, K], its weights.
 
-    Returns
-    -------
-    Weighted sum of the chosen experts' outputs [T, D] in the dtype of the rows; 0 for padding.
+    Returns:
+        Weighted sum of the chosen experts' outputs [T, D] in the dtype of the rows; 0 for padding.
     """
     state = layer.state
     state.stopwatch.mark("attention")
@@ -129,7 +128,7 @@ def run_layer(
     tables, watch = layer.tables, layer.state.stopwatch
     layer.state.chosen_TK = expert_ids_TK
     # 1. Who serves what.
-    to = find_destinations(expert_ids_TK, tables.rank_of_E, tables.slot_of_E, layer.group.size)
+    to = find_destinations(*chosen_copies(tables, expert_ids_TK), layer.group.size)
     watch.mark("dispatch")
     sizes = agree_on_sizes(layer, to)
     watch.mark("wait")

@@ -39,13 +39,10 @@ class Rows(NamedTuple):
     weight_MK: torch.Tensor  # weight dtype, 0 there
 
 
-def find_destinations(
-    expert_ids_TK: torch.Tensor, rank_of_E: torch.Tensor, slot_of_E: torch.Tensor, num_ranks: int
-) -> Destinations:
-    """Destinations of each choice by the serving tables of this rank at this layer. Rank
-    `num_ranks` in a table: served by nobody."""
-    rank_TK, slot_TK = rank_of_E[expert_ids_TK], slot_of_E[expert_ids_TK]
-    needs_RT = torch.zeros((num_ranks + 1, len(expert_ids_TK)), dtype=torch.bool, device=expert_ids_TK.device)
+def find_destinations(rank_TK: torch.Tensor, slot_TK: torch.Tensor, num_ranks: int) -> Destinations:
+    """Destinations of each choice, from the rank that serves it and the slot there (int64, by
+    `chosen_copies`). Rank `num_ranks`: served by nobody."""
+    needs_RT = torch.zeros((num_ranks + 1, len(rank_TK)), dtype=torch.bool, device=rank_TK.device)
     needs_RT = needs_RT.scatter_(0, rank_TK.T, True)[:num_ranks]
     pairs_R = torch.zeros(num_ranks + 1, dtype=torch.int64, device=rank_TK.device)
     pairs_R = pairs_R.scatter_add_(0, rank_TK.reshape(-1), torch.ones_like(rank_TK).reshape(-1))[:num_ranks]

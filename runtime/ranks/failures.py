@@ -1,17 +1,10 @@
-"""What can fail while ranks run together, told apart: a mistake that all ranks know of, a
-collective, and memory."""
+"""What can fail while ranks run together, told apart: a collective, and memory."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-from semmoe.profiles.errors import InputError
-
-
-class SharedRefusal(InputError):
-    """A user's mistake that every rank of this machine has seen: it is enough that one tells it."""
 
 
 class ExchangeError(RuntimeError):

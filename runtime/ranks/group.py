@@ -6,6 +6,7 @@ use gloo; NCCL needs a GPU of its own for every rank.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from semmoe.profiles.errors import InputError
-from semmoe.runtime.ranks.failures import SharedRefusal, is_out_of_memory, naming, short_reason
+from semmoe.runtime.ranks.failures import ExchangeError, is_out_of_memory, naming, short_reason
+from semmoe.runtime.ranks.watch import open_store
 
 BACKENDS = ("auto", "nccl", "gloo")
 
@@ -90,21 +92,24 @@ def read_environment() -> tuple[int, int, int, int]:
 def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float = 300.0) -> Iterator[Group]:
     """The group of all ranks; a collective that waits longer than `timeout_s` seconds raises.
 
-    Running out of memory inside the block becomes one line that names the rank.
+    Raises InputError on every rank where one lacks the device or the backend. Running out of memory
+    inside the block becomes one line that names the rank.
     """
     rank, size, local_rank, local_size = read_environment()
+    chosen, refusal = torch.device("cpu"), ""
     try:
         chosen = choose_device(device, local_rank)
         backend = choose_backend(backend, chosen, local_size)
     except InputError as error:
-        raise SharedRefusal(str(error)) from None
+        refusal = str(error)
+    store = meet(rank, size, refusal, timeout_s)
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # kernels, events and streams of libraries follow the current device
     if backend == "nccl":
         options["device_id"] = chosen
     try:
-        dist.init_process_group(backend, rank=rank, world_size=size, **options)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"rank {rank} cannot join the group of {size}: {short_reason(str(error))}") from None
     handle = dist.group.WORLD
@@ -119,9 +124,30 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
     dist.destroy_process_group()
 
 
+def meet(rank: int, size: int, refusal: str, timeout_s: float) -> dist.Store:
+    """The store of all ranks, once every rank is there. Raises InputError on all of them
+    with the `refusal` of one ("": none), ExchangeError where a rank does not come in time.
+
+    Looks now and then in place of one long wait, so that a signal can end it.
+    """
+    end, keys = time.monotonic() + timeout_s, [f"ready/{each}" for each in range(size)]
+    with naming(rank, "the meeting of all ranks"):
+        store = open_store("group", timeout_s)
+        store.set(keys[rank], refusal)
+        while not store.check(keys):
+            if time.monotonic() > end:
+                missing = [str(each) for each, key in enumerate(keys) if not store.check([key])]
+                raise ExchangeError(f"rank {rank} waited {timeout_s:g} s for rank {', '.join(missing)} to start")
+            time.sleep(0.02)
+        refusals = [told.decode() for told in store.multi_get(keys)]
+    if told := [each for each in refusals if each]:
+        raise InputError(told[0])
+    return store
+
+
 def share(make: Callable[[], Shared], group: Group) -> Shared:
     """What `make` returns on rank 0, on every rank; any picklable object. Its InputError is
-    raised on every rank, as SharedRefusal."""
+    raised on every rank."""
     shared: list[Any] = [None, ""]
     if group.rank == 0:
         try:
@@ -133,13 +159,13 @@ def share(make: Callable[[], Shared], group: Group) -> Shared:
         dist.broadcast_object_list(shared, src=0, group=group.handle, device=device)
     value, refusal = shared
     if refusal:
-        raise SharedRefusal(refusal)
+        raise InputError(refusal)
     return value
 
 
 def hand_out(make: Callable[[], list[Shared]], group: Group) -> Shared:
     """Of what `make` returns on rank 0, picklable and one for each rank, this rank's own. Its
-    InputError is raised on every rank, as SharedRefusal."""
+    InputError is raised on every rank."""
     parts: list[Any] | None = None
     if group.rank == 0:
         try:
@@ -151,15 +177,14 @@ def hand_out(make: Callable[[], list[Shared]], group: Group) -> Shared:
         dist.scatter_object_list(own, parts, src=0, group=group.handle)
     part, refusal = own[0]
     if refusal:
-        raise SharedRefusal(refusal)
+        raise InputError(refusal)
     return part
 
 
 def together(make: Callable[[], Shared], group: Group) -> Shared:
     """What `make` returns on this rank, once it has returned on all of them.
 
-    `make` must not need the others. The InputError of one rank is raised on every rank, as
-    SharedRefusal.
+    `make` must not need the others. The InputError of one rank is raised on every rank.
     """
     made, refusal = None, ""
     try:
@@ -170,5 +195,5 @@ def together(make: Callable[[], Shared], group: Group) -> Shared:
     with naming(group.rank, "the agreement that all ranks are ready"):
         dist.all_gather_object(refusals, refusal, group=group.handle)
     if told := [each for each in refusals if each]:
-        raise SharedRefusal(told[0])
+        raise InputError(told[0])
     return made  # pyright: ignore

@@ -1,15 +1,15 @@
-"""Starts R ranks on this machine, one process each, and watches them: the first that fails ends
-all, and its reason is told.
+"""Starts R ranks on this machine, one process each, and watches them: the first that fails, dies or
+is stopped ends all, and its reason is told.
 
-Under torchrun the agent starts and watches the ranks, and `as_rank` tells their failures.
+Under torchrun the agent starts the ranks, and `as_rank` tells their failures.
 
 Shape letters: R ranks.
 """
 
 import multiprocessing
 import os
+import pickle
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from semmoe.profiles.errors import InputError, show_traceback
+from semmoe.runtime.ranks.heartbeat import BEAT_S, LATE_S, Silence, state_of
 
 GRACE_S = 2.0  # after a failure: how long other reasons are waited for, and processes for their end
 
@@ -26,12 +27,6 @@ GRACE_S = 2.0  # after a failure: how long other reasons are waited for, and pro
 def under_torchrun() -> bool:
     """Whether this process is a rank already."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class RankError(RuntimeError):
@@ -43,27 +38,29 @@ def launch(
 ) -> Any:
     """Run `work` on every rank of this machine.
 
-    Parameters
-    ----------
-    work : importable; called with `arguments`, and with its task where there are any.
-    arguments : picklable, the same on every rank.
-    tasks : picklable, one for each rank.
+    Parameters:
+        work: importable; called with `arguments`, and with its task where there are any.
+        arguments: picklable, the same on every rank.
+        tasks: picklable, one for each rank.
 
-    Returns
-    -------
-    What rank 0 returns. Raises InputError with the reason of the rank that failed first, RankError
-    with its traceback where that is a bug; the others are stopped within seconds.
+    Returns:
+        What rank 0 returns. Raises InputError with the reason of the rank that failed first,
+        RankError with its traceback where that is a bug; the others are stopped within seconds.
     """
+    from torch.distributed import TCPStore
+
     context = multiprocessing.get_context("spawn")
-    port = free_port()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the port is the system's choice
     processes, pipes = [], []
     resource_tracker.ensure_running()  # which unblocks SIGINT when it starts
     try:
         for rank in range(num_ranks):
             receiving, sending = context.Pipe(duplex=False)
             words = arguments if tasks is None else (*arguments, tasks[rank])
+            # As bytes: what it names is imported once the rank beats.
+            job = pickle.dumps((work, words))
             process = context.Process(
-                target=_rank_main, args=(sending, work, words, (rank, num_ranks, port)), daemon=True
+                target=_rank_main, args=(sending, job, (rank, num_ranks, store.port)), daemon=True
             )
             # Ranks inherit the mask: Ctrl-C reaches this process alone, which ends them without a
             # traceback from each.
@@ -86,23 +83,34 @@ def launch(
 def _watch(processes: list[Any], pipes: list[Connection]) -> Any:
     """The result of rank 0 once all ranks ended well."""
     result, failures, deadline = None, {}, None
-    running = dict(enumerate(pipes))
-    while running:
-        ready = wait(
-            list(running.values()), timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
-        )
+    running, silence, beating = dict(enumerate(pipes)), Silence(len(pipes)), set()
+    while running and (deadline is None or time.monotonic() < deadline):
+        ready = wait(list(running.values()), timeout=BEAT_S if deadline is None else GRACE_S / 10)
+        silence.pass_time()
         for rank in [r for r, pipe in running.items() if pipe in ready]:
-            kind, value = _receive(running.pop(rank), processes[rank], rank)
+            kind, value = _receive(running[rank], processes[rank], rank)
+            if kind == "beat":
+                silence.hear(rank)
+                beating.add(rank)
+                continue
+            del running[rank]
             if kind == "done":
                 result = value if rank == 0 else result
             else:
                 failures[rank] = (kind, value)
-                deadline = deadline or time.monotonic() + GRACE_S
-        if deadline is not None and time.monotonic() >= deadline:
-            break
+        for rank in running:
+            state = state_of(processes[rank].pid, os.getpid())
+            # The others may give up waiting for a stopped rank before it is late.
+            late_s = LATE_S if {kind for kind, _ in failures.values()} != {"exchange"} else BEAT_S
+            if silence.of(rank) >= late_s and (state == "stopped" or (not state and rank in beating)):
+                told = f", its process {processes[rank].pid} is stopped" if state else ""
+                said = f"rank {rank} has not answered for {silence.of(rank):.0f} s{told}: the run is over"
+                failures[rank] = ("stopped", said)
+        if failures:
+            deadline = deadline or time.monotonic() + GRACE_S
     if failures:
-        # A rank that died or refused is the cause; the others only saw their exchange fail.
-        order = ("killed", "crashed", "refused", "exchange")
+        # A rank that died, was stopped or refused is the cause: the others saw their exchange fail.
+        order = ("killed", "stopped", "crashed", "refused", "exchange")
         kind, message = min(failures.values(), key=lambda failure: order.index(failure[0]))
         raise RankError(message) if kind == "crashed" else InputError(message)
     return result
@@ -139,39 +147,48 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def as_rank(work: Callable[[], Any], kept: Callable[[], str] = str) -> Any:
-    """What `work` returns on this rank under torchrun. A failure is one line, told once where all
-    ranks see it.
+def as_rank(work: Callable[[], Any], tell: Callable[[str], None], kept: Callable[[], str] = str) -> Any:
+    """What `work` returns on this rank under torchrun. A failure is one line, of one rank.
 
-    `kept`: what rank 0 adds to it.
+    Parameters
+    ----------
+    tell : prints the line where this rank is held up in an exchange.
+    kept : what is added to it.
     """
-    from semmoe.runtime.ranks.failures import ExchangeError, SharedRefusal
+    from semmoe.runtime.ranks.failures import ExchangeError
+    from semmoe.runtime.ranks.watch import RankWatch
 
-    rank = os.environ["RANK"]
+    stopped = False
 
     def stop(*_: object) -> None:
-        raise ExchangeError(f"rank {rank} was stopped by SIGTERM: another rank has failed, or torchrun was ended")
+        nonlocal stopped
+        stopped = True
+        raise ExchangeError(f"rank {watch.rank} was stopped by SIGTERM: another rank has failed, or torchrun was ended")
 
+    watch = RankWatch(tell, kept)
     before = signal.signal(signal.SIGTERM, stop)
     try:
         return work()
-    except SharedRefusal as error:
-        if os.environ.get("LOCAL_RANK", rank) != "0":
-            sys.exit(1)
-        raise InputError(str(error)) from None
-    except (ExchangeError, InputError) as error:
-        raise InputError(f"{error}{kept() if rank == '0' else ''}") from None
+    except ExchangeError as error:
+        show_traceback(error)
+        failure = watch.cause(str(error), stopped=stopped)
+    except InputError as error:
+        show_traceback(error)
+        failure = watch.publish("refused", str(error))
+    except Exception as error:
+        watch.publish("crashed", f"rank {watch.rank} failed: {type(error).__name__}")
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
+        watch.close()
+    if watch.tells(failure):
+        raise InputError(f"{failure.line}{kept()}")
+    sys.exit(1)
 
 
-def _rank_main(
-    pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], place: tuple[int, int, int]
-) -> None:
-    """One rank: its result or the reason of its failure goes through the pipe. `place`: rank,
-    number of ranks, port."""
-    from semmoe.runtime.ranks.failures import ExchangeError
-
+def _rank_main(pipe: Connection, job: bytes, place: tuple[int, int, int]) -> None:
+    """One rank: its result or the reason of its failure goes through the pipe. `job`: what to call,
+    and with what. `place`: rank, number of ranks, port."""
     rank, num_ranks, port = place
     os.environ.update(
         RANK=str(rank),
@@ -180,28 +197,49 @@ def _rank_main(
         LOCAL_WORLD_SIZE=str(num_ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the parent keeps the store, as torchrun's agent does
     )
     # A killed command must not leave ranks behind.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores of this machine
-        import torch
-
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
-    try:
-        message = ("done", work(*arguments))
-    except InputError as error:
-        show_traceback(error)
-        message = ("refused", str(error))
-    except ExchangeError as error:
-        show_traceback(error)
-        message = ("exchange", str(error))
-    except BaseException:
-        import traceback
-
-        message = ("crashed", f"rank {rank} failed:\n{traceback.format_exc()}")
-    pipe.send(message)
-    pipe.close()
+    ended, turn = threading.Event(), threading.Lock()
+    threading.Thread(target=_beat, args=(pipe, turn, ended), daemon=True).start()
+    message = _outcome(job, rank, num_ranks)
+    ended.set()
+    with turn:
+        pipe.send(message)
+        pipe.close()
     sys.stdout.flush()
     sys.stderr.flush()
     if message[0] != "done":
         os._exit(1)  # a group whose peers are gone can block an orderly exit
+
+
+def _beat(pipe: Connection, turn: threading.Lock, ended: threading.Event) -> None:
+    while not ended.is_set():
+        with turn:
+            if not ended.is_set():
+                pipe.send(("beat", None))
+        ended.wait(BEAT_S)
+
+
+def _outcome(job: bytes, rank: int, num_ranks: int) -> tuple[str, Any]:
+    """What a rank says at its end."""
+    from semmoe.runtime.ranks.failures import ExchangeError
+
+    try:
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores of this machine
+            import torch
+
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+        work, arguments = pickle.loads(job)
+        return "done", work(*arguments)
+    except InputError as error:
+        show_traceback(error)
+        return "refused", str(error)
+    except ExchangeError as error:
+        show_traceback(error)
+        return "exchange", str(error)
+    except BaseException:
+        import traceback
+
+        return "crashed", f"rank {rank} failed:\n{traceback.format_exc()}"

@@ -6,6 +6,7 @@ Shape letters: T tokens, L MoE layers, K top-k, R ranks, E experts, S slots per 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +15,16 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.sample import sample_requests
 from semmoe.profiles.split import request_keys
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
-from semmoe.solvers.place.baselines import place_contiguous, place_load
-from semmoe.solvers.place.replicas import serving_LRE
+from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
+from semmoe.solvers.place.baselines import baselines
+from semmoe.solvers.place.replicas import MovingRule
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import available_schedules, simulate
 from semmoe.solvers.schedule.windows import WINDOW
+from semmoe.solvers.slots import Slots
 
 SCHEDULES_OF = {"none": [], "dp": ["dp-scorer"], "tp": ["tp-context"]}
 
@@ -35,12 +39,14 @@ class ReplayOptions:
     expert_size: int = 0  # 0: no experts, rows come back as they are
     batch_tokens: int = 4096  # of all ranks together
     max_tokens: int = 65536
+    replica_choice: str | None = None  # None: the plan's
     scheduler: str | None = None  # None: every one that the plan's tables allow
     backend: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
     timeout_s: float = 300.0
     seed: int = 0
+    write_hardware: Path | None = None  # measured exchanges and experts go there
 
 
 class Case(NamedTuple):
@@ -50,6 +56,7 @@ class Case(NamedTuple):
     schedule: str
     experts_LRS: np.ndarray
     serving_LRE: np.ndarray
+    moving: MovingRule | None  # what chooses copies token by token
     homes_TL: np.ndarray  # int16
     batch_of_T: np.ndarray  # int64
 
@@ -69,7 +76,7 @@ def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None])
     if options.expert_size and (options.hidden_size % unit or options.expert_size % unit):
         sizes = f"--hidden-size {options.hidden_size} with --expert-size {options.expert_size}"
         raise InputError(f"{sizes}: expected multiples of {unit}, or --expert-size 0")
-    plan, trace = Plan.load(options.plan), RoutingTrace.open(options.trace)
+    plan, trace = Plan.load(options.plan).with_rule(options.replica_choice), RoutingTrace.open(options.trace)
     if plan.topology.num_ranks != num_ranks:
         raise InputError(f"{num_ranks} ranks run, the plan {options.plan} is for {plan.topology.num_ranks}")
     trace.require_tokens("replay")
@@ -80,6 +87,7 @@ def prepare(options: ReplayOptions, num_ranks: int, tell: Callable[[str], None])
     )
     if not batch.num_tokens:
         raise InputError(f"{options.trace} holds no rows to replay")
+    refuse_foreign_order(plan, batch, trace.info, options.trace)
     for name, why in {**plan.unchecked, **trace.unchecked}.items():
         tell(f"{name} was not checked: {why}")
     if batch.num_tokens < trace.num_tokens:
@@ -108,14 +116,9 @@ def replayed_requests(plan: Plan, trace: RoutingTrace, tell: Callable[[str], Non
 
 
 def replayed_placements(plan: Plan) -> dict[str, Placement]:
-    """The plan's placement and the two that need no co-activation, without replicas."""
-    num_layers, num_experts, num_ranks = plan.placement.num_layers, plan.placement.num_experts, plan.topology.num_ranks
-    contiguous = place_contiguous(num_layers, num_experts, num_ranks)
-    return {
-        "contiguous": Placement.from_ranks(contiguous, num_ranks),
-        "load": Placement.from_ranks(place_load(plan.load_LE, num_ranks), num_ranks),
-        "plan": plan.placement,
-    }
+    """The plan's placement and the two that need no co-activation, in as many slots."""
+    beside = baselines(plan.load_LE, plan.topology, plan.model.n_group, slots=Slots.of(plan.placement))
+    return {**beside, "plan": plan.placement}
 
 
 def chosen_schedules(options: ReplayOptions, plan: Plan) -> list[str]:
@@ -158,8 +161,8 @@ def make_case(
         # cut into the same parts.
         for number, rows in enumerate(np.array_split(order, num_batches)):
             batch_of_T[rows] = number
-    serving = serving_LRE(placement.hosts_LER, plan.load_LE, plan.topology)
-    return Case(name, schedule, placement.experts_LRS, serving, homes_TL, batch_of_T)
+    serves = Deployment(placement, plan.load_LE, plan.topology, replica_choice=plan.replica_choice)
+    return Case(name, schedule, placement.experts_LRS, serves.serving_LRE, serves.moving, homes_TL, batch_of_T)
 
 
 def random_homes(order: np.ndarray, num_batches: int, num_ranks: int, num_layers: int, *, seed: int) -> np.ndarray:

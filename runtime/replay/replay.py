@@ -13,7 +13,7 @@ Shape letters: T tokens, L MoE layers, K top-k, R ranks, E experts, S slots per 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from semmoe.runtime.ranks.progress import Show, shown_nowhere
 from semmoe.runtime.replay.cases import Case, Prepared, ReplayOptions, largest_share, prepare
 from semmoe.solvers.evaluate.metrics import metrics_XL
 from semmoe.solvers.evaluate.sums import traffic_sums
+from semmoe.solvers.place.replicas import MovingRule
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.time.layer_time import EXCHANGES, LayerWork, Network, fit_network, layer_seconds
 
@@ -66,15 +67,13 @@ def replay_rank(
 ) -> dict[str, Any] | None:
     """Replay on this process's rank; all ranks call it.
 
-    Parameters
-    ----------
-    prepared : what is replayed; None: rank 0 reads the trace.
-    show : `show("...")` gives a function that rank 0 calls with how many of how many placements and
-        schedules are measured.
+    Parameters:
+        prepared: what is replayed; None: rank 0 reads the trace.
+        show: `show("...")` gives a function that rank 0 calls with how many of how many placements
+            and schedules are measured.
 
-    Returns
-    -------
-    The result on rank 0, None elsewhere.
+    Returns:
+        The result on rank 0, None elsewhere.
     """
     with (
         open_group(backend=options.backend, device=options.device, timeout_s=options.timeout_s) as group,
@@ -83,7 +82,8 @@ def replay_rank(
         if prepared is None:
             prepared = share(lambda: prepare(options, group.size, tell), group)
         replay = Replay(options, prepared.expert_ids_TLK, prepared.num_experts, group, DTYPES[options.dtype])
-        network = measure_network(replay)
+        timed = time_exchanges(replay)
+        network = network_of(timed, replay)
         rows = []
         for number, case in enumerate(prepared.cases):
             progress(number, len(prepared.cases))
@@ -92,9 +92,11 @@ def replay_rank(
             if group.rank == 0:
                 predicted = predict(replay, case, network, seconds)
                 rows.append({"placement": case.placement, "schedule": case.schedule, **measured, **predicted})
+        hardware = {} if options.write_hardware is None else {"hardware": measured_hardware(replay, timed, prepared)}
         if group.rank:
             return None
         return {
+            **hardware,
             "ranks": group.size,
             "tokens": len(replay.expert_ids_TLK),
             "batch_tokens": options.batch_tokens,
@@ -107,9 +109,23 @@ def replay_rank(
         }
 
 
-def measure_network(replay: Replay) -> Network:
+class Timed(NamedTuple):
+    """Dispatch and combine of as many rows on every rank."""
+
+    rows_X: list[int]
+    seconds_X: list[float]
+
+
+def network_of(timed: Timed, replay: Replay) -> Network:
     """Bandwidth and latency of this network as the exchange sees it, equal on all ranks: packing
-    and adding are in them.
+    and adding are in them."""
+    both_ways = replay.row_bytes + replay.result_bytes
+    whole = fit_network(np.array(timed.rows_X, np.float64) * both_ways, np.array(timed.seconds_X))
+    return Network(whole.bytes_per_s, whole.latency_s / EXCHANGES)
+
+
+def time_exchanges(replay: Replay) -> Timed:
+    """Seconds of the slowest rank, equal on all ranks.
 
     Every rank sends each of its rows to one other rank, in turn, in batches of some sizes; nothing
     is computed.
@@ -137,9 +153,40 @@ def measure_network(replay: Replay) -> Network:
                 serve_tokens(layer, run_nothing, hidden_TD, ids_TK, weight_TK)
                 best = min(best, seconds_of_slowest(time.perf_counter() - begun, group))
             seconds.append(best)
-    both_ways = replay.row_bytes + replay.result_bytes
-    whole = fit_network(np.array(sizes, np.float64) * both_ways, np.array(seconds))
-    return Network(whole.bytes_per_s, whole.latency_s / EXCHANGES)
+    return Timed(sizes, seconds)
+
+
+def measured_hardware(replay: Replay, timed: Timed, prepared: Prepared) -> dict[str, Any]:
+    """What `--hardware FILE` reads, measured on these ranks: microseconds of an exchange by bytes
+    on the busiest link, and of a rank's experts by their activations (for experts of this size).
+
+    The nominal numbers are those that the measurements amount to; the measurements themselves are
+    what predictions are read off.
+    """
+    options, ranks = replay.options, replay.group.size
+    one_way = (replay.row_bytes + replay.result_bytes) / 2
+    exchange = [[n * one_way, s * 1e6 / 2] for n, s in zip(timed.rows_X, timed.seconds_X, strict=True)]
+    gb_per_s = network_of(timed, replay).bytes_per_s / 1e9
+    measured: dict[str, Any] = {"exchange": sorted(exchange)}
+    tflops = 1.0
+    if options.expert_size:
+        slots = prepared.cases[0].experts_LRS.shape[2]
+        share = max(slots, options.batch_tokens * replay.top_k // ranks)
+        rows = sorted({max(slots, share // 4), share, 2 * share})
+        measured["experts"] = [[n, measure_experts(replay, slots, n)[1] * n * 1e6] for n in rows]
+        flop = 6 * options.hidden_size * options.expert_size * rows[-1]
+        tflops = flop / measured["experts"][-1][1] / 1e6
+        measured["experts_of"] = [options.hidden_size, options.expert_size]
+    return {
+        "format": "semmoe-hardware",
+        "version": 1,
+        "name": f"{ranks} ranks on {replay.group.device.type}",
+        **{name: max(tflops, 1e-6) for name in ("bf16", "fp8")},
+        "hbm": {"value": 1.0, "source": "not measured apart from the experts"},
+        **{name: max(gb_per_s, 1e-6) for name in ("nvl", "nic")},
+        "domain": ranks,
+        "measured": measured,
+    }
 
 
 def run_nothing(rows_PD: torch.Tensor, slot_P1: torch.Tensor, weight_P1: torch.Tensor) -> torch.Tensor:
@@ -148,8 +195,7 @@ def run_nothing(rows_PD: torch.Tensor, slot_P1: torch.Tensor, weight_P1: torch.T
 
 
 def barrier(group: Group) -> None:
-    with naming(group.rank, "a barrier"):
-        seconds_of_slowest(0.0, group)
+    seconds_of_slowest(0.0, group)
     if group.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -159,13 +205,15 @@ def seconds_of_slowest(seconds: float, group: Group) -> float:
     if group.device.type == "cuda":
         torch.cuda.synchronize()
     worst = torch.tensor(seconds, dtype=torch.float64, device=group.device if group.backend == "nccl" else "cpu")
-    dist.all_reduce(worst, dist.ReduceOp.MAX, group=group.handle)
+    with naming(group.rank, "the agreement on the time of a batch"):
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=group.handle)
     return float(worst)
 
 
-def measure_experts(replay: Replay, slots: int) -> tuple[RunExperts, float]:
+def measure_experts(replay: Replay, slots: int, pairs: int = 0) -> tuple[RunExperts, float]:
     """A gated expert layer with random weights (nothing for size 0), and its seconds per
-    activation on this machine, all ranks at work."""
+    activation on this machine, all ranks at work. `pairs`: activations of a rank; 0: its share of a
+    batch."""
     options, group = replay.options, replay.group
     if options.expert_size == 0:
         return run_nothing, 0.0
@@ -173,7 +221,7 @@ def measure_experts(replay: Replay, slots: int) -> tuple[RunExperts, float]:
 
     sizes = {"hidden_size": options.hidden_size, "expert_size": options.expert_size}
     run_experts = random_experts(slots, **sizes, device=group.device, dtype=replay.dtype)
-    pairs = max(slots, options.batch_tokens // group.size)
+    pairs = pairs or max(slots, options.batch_tokens // group.size)
     rows_PD = torch.randn(pairs, options.hidden_size, device=group.device).to(replay.dtype)
     slot_P1 = (torch.arange(pairs, device=group.device) % slots)[:, None]
     best = float("inf")
@@ -192,7 +240,8 @@ def replay_case(replay: Replay, case: Case, run_experts: RunExperts) -> dict[str
     group = replay.group
     num_tokens, num_layers, top_k = replay.expert_ids_TLK.shape
     names = [f"layer {layer} of the trace" for layer in range(num_layers)]
-    layers = expert_layers(replay, Placement(case.experts_LRS, replay.num_experts), case.serving_LRE, names)
+    placement = Placement(case.experts_LRS, replay.num_experts, may_waste=True)
+    layers = expert_layers(replay, placement, case.serving_LRE, names, case.moving)
     num_batches = int(case.batch_of_T.max()) + 1
     hidden_TD = torch.randn(
         largest_share(case, group.rank), replay.options.hidden_size, generator=torch.Generator().manual_seed(0)
@@ -213,7 +262,8 @@ def replay_case(replay: Replay, case: Case, run_experts: RunExperts) -> dict[str
             spent = seconds_of_slowest(time.perf_counter() - begun, group)
             seconds = spent if number == 0 else seconds + spent
     gathered: list[Any] = [None] * group.size
-    dist.all_gather_object(gathered, layers[0].state.counters, group=group.handle)
+    with naming(group.rank, "the collection of counters"):
+        dist.all_gather_object(gathered, layers[0].state.counters, group=group.handle)
     totals = stacked(gathered)
     served_RL = totals["served_L"]
     return {
@@ -224,11 +274,17 @@ def replay_case(replay: Replay, case: Case, run_experts: RunExperts) -> dict[str
     }
 
 
-def expert_layers(replay: Replay, placement: Placement, serving_LRE: np.ndarray, names: list[str]) -> list[ExpertLayer]:
-    """Expert layers of this rank."""
+def expert_layers(
+    replay: Replay,
+    placement: Placement,
+    serving_LRE: np.ndarray,
+    names: list[str],
+    moving: MovingRule | None = None,
+) -> list[ExpertLayer]:
+    """Expert layers of this rank. `moving`: what chooses copies in place of `serving_LRE`."""
     group = replay.group
     state = RankState.fresh(placement.num_layers, group)
-    tables = layer_tables(placement, serving_LRE, group.rank, names, group.device)
+    tables = layer_tables(placement, serving_LRE, group.rank, names, group.device, moving=moving)
     size = replay.options.hidden_size
     return [ExpertLayer(table, group, state, size, replay.dtype, replay.top_k) for table in tables]
 
@@ -280,7 +336,8 @@ def batch_metrics(replay: Replay, case: Case, rows_T: np.ndarray) -> dict[str, n
         np.empty(0, np.int32),
     )
     topology, homes_TL = Topology(case.serving_LRE.shape[1]), case.homes_TL[rows_T]
-    sums = traffic_sums(batch, case.serving_LRE, topology, dispatch="per-rank", homes_TL=homes_TL)
+    options = {"dispatch": "per-rank", "homes_TL": homes_TL, "moving": case.moving}
+    sums = traffic_sums(batch, case.serving_LRE, topology, **options)
     return {
         name: values_XL[0]
         for name, values_XL in metrics_XL(sums.resampled(np.ones((1, 1))), topology, "per-rank").items()

@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import allocate
 from semmoe.profiles.progress import Stages
 
 BATCH_BYTES = 64 << 20  # work of one task; also the length that one recorded checksum covers
@@ -199,13 +200,7 @@ def create_file(target: Path, header: bytes, size: int) -> None:
     with target.open("wb") as file:
         file.write(header)
         file.flush()
-        if size > len(header):
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                if error.errno not in NO_KERNEL_COPY:
-                    raise
-                os.truncate(file.fileno(), size)
+        allocate(file.fileno(), size)
 
 
 def fill(root: Path, name: str, parts: Sequence[Part], *, verify: bool) -> Written:

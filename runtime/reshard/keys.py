@@ -131,10 +131,11 @@ def could_be_experts(rest: str, shape: tuple[int, ...], model: RoutedModel) -> b
     as many blocks of rows. What has no such axis stays, whatever its name.
     """
     one_each = shape[:1] == (model.num_experts,)
-    blocks = len(shape) > 0 and shape[0] > 0 and shape[0] % model.num_experts == 0
+    rows = shape[0] if shape else 0
+    blocks = rows > 0 and rows % model.num_experts == 0
     if EXPERT_LIKE.search(rest):
         if AROUND_EXPERTS.match(rest) and len(shape) in (1, 2) and not one_each:
-            return blocks and shape[0] > model.hidden_size  # pyright: ignore
+            return blocks and rows > (model.hidden_size or 0)
         if OF_EXPERTS.search(rest):
             return shape not in ((), (1,)) or bool(NUMBERED.search(rest))
         return blocks or model.num_experts in shape

@@ -1,11 +1,11 @@
 """Where a reshard may be written: not over something else, not where the disk has no room."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from semmoe.profiles.document import parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import check_directory_target, new_directory
 
@@ -41,9 +41,9 @@ def check_target(out: Path, source: Path, *, marker: str, force: bool) -> None:
     if not (out / marker).is_file():
         raise InputError(f"{out} holds no {marker}: --force replaces only what semmoe wrote")
     try:
-        if not json.loads((out / marker).read_text(encoding="utf-8"))["format"].startswith("semmoe-"):
+        if not parse_json(read_bounded(out / marker))["format"].startswith("semmoe-"):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{out / marker} is not one of semmoe's: --force replaces only what semmoe wrote") from None
 
 

@@ -32,6 +32,7 @@ from semmoe.runtime.reshard.relabel import Orders, expected_parts, relabel_shard
 from semmoe.runtime.reshard.settings import ExpertNames, names_settings, relabelled_settings
 from semmoe.runtime.reshard.sidecar import SIDECAR, file_entries, plan_facts, write_sidecar
 from semmoe.runtime.reshard.source import Checkpoint, copy_others
+from semmoe.solvers.placement import EMPTY, part_sizes
 from semmoe.solvers.plan import Plan
 
 
@@ -162,16 +163,22 @@ def fill_permuted(
 
 
 def permutation_of(plan: Plan) -> dict[int, np.ndarray]:
-    """new2old_E int64 [E] of each model layer. Raises InputError where the placement has
-    replicas."""
+    """new2old_E int64 [E] of each model layer. Raises InputError where the placement has copies,
+    or ranks hold other numbers of experts than a linear split gives them."""
     placement = plan.placement
-    if placement.num_replicas:
+    if placement.num_copies:
+        words = placement.copies_in_words.replace("per rank", "on each rank")
+        how = "plan without replicas" if placement.num_replicas else "place with --spare empty"
         raise InputError(
-            f"the plan has {placement.num_replicas} replica slots on each rank, which a permuted checkpoint cannot express: "
-            "plan without replicas, or use --layout ranks"
+            f"the plan has {words}, which a permuted checkpoint cannot express: {how}, or use --layout ranks"
         )
-    order_LE = placement.experts_LRS.reshape(placement.num_layers, -1).astype(np.int64)
-    return dict(zip(plan.model.model_layers, order_LE, strict=True))
+    sizes_R = part_sizes(placement.num_experts, placement.num_ranks)
+    if ((placement.experts_LRS != EMPTY).sum(axis=2) != sizes_R).any():
+        raise InputError(
+            f"the plan gives ranks other numbers of experts than a linear split of {placement.num_experts} over "
+            f"{placement.num_ranks}, which a permuted checkpoint cannot express: use --layout ranks"
+        )
+    return dict(zip(plan.model.model_layers, placement.order_LE.astype(np.int64), strict=True))
 
 
 def check_groups(config: dict[str, Any], orders: Orders) -> None:

@@ -36,6 +36,7 @@ from semmoe.runtime.reshard.records import ReshardOptions, ReshardResult, size_f
 from semmoe.runtime.reshard.relabel import block_bytes
 from semmoe.runtime.reshard.sidecar import SIDECAR, hash_bytes, plan_facts, write_sidecar, write_source_headers
 from semmoe.runtime.reshard.source import Checkpoint, copy_others
+from semmoe.solvers.placement import EMPTY, part_sizes
 from semmoe.solvers.plan import Plan
 
 SHARED = "shared"
@@ -69,7 +70,9 @@ def write_ranks(
     model = check_plan(source, plan)
     layers, experts_LRS = plan.model.model_layers, plan.placement.experts_LRS
     num_ranks = plan.placement.num_ranks
-    ranks = [dict(zip(layers, experts_LRS[:, rank], strict=True)) for rank in range(num_ranks)]
+    ranks = [
+        {number: plan.placement.held(layer, rank) for layer, number in enumerate(layers)} for rank in range(num_ranks)
+    ]
     division = Division(source, classify_checkpoint(source, model, set(layers)), model.num_experts, ranks)
     files = split_files(division, link=options.link)
     with output_directory(out, source.path, marker=SIDECAR, force=options.force) as folder:
@@ -93,12 +96,13 @@ def write_ranks(
         write_sidecar(folder, facts)
     kept = {name for name, key in division.keys.items() if key.role is Role.KEEP}
     audit = unaccounted(source, kept, model.num_experts) if options.compares else ()
-    home_E = np.arange(model.num_experts) // max(1, model.num_experts // num_ranks)
+    home_E = np.repeat(np.arange(num_ranks), part_sizes(model.num_experts, num_ranks))
+    is_held_LRS = experts_LRS != EMPTY
     return ReshardResult(
         out=str(out),
         layout="ranks",
         num_layers=len(layers),
-        experts_moved=int((home_E[experts_LRS] != np.arange(num_ranks)[None, :, None]).sum()),
+        experts_moved=int(((home_E[experts_LRS] != np.arange(num_ranks)[None, :, None]) & is_held_LRS).sum()),
         **size_facts(files),
         verified=options.verify,
         left_out=source.left_out,
@@ -124,7 +128,8 @@ def split_files(division: Division, *, link: bool) -> list[FilePlan]:
 
 
 def on_rank(key: Key, slots: Slots) -> bool:
-    return is_expert(key) and (key.role is Role.ROWS or key.expert in slots[key.layer])
+    held = slots[key.layer] if is_expert(key) else ()
+    return is_expert(key) and (len(held) > 0 if key.role is Role.ROWS else key.expert in held)
 
 
 def pack_file(division: Division, directory: str, shard: Shard, tensors: Sequence[Tensor]) -> FilePlan:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from semmoe.profiles.checkpoint import compare_checkpoint
 from semmoe.profiles.errors import InputError, require_extra
+from semmoe.profiles.numbering import LAYOUTS
 from semmoe.profiles.progress import Stages
 from semmoe.runtime.reshard.permuted import write_permuted
 from semmoe.runtime.reshard.ranks import write_ranks
 from semmoe.runtime.reshard.records import ReshardOptions, ReshardResult
-from semmoe.runtime.reshard.sidecar import LAYOUTS
 from semmoe.runtime.reshard.source import open_checkpoint
 from semmoe.solvers.plan import Plan
 

@@ -13,20 +13,45 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from semmoe.profiles.config import MOST
-from semmoe.profiles.document import line_per_key, parse_json, read_bounded
+from semmoe.profiles.document import (
+    MAX_JSON_BYTES,
+    SHA256,
+    anything,
+    line_per_key,
+    list_of,
+    map_of,
+    null_or,
+    one_of,
+    parse_json,
+    read_bounded,
+    record,
+    text,
+    validate,
+)
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import inside, shortened, wrong_name
-from semmoe.profiles.numbering import FORMAT, SIDECAR, VERSION, hash_facts
+from semmoe.profiles.numbering import FORMAT, HEADER_BYTES, SIDECAR, VERSION, hash_facts, read_reshard
 from semmoe.profiles.progress import Stages
-from semmoe.profiles.safetensors_file import INDEX_NAME, MAX_HEADER_BYTES, Shard, read_shard
+from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, parse_index, read_shard
 from semmoe.runtime.reshard.copy import FilePlan, Written, checksums, run_tasks
 from semmoe.runtime.reshard.source import Checkpoint
 from semmoe.solvers.plan import Plan
 
 SOURCE_FILE = "semmoe-source.json"
-LAYOUTS = ("permuted", "ranks")
-OF_LAYOUT = re.compile(r"(?:shared|rank-\d{3,})/")  # the directories of layout "ranks"
+IN_LAYOUT = re.compile(r"(?:shared|rank-\d{3,})/")  # the directories of layout "ranks"
+
+SOURCE = record(
+    {
+        "format": one_of(f"{FORMAT}-source"),
+        "index": null_or(text(MAX_JSON_BYTES)),
+        "files": map_of(
+            record(
+                {"header_bytes": HEADER_BYTES, "metadata": map_of(text()), "tensors": list_of(anything)},
+                {"header_sha256": SHA256},
+            )
+        ),
+    }
+)
 
 
 def hash_bytes(data: bytes) -> str:
@@ -91,74 +116,19 @@ def write_sidecar(target: Path, facts: dict[str, Any]) -> None:
 
 
 def read_sidecar(checkpoint: Path) -> dict[str, Any]:
-    """semmoe.json of a reshard. Raises InputError where there is none, or it is of another kind."""
-    where = checkpoint / SIDECAR
-    try:
-        facts = parse_json(read_bounded(where), strict=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{checkpoint} is not a reshard: it holds no {SIDECAR}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("version") != VERSION:
-        raise InputError(f"{where} is not a {FORMAT} file of version {VERSION}")
-    if facts.get("layout") not in LAYOUTS or not isinstance(facts.get("files"), dict):
-        raise InputError(f"{where} is damaged: it lacks the layout or the files")
-    needed = {
-        "permuted": ("plan", "num_experts", "new2old"),
-        "ranks": ("plan", "num_experts", "model_layers", "placement"),
-    }
-    if missing := [key for key in needed[facts["layout"]] if key not in facts]:
-        raise InputError(f"{where} is damaged: it lacks {missing[0]}")
-    check_files(checkpoint, facts, where)
-    check_settings(facts.get("settings", {}), where)
-    if not _holds_every_expert(facts):
-        raise InputError(f"{where} is damaged: its {needed[facts['layout']][-1]} does not hold every expert")
-    if facts.get("sha256", hash_facts(facts)) != hash_facts(facts):
-        raise InputError(f"{where} was changed after it was written")
-    return facts
-
-
-def check_files(checkpoint: Path, facts: dict[str, Any], where: Path) -> None:
-    """Raise InputError where a file that semmoe.json names is not one of the reshard: somebody else
-    may have written it."""
+    """semmoe.json of a reshard. Raises InputError where there is none, it is damaged, or names a
+    file that is not one of the reshard: somebody else may have written it."""
+    facts, where = read_reshard(checkpoint), checkpoint / SIDECAR
     ranks = facts["layout"] == "ranks"
     for name, entry in facts["files"].items():
-        of = f"{where}: files[{shortened(name)}]"
         inside(checkpoint, name, f"{where}: a name of 'files'", folders=int(ranks), ending=".safetensors")
-        if ranks and not OF_LAYOUT.match(name):
-            raise InputError(f"{of}: expected a file of 'shared' or of a rank")
-        if not isinstance(entry, dict):
-            raise InputError(f"{of} is {shortened(entry)}, expected an object")
-        check_count(entry.get("bytes"), f"{of}.bytes")
-        if not ranks:
-            check_count(entry.get("source_header_bytes"), f"{of}.source_header_bytes", most=8 + MAX_HEADER_BYTES)
-
-
-def check_settings(settings: object, where: Path) -> None:
-    """Raise InputError unless these are texts of Latin-1 by file name."""
-    texts = list(settings.values()) if isinstance(settings, dict) else [None]
-    if not all(isinstance(text, str) and max(text, default="") < "\u0100" for text in texts):
-        raise InputError(f"{where}: settings is {shortened(settings)}, expected texts by file name")
-
-
-def check_count(value: object, where: str, most: int = 2**63 - 1) -> None:
-    """Raise InputError where a value is not a number of bytes up to `most`."""
-    if type(value) is not int or not 0 <= value <= most:
-        raise InputError(f"{where} is {shortened(value)}, expected a number of bytes from 0 to {most:,}")
-
-
-def _holds_every_expert(facts: dict[str, Any]) -> bool:
-    """Whether the orders are permutations, and every layer of the placement has all experts."""
-    try:
-        if type(facts["num_experts"]) is not int or not 0 < facts["num_experts"] <= MOST:
-            return False
-        experts = list(range(facts["num_experts"]))
-        if facts["layout"] == "permuted":
-            return all(sorted(order) == experts for order in facts["new2old"].values())
-        placed = [sorted({expert for rank in layer for expert in rank}) for layer in facts["placement"]]
-        return placed == [experts] * len(facts["model_layers"])
-    except (TypeError, AttributeError):
-        return False
+        if ranks and not IN_LAYOUT.match(name):
+            raise InputError(f"{where}: files[{shortened(name)}]: expected a file of 'shared' or of a rank")
+        if not {"linked", "header_sha256"} & entry.keys():
+            raise InputError(f"{where}: files[{shortened(name)}] lacks the key 'header_sha256'")
+        if any(offset + num_bytes > entry["bytes"] for offset, num_bytes, _ in entry.get("checksums", [])):
+            raise InputError(f"{where}: files[{shortened(name)}].checksums are of more than its {entry['bytes']} bytes")
+    return facts
 
 
 def write_source_headers(target: Path, source: Checkpoint) -> str:
@@ -193,21 +163,20 @@ def read_source_headers(checkpoint: Path, facts: dict[str, Any]) -> dict[str, An
         raise InputError(f"{where} cannot be read: {error}") from None
     if facts.get("headers_sha256", hash_bytes(content)) != hash_bytes(content):
         raise InputError(f"{where} was changed after it was written")
-    if not isinstance(headers, dict) or not isinstance(headers.get("files"), dict) or not headers["files"]:
-        raise InputError(f"{where} is damaged: it lacks the files")
-    if not isinstance(headers.get("index"), str | None):
-        raise InputError(f"{where}: index is {shortened(headers['index'])}, expected the text of an index or null")
+    validate(headers, SOURCE, str(where))
     for name, entry in headers["files"].items():
-        of = f"{where}: files[{shortened(name)}]"
         if wrong := wrong_name(name, ending=".safetensors"):
             raise InputError(f"{where}: a name of 'files' is {shortened(name)}: {wrong}")
-        if not isinstance(entry, dict) or not isinstance(entry.get("tensors"), list):
-            raise InputError(f"{of} is {shortened(entry)}, expected an object with tensors")
-        check_count(entry.get("header_bytes"), f"{of}.header_bytes", most=8 + MAX_HEADER_BYTES)
-        if not isinstance(entry.get("metadata"), dict):
-            raise InputError(f"{of}.metadata is {shortened(entry.get('metadata'))}, expected an object")
         if bad := [tensor for tensor in entry["tensors"] if not is_entry(tensor)]:
-            raise InputError(f"{of}.tensors holds {shortened(bad[0])}, expected [name, type, shape, begin, end]")
+            raise InputError(
+                f"{where}: files.{name}.tensors holds {shortened(bad[0])}, expected [name, type, shape, begin, end]"
+            )
+    named = {name.rpartition("/")[2]: f"{SIDECAR} names a part of it" for name in facts["files"]}
+    if headers.get("index"):
+        index = parse_index(headers["index"], f"{where}: index")
+        named |= dict.fromkeys(index["weight_map"].values(), "its index names it")
+    if missing := sorted(named.keys() - headers["files"].keys()):
+        raise InputError(f"{where}: files lacks {shortened(missing[0])}, though {named[missing[0]]}")
     return headers
 
 
@@ -228,8 +197,11 @@ def check_unchanged(checkpoint: Path, facts: dict[str, Any], progress: Stages | 
         path = checkpoint / name
         if not path.exists() or path.stat().st_size != file["bytes"]:
             raise InputError(f"{path} is missing or has another size than when it was written")
-        if "header_sha256" in file and hash_header(read_shard(path)) != file["header_sha256"]:
+        shard = read_shard(path) if "header_sha256" in file else None
+        if shard and hash_header(shard) != file["header_sha256"]:
             raise InputError(f"{path} was changed after it was written (its header)")
+        if shard and file.get("checksums") and not covers(file["checksums"], shard):
+            raise InputError(f"{checkpoint / SIDECAR}: files.{name}.checksums leave out bytes of the file")
     total, done = sum(num_bytes for _, _, num_bytes in want), 0
 
     def keep(found: Written) -> None:
@@ -245,3 +217,13 @@ def check_unchanged(checkpoint: Path, facts: dict[str, Any], progress: Stages | 
         task for name, file in facts["files"].items() for task in checksums(checkpoint, name, file.get("checksums", []))
     )
     run_tasks(tasks, done=keep)
+
+
+def covers(sums: list[list[int]], shard: Shard) -> bool:
+    """Whether checksums are of all bytes behind the header of a file, once."""
+    place = shard.header_bytes
+    for offset, num_bytes, _ in sorted(sums):
+        if offset != place:
+            return False
+        place += num_bytes
+    return place == shard.size

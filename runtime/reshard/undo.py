@@ -60,6 +60,8 @@ def undo_permuted(
 ) -> ReshardResult:
     """Relabel the experts back, under headers of their former length."""
     source = open_checkpoint(checkpoint)
+    if strangers := sorted({shard.name for shard in source.shards} ^ facts["files"].keys()):
+        raise InputError(f"{checkpoint / SIDECAR} and the files of {checkpoint} differ in {strangers[0]}")
     model = routed_model(read_config(checkpoint), facts["num_experts"])
     orders = {int(layer): np.argsort(order) for layer, order in facts["new2old"].items()}
     if options.compares:

@@ -40,17 +40,15 @@ def check_completions(
 ) -> dict[str, Any]:
     """Compare completions with what the model itself generates.
 
-    Parameters
-    ----------
-    model : whole, of plain Transformers.
-    lines : completions as output lines, in the order of `prompts`.
-    limits : those of the run.
+    Parameters:
+        model: whole, of plain Transformers.
+        lines: completions as output lines, in the order of `prompts`.
+        limits: those of the run.
 
-    Returns
-    -------
-    {"ok", "compared", "mismatches", "ties"}: no mismatch; completions; differences as {"id",
-    "position", "expected", "got", "logit_gap"}, at most 10 of each. `logit_gap`: how far the model
-    puts its own token above the one that was generated.
+    Returns:
+        {"ok", "compared", "mismatches", "ties"}: no mismatch; completions; differences as {"id",
+        "position", "expected", "got", "logit_gap"}, at most 10 of each. `logit_gap`: how far the
+        model puts its own token above the one that was generated.
     """
     how_far = {"max_new_tokens": limits.max_new_tokens, "stop_ids": limits.stop_ids}
     mismatches, ties = [], []

@@ -67,16 +67,14 @@ def serve(
 ) -> PhaseTimes:
     """Serve this rank's prompts in step with the other ranks; every rank calls it.
 
-    Parameters
-    ----------
-    prompts : those of this rank; with `shuffled`, all ranks have the same.
-    deliver : gets the completions of all ranks on rank 0, soon after they are there.
-    shuffled : Attention-TP around `placed`; rank 0 then speaks for all.
+    Parameters:
+        prompts: those of this rank; with `shuffled`, all ranks have the same.
+        deliver: gets the completions of all ranks on rank 0, soon after they are there.
+        shuffled: Attention-TP around `placed`; rank 0 then speaks for all.
 
-    Returns
-    -------
-    Seconds and tokens of this rank. Raises ExchangeError where a collective fails, InputError where
-    memory runs out.
+    Returns:
+        Seconds and tokens of this rank. Raises ExchangeError where a collective fails, InputError
+        where memory runs out.
     """
     group, watch, steps = placed.group, placed.state.stopwatch, shuffled or placed
     speaks = shuffled is None or group.rank == 0

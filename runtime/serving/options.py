@@ -14,6 +14,7 @@ class RunOptions:
     prompts: RequestSource
     scheduler: str | None = None  # None: dp where the plan scores requests, else none
     predict: str = "context"
+    replica_choice: str | None = None  # None: the plan's
     backend: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
@@ -22,4 +23,5 @@ class RunOptions:
     output: str | None = None
     timeout_s: float = 300.0
     check: bool = False
+    reference: str | None = None  # what check compares with; None: the checkpoint itself
     verify: bool = True  # compare a reshard with the checksums of its semmoe.json

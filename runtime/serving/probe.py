@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from semmoe.profiles.errors import InputError
 from semmoe.runtime.layer.dispatch import serve_tokens
 from semmoe.runtime.layer.reference import counted_slots_LE, sum_over_ranks
 from semmoe.runtime.layer.tables import ExpertLayer, RunExperts
-from semmoe.runtime.ranks.failures import SharedRefusal, naming
+from semmoe.runtime.ranks.failures import naming
 from semmoe.runtime.ranks.group import Group
 from semmoe.runtime.transformers.ep import one_expert_at_a_time
 from semmoe.runtime.transformers.forward import all_logits
@@ -38,7 +39,7 @@ def probe_ids() -> np.ndarray:
 
 
 def check_exchange(placed: PlacedModel, name: str) -> None:
-    """Compare layers and logits; all ranks call it. Raises SharedRefusal, alike on all ranks, where
+    """Compare layers and logits; all ranks call it. Raises InputError, alike on all ranks, where
     the exchange gives other values than the experts themselves."""
     group, state, dtype = placed.group, placed.state, placed.model.dtype
     num_experts = len(placed.layers[0].tables.rank_of_E) - 1
@@ -71,12 +72,12 @@ def check_exchange(placed: PlacedModel, name: str) -> None:
     wrong = np.flatnonzero(off_L > limit(MOST_OFF_LAYER, dtype))
     if len(wrong):
         where = placed.layers[wrong[0]].tables.name
-        raise SharedRefusal(
+        raise InputError(
             f"{name}: {where} gives other values through the exchange than its experts do by themselves "
             f"(relative difference {off_L[wrong[0]]:.2g}): a choice reaches another expert than the router meant"
         )
     if off_logits > limit(MOST_OFF_LOGITS, dtype):
-        raise SharedRefusal(
+        raise InputError(
             f"{name} gives other logits with its experts on {group.size} ranks (relative difference {off_logits:.2g})"
         )
     state.restart()

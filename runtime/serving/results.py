@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class ResultKeeper:
                 for done in completions:
                     file.write(json.dumps(self._lines[done.index], ensure_ascii=False) + "\n")
         except OSError as error:
+            drop_cut_line(partial_path(self._output))
             raise InputError(f"cannot write {partial_path(self._output)}: {error.strerror}") from None
 
     def _move_earlier(self, partial: Path) -> None:
@@ -87,6 +89,12 @@ def whole_lines(path: Path) -> int:
     """Lines of a file that are whole; a full disk cuts the last one."""
     with path.open("rb") as file:
         return sum(line.endswith(b"\n") for line in file)
+
+
+def drop_cut_line(path: Path) -> None:
+    """Leave whole lines only: a full disk has cut the last one."""
+    with suppress(OSError), path.open("r+b") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def partial_state(output: Path) -> tuple[int, int, int] | None:

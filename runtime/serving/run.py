@@ -10,7 +10,7 @@ Shape letters: B requests, R ranks.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from semmoe.profiles.capture.loading import DTYPES, ModelSource, find_model, load_model, load_tokenizer, refusals
-from semmoe.profiles.capture.requests import TextRequest, encode_requests
-from semmoe.profiles.checkpoint import compare_checkpoint
+from semmoe.profiles.capture.requests import TextRequest, encode_requests, has_no_text
+from semmoe.profiles.checkpoint import SIZES, checkpoint_identity, compare_checkpoint, same_routers
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.ranks.failures import naming
 from semmoe.runtime.ranks.group import Group, choose_device, hand_out, open_group, read_environment, together
@@ -41,6 +41,8 @@ from semmoe.runtime.transformers.placed_model import PlacedModel, load_placed
 from semmoe.runtime.transformers.rank_parts import RankCheckpoint, rank_checkpoints
 from semmoe.solvers.plan import Plan
 
+MOST_TOLD = 10  # requests that cannot be served, a line each
+
 
 @dataclass(frozen=True, eq=False)
 class RankTask:
@@ -50,10 +52,20 @@ class RankTask:
     plan: Plan  # without what no rank needs
     checkpoint: RankCheckpoint
     prompts: list[Prompt]  # of all ranks
+    skipped: int  # requests that cannot be served
     rank_of_B: np.ndarray  # int64, the rank that serves each; with tp all do
     entries: Entries  # files that it may compare
     verified: bool | None  # whether they are all of the checkpoint
     same_checkpoint: bool | None  # as the plan was traced on; None where that is not known
+
+
+class LoadedRank(NamedTuple):
+    """What a rank has read."""
+
+    name: str  # of the model, for people
+    placed: PlacedModel
+    stop_ids: frozenset[int]
+    tokenizer: Any  # on rank 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +107,18 @@ def prepare(
     scheduler = options.scheduler if options.scheduler is not None else default_scheduler(plan, options.plan, tell)
     source, folder = find_source(options.checkpoint)
     checkpoints = rank_checkpoints(folder, plan)
-    if options.check and checkpoints[0].layout == "ranks":
-        raise InputError(f"--check: {options.checkpoint} is a reshard for ranks, which plain Transformers cannot load")
     layout = checkpoints[0].layout
+    home = folder / SHARED if layout == "ranks" else folder
+    if options.check:
+        check_reference(options, home, layout, tell)
     entries, verified = entries_to_verify(folder, num_ranks, wanted=options.verify, tell=tell)
     same, line = None, ""
     if layout != "permuted":  # a relabelled router is another one; the plan's fingerprint ties it
-        home = folder / SHARED if layout == "ranks" else folder
         same, line = compare_checkpoint(plan.model.checkpoint, home, options.checkpoint)
     if line:
         tell(line)
-    prompts = encode_prompts(options, source, requests)
+    prompts = encode_prompts(options, source, requests, tell)
+    skipped = len(requests) - len(prompts)
     if scheduler == "tp":  # every rank serves every request; refuse before ranks start
         find_schedule(options.predict, plan)
         rank_of_B = np.zeros(len(prompts), np.int64)
@@ -115,7 +128,7 @@ def prepare(
     tables = plan.tables if scheduler == "tp" else {}
     told = replace(plan, tables=tables, fitted_keys=plan.fitted_keys[:0], trace={}, split={}, scores=None, notes=[])
     return [
-        RankTask(scheduler, told, checkpoint, prompts, rank_of_B, entries[rank], verified, same)
+        RankTask(scheduler, told, checkpoint, prompts, skipped, rank_of_B, entries[rank], verified, same)
         for rank, checkpoint in enumerate(checkpoints)
     ]
 
@@ -134,19 +147,59 @@ def default_scheduler(plan: Plan, name: str, tell: Callable[[str], None]) -> str
     return "none"
 
 
-def encode_prompts(options: RunOptions, source: ModelSource, requests: list[TextRequest]) -> list[Prompt]:
-    """The requests as token ids. Raises InputError where one is empty or too long for the model."""
+def check_reference(options: RunOptions, home: Path, layout: str, tell: Callable[[str], None]) -> None:
+    """Raise InputError where plain Transformers have nothing to load that --check could compare
+    with.
+
+    `home`: where config.json and routers of the checkpoint lie. `tell` hears of a reference with
+    other routers.
+    """
+    if options.reference is None:
+        if layout == "ranks":
+            raise InputError(
+                f"--check: {options.checkpoint} is a reshard for ranks, which plain Transformers cannot load: "
+                "name its original with --reference MODEL"
+            )
+        return
+    named = f"--reference {options.reference}"
+    if (Path(options.reference) / SHARED / "config.json").is_file():
+        raise InputError(f"{named} is a reshard for ranks, which plain Transformers cannot load: name the original")
+    own, other = checkpoint_identity(home), checkpoint_identity(find_source(options.reference)[1])
+    if own is None or other is None:
+        return
+    for key in SIZES:
+        mine, theirs = own["config"].get(key), other["config"].get(key)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise InputError(f"{named} has {key} {theirs}, {options.checkpoint} has {key} {mine}: it is another model")
+    if layout != "permuted" and same_routers(own, other) is False:
+        tell(f"{named} has other router weights than {options.checkpoint}: it is another model, or a fine-tune of it")
+
+
+def encode_prompts(
+    options: RunOptions, source: ModelSource, requests: list[TextRequest], tell: Callable[[str], None]
+) -> list[Prompt]:
+    """The requests as token ids, without those that are empty or too long for the model, which
+    `tell` hears of. Raises InputError where none is left."""
     encoded = encode_requests(requests, load_tokenizer(source), answer=True)
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    for request, ids in zip(requests, encoded, strict=True):
-        if len(ids) == 0:
-            raise InputError(f"request {request.request_id} of {options.prompts} is empty: leave it out")
-        if longest and len(ids) + options.max_new_tokens > longest:
-            raise InputError(
+    prompts, wrong = [], []
+    for number, (request, ids) in enumerate(zip(requests, encoded, strict=True)):
+        if has_no_text(request, ids):
+            wrong.append(f"request {request.request_id} of {options.prompts} is empty")
+        elif longest and len(ids) + options.max_new_tokens > longest:
+            wrong.append(
                 f"request {request.request_id} has {len(ids)} tokens and may get {options.max_new_tokens} more, "
                 f"the model reads at most {longest}: shorten it, or lower --max-new-tokens"
             )
-    return [Prompt(i, r.request_id, ids) for i, (r, ids) in enumerate(zip(requests, encoded, strict=True))]
+        else:
+            prompts.append(Prompt(number, request.request_id, ids))
+    if not prompts:
+        raise InputError(f"no request can be served: {wrong[0]}")
+    if wrong:
+        for line in wrong[:MOST_TOLD]:
+            tell(f"skipped: {line}")
+        tell(f"{len(wrong)} of {len(requests)} requests are skipped")
+    return prompts
 
 
 def stop_token_ids(source: ModelSource) -> frozenset[int]:
@@ -169,15 +222,13 @@ def run_rank(
 ) -> RunResult | None:
     """Run this process's rank; all ranks call it.
 
-    Parameters
-    ----------
-    show : `show("...")` gives a function that rank 0 calls with how many of how many requests are
-        finished.
-    task : what this rank is told; None: rank 0 reads it for all, by `read(number of ranks)`.
+    Parameters:
+        show: `show("...")` gives a function that rank 0 calls with how many of how many requests
+            are finished.
+        task: what this rank is told; None: rank 0 reads it for all, by `read(number of ranks)`.
 
-    Returns
-    -------
-    The result on rank 0, None elsewhere.
+    Returns:
+        The result on rank 0, None elsewhere.
     """
     transformers_logging.disable_progress_bar()  # one bar per rank would be noise, and one table of what a checkpoint lacks
     transformers_logging.set_verbosity_error()
@@ -186,13 +237,13 @@ def run_rank(
             assert read is not None, "somebody reads"
             task = hand_out(lambda: read(group.size), group)
         # 1. The model of this rank, and whether it says what its experts say.
-        source, folder = find_source(options.checkpoint)
-        placed, stop_ids = together(lambda: load_verified(options, task, source, folder, group), group)
-        check_exchange(placed, source.name)
-        shuffled = share_out_heads(options, task, placed, source.name) if task.scheduler == "tp" else None
+        loaded = together(lambda: load_rank(options, task, group), group)
+        placed, name = loaded.placed, loaded.name
+        check_exchange(placed, name)
+        shuffled = share_out_heads(options, task, placed, name) if task.scheduler == "tp" else None
         # 2. Serve.
-        limits = Limits(options.max_new_tokens, options.batch_tokens, stop_ids)
-        keeper = ResultKeeper(options.output, load_tokenizer(source) if group.rank == 0 else None, tell)
+        limits = Limits(options.max_new_tokens, options.batch_tokens, loaded.stop_ids)
+        keeper = ResultKeeper(options.output, loaded.tokenizer, tell)
         mine = [p for p, rank in zip(task.prompts, task.rank_of_B, strict=True) if shuffled or rank == group.rank]
         with torch.inference_mode(), (show if group.rank == 0 else shown_nowhere)("requests") as progress:
 
@@ -205,26 +256,28 @@ def run_rank(
         metrics = collect_metrics(placed, times, task.plan.model.model_layers)
         if metrics is None:
             return None
-        asked = {"scheduler": task.scheduler, "ranks": group.size, "requests": len(task.prompts)}
-        asked |= {"verified": task.verified, "same_checkpoint": task.same_checkpoint}
+        asked = {"scheduler": task.scheduler, "replica_choice": task.plan.replica_choice}
+        asked |= {"ranks": group.size, "requests": len(task.prompts)}
+        asked |= {"skipped": task.skipped, "verified": task.verified, "same_checkpoint": task.same_checkpoint}
         return RunResult(keeper.finish(), asked | metrics, task.prompts, limits)
 
 
-def load_verified(
-    options: RunOptions, task: RankTask, source: ModelSource, folder: Path, group: Group
-) -> tuple[PlacedModel, frozenset[int]]:
-    """The model of this rank and the ids that end a generation, with this rank's share of the
-    files compared meanwhile."""
+def load_rank(options: RunOptions, task: RankTask, group: Group) -> LoadedRank:
+    """What this rank reads of the checkpoint, with its share of the files compared meanwhile."""
     rank, _, local_rank, local_size = read_environment()
+    source, folder = find_source(options.checkpoint)
     with verifying(folder, my_share(task.entries, rank, local_rank, local_size)):
         placed = load_placed(source, folder, task.checkpoint, task.plan, group, dtype=options.dtype)
-        return placed, stop_token_ids(source)
+        tokenizer = load_tokenizer(source) if group.rank == 0 else None
+        return LoadedRank(source.name, placed, stop_token_ids(source), tokenizer)
 
 
 def share_out_heads(options: RunOptions, task: RankTask, placed: PlacedModel, name: str) -> ShuffledModel:
     """Attention-TP around the placed model."""
     group, relabelled = placed.group, task.checkpoint.layout == "permuted"
-    homes = make_homes(options.predict, task.plan, relabelled=relabelled, device=group.device, group=group)
+    homes = together(
+        lambda: make_homes(options.predict, task.plan, relabelled=relabelled, device=group.device, group=group), group
+    )
     return install_tensor_parallel(placed, homes, task.plan.model.model_layers, name)
 
 
@@ -257,7 +310,7 @@ def gather_to_first(mine: Any, group: Group) -> list[Any] | None:
 def check_result(options: RunOptions, result: RunResult, tell: Callable[[str], None], show: Show) -> dict[str, Any]:
     """The same prompts through plain Transformers in this process (runtime/serving/check.py)."""
     transformers_logging.disable_progress_bar()
-    source, _ = find_source(options.checkpoint)
+    source, _ = find_source(options.reference or options.checkpoint)
     with show("check") as progress:
         model = load_model(source, dtype=options.dtype, device=choose_device(options.device, 0))
         return check_completions(model, result.prompts, result.lines, result.limits, tell=tell, progress=progress)

@@ -24,7 +24,7 @@ import torch
 
 from semmoe.profiles.errors import InputError, raised_by_us
 from semmoe.runtime.layer.shuffle import gather_slices, pack_slice, scatter_sums, unpack_slices
-from semmoe.runtime.ranks.failures import ExchangeError, SharedRefusal, is_out_of_memory, naming
+from semmoe.runtime.ranks.failures import ExchangeError, is_out_of_memory, naming
 from semmoe.runtime.serving.equal_slices import Slices
 from semmoe.runtime.serving.home_tables import put
 from semmoe.runtime.serving.probe import MOST_OFF_LOGITS, limit, probe_ids, relative_difference
@@ -125,13 +125,12 @@ def install_tensor_parallel(
 ) -> ShuffledModel:
     """Change a placed model's decoder layers; all ranks call it.
 
-    Parameters
-    ----------
-    homes : predicts the rank of every token.
-    model_layers : numbers of the MoE layers in the model, in order.
-    name : of the model, for people.
+    Parameters:
+        homes: predicts the rank of every token.
+        model_layers: numbers of the MoE layers in the model, in order.
+        name: of the model, for people.
 
-    Raises SharedRefusal for a family whose layers have another shape.
+    Raises InputError for a family whose layers have another shape.
     """
     shuffled = ShuffledModel(placed, homes)
     ids_BQ = probe_ids()
@@ -157,7 +156,7 @@ def install_tensor_parallel(
 
 def other_shape(name: str, how: str) -> InputError:
     """The refusal of a family whose decoder layers are built in another way."""
-    return SharedRefusal(
+    return InputError(
         f"--scheduler tp: {name} {how}: its layers have another shape than norm, attention, norm, feed-forward; use --scheduler dp"
     )
 
@@ -168,8 +167,6 @@ def refusing_other_shapes(name: str) -> Iterator[None]:
     becomes a refusal, alike on all ranks."""
     try:
         yield
-    except InputError as error:
-        raise SharedRefusal(str(error)) from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, ExchangeError) or is_out_of_memory(error) or raised_by_us(error):
             raise

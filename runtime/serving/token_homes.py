@@ -198,7 +198,7 @@ def make_homes(
 
     `relabelled`: the checkpoint is a permuted one.
     """
-    logical_LP = plan.placement.physical_to_logical_LP if relabelled else None
+    logical_LP = plan.placement.order_LE if relabelled else None
     schedule = find_schedule(predict, plan)
     return TokenHomes(
         predict, schedule, plan.placement, plan.model.top_k, logical_LP=logical_LP, group=group, device=device

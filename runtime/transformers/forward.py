@@ -26,16 +26,14 @@ def last_logits(
 ) -> tuple[torch.Tensor, Any]:
     """One forward pass over the last Q of S positions.
 
-    Parameters
-    ----------
-    ids_BQ : int64, token ids.
-    cache : what the pass before gave back; None at first.
-    mask_BS : int64, 0 at padding; None: there is none.
-    position_BQ : int64, positions of the ids; None: those after the cache's.
+    Parameters:
+        ids_BQ: int64, token ids.
+        cache: what the pass before gave back; None at first.
+        mask_BS: int64, 0 at padding; None: there is none.
+        position_BQ: int64, positions of the ids; None: those after the cache's.
 
-    Returns
-    -------
-    Logits of the last position, float32 [B, V], and the cache.
+    Returns:
+        Logits of the last position, float32 [B, V], and the cache.
     """
     name = cache_name(model)
     arguments = {"input_ids": ids_BQ, "attention_mask": mask_BS, "position_ids": position_BQ, name: cache}

@@ -28,7 +28,7 @@ from semmoe.runtime.transformers.ep import exchange_around, hold_slots, row_widt
 from semmoe.runtime.transformers.families import choose_explicitly, leave_out_empty_slots, local_experts
 from semmoe.runtime.transformers.rank_parts import RankCheckpoint
 from semmoe.runtime.transformers.rank_weights import held_experts, rank_tensors
-from semmoe.solvers.place.replicas import serving_LRE
+from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.plan import Plan
 
 
@@ -66,22 +66,26 @@ def load_placed(
 ) -> PlacedModel:
     """Load what `group.rank` holds of a model.
 
-    Parameters
-    ----------
-    source : the model's configuration.
-    root : where the checkpoint lies on this machine.
-    checkpoint : what this rank reads of it (rank_parts.rank_checkpoints).
-    plan : the plan that `checkpoint` was made for.
-    dtype : "auto" (as stored) or the name of a floating type of PyTorch.
+    Parameters:
+        source: the model's configuration.
+        root: where the checkpoint lies on this machine.
+        checkpoint: what this rank reads of it (rank_parts.rank_checkpoints).
+        plan: the plan that `checkpoint` was made for.
+        dtype: "auto" (as stored) or the name of a floating type of PyTorch.
 
     Raises InputError where the family or the checkpoint does not allow it.
     """
     chosen, placement = generating_class(source), checkpoint.placement
 
+    without: list[str] = []  # experts modules of which this rank holds none
+
     def shrink(model: nn.Module) -> None:
         choose_explicitly(model)
-        for layer in placed_layers(model, plan, source.name):
-            hold_slots(layer, placement.num_experts, placement.slots_per_rank, source.name)
+        for number, layer in enumerate(placed_layers(model, plan, source.name)):
+            held = len(placement.held(number, group.rank))
+            hold_slots(layer, placement.num_experts, held, source.name)
+            if not held:
+                without.append(f"{layer.name}.")
 
     config = source.config
     with rank_tensors(root, checkpoint) as tensors, refusals(f"{source.name} cannot be loaded"):
@@ -93,7 +97,7 @@ def load_placed(
             device_map=group.device,
             output_loading_info=True,
         )
-    if missing := sorted(loading["missing_keys"]):
+    if missing := sorted(key for key in loading["missing_keys"] if not any(name in key for name in without)):
         raise InputError(
             f"{source.name}: the checkpoint lacks {len(missing)} tensors of the model, {missing[0]} among them"
         )
@@ -158,9 +162,10 @@ def install(model: Any, checkpoint: RankCheckpoint, plan: Plan, group: Group, na
     placement, state = checkpoint.placement, RankState.fresh(plan.placement.num_layers, group)
     found = placed_layers(model, plan, name)
     names = [f"layer {layer.model_layer} ({layer.name})" for layer in found]
-    serving = serving_LRE(placement.hosts_LER, plan.load_LE, plan.topology)
+    serves = Deployment(placement, plan.load_LE, plan.topology, replica_choice=plan.replica_choice)
+    tables_L = layer_tables(placement, serves.serving_LRE, group.rank, names, group.device, moving=serves.moving)
     layers, runs = [], []
-    for moe, tables in zip(found, layer_tables(placement, serving, group.rank, names, group.device), strict=True):
+    for moe, tables in zip(found, tables_L, strict=True):
         layer = ExpertLayer(tables, group, state, row_width(moe.module), model.dtype, plan.model.top_k)
         run_experts = local_experts(moe.module)
         exchange_around(moe.module, layer, run_experts)

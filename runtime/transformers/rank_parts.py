@@ -61,7 +61,7 @@ def rank_checkpoints(path: Path, plan: Plan) -> list[RankCheckpoint]:
     """
     layout, placement = find_layout(path, plan)
     slots = [
-        dict(zip(plan.model.model_layers, placement.experts_LRS[:, rank].tolist(), strict=True))
+        {number: placement.held(layer, rank).tolist() for layer, number in enumerate(plan.model.model_layers)}
         for rank in range(placement.num_ranks)
     ]
     if layout == "ranks":
@@ -145,7 +145,8 @@ def tensors_of_whole(
                     part.append(whole)
         elif key.role is Role.ROWS:
             for part, own in zip(parts, slots, strict=True):
-                part.append(rows_of_experts(shard, tensor, key, own[key.layer], num_experts))
+                if own[key.layer]:
+                    part.append(rows_of_experts(shard, tensor, key, own[key.layer], num_experts))
         else:
             for rank, slot in places[key.layer, key.expert]:
                 name = key.renamed(tensor.name, slot)

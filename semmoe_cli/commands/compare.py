@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import Json, Simulation, grouped
+from semmoe.options import (
+    AgainstOption,
+    Json,
+    ReplicaChoiceOption,
+    Simulation,
+    Timing,
+    grouped,
+    replica_rule,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +62,10 @@ def compare(
     ] = None,
     *,
     sizes: Sizes,
+    replica_choice: ReplicaChoiceOption = None,
+    against: AgainstOption = None,
     simulation: Simulation,
+    timing: Timing,
     json_: Json = False,
 ) -> None:
     """Score plans side by side on requests that none of them saw, and count the experts to move
@@ -63,31 +74,42 @@ def compare(
     Example: semmoe compare p1 p2 t --expert-bytes 50000000 -o compare.html
     """
     from semmoe.profiles.errors import InputError
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.evaluate.compare import compare_plans
+    from semmoe.solvers.evaluate.against import read_against
+    from semmoe.solvers.evaluate.compare import compare_phases
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import note, note_unchecked, print_json
+    from semmoe.terminal.tables import note, note_unchecked, print_json, print_time
 
     *plan_paths, trace = paths
     if len(plan_paths) < 2:
         raise typer.BadParameter("two plans or more, and a trace", param_hint="PLAN PLAN... TRACE")
     if len(set(plan_paths)) < len(plan_paths):
         raise InputError(f"a plan is named twice: {', '.join(plan_paths)}")
-    bytes_per_expert = sizes.bytes()
+    bytes_per_expert, asked = sizes.bytes(), timing.asked(sizes.hidden_size, sizes.expert_size)
     if output is not None:
         from semmoe.pages.page import check_page_target
 
         check_page_target(output)
-    plans, traced = {path: Plan.load(path) for path in plan_paths}, RoutingTrace.open(trace)
+    rule = replica_rule(replica_choice, timing.engine)
+    plans, traced = {path: Plan.load(path).with_rule(rule) for path in plan_paths}, RoutingTrace.open(trace)
+    held = [read_against(against, plan.model, plan.topology) for plan in plans.values()][0]
     with steps("compare") as progress:
-        comparison, notes = compare_plans(
+        comparison, notes = compare_phases(
             plans,
             traced,
+            timing.whose,
             bytes_per_expert=bytes_per_expert,
+            against=held,
             setting=simulation.setting(),
             progress=progress,
         )
+        if asked is not None:
+            from semmoe.solvers.time.trace_times import plan_times
+
+            view = only_phase(traced, timing.whose or "all")
+            comparison = replace(comparison, time=plan_times(plans, view, asked, simulation.setting(), held))
     if len(plans) == 2:
         from semmoe.solvers.replan.curve import gain_curve
 
@@ -101,34 +123,41 @@ def compare(
         print_json(comparison.to_json())
     else:
         _print(comparison)
+        for name, time in (comparison.time or {}).items():
+            print_time(time, name)
     if output is not None:
         from semmoe.pages.compare import compare_page
         from semmoe.pages.page import write_page
 
-        write_page(compare_page(comparison, _shown_rows(comparison), notes), output)
+        write_page(compare_page(comparison, notes), output)
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
 
 
 def _print(comparison: "Comparison") -> None:
+    from semmoe.pages.compare import shown_rows
     from semmoe.profiles.errors import visible
     from semmoe.solvers.evaluate.compare import NoMoves
-    from semmoe.terminal.tables import SCORE_CAPTION, layouts, print_fitting, wide_console
+    from semmoe.terminal.tables import SCORE_CAPTION, layouts, phase_words, print_fitting, wide_console
 
     console = wide_console()
     nodes = max(plan.nodes for plan in comparison.plans)
     title = (
-        f"{comparison.model or 'model'}: {comparison.requests} requests that no plan saw, {comparison.tokens:,} tokens; "
-        f"{comparison.dispatch} dispatch"
+        f"{comparison.model or 'model'}: {comparison.requests} requests that no plan saw, {comparison.tokens:,} tokens"
+        f"{phase_words(comparison)}; {comparison.dispatch} dispatch"
     )
-    rows = _shown_rows(comparison)
     shapes = [(facts, *layout) for layout in layouts(nodes) for facts in (("method", "ranks"), ())]
-    tables = [_score_table(comparison, rows, *shape) for shape in shapes]
-    print_fitting(console, tables, title=title, caption=f"{SCORE_CAPTION}; --json holds every schedule")
+    caption = f"{SCORE_CAPTION}; --json holds every schedule"
+    alone = {f"\n{p.phase} tokens alone: {p.tokens:,}": p.rows for p in comparison.phases or []}
+    for heading, scored in {title: comparison.rows, **alone}.items():
+        rows = shown_rows(comparison, scored)
+        print_fitting(
+            console, [_score_table(comparison, rows, *shape) for shape in shapes], title=heading, caption=caption
+        )
     if comparison.differences:
         print_fitting(
             console,
             [_difference_table(comparison)],
-            title=f"\nDifference to {comparison.plans[0].plan}, on the same requests, tokens at random homes",
+            title=f"\nDifference to {comparison.against}, on the same requests, tokens at random homes",
             caption="in brackets: 95% paired bootstrap interval; better or worse where it excludes 0",
         )
     print_fitting(
@@ -151,21 +180,6 @@ def _print(comparison: "Comparison") -> None:
         )
 
 
-def _shown_rows(comparison: "Comparison") -> "list[ScoreRow]":
-    """Each plan at random homes and under its best schedule, oracles left out."""
-    from semmoe.solvers.evaluate.report import random_row
-    from semmoe.solvers.evaluate.verdict import best_row
-
-    shown = []
-    for plan in comparison.plans:
-        rows = [row for row in comparison.rows if row.placement == plan.plan]
-        shown.append(random_row(rows, plan.plan))
-        best = best_row(rows, "per-rank")
-        if best.schedule != "random":
-            shown.append(best)
-    return shown
-
-
 def _score_table(
     comparison: "Comparison", rows: "list[ScoreRow]", facts: Sequence[str], metrics: list[str], intervals: bool
 ) -> "Table":
@@ -180,7 +194,7 @@ def _score_table(
         table.add_column(COLUMNS[metric][0].replace(" ", "\n"), no_wrap=True)
     plans = {plan.plan: plan for plan in comparison.plans}
     for row in rows:
-        about = (str(getattr(plans[row.placement], fact)) for fact in facts)
+        about = (str(getattr(plans[row.placement], fact)) if row.placement in plans else "" for fact in facts)
         cells = (score_cell(row, metric, rows, intervals=intervals) for metric in metrics)
         add_row(table, row.placement, *about, row.schedule, *cells)
     return table

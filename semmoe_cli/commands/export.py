@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import Json, MapKind, VllmFormat, command_line, grouped
+from semmoe.options import ExportKind, Json, VllmFormat, command_line, given, grouped, refuse_mixed
 
 if TYPE_CHECKING:
     from semmoe.solvers.plan import Plan
@@ -43,28 +43,44 @@ class MapFacts:
 @grouped()
 def export(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan directory.")],
-    to: Annotated[MapKind, typer.Option(help="Engine that will read the file.")],
+    to: Annotated[
+        ExportKind,
+        typer.Option(
+            help="Engine that will read the file; vllm-plugin and sglang-plugin: the directory that the plug-in of semmoe reads."
+        ),
+    ],
     output: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", metavar="FILE", help="File to write; its ending decides the container of eplb tables."
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="File (of a plug-in: directory) to write; its ending decides the container of eplb tables.",
         ),
     ],
     *,
     facts: MapFacts,
     json_: Json = False,
 ) -> None:
-    """Write a placement as the expert map of SGLang, TensorRT-LLM, vLLM, vLLM-Ascend or EPLB, and
-    say how to start it.
+    """Write a placement as the expert map of SGLang, TensorRT-LLM, vLLM, vLLM-Ascend or EPLB, or
+    as what a plug-in inside vLLM or SGLang reads, and say how to start it.
 
     Example: semmoe export p --to sglang -o map.json
     """
     from semmoe.profiles.errors import InputError
+    from semmoe.runtime.engines.write import KINDS, check_plugin_target, write_plugin_directory
     from semmoe.solvers.maps.write import MapOptions, check_export_target, write_map
     from semmoe.solvers.plan import Plan
-    from semmoe.terminal.tables import note, print_json
+    from semmoe.terminal.tables import note
 
     kind, vllm_format = to.value, facts.format.value if facts.format else ""
+    if kind in KINDS:
+        refuse_mixed(f"--to {kind}", given(facts))
+        check_plugin_target(output)
+        placed = Plan.load(plan)
+        lines = write_plugin_directory(placed, kind, output, made_by=command_line(output, plan))
+        _tell(placed, kind, output, lines, json_)
+        return
     check_export_target(output, kind)
     if kind == "vllm" and not vllm_format:
         raise InputError(
@@ -80,15 +96,7 @@ def export(
     made_by = command_line(output, plan, facts.model or "")
     options = MapOptions(vllm_format, facts.model, facts.num_hidden_layers, facts.mtp_layers, facts.redundant, made_by)
     lines = write_map(placed, kind, output, options)
-    delta = _write_delta(plan, placed, output)
-    placement = placed.placement
-    note(
-        f"wrote {output}: {placement.num_layers} layers, {placement.slots_per_rank} slots on {placement.num_ranks} ranks"
-    )
-    for line in lines:
-        note(line)
-    if json_:
-        print_json({"kind": kind, "file": str(output), "plan": placed.fingerprint, "delta": delta, "notes": lines})
+    _tell(placed, kind, output, lines, json_, _write_delta(plan, placed, output))
 
 
 def _write_delta(plan: Path, placed: "Plan", output: Path) -> str | None:
@@ -109,3 +117,17 @@ def _write_delta(plan: Path, placed: "Plan", output: Path) -> str | None:
     write_file(target, line_per_key(delta.to_json()))
     note(f"wrote {target}: {delta.budget.used} of {delta.budget.slots} slots differ from those of plan {delta.old}")
     return str(target)
+
+
+def _tell(placed: "Plan", kind: str, output: Path, lines: list[str], as_json: bool, delta: str | None = None) -> None:
+    """Say what was written, and how to start the engine."""
+    from semmoe.terminal.tables import note, print_json
+
+    placement = placed.placement
+    note(
+        f"wrote {output}: {placement.num_layers} layers, {placement.slots_per_rank} slots on {placement.num_ranks} ranks"
+    )
+    for line in lines:
+        note(line)
+    if as_json:
+        print_json({"kind": kind, "file": str(output), "plan": placed.fingerprint, "delta": delta, "notes": lines})

@@ -9,27 +9,35 @@ import typer
 
 from semmoe.commands.replan import Replacing, replace_plan
 from semmoe.options import (
+    AgainstOption,
     Dispatch,
     Effort,
     Expressible,
     Json,
     MapKind,
     Method,
+    Minimize,
     Objective,
+    ReplicaChoiceOption,
     Simulation,
+    Spare,
+    TimedPlacing,
     command_line,
     given,
     grouped,
     refuse_mixed,
+    replica_rule,
 )
 
 if TYPE_CHECKING:
     from semmoe.solvers.demands import Demands
+    from semmoe.solvers.evaluate.against import Against
     from semmoe.solvers.make_plan import PlanOptions
     from semmoe.solvers.placement import Topology
     from semmoe.solvers.plan import Plan
 
 # What an expert map is scored with too, or that changes no result.
+AUTO = "auto"  # --load-cap
 FINE_WITH_IMPORT = ("dispatch", "effort", "processes")
 
 
@@ -84,8 +92,12 @@ class Placing:
         typer.Option(metavar="D", help="Hold out all requests of this domain instead; may be repeated."),
     ] = None
     load_cap: Annotated[
-        float, typer.Option(help="Most expert load of a rank over the mean, on the fitted requests.")
-    ] = 1.05
+        str,
+        typer.Option(
+            metavar="CAP|auto",
+            help="Most expert load of a rank over the mean, on the fitted requests; auto: by predicted time, with --minimize bytes.",
+        ),
+    ] = "1.05"
     refit: Annotated[bool, typer.Option(help="After scoring, fit the written plan on all requests.")] = True
     objective: Annotated[
         Objective, typer.Option(help="Schedules to place for: tokens (tp), requests (dp), or both.")
@@ -93,13 +105,30 @@ class Placing:
     lar_weight: Annotated[
         float, typer.Option(help="Remote ranks that one more local activation per token is worth.", min=0)
     ] = 0.0
-    replicas: Annotated[int, typer.Option(metavar="S", help="Extra expert slots per rank.", min=0)] = 0
+    slots: Annotated[
+        int,
+        typer.Option(metavar="S", help="Expert slots of each rank; ceil(E / R) otherwise.", min=0, show_default=False),
+    ] = 0
+    replicas: Annotated[int, typer.Option(metavar="X", help="Expert slots of each rank beyond ceil(E / R).", min=0)] = 0
+    redundant: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Copies of experts in all, as engines count them; E + N divides over R.", min=0),
+    ] = None
+    spare: Annotated[
+        Spare, typer.Option(help="Slots beyond one for each expert: filled with copies, or left empty.")
+    ] = Spare.copies
     robust: Annotated[
         int, typer.Option(metavar="K", help="Keep the load cap within each of K clusters of requests.", min=0)
     ] = 0
     expressible: Annotated[
         Expressible | None,
         typer.Option(help="permutation: only placements that a permuted checkpoint of a grouped model can express."),
+    ] = None
+    minimize: Annotated[
+        Minimize | None,
+        typer.Option(
+            help="What to place for: the predicted time, where --hardware is given, or bytes under --load-cap."
+        ),
     ] = None
     effort: Annotated[Effort, typer.Option(help="How long to search.")] = Effort.default
     processes: Annotated[
@@ -114,19 +143,31 @@ class Placing:
         from semmoe.solvers.demands import Demands
 
         return Demands(
-            load_cap=self.load_cap,
+            load_cap=self._load_cap(),
             seed=seed,
             dispatch=self.dispatch.value,
             objective=self.objective.value,
             lar_weight=self.lar_weight,
             replicas=self.replicas,
+            slots=self.slots,
+            redundant=self.redundant,
+            spare=self.spare.value,
             robust=self.robust,
             expressible=self.expressible and self.expressible.value,
             effort=self.effort.value,
             processes=self.processes or os.cpu_count() or 1,
         )
 
-    def options(self, simulation: Simulation, made_by: str) -> "PlanOptions":
+    def _load_cap(self) -> float:
+        """The cap; a first one where it is chosen later."""
+        if self.load_cap == AUTO:
+            return 1.05
+        try:
+            return float(self.load_cap)
+        except ValueError:
+            raise typer.BadParameter(f"{self.load_cap!r} is no number, nor auto", param_hint="--load-cap") from None
+
+    def options(self, simulation: Simulation, timing: TimedPlacing, against: "Against", made_by: str) -> "PlanOptions":
         """The rest, as solvers read it."""
         from semmoe.solvers.make_plan import PlanOptions
 
@@ -137,7 +178,11 @@ class Placing:
             refit=self.refit,
             certify=self.certify,
             setting=simulation.setting(),
+            against=against,
             made_by=made_by,
+            time=timing.asked_here(),
+            minimize=self.minimize.value if self.minimize else "",
+            auto_cap=self.load_cap == AUTO,
         )
 
 
@@ -152,6 +197,9 @@ def place(
     placing: Placing,
     replacing: Replacing,
     simulation: Simulation,
+    timing: TimedPlacing,
+    replica_choice: ReplicaChoiceOption = None,
+    against: AgainstOption = None,
     import_: Annotated[
         tuple[MapKind, Path] | None,
         typer.Option(
@@ -169,41 +217,47 @@ def place(
     from semmoe.solvers.workers import compute_on_one_thread
 
     compute_on_one_thread()  # before anything imports numpy
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.plan import check_plan_target
+    from semmoe.solvers.evaluate.against import Against, read_against
+    from semmoe.solvers.place.replicas import OWN_RULE
+    from semmoe.solvers.plan import ModelFacts, check_plan_target
     from semmoe.terminal.tables import note, note_unchecked, print_balance, print_report
 
     check_plan_target(output)
     if replacing.from_plan is not None:
-        if import_ is not None:
-            refuse_mixed("--from-plan", ["--import"])
+        refuse_mixed("--from-plan", given(timing, import_=import_, replica_choice=replica_choice, against=against))
         replan, made_by = replacing.read(), command_line(output, replacing.from_plan, *traces)
-        demands, options = placing.demands(simulation.seed), placing.options(simulation, made_by)
+        options = placing.options(simulation, timing, Against(), made_by)
         network.refuse_other(replan.old)
-        replace_plan(traces, output, replan, demands, options, as_json=json_)
+        replace_plan(traces, output, replan, placing.demands(simulation.seed), options, as_json=json_)
         return
     refuse_mixed("a placement without --from-plan", given(replacing))
     if import_ is not None and (unused := given(placing, but=FINE_WITH_IMPORT)):
         note(f"--import takes the map as it is: {', '.join(unused)} has no use there")
     opened, links = [RoutingTrace.open(path) for path in traces], network.read()
+    held = read_against(against, ModelFacts.of(opened[0].info), links)
+    named = [Path(against)] if held.deployment and against else []
+    whose, rule = timing.whose or "all", replica_rule(replica_choice, timing.engine) or OWN_RULE
     if import_ is not None:
-        from semmoe.solvers.maps.import_plan import import_plan
+        from semmoe.solvers.maps.import_plan import Served, import_plan
 
         kind, file = import_
         plan = import_plan(
-            opened,
+            [only_phase(trace, whose) for trace in opened],
             links,
             kind=kind.value,
             file=file,
-            dispatch=placing.dispatch.value,
-            setting=simulation.setting(),
-            made_by=command_line(output, file, *traces),
+            served=Served(placing.dispatch.value, simulation.setting(), held, rule),
+            made_by=command_line(output, file, *named, *traces),
         )
     else:
         from semmoe.solvers.make_plan import make_plan
         from semmoe.terminal.progress import stages
 
-        options = placing.options(simulation, command_line(output, network.topology or output, *traces))
+        files = (output, network.topology or output, *named, *traces)
+        options = placing.options(simulation, timing, held, command_line(*files))
+        options = replace(options, phase=whose, replica_choice=rule)
         with stages() as show:
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
     plan.save(output)

@@ -109,6 +109,8 @@ def replace_plan(
 
     kept = demands_of(replan.old)
     _refuse_other(demands, kept, options.method)
+    if options.minimize:
+        refuse_mixed("--from-plan", [f"--minimize {options.minimize}"])
     opened = [RoutingTrace.open(path) for path in traces]
     kept = replace(kept, **{name: getattr(demands, name) for name in OWN})
     with stages() as show:

@@ -31,7 +31,7 @@ def replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> Non
     from semmoe.solvers.plan import Plan
 
     if under_torchrun():
-        result = as_rank(lambda: replay_rank(options, None, note, steps))
+        result = as_rank(lambda: replay_rank(options, None, note, steps), note)
     else:
         ranks = Plan.load(options.plan).topology.num_ranks
         if nproc not in (None, ranks):
@@ -39,6 +39,12 @@ def replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> Non
         check_group(options.device, options.backend, ranks)
         result = launch(replay_rank, (options, prepare(options, ranks, note), note, steps), ranks)
     if result is not None:
+        if options.write_hardware is not None:
+            from semmoe.profiles.document import indented
+            from semmoe.profiles.files import write_file
+
+            write_file(options.write_hardware, indented(result["hardware"]))
+            note(f"wrote {options.write_hardware}")
         print_rows(result, as_json=as_json)
 
 

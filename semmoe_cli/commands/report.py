@@ -7,13 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import Json, Simulation, given, grouped
+from semmoe.options import (
+    AgainstOption,
+    Json,
+    ReplicaChoiceOption,
+    Simulation,
+    Timing,
+    given,
+    grouped,
+    replica_rule,
+)
 
 if TYPE_CHECKING:
     from semmoe.pages.page import Page
     from semmoe.pages.plan_report import PlanReportOptions
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
+    from semmoe.solvers.time.hardware import TimeAsked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,12 @@ class Extras:
         ),
     ] = None
 
-    def options(self, *, pictures: bool) -> "PlanReportOptions":
+    expert_size: Annotated[
+        int, typer.Option(metavar="I", help="With --hardware: intermediate size of an expert.", min=0)
+    ] = 0
+    against: AgainstOption = None
+
+    def options(self, timing: Timing, *, pictures: bool) -> "PlanReportOptions":
         """The same as pages read it."""
         from semmoe.pages.plan_report import PlanReportOptions
 
@@ -65,6 +80,8 @@ class Extras:
             self.latency,
             self.tokenizer,
             pictures,
+            against=self.against,
+            time=timing.asked(self.hidden_size, self.expert_size),
         )
 
 
@@ -86,6 +103,8 @@ def report(
     ] = None,
     *,
     extras: Extras,
+    timing: Timing,
+    replica_choice: ReplicaChoiceOption = None,
     ranks: Annotated[
         int, typer.Option(help="Trace alone: ranks of its curves; 0: 8, or what the experts divide over.", min=0)
     ] = 0,
@@ -103,19 +122,25 @@ def report(
         raise typer.BadParameter("a plan and a trace, or a trace alone", param_hint="[PLAN] TRACE")
     if ranks and len(paths) == 2:
         raise typer.BadParameter("a plan has its own ranks; others are asked for with --what-if", param_hint="--ranks")
-    options = extras.options(pictures=output is not None)
+    options = extras.options(timing, pictures=output is not None)
     if output is not None:
         from semmoe.pages.page import check_page_target
 
         check_page_target(output)
     if len(paths) == 2:
+        options = replace(options, phase=timing.whose, replica_choice=replica_rule(replica_choice, timing.engine))
         _report_plan(paths[0], paths[1], options, simulation, output, json_)
-    elif given(extras, but=("dispatch_bytes",)):
+    elif given(
+        extras,
+        but=("dispatch_bytes", *(("hidden_size", "expert_size") if options.time else ())),
+        replica_choice=replica_choice,
+    ):
         raise InputError(
-            "--what-if, --tokenizer, --hidden-size and --topology-bandwidth need a plan: semmoe report PLAN TRACE"
+            "--what-if, --tokenizer, --hidden-size, --topology-bandwidth, --against and --replica-choice need a plan: "
+            "semmoe report PLAN TRACE"
         )
     else:
-        _report_trace(paths[0], ranks, simulation.seed, output, json_)
+        _report_trace(paths[0], timing.whose or "all", ranks, simulation, options.time, output, json_)
 
 
 def _numbers(text: str) -> list[int]:
@@ -132,27 +157,36 @@ def _numbers(text: str) -> list[int]:
 
 
 def _report_plan(
-    plan: str, trace: str, options: "PlanReportOptions", simulation: Simulation, output: Path | None, as_json: bool
+    plan: str,
+    trace: str,
+    options: "PlanReportOptions",
+    simulation: Simulation,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
     from semmoe.pages.on_request import certificate_section, costs_section, tokens_section, what_if_section
     from semmoe.pages.page import print_section
     from semmoe.pages.plan import plan_page
     from semmoe.pages.plan_report import make_plan_report
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
     from semmoe.terminal.tables import note, note_unchecked, print_report, print_times
 
-    placed, traced = Plan.load(plan), RoutingTrace.open(trace)
+    placed, traced, phase = Plan.load(plan).with_rule(options.replica_choice), RoutingTrace.open(trace), options.phase
     if traced.info.kind == "counts":
+        only_phase(traced, phase or "all")
         _report_balance(placed, traced, {"plan": plan, "trace": trace}, output, as_json)
         return
+    whose, with_prompts = phase or placed.options.get("phase", "all"), simulation.score_from == "prompt"
+    traced = only_phase(traced, whose, with_prompts=with_prompts)
     made = make_plan_report(placed, traced, options, simulation.setting(), plan_path=plan)
     note_unchecked(placed, traced)
-    for line in [*made.notes, *made.left_out]:
+    for line in [*made.notes, *made.left_out, *(made.report.time.notes if made.report.time else [])]:
         note(line)
     print_report(replace(made.report, plan=plan, trace=trace), as_json=as_json)
     if made.report.times and not as_json:
-        print_times(made.report.times)
+        print_times(made.report.times, made.report.baseline)
     if not as_json:
         asked = (
             what_if_section,
@@ -170,29 +204,50 @@ def _report_balance(
     plan: "Plan", trace: "RoutingTrace", names: dict[str, str], output: Path | None, as_json: bool
 ) -> None:
     """What can be said of a plan on loads alone."""
+    from semmoe.solvers.evaluate.foreign_order import refuse_foreign_loads
     from semmoe.solvers.plan_of_counts import ONLY_BALANCE, balance_of, counted_load_LE
     from semmoe.terminal.tables import note, print_balance
 
     if output is not None:
         trace.require_tokens("a page")
     plan.model.check(trace.info, trace.path)
+    load_LE = counted_load_LE([trace])
+    refuse_foreign_loads(plan, load_LE, trace.info, trace.path)
     note(f"{trace.path}: {ONLY_BALANCE}")
     if trace.fingerprint in plan.trace.get("fingerprints", []):
         note("the plan was made from these very loads: its balance is not held out")
-    print_balance(balance_of(plan, counted_load_LE([trace])), names, as_json=as_json)
+    print_balance(balance_of(plan, load_LE), names, as_json=as_json)
 
 
-def _report_trace(path: str, ranks: int, seed: int, output: Path | None, as_json: bool) -> None:
+def _report_trace(
+    path: str,
+    phase: str,
+    ranks: int,
+    simulation: Simulation,
+    asked: "TimeAsked | None",
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.health.health import trace_health
     from semmoe.terminal.progress import steps
-    from semmoe.terminal.tables import note_unchecked, print_health
+    from semmoe.terminal.tables import note, note_unchecked, print_health, print_time
 
-    trace = RoutingTrace.open(path)
+    trace = only_phase(RoutingTrace.open(path), phase)
     with steps("health") as progress:
-        health = replace(trace_health(trace, seed=seed, ranks=ranks, progress=progress), trace=path)
+        health = replace(trace_health(trace, seed=simulation.seed, ranks=ranks, progress=progress), trace=path)
+        if asked is not None:
+            from semmoe.solvers.time.trace_times import trace_times
+
+            health = replace(health, layer_time=trace_times(trace, health.ranks, asked, simulation.setting()))
     note_unchecked(trace)
     print_health(health, as_json=as_json)
+    if health.layer_time is not None:
+        for line in health.layer_time.notes:
+            note(line)
+        if not as_json:
+            print_time(health.layer_time)
     if output is not None:
         from semmoe.pages.health import health_page
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from semmoe.commands.replay import replay as replay_trace
-from semmoe.options import Json, Loading, Seed, Texts, given, grouped, refuse_mixed
+from semmoe.options import (
+    EngineOption,
+    Json,
+    Loading,
+    ReplicaChoiceOption,
+    Seed,
+    Texts,
+    given,
+    grouped,
+    refuse_mixed,
+    replica_rule,
+)
 from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.files import Lock, check_file_target, lock_beside
 from semmoe.runtime.serving.results import kept_results, partial_path, partial_state
@@ -64,6 +75,12 @@ class Replaying:
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="With --replay: most rows to replay, a random choice of requests.", min=1)
     ] = 65536
+    write_hardware: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --replay: also write the measured exchanges and experts, for --hardware FILE."
+        ),
+    ] = None
     seed: Seed = 0
 
 
@@ -101,6 +118,8 @@ class Running:
             min=1,
         ),
     ] = 4096
+    replica_choice: ReplicaChoiceOption = None
+    engine: EngineOption = None
     replaying: Replaying
     timeout: Annotated[
         float,
@@ -111,6 +130,13 @@ class Running:
     check: Annotated[
         bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
     ] = False
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --check: hub id or directory of the model to compare with, in place of CHECKPOINT; a reshard for ranks needs it.",
+        ),
+    ] = None
     verify: Annotated[
         bool,
         typer.Option(
@@ -121,6 +147,7 @@ class Running:
     def everywhere(self, plan: Path) -> dict[str, Any]:
         """What RunOptions and ReplayOptions have in common."""
         options = {"plan": str(plan), "scheduler": self.scheduler, "backend": self.backend, "timeout_s": self.timeout}
+        options |= {"replica_choice": replica_rule(self.replica_choice, self.engine)}
         loading = {"dtype": self.loading.dtype.value, "device": self.loading.device}
         return options | loading | {"batch_tokens": self.batch_tokens}
 
@@ -154,9 +181,12 @@ def run(
     if replaying.replay is not None:
         if replaying.hidden_size is None or checkpoint is not None or texts != RequestSource():
             raise typer.BadParameter("--replay needs --hidden-size, and takes neither CHECKPOINT nor prompts")
-        refuse_mixed("--replay", given(output=output, check=running.check, predict=running.predict))
+        refused = given(output=output, check=running.check, reference=running.reference, predict=running.predict)
+        refuse_mixed("--replay", refused)
         from semmoe.runtime.replay.cases import ReplayOptions
 
+        if replaying.write_hardware is not None:
+            check_file_target(replaying.write_hardware)
         sizes = asdict(replaying)
         options = ReplayOptions(trace=sizes.pop("replay"), **sizes, **everywhere)
         replay_trace(options, running.nproc, as_json=json_)
@@ -166,15 +196,11 @@ def run(
     if texts.data is not None and (texts.subset or texts.split):
         raise typer.BadParameter("--subset and --split go with --dataset")
     refuse_mixed("CHECKPOINT", given(replaying, but=("max_tokens", "seed")))
+    if running.reference is not None and not running.check:
+        raise typer.BadParameter("needs --check", param_hint="--reference")
     if running.scheduler != "tp":
         refuse_mixed("another scheduler than --scheduler tp", given(predict=running.predict))
     require_extra("running a model", "torch", "transformers")
-    kept: Callable[[], str] = str
-    held: AbstractContextManager[object] = nullcontext()
-    if output is not None and os.environ.get("RANK", "0") == "0":
-        check_output(output)
-        kept = partial(kept_results, output, partial_state(output))
-        held = Lock(output, lock_beside(partial_path(output)))  # OUT's own lock is taken when it is written
     from semmoe.runtime.serving.options import RunOptions
 
     options = RunOptions(
@@ -184,40 +210,54 @@ def run(
         max_new_tokens=running.max_new_tokens,
         output=str(output) if output else None,
         check=running.check,
+        reference=running.reference,
         verify=running.verify,
         **everywhere,
     )
-    with held:
-        result = run_ranks(options, running.nproc, kept)
-    if result is None:
-        return
-    metrics = result.metrics
-    if running.check:
-        from semmoe.runtime.serving.run import check_result
+    from semmoe.runtime.ranks.launch import as_rank, under_torchrun
 
-        metrics = metrics | {"check": check_result(options, result, note, steps)}
-    print_results(result.lines, metrics, output=output, as_json=json_)
+    kept: Callable[[], str] = str if output is None else partial(kept_results, output, partial_state(output))
+    work = partial(run_and_check, options, running.nproc, kept)
+    result = as_rank(work, note, kept) if under_torchrun() else work()
+    if result is not None:
+        print_results(result.lines, result.metrics, output=output, as_json=json_)
+
+
+def run_and_check(options: "RunOptions", nproc: int | None, kept: Callable[[], str]) -> "RunResult | None":
+    """The result on rank 0, compared with plain Transformers where asked; None elsewhere."""
+    held: AbstractContextManager[object] = nullcontext()
+    if options.output is not None and os.environ.get("RANK", "0") == "0":
+        output = Path(options.output)
+        check_output(output)
+        held = Lock(output, lock_beside(partial_path(output)))  # OUT's own lock is taken when it is written
+    with held:
+        result = run_ranks(options, nproc, kept)
+    if result is None or not options.check:
+        return result
+    from semmoe.runtime.serving.run import check_result
+
+    return replace(result, metrics=result.metrics | {"check": check_result(options, result, note, steps)})
 
 
 def run_ranks(options: "RunOptions", nproc: int | None, kept: Callable[[], str]) -> "RunResult | None":
     """Start the ranks here, or be one of torchrun's: the result where rank 0's is, None elsewhere.
 
-    `kept`: what a failure adds to its line.
+    `kept`: what the failure of ranks that were started here adds to its line.
     """
     from semmoe.profiles.capture.requests import read_all
-    from semmoe.runtime.ranks.launch import as_rank, launch, under_torchrun
+    from semmoe.runtime.ranks.launch import launch, under_torchrun
     from semmoe.solvers.plan import Plan
 
     if under_torchrun():
         from semmoe.runtime.serving.run import prepare, run_rank
 
         def read(num_ranks: int) -> "list[RankTask]":
-            plan = Plan.load(options.plan)
+            plan = Plan.load(options.plan).with_rule(options.replica_choice)
             return prepare(options, plan, read_all(options.prompts, tell=note), num_ranks, note)
 
-        return as_rank(lambda: run_rank(options, note, steps, read=read), kept)
+        return run_rank(options, note, steps, read=read)
     # Before PyTorch is imported: a plan or prompts that are not there are told at once.
-    plan = Plan.load(options.plan)
+    plan = Plan.load(options.plan).with_rule(options.replica_choice)
     requests = read_all(options.prompts, tell=note)
     from semmoe.runtime.ranks.group import check_group
     from semmoe.runtime.serving.run import prepare, run_rank

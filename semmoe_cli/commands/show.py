@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from semmoe.options import Json, Seed
+from semmoe.options import Json, PhaseOption, Seed
 from semmoe.profiles.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def show(
             help="The plan.json of a plan was edited on purpose: check all else, sign it again, and note the edit in it.",
         ),
     ] = False,
+    phase: PhaseOption = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -33,12 +34,14 @@ def show(
     """
     from semmoe.terminal.tables import print_facts
 
-    print_facts(describe_path(path, seed=seed, accept_edits=accept_edits), as_json=json_)
+    facts = describe_path(path, seed=seed, accept_edits=accept_edits, phase=phase and phase.value)
+    print_facts(facts, as_json=json_)
 
 
-def describe_path(path: str, *, seed: int, accept_edits: bool = False) -> dict[str, Any]:
+def describe_path(path: str, *, seed: int, accept_edits: bool = False, phase: str | None = None) -> dict[str, Any]:
     """Facts about the trace or plan at `path`. Raises InputError where it is neither. With
-    `accept_edits` a plan is signed again first."""
+    `accept_edits` a plan is signed again first. `phase`: of a trace, whose tokens are described."""
+    from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan, sign_again
     from semmoe.terminal.tables import note, note_unchecked
@@ -48,6 +51,8 @@ def describe_path(path: str, *, seed: int, accept_edits: bool = False) -> dict[s
         if accept_edits:
             note(f"signed {path} as it is now")
         note_unchecked(plan)
+        if phase:
+            raise InputError(f"--phase {phase}: {path} is a plan, and only a trace has tokens of both phases")
         return plan.facts()
     if accept_edits:
         raise InputError(f"--accept-edits: {path} is not a plan, it holds no plan.json")
@@ -55,7 +60,7 @@ def describe_path(path: str, *, seed: int, accept_edits: bool = False) -> dict[s
         raise InputError(f"{path} does not exist: expected a trace or a plan")
     if "://" not in path and not (Path(path) / "trace.json").is_file():
         raise InputError(f"{path} is neither a trace nor a plan: it holds no trace.json and no plan.json")
-    trace = RoutingTrace.open(path)
+    trace = only_phase(RoutingTrace.open(path), phase or "all")
     facts = _describe_trace(trace, seed)
     note_unchecked(trace)
     return facts
@@ -83,6 +88,7 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
         facts |= {"windows": len(windows), "activations": int(load_WLE.sum())}
         return facts | {"scored": "for balance only (--method load)"} | _load_skew(load_WLE.sum(0), info.model_layers)
     from semmoe.profiles.counts import profile_traces
+    from semmoe.profiles.split import one_sided, phase_of, phase_shares
     from semmoe.solvers.health.health import left_out_facts
     from semmoe.solvers.health.impossible import impossible_routing
     from semmoe.solvers.health.structure import measure_structure
@@ -94,12 +100,13 @@ def _describe_trace(trace: "RoutingTrace", seed: int) -> dict[str, Any]:
         facts["left_out"] = str(left_out)
     if not trace.num_tokens:
         return facts
+    shares = phase_shares([trace])
+    facts |= {"phase": phase_of(trace), "prompt_share": shares["prompt"], "generated_share": shares["generated"]}
+    if said := one_sided(shares):
+        facts["phases"] = said
     profile = profile_traces([trace], seed=seed, sample_ids=LARGEST_SAMPLE_IDS)
     known = profile.sample.token_ids_T >= 0
-    facts |= {
-        "generated_share": float(1 - profile.sample.is_prompt_T.mean()),
-        "token_ids_seen": len(np.unique(profile.sample.token_ids_T[known])),
-    }
+    facts["token_ids_seen"] = len(np.unique(profile.sample.token_ids_T[known]))
     facts |= _load_skew(profile.load_LE, info.model_layers)
     if impossible := impossible_routing(profile.load_LE, profile.sample, info):
         facts["impossible_routing"] = list(impossible.values())

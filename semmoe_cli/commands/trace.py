@@ -4,6 +4,7 @@ commands/trace_import.py."""
 import os
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,16 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from semmoe.commands.trace_import import EngineFiles, copy_hash_layers, import_files
+from semmoe.commands.trace_server import RunningServer, trace_running_server
 from semmoe.options import Json, Loading, Seed, Texts, command_line, given, grouped, refuse_mixed
 from semmoe.profiles.errors import InputError, require_extra
 from semmoe.terminal.tables import note, print_json
 
 if TYPE_CHECKING:
     from semmoe.profiles.capture.requests import RequestSource
-    from semmoe.profiles.capture.run import Generation, Ranks, TraceProgress
+    from semmoe.profiles.capture.run import Generation, Ranks
+    from semmoe.profiles.capture.work import TraceProgress
 
 # Options of a model that an import reads, or that ask for nothing that an import would not do.
 FINE_WITH_FROM = ("max_tokens", "seed", "trust_remote_code", "dtype", "device")
+FINE_WITH_SERVER = ("max_requests", "max_tokens", "max_length", "seed", "dtype", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class TextLimits:
-    """How much of the texts is traced; the fields of semmoe.profiles.capture.run.Limits."""
+    """How much of the texts is traced; the fields of semmoe.profiles.capture.work.Limits."""
 
     max_requests: Annotated[int | None, typer.Option(metavar="N", help="Trace the first N requests.", min=1)] = None
     max_tokens: Annotated[
@@ -112,13 +116,14 @@ class Capture:
 
 @grouped()
 def trace(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL | FILE...", help="Hub id or directory of a model, or demo; with --from, the engine's files."
-        ),
-    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="TRACE", help="Trace directory to write.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL | FILE...",
+            help="Hub id or directory of a model, or demo; with --from, the engine's files; with --server, none.",
+        ),
+    ] = None,
     *,
     texts: TracedTexts,
     capture: Capture,
@@ -126,15 +131,25 @@ def trace(
         bool, typer.Option("--resume", help="Go on with a trace that was stopped, or add to a finished one.")
     ] = False,
     engine: EngineFiles,
+    running: RunningServer,
     json_: Json = False,
 ) -> None:
-    """Record which experts a model chooses for every token, or import what a serving engine
-    recorded.
+    """Record which experts a model chooses for every token, import what a serving engine
+    recorded, or ask an engine that is running.
 
     Example: semmoe trace Qwen/Qwen3-30B-A3B --data prompts.jsonl --generate 64 -o t
     """
     interrupted = False
-    if engine.from_ is not None:
+    if running.server is not None:
+        refuse_mixed("--server", given(engine, capture, but=("model", "repetition", *FINE_WITH_SERVER)))
+        if sources:
+            raise typer.BadParameter(f"{sources[0]} does not go with --server: the server has its model")
+        result, interrupted = _trace_server(running, output, texts, capture, engine.model, resume)
+    elif not sources:
+        raise typer.BadParameter("a MODEL, files with --from, or --server URL is needed")
+    elif given(running):
+        raise typer.BadParameter(f"{given(running)[0]} needs --server")
+    elif engine.from_ is not None:
         refuse_mixed("--from", given(texts, capture, but=FINE_WITH_FROM))
         result = import_files(engine, sources, output, max_tokens=capture.limits.max_tokens, resume=resume)
     else:
@@ -157,14 +172,34 @@ def trace(
         raise typer.Exit(130)
 
 
+def _trace_server(
+    running: RunningServer, output: Path, texts: TracedTexts, capture: Capture, model: str | None, resume: bool
+) -> tuple[dict[str, Any], bool]:
+    from semmoe.profiles.capture.work import Limits
+
+    limits = Limits(**asdict(capture.limits))
+    return trace_running_server(running, texts.source(), output, limits, model=model, resume=resume)
+
+
 def _trace(
     name: str, output: Path, texts: TracedTexts, capture: Capture, resume: bool
 ) -> tuple[dict[str, Any] | None, bool]:
     """What was written, None on all ranks but the first; and whether it was interrupted."""
     source, generation = texts.source(), capture.sampling.generation()
+    from semmoe.runtime.ranks.launch import as_rank, under_torchrun
+
+    work = partial(_trace_rank, name, output, source, generation, capture, resume)
+    return as_rank(work, note) if under_torchrun() else work()
+
+
+def _trace_rank(
+    name: str, output: Path, source: "RequestSource", generation: "Generation", capture: Capture, resume: bool
+) -> tuple[dict[str, Any] | None, bool]:
+    """The same on this process, alone or one of torchrun's ranks."""
     _quiet_libraries()
     from semmoe.profiles.capture.requests import open_requests
-    from semmoe.profiles.capture.run import Limits, TraceOptions, TraceProgress, trace_model
+    from semmoe.profiles.capture.run import TraceOptions, trace_model
+    from semmoe.profiles.capture.work import Limits, TraceProgress
     from semmoe.terminal.progress import tracing
 
     ranks = _join_ranks()
@@ -222,10 +257,16 @@ def _join_ranks() -> "Ranks":
 
     from torch import distributed
 
+    from semmoe.runtime.ranks.failures import naming
+
     distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks with short shares wait for the others
-    return Ranks(
-        distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), lambda: distributed.barrier() and None
-    )
+    rank = distributed.get_rank()
+
+    def wait() -> None:
+        with naming(rank, "the wait for the other ranks"):
+            distributed.barrier()
+
+    return Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), wait)
 
 
 def _tell_written(progress: "TraceProgress", output: Path, shape: str) -> dict[str, Any]:

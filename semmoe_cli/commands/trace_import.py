@@ -20,7 +20,10 @@ class EngineFiles:
         TraceKind | None, typer.Option("--from", help="Import files of this kind instead of running a model.")
     ] = None
     model: Annotated[
-        str | None, typer.Option(metavar="CONFIG", help="With --from: config.json, checkpoint or hub id of the model.")
+        str | None,
+        typer.Option(
+            metavar="CONFIG", help="With --from and --server: config.json, checkpoint or hub id of the model."
+        ),
     ] = None
     dense_layers: Annotated[str | None, typer.Option(metavar="0-2", help="With --from: layers that do not route.")] = (
         None

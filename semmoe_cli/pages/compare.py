@@ -6,15 +6,16 @@ The numbers are those of `semmoe compare`'s tables.
 
 from semmoe.pages.deployment import named_model
 from semmoe.pages.figures.plan import gain_against_moves, score_rows
+from semmoe.pages.on_request import timed
 from semmoe.pages.page import Grid, Page, Picture, Section, Text
 from semmoe.solvers.evaluate.compare import PAIRED, Comparison, CurvePoint, NoMoves, PlanMoves
-from semmoe.solvers.evaluate.report import ScoreRow
-from semmoe.terminal.tables import COLUMNS
+from semmoe.solvers.evaluate.report import ScoreRow, random_row
+from semmoe.solvers.evaluate.verdict import best_row
+from semmoe.terminal.tables import COLUMNS, phase_words
 
 
-def compare_page(comparison: Comparison, shown_rows: list[ScoreRow], notes: list[str]) -> Page:
-    """The page of a comparison. `shown_rows`: each plan at random homes
-    and under its best schedule."""
+def compare_page(comparison: Comparison, notes: list[str]) -> Page:
+    """The page of a comparison."""
     model = named_model(comparison.model)
     return Page(
         title=f"Plans for {model}" if model else "Plans side by side",
@@ -23,13 +24,21 @@ def compare_page(comparison: Comparison, shown_rows: list[ScoreRow], notes: list
         badge=f"{len(comparison.plans)} plans",
         facts=[
             ("Trace", comparison.trace),
-            ("Scored on", f"{comparison.requests:,} requests that no plan saw, {comparison.tokens:,} tokens"),
+            (
+                "Scored on",
+                f"{comparison.requests:,} requests that no plan saw, {comparison.tokens:,} tokens{phase_words(comparison)}",
+            ),
             ("Dispatch", comparison.dispatch),
         ],
         sections=[
             section
             for section in (
-                _quality(comparison, shown_rows, notes),
+                *_times(comparison),
+                _quality(comparison, comparison.rows, "Quality", notes),
+                *(
+                    _quality(comparison, p.rows, f"On {p.tokens:,} {p.phase} tokens alone", [])
+                    for p in comparison.phases or []
+                ),
                 _differences(comparison),
                 _moves(comparison),
                 _curve(comparison),
@@ -38,6 +47,26 @@ def compare_page(comparison: Comparison, shown_rows: list[ScoreRow], notes: list
         ],
         footer=_footer(),
     )
+
+
+def shown_rows(comparison: Comparison, scored: list[ScoreRow]) -> list[ScoreRow]:
+    """Of the scored rows, each plan's at random homes and under its best schedule, oracles left
+    out."""
+    shown = []
+    for plan in comparison.plans:
+        rows = [row for row in scored if row.placement == plan.plan]
+        shown.append(random_row(rows, plan.plan))
+        best = best_row(rows, "per-rank")
+        if best.schedule != "random":
+            shown.append(best)
+    names = {plan.plan for plan in comparison.plans}
+    return shown + [row for row in scored if row.placement not in names]
+
+
+def _times(comparison: Comparison) -> list[Section]:
+    """Predicted times of each plan, where hardware is given."""
+    found = {name: timed(time) for name, time in (comparison.time or {}).items()}
+    return [Section(f"{name}. {section.title}", section.blocks) for name, section in found.items()]
 
 
 def compare_verdict(comparison: Comparison) -> str:
@@ -49,8 +78,9 @@ def compare_verdict(comparison: Comparison) -> str:
         return (
             f"Plans for {numbers} ranks side by side: more ranks hold fewer experts each, and more of them are remote."
         )
-    best = min((row for row in comparison.rows if row.schedule == "random"), key=lambda row: row.rem)
-    first = comparison.plans[0].plan
+    names = {plan.plan for plan in comparison.plans}
+    alone = [row for row in comparison.rows if row.schedule == "random" and row.placement in names]
+    best, first = min(alone, key=lambda row: row.rem), comparison.against or comparison.plans[0].plan
     sentence = f"{best.placement} reaches the fewest remote ranks per token, {best.rem:.3f} with tokens at random ranks"
     found = next((d.rem for d in comparison.differences if d.plan == best.placement), None)
     if found is None:
@@ -59,14 +89,15 @@ def compare_verdict(comparison: Comparison) -> str:
     return f"{sentence}; the difference to {first} is {sure} ({found[0]:+.3f}, interval {found[1]:+.3f} to {found[2]:+.3f})."
 
 
-def _quality(comparison: Comparison, rows: list[ScoreRow], notes: list[str]) -> Section:
+def _quality(comparison: Comparison, scored: list[ScoreRow], title: str, notes: list[str]) -> Section:
+    rows = shown_rows(comparison, scored)
     nodes = max(plan.nodes for plan in comparison.plans)
     metrics = [metric for metric in COLUMNS if metric != "node" or nodes > 1]
     plans = {plan.plan: plan for plan in comparison.plans}
     cells, marked = [], set()
     for y, row in enumerate(rows):
-        plan = plans[row.placement]
-        line = [row.placement, plan.method, str(plan.ranks), row.schedule]
+        plan = plans.get(row.placement)
+        line = [row.placement, *((plan.method, str(plan.ranks)) if plan else ("", "")), row.schedule]
         for metric in metrics:
             values = [round(other.value(metric), 3) for other in rows]
             if len(set(values)) > 1 and values[y] == (max if COLUMNS[metric][1] else min)(values):
@@ -83,7 +114,7 @@ def _quality(comparison: Comparison, rows: list[ScoreRow], notes: list[str]) -> 
         0.75 + 0.28 * len(rows),
         "Remote ranks per token and load of the busiest rank of each plan, with intervals",
     )
-    return Section("Quality", [grid, picture, *(Text(f"{note}.") for note in notes), Text(hint, hint=True)])
+    return Section(title, [grid, picture, *(Text(f"{note}.") for note in notes), Text(hint, hint=True)])
 
 
 def _differences(comparison: Comparison) -> Section | None:
@@ -95,7 +126,8 @@ def _differences(comparison: Comparison) -> Section | None:
         rows.append([row.plan, *(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in changes)])
     grid = Grid(["plan", *(COLUMNS[metric][0] for metric in PAIRED)], rows)
     hint = "In brackets: 95 % paired bootstrap interval; below 0 is better, and where it holds 0 the plans are alike."
-    return Section(f"Difference to {comparison.plans[0].plan}, on the same requests", [grid, Text(hint, hint=True)])
+    held = comparison.against or comparison.plans[0].plan
+    return Section(f"Difference to {held}, on the same requests", [grid, Text(hint, hint=True)])
 
 
 def _moves(comparison: Comparison) -> Section:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from semmoe.solvers.evaluate.report import Report, ScoreRow, Verdict
 
-BASELINES = {"contiguous": "contiguous experts", "load": "experts balanced by load"}
 KIND_METRIC = {"per-rank": "rem", "per-expert": "lar", "per-node": "node", "gather": "load_imbalance"}
 KIND_UNIT = {
     "per-rank": "remote ranks per token",
@@ -19,12 +18,15 @@ KIND_UNIT = {
 
 
 def plan_verdict(report: "Report") -> tuple[str, str]:
-    """Level and one sentence: the report's own verdict where it holds one, else from the
-    intervals against contiguous experts."""
+    """Level and one sentence: the verdict by time where there is one, else the report's own by
+    bytes, else from the intervals against its baseline."""
+    from semmoe.solvers.evaluate.against import words_of
     from semmoe.solvers.evaluate.report import random_row
-    from semmoe.solvers.evaluate.verdict import best_schedule
+    from semmoe.solvers.evaluate.verdict import BYTES_ONLY, best_schedule
 
-    plan, before = random_row(report.rows, "plan"), random_row(report.rows, "contiguous")
+    if report.time is not None and report.time.verdict is not None:
+        return report.time.verdict.level, report.time.verdict.sentence
+    plan, before = random_row(report.rows, "plan"), random_row(report.rows, report.baseline)
     if report.verdict is not None:
         return given_verdict(report.verdict, plan, before)
     where = f"on {report.requests:,} held-out requests"
@@ -43,12 +45,9 @@ def plan_verdict(report: "Report") -> tuple[str, str]:
     if before.value(metric) <= 0:
         return "bad", "There is nothing to save: no token leaves its rank."
     saved, low, high = saving_interval(plan, before, metric)
-    numbers = (
-        f"{KIND_UNIT[dispatch]} {plan.value(metric):.2f} instead of {before.value(metric):.2f} with contiguous experts"
-    )
+    numbers = f"{KIND_UNIT[dispatch]} {plan.value(metric):.2f} instead of {before.value(metric):.2f} with {words_of(report.baseline)}"
     if low <= 0:
         return "bad", f"No saving is shown {where}: {numbers} ({saved:.0%}, interval {low:.0%} to {high:.0%})."
-    level = "good" if low > 0.05 else "watch"
     schedule = best_schedule(report)
     if schedule != "random":
         best = next(row for row in report.plan_rows if row.schedule == schedule)
@@ -57,23 +56,28 @@ def plan_verdict(report: "Report") -> tuple[str, str]:
     busy = (
         f"the busiest rank carries {plan.load_imbalance:.2f} times the mean load ({before.load_imbalance:.2f} before)"
     )
-    return level, f"{saved:.0%} less traffic {where}: {numbers}; {busy}."
+    return "watch", f"{saved:.0%} less traffic {where}: {numbers}; {busy}; {BYTES_ONLY}."
 
 
 def given_verdict(given: "Verdict", plan: "ScoreRow", before: "ScoreRow") -> tuple[str, str]:
-    """Level and headline from a report's verdict, and its rows of plan and contiguous experts at
-    random homes; the verdict's own sentence where it does not recommend."""
+    """Level and headline from a report's verdict, and its rows of plan and baseline at random
+    homes; the verdict's own sentence where it does not recommend."""
+    from semmoe.solvers.evaluate.against import words_of
+    from semmoe.solvers.evaluate.verdict import BYTES_ONLY
+
     if given.decision != "recommend":
         return given.level, given.sentence
     under = "placement" if given.schedule == "random" else f"placement with {given.schedule}"
     low, high = given.ci
-    sentence = f"Worth deploying: {under} saves {given.saved:.0%} of the bytes (interval {low:.0%} to {high:.0%})"
-    sentence += f" against {BASELINES.get(given.against, given.against)}"
+    sentence = (
+        f"Worth deploying by bytes: {under} saves {given.saved:.0%} of the bytes (interval {low:.0%} to {high:.0%})"
+    )
+    sentence += f" against {words_of(given.against)}"
     more = given.with_schedule
     if more and more.schedule != given.schedule:
         sentence += f", {more.saved:.0%} with {more.schedule}"
     busy = f"the busiest rank carries {plan.load_imbalance:.2f} times the mean load"
-    return given.level, f"{sentence}; {busy} ({before.load_imbalance:.2f} contiguous)."
+    return "watch", f"{sentence}; {busy} ({before.load_imbalance:.2f} there); {BYTES_ONLY}."
 
 
 def saving_interval(plan: "ScoreRow", before: "ScoreRow", metric: str) -> tuple[float, float, float]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from semmoe.pages.figures import plan as figures_plan
 from semmoe.pages.page import Block, Grid, Picture, Section, Text
-from semmoe.terminal.tables import COLUMNS, times_cells
+from semmoe.terminal.tables import COLUMNS, TIME_CAPTION, TIME_HEADINGS, time_cells, times_cells
 
 if TYPE_CHECKING:
     from semmoe.pages.plan_report import PlanReport
+    from semmoe.solvers.evaluate.time_report import TimeReport
     from semmoe.solvers.place.bounds import Certificate
 
 LISTED_TOKENS = 10  # at either end
@@ -91,7 +92,7 @@ def costs_section(about: "PlanReport") -> Section | None:
     names = list(costs.rows[0].bytes)
     rows = []
     for row in costs.rows:
-        before, after = row.bytes["contiguous"], row.bytes[names[-1]]
+        before, after = row.bytes[names[0]], row.bytes[names[-1]]
         saved = f"{1 - after / before:.0%}" if before else "-"
         whose = ", this plan's" if row.dispatch == own_kind else ""
         rows.append([row.dispatch + whose, *(f"{row.bytes[name] / 1e3:,.0f}" for name in names), saved])
@@ -110,17 +111,51 @@ def times_section(about: "PlanReport") -> Section | None:
     times = about.report.times
     if times is None:
         return None
-    cells = sorted(times_cells(times), key=lambda cell: cell[0] == "plan")
+    cells = sorted(times_cells(times, about.report.baseline), key=lambda cell: cell[0] == "plan")
     after = min(row.ms_per_layer for row in times.rows if row.placement == "plan" and "oracle" not in row.schedule)
-    before = next(row.ms_per_layer for row in times.rows if row.placement == "contiguous")
+    before = next(row.ms_per_layer for row in times.rows if row.placement == about.report.baseline)
     text = Text(
         f"Dispatch and combine of a batch of {times.batch_tokens:,} tokens over all ranks, set by the busiest link: {times.network}. "
         f"{times.assumption} Experts, packing and what overlaps are left out."
     )
     grid = Grid(
-        ["placement", "schedule", "ms per layer", "ms, all layers", "of contiguous"], cells, names_at=frozenset((0, 1))
+        ["placement", "schedule", "ms per layer", "ms, all layers", f"of {about.report.baseline}"],
+        cells,
+        names_at=frozenset((0, 1)),
     )
     return Section(f"On your network a layer's exchanges take {after:.3g} ms instead of {before:.3g} ms", [text, grid])
+
+
+def time_section(about: "PlanReport") -> Section | None:
+    return timed(about.report.time) if about.report.time else None
+
+
+def timed(time: "TimeReport") -> Section:
+    """Times on given hardware, what assumed parameters change, and where the numbers are from."""
+    headings = [heading.replace("\n", " ") for heading in TIME_HEADINGS]
+    blocks: list[Block] = [
+        Grid(["placement", "schedule", *headings], time_cells(time), names_at=frozenset((0, 1))),
+        Text(f"{TIME_CAPTION[0].upper()}{TIME_CAPTION[1:]}.", hint=True),
+    ]
+    if time.sensitivity and time.sensitivity.parameters:
+        ends = [
+            [
+                end.name,
+                f"{end.low:g} to {end.high:g}",
+                f"{end.saved[0]:.1%}",
+                f"{end.saved[1]:.1%}",
+                "yes" if end.agrees else "no: measure it",
+            ]
+            for end in time.sensitivity.parameters
+        ]
+        blocks.append(Grid(["assumed", "between", "saved at the first", "at the last", "same decision"], ends))
+    pinned = "; ".join(f"{p['name']} {p['value']} ({p['source']})" for p in time.parameters if p.get("source"))
+    blocks.append(Text(f"From sources: {pinned}.", hint=True))
+    where = f"On {time.hardware} with {time.backend}, {time.tokens_per_rank:,} {time.phase} tokens a rank"
+    if time.saved is None:
+        return Section(f"{where}: a layer takes {min(row.us['total'] for row in time.rows):,.0f} us", blocks)
+    title = f"{where}: {time.saved.us:,.1f} us a layer ({time.saved.share:.1%}) saved against {time.saved.against}"
+    return Section(title, blocks)
 
 
 def certificate_section(about: "PlanReport") -> Section | None:

@@ -12,6 +12,7 @@ from semmoe.pages.headline import plan_verdict
 from semmoe.pages.on_request import (
     certificate_section,
     costs_section,
+    time_section,
     times_section,
     tokens_section,
     what_if_section,
@@ -34,6 +35,7 @@ def plan_page(about: "PlanReport") -> Page:
     report, plan = about.report, about.plan
     level, sentence = plan_verdict(report)
     makers = (
+        time_section,
         _scores,
         _layers,
         _co_activation,
@@ -188,7 +190,8 @@ def _scores(about: "PlanReport") -> Section:
 def _layers(about: "PlanReport") -> Section:
     from semmoe.solvers.evaluate.report import random_row
 
-    pairs = [[random_row(layer.rows, name).rem for name in ("contiguous", "plan")] for layer in about.report.layers]
+    names = about.report.baseline, "plan"
+    pairs = [[random_row(layer.rows, name).rem for name in names] for layer in about.report.layers]
     saved = [1 - after / max(before, 1e-12) for before, after in pairs]
     gaining = sum(s > 0 for s in saved)
     which = "Every layer gains" if gaining == len(saved) else f"{gaining} of {len(saved)} layers gain"
@@ -210,17 +213,15 @@ def _fewer(saved: float) -> str:
 def _co_activation(about: "PlanReport") -> Section:
     import numpy as np
 
-    details, ranks = _details(about), about.report.ranks
+    details = _details(about)
     pairs_EE = details.pairs_EE - np.diag(details.pairs_EE.diagonal())
-    size = len(pairs_EE)
-    before_E = np.arange(size) * ranks // size
     total = max(pairs_EE.sum(), 1)
     before, after = (
-        float(pairs_EE[rank_E[:, None] == rank_E].sum() / total) for rank_E in (before_E, details.home_of_E)
+        float(pairs_EE[rank_E[:, None] == rank_E].sum() / total) for rank_E in (details.before_of_E, details.home_of_E)
     )
     number = about.report.layers[details.layer].model_layer
     picture = Picture(
-        figures_plan.co_activation(details, ranks),
+        figures_plan.co_activation(details, about.report.ranks),
         4.1,
         f"Co-activation of the experts of layer {number}, in checkpoint order and grouped by rank",
         f"Layer {number}, the layer of median saving. A cell is a pair of experts: the bluer, the more often they serve one token, "
@@ -273,7 +274,7 @@ def _domains(about: "PlanReport") -> Section | None:
 
     domains, dispatch = about.report.domains, about.report.dispatch
     metric = {"per-node": "node", "gather": "load_imbalance"}.get(dispatch, "rem")
-    pairs = [(random_row(domain.rows, "contiguous"), random_row(domain.rows, "plan")) for domain in domains]
+    pairs = [(random_row(domain.rows, about.report.baseline), random_row(domain.rows, "plan")) for domain in domains]
     if len(domains) < 2 or not any(before.value(metric) for before, _ in pairs):
         return None
     better = sum(after.value(metric) < before.value(metric) for before, after in pairs)
@@ -282,7 +283,7 @@ def _domains(about: "PlanReport") -> Section | None:
     title = f"All {len(domains)} domains gain" if better == len(domains) else title
     names = [f"{domain.domain}  ({domain.requests})" for domain in domains]
     picture = Picture(
-        figures_plan.domain_dumbbells(names, pairs, metric, label=label),
+        figures_plan.domain_dumbbells(names, pairs, metric, label=label, before=about.report.baseline),
         0.8 + 0.3 * len(domains),
         f"{label} of every domain, before and after",
         "Blue bar: 95% interval over the requests of the domain; few requests, wide bar.",

@@ -7,6 +7,7 @@ Heavy modules are imported inside.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.deployment import Deployment
     from semmoe.solvers.evaluate.pictures import Details, Scored
     from semmoe.solvers.evaluate.report import PredictableToken, Report, WhatIf
     from semmoe.solvers.plan import Plan
     from semmoe.solvers.schedule.simulate import Setting
+    from semmoe.solvers.time.hardware import TimeAsked
 
 ASSUMED_HIDDEN_SIZE = 4096
 COMBINE_BYTES = 2.0  # of a value on its way back
@@ -37,6 +40,10 @@ class PlanReportOptions:
     latency: str
     tokenizer: Path | None
     pictures: bool
+    against: str | None = None
+    phase: str | None = None
+    replica_choice: str | None = None  # None: the plan's
+    time: "TimeAsked | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +64,7 @@ def make_plan_report(
 ) -> PlanReport:
     """The report of the plan on the trace. Raises InputError where there is nothing to score
     honestly."""
+    from semmoe.solvers.evaluate.against import deployments_beside, read_against
     from semmoe.solvers.evaluate.pictures import report_details, scored_requests
     from semmoe.solvers.evaluate.verdict import dispatch_costs
     from semmoe.solvers.make_plan import score_plan
@@ -69,20 +77,25 @@ def make_plan_report(
     apart = bool(links and not links.is_uniform)
     details, rows = None, None
     left_out: list[str] = []
+    against = read_against(options.against, plan.model, plan.topology)
     with steps("report") as progress:
         progress(0, 4)
-        report, notes = score_plan(plan, trace, setting=setting)
+        report, notes = score_plan(plan, trace, against=against, setting=setting)
         report = replace(report, drift=drift_of(plan, trace, plan_path=plan_path, seed=setting.seed))
         progress(1, 4)
-        if options.pictures or options.what_if or options.tokenizer or apart:
-            scheduled = options.pictures or apart
+        if options.pictures or options.what_if or options.tokenizer or apart or options.time:
+            scheduled = bool(options.pictures or apart or options.time)
             scored = scored_requests(plan, trace, scheduled=scheduled, processes=os.cpu_count() or 1)
+            beside = deployments_beside(scored.deployment, plan.model.n_group, against)
             progress(2, 4)
             if options.pictures:
-                details = report_details(trace, report, scored)
+                name = report.baseline if report.baseline in beside else "contiguous"
+                details = report_details(trace, report, scored, (name, beside[name]))
                 progress(3, 4)
+            if options.time:
+                report = _timed(report, trace, scored, beside, options)
             if options.what_if:
-                report = replace(report, what_if=_what_if(plan, trace, scored, options.what_if, setting.seed))
+                report = replace(report, what_if=_what_if(plan, trace, scored, options, setting))
             if options.tokenizer:
                 tokens = _predictable_tokens(trace, scored, options.tokenizer, setting.seed)
                 report = replace(report, predictable_tokens=tokens)
@@ -91,7 +104,7 @@ def make_plan_report(
                         "predictable tokens are left out: no token id is frequent enough on both sides of the split"
                     )
             if apart:
-                rows = rows_between_ranks(trace, scored, report, plan.model.n_group)
+                rows = rows_between_ranks(trace, scored, report, beside)
     if options.hidden_size or options.bandwidth or options.pictures:
         hidden_size, assumption = _hidden_size(plan, options)
         out, back = hidden_size * options.dispatch_bytes, hidden_size * COMBINE_BYTES
@@ -139,12 +152,38 @@ def _sides(plan: "Plan", trace: "RoutingTrace", scored: "Scored") -> "tuple[np.n
     return ~held_out_B, held_out_B
 
 
-def _what_if(plan: "Plan", trace: "RoutingTrace", scored: "Scored", numbers: list[int], seed: int) -> "WhatIf":
+def _timed(
+    report: "Report",
+    trace: "RoutingTrace",
+    scored: "Scored",
+    beside: "dict[str, Deployment]",
+    options: PlanReportOptions,
+) -> "Report":
+    """The report with its times, on the requests that it was scored on."""
+    from semmoe.solvers.evaluate.score_plan import scored_batch
+    from semmoe.solvers.time.predict import timed_report
+
+    if not scored.held_out:
+        raise InputError(f"--hardware: {trace.path} holds no request that the plan was not fitted on")
+    batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
+    assert options.time is not None
+    against = report.baseline if options.against else ""
+    return timed_report(report, scored.deployment, beside, batch, options.time, against)
+
+
+def _what_if(
+    plan: "Plan", trace: "RoutingTrace", scored: "Scored", options: PlanReportOptions, setting: "Setting"
+) -> "WhatIf":
     from semmoe.solvers.evaluate.what_if import what_if
+    from semmoe.solvers.time.predict import total_us
 
     fit_B, score_B = _sides(plan, trace, scored)
+    numbers, asked = options.what_if, options.time
     per_node = plan.topology.ranks_per_node if plan.topology.num_nodes > 1 else max(numbers)
-    return what_if(trace, fit_B, score_B, numbers, ranks_per_node=per_node, dispatch=plan.dispatch, seed=seed)
+    timed = {"times": partial(total_us, model=plan.model.model, asked=asked, setting=setting)} if asked else {}
+    return what_if(
+        trace, fit_B, score_B, numbers, ranks_per_node=per_node, dispatch=plan.dispatch, seed=setting.seed, **timed
+    )
 
 
 def _predictable_tokens(

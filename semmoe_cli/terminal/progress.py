@@ -16,7 +16,7 @@ from semmoe.profiles.errors import visible
 from semmoe.profiles.progress import Progress, Stages
 
 if TYPE_CHECKING:
-    from semmoe.profiles.capture.run import Limits, TraceProgress
+    from semmoe.profiles.capture.work import Limits, TraceProgress
 
 LINE_SECONDS = 10.0
 POLL_SECONDS = 0.2

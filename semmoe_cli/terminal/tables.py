@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.evaluate.compare import Comparison
     from semmoe.solvers.evaluate.report import Report, ScoreRow, Times
+    from semmoe.solvers.evaluate.time_report import TimeReport
     from semmoe.solvers.health.record import Health
     from semmoe.solvers.plan import Plan
 
@@ -64,11 +66,13 @@ def print_report(report: "Report", *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_json())
         return
+    if report.time is not None:
+        print_time(report.time)
     console = wide_console()
     tables = [_score_table(report, shown, intervals) for shown, intervals in layouts(report.nodes)]
     print_fitting(console, tables, title=_title(report), caption=SCORE_CAPTION)
     if verdict := report.verdict:
-        colour = {"good": "green", "bad": "red"}.get(verdict.level, "yellow")
+        colour = "red" if verdict.level == "bad" else "yellow"  # bytes alone are no reason to deploy
         console.print(f"\n{visible(verdict.sentence)}", style=colour)
         more = verdict.with_schedule
         if more and more.sentence != verdict.sentence and more.schedule != verdict.schedule:
@@ -132,8 +136,17 @@ def _title(report: "Report") -> str:
     nodes = "one node" if report.nodes == 1 else f"{report.nodes} nodes"
     return (
         f"{report.model or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
-        f"{report.requests} held-out requests, {report.tokens:,} tokens; mean over {len(report.layers)} layers"
+        f"{report.requests} held-out requests, {report.tokens:,} tokens{phase_words(report)}; "
+        f"mean over {len(report.layers)} layers"
     )
+
+
+def phase_words(scored: "Report | Comparison") -> str:
+    """Whose tokens were scored, and the share of each phase in the trace, for a title."""
+    if not scored.phase_shares:
+        return ""
+    shares = ", ".join(f"{share:.0%} {name}" for name, share in scored.phase_shares.items())
+    return f" ({shares})" if scored.phase == "all" else f", {scored.phase} tokens alone (trace: {shares})"
 
 
 def _width(metric: str, rows: "Sequence[ScoreRow]") -> int:
@@ -157,33 +170,95 @@ def score_cell(row: "ScoreRow", metric: str, rows: "Sequence[ScoreRow]", *, inte
     return Text.assemble((text, "bold" if best else ""), interval)
 
 
-def print_times(times: "Times") -> None:
+TIME_CAPTION = (
+    "microseconds of one MoE layer, mean over batches and layers; p95 over batches; imbalances: the busiest rank or link "
+    "over the mean; (schedule): the engine does not run it"
+)
+
+
+def print_time(time: "TimeReport", plan: str = "") -> None:
+    """Predicted time of every row, and the verdict by time. `plan`: its name, where there are
+    several."""
+    console = wide_console()
+    engine = f", {time.engine}" if time.engine else ""
+    whose = f"{plan}: predicted" if plan else "Predicted"
+    title = (
+        f"{whose} on {time.hardware}, {time.backend}{engine}: {time.tokens_per_rank:,} {time.phase} tokens a rank, "
+        f"overlap {time.overlap}"
+    )
+    print_fitting(
+        console, [_time_table(time, shown) for shown in (range(9), (3, 4, 5, 7))], title=title, caption=TIME_CAPTION
+    )
+    if verdict := time.verdict:
+        colour = {"good": "green", "bad": "red"}.get(verdict.level, "yellow")
+        console.print(f"\n{visible(verdict.sentence)}", style=colour)
+    console.print("")
+
+
+TIME_HEADINGS = (
+    "dispatch",
+    "experts",
+    "combine",
+    "total",
+    "p95",
+    "experts\nmax/mean",
+    "link\nmax/mean",
+    "bound by",
+    "of step",
+)
+
+
+def time_cells(time: "TimeReport") -> list[list[str]]:
+    """Placement, schedule and TIME_HEADINGS of every row."""
+    cells = []
+    for row in time.rows:
+        us = [f"{row.us[name]:,.1f}" for name in ("dispatch", "experts", "combine", "total", "p95")]
+        imbalance = [f"{row.imbalance[name]:.3f}" for name in ("experts", "link")]
+        share = "" if row.share_of_step is None else f"{row.share_of_step:.1%}"
+        schedule = row.schedule if row.deployable else f"({row.schedule})"
+        cells.append([row.placement, schedule, *us, *imbalance, row.bound_by, share])
+    return cells
+
+
+def _time_table(time: "TimeReport", shown: Sequence[int]) -> "Table":
+    table = new_table()
+    for heading in ("placement", "schedule"):
+        table.add_column(heading, overflow="fold")
+    for number in shown:
+        table.add_column(TIME_HEADINGS[number], justify="right", no_wrap=True)
+    for placement, schedule, *values in time_cells(time):
+        add_row(table, placement, schedule, *(values[n] for n in shown))
+    return table
+
+
+def print_times(times: "Times", against: str) -> None:
     """Predicted communication time of every row, under the table of a report."""
     title = (
         f"\nPredicted dispatch and combine of a batch of {times.batch_tokens:,} tokens over all ranks: {times.network}"
     )
-    tables = [_times_table(times, shown) for shown in (range(3), (0, 2))]
+    tables = [_times_table(times, against, shown) for shown in (range(3), (0, 2))]
     print_fitting(wide_console(), tables, title=title, caption=times.assumption)
 
 
-def _times_table(times: "Times", shown: Sequence[int]) -> "Table":
-    """`shown`: which of milliseconds per layer, of all layers, and their share."""
+def _times_table(times: "Times", against: str, shown: Sequence[int]) -> "Table":
+    """`against`: the baseline. `shown`: which of milliseconds per layer, of all layers, and their
+    share."""
     table = new_table()
     for heading in ("placement", "schedule"):
         table.add_column(heading, overflow="fold")
-    headings = ("ms per\nlayer", "ms, all\nlayers", "of\ncontiguous")
+    headings = ("ms per\nlayer", "ms, all\nlayers", f"of\n{against}")
     for number in shown:
         table.add_column(headings[number], justify="right", no_wrap=True)
-    for placement, schedule, *values in times_cells(times):
+    for placement, schedule, *values in times_cells(times, against):
         cells = (values[n] for n in shown)
         add_row(table, placement, schedule, *cells, style="dim" if "oracle" in schedule else None)
     return table
 
 
-def times_cells(times: "Times") -> list[list[str]]:
-    """Placement, schedule, milliseconds per layer and of all layers, and their share of
-    contiguous experts with random homes."""
-    before = next(r.ms_per_layer for r in times.rows if (r.placement, r.schedule) == ("contiguous", "random"))
+def times_cells(times: "Times", against: str) -> list[list[str]]:
+    """Placement, schedule, milliseconds per layer and of all layers, and their share of the
+    baseline's with random homes."""
+    before = next(r.ms_per_layer for r in times.rows if (r.placement, r.schedule) == (against, "random"))
     totals = [sum(row.ms_layers) for row in times.rows]
     digits, total_digits = _decimals([row.ms_per_layer for row in times.rows]), _decimals(totals)
     cells = []

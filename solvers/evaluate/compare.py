@@ -13,12 +13,15 @@ import numpy as np
 
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, unshown
-from semmoe.profiles.split import request_keys
-from semmoe.profiles.trace import RoutingTrace
+from semmoe.profiles.split import only_phase, phase_of, phase_shares, request_keys
+from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
+from semmoe.solvers.evaluate.against import BASELINES, Against, deployments_beside
+from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
 from semmoe.solvers.evaluate.metrics import metrics_XL, resamples_XG
-from semmoe.solvers.evaluate.report import Report, ScoreRow
-from semmoe.solvers.evaluate.score_plan import baselines, score_placements, scored_batch
+from semmoe.solvers.evaluate.report import Report, ScoreRow, random_row
+from semmoe.solvers.evaluate.score_plan import BETTER, score_batch, scored_batch
 from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
+from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.place.moves import count_moves
 from semmoe.solvers.placement import Topology
@@ -47,7 +50,8 @@ class ComparedPlan(JsonRecord):
 
 @dataclass(frozen=True)
 class Difference(JsonRecord):
-    """A plan against the first, tokens at random homes, paired over requests."""
+    """A plan against the first, or the baseline that was asked for, tokens at random homes, paired
+    over requests."""
 
     plan: str
     against: str
@@ -93,6 +97,17 @@ class NoMoves(JsonRecord):
 
 
 @dataclass(frozen=True)
+class PhaseScores(JsonRecord):
+    """The comparison on the tokens of one phase."""
+
+    phase: str
+    requests: int
+    tokens: int
+    rows: list[ScoreRow]
+    differences: list[Difference]
+
+
+@dataclass(frozen=True)
 class CurvePoint(JsonRecord):
     """A placement between two plans. Gain: cost per token that it saves over the old plan, on
     requests that it was not fitted on, in the curve's unit; kept: part of the free one's."""
@@ -128,11 +143,15 @@ class Comparison(JsonRecord):
         trace, model, dispatch: what they were scored on, and how rows are counted.
         plans: facts of each plan.
         requests, tokens: how many were scored.
+        phase, phase_shares: whose tokens were scored, and the share of each phase in the trace.
+        phases: the same on each phase alone, where plans were made for different ones.
+        against: what the plans are held against: the first of them, or as asked.
         rows: metrics of every plan under every schedule; `placement` is the plan's name.
-        differences: each plan against the first, paired over requests, with 95 % intervals.
+        differences: each plan against that, paired over requests, with 95 % intervals.
         bytes_per_expert: bytes of one expert's weights, 0 where not known.
         moves: copies of experts, and bytes, to get from one plan to another.
         curve: gain kept against moves from the first of two plans (solvers/replan/curve.py).
+        time: of each plan, by name, where hardware is given.
 
     Source: solvers/evaluate/compare.py; docs/formats.md.
     """
@@ -142,6 +161,10 @@ class Comparison(JsonRecord):
     trace: str
     model: str
     dispatch: str
+    phase: str = "all"
+    phase_shares: dict[str, float] | None = None
+    phases: list[PhaseScores] | None = None
+    against: str = ""
     plans: list[ComparedPlan]
     requests: int
     tokens: int
@@ -150,6 +173,7 @@ class Comparison(JsonRecord):
     bytes_per_expert: int
     moves: list[PlanMoves | NoMoves]
     curve: GainCurve | None = None
+    time: dict[str, TimeReport] | None = None
 
 
 def compare_plans(
@@ -157,6 +181,7 @@ def compare_plans(
     trace: RoutingTrace,
     *,
     bytes_per_expert: int,
+    against: Against = BETTER,
     setting: Setting,
     progress: Progress = unshown,
 ) -> tuple[Comparison, list[str]]:
@@ -166,6 +191,8 @@ def compare_plans(
         plans: two or more of one model, by name; the first is what the others are held against.
         trace: requests to score on; those that a plan was fitted on are left out.
         bytes_per_expert: of an expert's weights, 0 where it is not known.
+        against: a baseline, at as many slots as each plan has, or another plan; the first plan
+            where none is named.
         setting: how schedules are simulated.
 
     Raises InputError where plans and trace are of different models, or where no request is new to
@@ -177,10 +204,14 @@ def compare_plans(
     first = next(iter(plans.values()))
     requests = request_keys(trace.requests())
     unseen_B = ~np.isin(requests, np.concatenate([plan.fitted_keys for plan in plans.values()]))
+    unseen_B &= ~against.seen(requests)
     if unseen_B.any():
-        reports = _scored_reports(plans, trace, unseen_B, setting, progress)
+        batch = scored_batch([trace], [unseen_B], seed=setting.seed)
+        for plan in plans.values():
+            refuse_foreign_order(plan, batch, trace.info, trace.path)
+        reports = _scored_reports(plans, batch, trace.info, against, setting, progress)
         progress(len(plans), len(plans) + 1)
-        differences = _differences(plans, trace, unseen_B, setting.seed)
+        differences = _differences(plans, batch, against, setting.seed)
         left_out = int((~unseen_B).sum())
         said = f"{left_out} requests of {trace.path} were used to fit one of the plans and are left out"
         notes = [said] if left_out else []
@@ -195,11 +226,15 @@ def compare_plans(
         if plan.dispatch != first.dispatch:
             notes.append(f"{name} was made for {plan.dispatch} dispatch, here rows are counted as for {first.dispatch}")
     rows = [replace(row, placement=name) for name, report in reports.items() for row in report.plan_rows]
+    rows += _rows_of_baseline(against.name, plans, reports)
     last = list(reports.values())[-1]
     comparison = Comparison(
         trace=trace.path,
         model=trace.info.model,
         dispatch=first.dispatch,
+        phase=phase_of(trace),
+        phase_shares=phase_shares([trace]),
+        against=against.name or next(iter(plans)),
         plans=[_plan_facts(name, plan) for name, plan in plans.items()],
         requests=last.requests,
         tokens=last.tokens,
@@ -211,6 +246,32 @@ def compare_plans(
     return comparison, notes
 
 
+def compare_phases(
+    plans: dict[str, Plan],
+    trace: RoutingTrace,
+    phase: str | None,
+    *,
+    bytes_per_expert: int,
+    against: Against = BETTER,
+    setting: Setting,
+    progress: Progress = unshown,
+) -> tuple[Comparison, list[str]]:
+    """`compare_plans` on the tokens of a phase; None: of the phase that all plans were made for, or
+    of both phases and of each alone where plans were made for different ones."""
+    options = {"bytes_per_expert": bytes_per_expert, "against": against, "setting": setting, "progress": progress}
+    with_prompts = setting.score_from == "prompt"
+    made = {plan.options.get("phase", "all") for plan in plans.values()}
+    if phase or len(made) == 1:
+        return compare_plans(plans, only_phase(trace, phase or made.pop(), with_prompts=with_prompts), **options)
+    comparison, notes = compare_plans(plans, trace, **options)
+    phases = []
+    for name, share in phase_shares([trace]).items():
+        if share:
+            alone, _ = compare_plans(plans, only_phase(trace, name, with_prompts=with_prompts), **options)
+            phases.append(PhaseScores(name, alone.requests, alone.tokens, alone.rows, alone.differences))
+    return replace(comparison, phases=phases), notes
+
+
 def _plan_facts(name: str, plan: Plan) -> ComparedPlan:
     topology = plan.topology
     sizes = (topology.num_ranks, topology.num_nodes, plan.placement.num_replicas)
@@ -218,16 +279,20 @@ def _plan_facts(name: str, plan: Plan) -> ComparedPlan:
 
 
 def _scored_reports(
-    plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, setting: Setting, progress: Progress
+    plans: dict[str, Plan],
+    batch: TraceBatch,
+    info: TraceInfo,
+    against: Against,
+    setting: Setting,
+    progress: Progress,
 ) -> dict[str, Report]:
     """Every plan on the same requests; rows are counted as for the first plan's dispatch."""
     dispatch = next(iter(plans.values())).dispatch
     reports = {}
     for number, (name, plan) in enumerate(plans.items()):
         progress(number, len(plans) + 1)
-        beside = baselines(plan.load_LE, plan.topology, plan.model.n_group)
         deployment = replace(plan.deployment, dispatch=dispatch)
-        reports[name] = score_placements(deployment, [trace], [unseen_B], beside=beside, setting=setting)
+        reports[name] = score_batch(deployment, batch, info, against=against, setting=setting)
     return reports
 
 
@@ -251,18 +316,30 @@ def _split_of(plan: Plan) -> tuple[Any, ...]:
     return tuple(plan.split.get(name) for name in ("holdout", "holdout_domains", "seed"))
 
 
-def _differences(plans: dict[str, Plan], trace: RoutingTrace, unseen_B: np.ndarray, seed: int) -> list[Difference]:
-    """Every other plan against the first, tokens at random homes, on the same resamples of the
-    requests."""
+def _rows_of_baseline(name: str, plans: dict[str, Plan], reports: dict[str, Report]) -> list[ScoreRow]:
+    """The row of what was asked for: a plan once, a baseline in the slots and by the load of each
+    plan."""
+    if name in BASELINES:
+        rows = {plan: random_row(report.rows, name) for plan, report in reports.items()}
+        return [replace(row, placement=f"{name} beside {plan}") for plan, row in rows.items()]
+    first = next(iter(reports.values()))
+    return [row for row in first.rows if name and name not in plans and row.placement == name]
+
+
+def _differences(plans: dict[str, Plan], batch: TraceBatch, against: Against, seed: int) -> list[Difference]:
+    """Every plan against the one baseline, or every other plan against the first; tokens at random
+    homes, on the same resamples of the requests."""
     (first_name, first), *others = plans.items()
-    batch = scored_batch([trace], [unseen_B], seed=seed)
-    before = deployment_sums(first.deployment, batch)
     found = []
-    for name, plan in others:
-        after = deployment_sums(replace(plan.deployment, dispatch=first.dispatch), batch)
-        topologies = first.topology, plan.topology
-        changes = paired_differences(before, after, topologies, PAIRED, dispatch=first.dispatch, seed=seed)
-        found.append(Difference(name, first_name, *changes))
+    for name, plan in plans.items() if against.name else others:
+        deployment = replace(plan.deployment, dispatch=first.dispatch)
+        held = first.deployment
+        if against.name:
+            held = deployments_beside(deployment, plan.model.n_group, against)[against.name]
+        topologies = held.topology, plan.topology
+        sums = deployment_sums(held, batch), deployment_sums(deployment, batch)
+        changes = paired_differences(*sums, topologies, PAIRED, dispatch=first.dispatch, seed=seed)
+        found.append(Difference(name, against.name or first_name, *changes))
     return found
 
 
@@ -309,7 +386,7 @@ def _moves(old_name: str, new_name: str, plans: dict[str, Plan], bytes_per_exper
     return PlanMoves(
         old_name,
         new_name,
-        new.placement.experts_LRS.size,
+        new.placement.experts_LRS.size - new.placement.num_empty,
         *copies,
         *(count * bytes_per_expert for count in copies),
         old_rank_of=moves.old_rank_of_R.tolist(),

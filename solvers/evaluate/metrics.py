@@ -15,7 +15,7 @@ import numpy as np
 
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.evaluate.sums import TrafficSums
-from semmoe.solvers.placement import Topology
+from semmoe.solvers.placement import Topology, part_sizes
 
 DISPATCH_KINDS = {
     "per-rank": "one row per token and rank (DeepEP normal and V2, semmoe run): bytes follow REM",
@@ -81,6 +81,13 @@ def score(sums: TrafficSums, topology: Topology, *, dispatch: str, num_resamples
     The draws are shifted by their mean deviation from the estimate: the busiest of several ranks is
     busier in every resample, so plain percentiles of LINK and of imbalances could miss the estimate
     itself.
+
+    Parameters:
+        sums: traffic summed by groups of requests, layers and ranks.
+        topology: the ranks, for NODE and LINK.
+        dispatch: one of DISPATCHES, what a remote expert costs.
+        num_resamples: draws of the bootstrap.
+        seed: of the draws.
     """
     num_groups = len(sums.tokens_G)
     if num_groups == 0:
@@ -101,12 +108,13 @@ def score(sums: TrafficSums, topology: Topology, *, dispatch: str, num_resamples
 
 def uniform_scores(num_experts: int, top_k: int, topology: Topology) -> dict[str, float]:
     """What experts and homes without any structure give: each token draws K different experts
-    uniformly. Closed form."""
+    uniformly, of experts that ranks share evenly and that have no copy. Closed form."""
 
     def distinct(parts: int) -> float:
-        # A part is missed when all K experts lie in the other E - E / parts.
-        missed = comb(num_experts - num_experts // parts, top_k) / comb(num_experts, top_k)
-        return parts * (1 - missed)
+        # A part is missed when all K experts lie in the others.
+        sizes, counts = np.unique(part_sizes(num_experts, parts), return_counts=True)
+        missed = [comb(num_experts - int(size), top_k) / comb(num_experts, top_k) for size in sizes]
+        return float(sum(count * (1 - miss) for count, miss in zip(counts.tolist(), missed, strict=True)))
 
     ranks, nodes = topology.num_ranks, topology.num_nodes
     rem = distinct(ranks) * (1 - 1 / ranks)

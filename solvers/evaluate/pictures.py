@@ -4,20 +4,20 @@ each rank, of the placement that was scored.
 Shape letters: L MoE layers, T tokens, E experts, R ranks, B requests.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from semmoe.profiles.counts import co_activation_EE, profile_traces
 from semmoe.profiles.embedding import input_embedding
-from semmoe.profiles.split import holdout_requests, request_keys
+from semmoe.profiles.split import request_keys, split_requests
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import score
 from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.evaluate.report import LayerScores, Report, random_row
-from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+from semmoe.solvers.evaluate.score_plan import scored_batch
 from semmoe.solvers.evaluate.sums import deployment_sums
 from semmoe.solvers.evaluate.verdict import best_schedule
 from semmoe.solvers.plan import Plan
@@ -39,13 +39,16 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Details:
-    """Arrays and rows for pictures. "before" is the contiguous placement, "after" the plan."""
+    """Arrays and rows for pictures. "before" is what the report holds the plan against, "after" the
+    plan."""
 
     scored: Scored
     layer: int  # the layer of median saving
     pairs_EE: np.ndarray  # co-activation of that layer, int64
+    before_of_E: np.ndarray  # first rank that hosts each expert there, before, int64
     home_of_E: np.ndarray  # first rank that hosts each expert there, under the plan, int64
     schedule: str  # where tokens live in rows_RR["after"]
+    against: str  # name of what is before
     rows_RR: dict[str, np.ndarray]  # rows per token from rank to rank, mean over layers, by placement, float64
     load_LR: dict[str, np.ndarray]  # load of each rank over the mean, by placement, float64
 
@@ -76,8 +79,8 @@ def scored_requests(plan: Plan, trace: RoutingTrace, *, scheduled: bool, process
         why = "the plan does not hold the placement that was scored (semmoe place writes it now)"
         return fallback._replace(note=f"{why}: {ILLUSTRATION}")
     split = plan.split
-    held_out_B = holdout_requests(
-        requests, holdout=split["holdout"], holdout_domains=split["holdout_domains"], seed=split["seed"]
+    (held_out_B,) = split_requests(
+        [trace], holdout=split["holdout"], holdout_domains=split["holdout_domains"], seed=split["seed"]
     )
     deployment = replace(plan.deployment, placement=plan.scored.placement, load_LE=plan.scored.load_LE, schedule=None)
     sums = deployment_sums(deployment, scored_batch([trace], [held_out_B], seed=plan.seed))
@@ -95,19 +98,20 @@ def scored_requests(plan: Plan, trace: RoutingTrace, *, scheduled: bool, process
     return Scored(deployment, ~held_out_B, held_out_B, True, note)
 
 
-def report_details(trace: RoutingTrace, report: Report, scored: Scored) -> Details:
-    """Pictures' arrays of a report. Traffic between ranks is that of the best schedule that the
+def report_details(trace: RoutingTrace, report: Report, scored: Scored, before: tuple[str, Deployment]) -> Details:
+    """Pictures' arrays of a report. `before`: name and deployment of what it holds the plan
+    against. Traffic between ranks is that of the best schedule that the
     report scored, oracles left out."""
     deployment = scored.deployment
-    load_LE, topology = deployment.load_LE, deployment.topology
-    layer = _typical_layer(report.layers)
+    layer = _typical_layer(report.layers, before[0])
     batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
     schedule = best_schedule(report) if deployment.schedule else "random"
     rows_RR, load_LR = {}, {}
-    before = replace(deployment, placement=baselines(load_LE, topology)["contiguous"], schedule=None)
-    for name, deployed in (("before", before), ("after", deployment)):
+    for name, deployed in (("before", before[1]), ("after", deployment)):
         homes_TL = simulated_homes_TL(deployed, schedule if deployed.schedule else "random", batch, report.setting)
-        rows_LRR = rank_rows_LRR(batch, deployed.serving_LRE, dispatch=deployed.dispatch, homes_TL=homes_TL)
+        rows_LRR = rank_rows_LRR(
+            batch, deployed.serving_LRE, dispatch=deployed.dispatch, homes_TL=homes_TL, moving=deployed.moving
+        )
         rows_RR[name] = rows_LRR.mean(0)
         load = deployment_sums(deployed, batch).load_GLR.sum(0)
         load_LR[name] = load / np.maximum(load.mean(1, keepdims=True), 1e-12)
@@ -115,6 +119,8 @@ def report_details(trace: RoutingTrace, report: Report, scored: Scored) -> Detai
         scored=scored,
         layer=layer,
         pairs_EE=co_activation_EE(batch.expert_ids_TLK[:, layer], trace.info.num_experts),
+        before_of_E=before[1].placement.hosts_LER[layer].argmax(1),
+        against=before[0],
         home_of_E=deployment.placement.hosts_LER[layer].argmax(1),
         schedule=schedule,
         rows_RR=rows_RR,
@@ -128,10 +134,10 @@ def simulated_homes_TL(deployment: Deployment, name: str, batch: TraceBatch, set
     if name == "random":
         return None
     assert deployment.schedule is not None, f"{name} needs tables"
-    return simulate(name, batch, deployment.placement, deployment.schedule, **asdict(setting)).homes_TL
+    return simulate(name, batch, deployment.placement, deployment.schedule, **setting.sizes()).homes_TL
 
 
-def _typical_layer(layers: list[LayerScores]) -> int:
+def _typical_layer(layers: list[LayerScores], baseline: str) -> int:
     """The layer whose saving of remote ranks is the median of all."""
-    saving = [random_row(layer.rows, "contiguous").rem - random_row(layer.rows, "plan").rem for layer in layers]
+    saving = [random_row(layer.rows, baseline).rem - random_row(layer.rows, "plan").rem for layer in layers]
     return int(np.argsort(saving, kind="stable")[len(saving) // 2])

@@ -24,7 +24,13 @@ def token_predictability(
     learn: TraceBatch, scored: TraceBatch, hosts_LER: np.ndarray, *, least_tokens: int = 10
 ) -> Predictability:
     """Predictability of every id with `least_tokens` rows in both batches, most predictable
-    first. `hosts_LER`: bool [L, E, R]."""
+    first. `hosts_LER`: bool [L, E, R].
+
+    Parameters:
+        learn, scored: batches to learn from and to score on, of the same layers.
+        hosts_LER: bool [L, E, R], whether a rank hosts an expert.
+        least_tokens: rows that an id needs in each of the two.
+    """
     ids_U = _frequent(learn.token_ids_T, least_tokens)
     ids_U = np.intersect1d(ids_U, _frequent(scored.token_ids_T, least_tokens))
     if not len(ids_U):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.trace import TraceBatch
+from semmoe.solvers.place.replicas import MovingRule
 
 EXCHANGED_ROWS = 16  # sorted by exchanges up to here: K * (K - 1) / 2 of them
 
@@ -39,6 +40,12 @@ def reached_ranks(ids_TK: np.ndarray, serving_RE: np.ndarray, home_T: np.ndarray
     return Reached(ranks_KT, first_of_run(ranks_KT) & (ranks_KT < num_ranks))
 
 
+def reached_of(ranks_TK: np.ndarray, num_ranks: int) -> Reached:
+    """The ranks of choices that are known already, integers [T, K]; R for an empty slot."""
+    ranks_KT = _sorted_columns(np.ascontiguousarray(ranks_TK.T).astype(np.int16))
+    return Reached(ranks_KT, first_of_run(ranks_KT) & (ranks_KT < num_ranks))
+
+
 def reached_T(ids_TK: np.ndarray, rank_of_E: np.ndarray, num_ranks: int) -> np.ndarray:
     """Number of distinct ranks that each token needs, int64 [T]. `ids_TK`: integers, E for an
     empty slot; `rank_of_E`: integers."""
@@ -55,7 +62,12 @@ def reached_TR(ids_TK: np.ndarray, rank_of_E: np.ndarray, num_ranks: int) -> np.
 
 
 def rank_rows_LRR(
-    batch: TraceBatch, serving_LRE: np.ndarray, *, dispatch: str, homes_TL: np.ndarray | None = None
+    batch: TraceBatch,
+    serving_LRE: np.ndarray,
+    *,
+    dispatch: str,
+    homes_TL: np.ndarray | None = None,
+    moving: MovingRule | None = None,
 ) -> np.ndarray:
     """Rows from the rank where a token lives to the rank that serves it, per token.
 
@@ -65,17 +77,22 @@ def rank_rows_LRR(
         dispatch: one row per token and expert for "per-expert", else one per token and rank.
         homes_TL: where tokens live, integers [T, L]; None: on a uniformly random rank, and each
             rank sends its share of the expectation.
+        moving: what chooses copies token by token, in place of `serving_LRE`.
 
     Returns:
         float64 [L, R, R], sender first; the diagonal holds what stays on a rank.
     """
     num_layers, num_ranks, _ = serving_LRE.shape
     rows_LRR = np.zeros((num_layers, num_ranks, num_ranks))
-    replicated = bool((serving_LRE != serving_LRE[:, :1]).any())
+    replicated = moving is not None or bool((serving_LRE != serving_LRE[:, :1]).any())
 
     def rows_R(layer: int, home_T: np.ndarray) -> np.ndarray:
         """Rows between all pairs, flat [R * (R + 1)]; what goes to rank R is not routed."""
-        ranks_KT, first_KT = reached_ranks(batch.expert_ids_TLK[:, layer], serving_LRE[layer], home_T)
+        ids_TK = batch.expert_ids_TLK[:, layer]
+        if moving is None:
+            ranks_KT, first_KT = reached_ranks(ids_TK, serving_LRE[layer], home_T)
+        else:
+            ranks_KT, first_KT = reached_of(moving.ranks_TK(layer, ids_TK, home_T), num_ranks)
         keys_KT = home_T * (num_ranks + 1) + ranks_KT
         sent = keys_KT if dispatch == "per-expert" else keys_KT[first_KT]
         return np.bincount(sent.reshape(-1), minlength=num_ranks * (num_ranks + 1))

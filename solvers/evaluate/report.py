@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from html import escape
 
 from semmoe.solvers.evaluate.metrics import METRICS, Scores
+from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.html import table_html
 from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.place.bounds import Certificate
+from semmoe.solvers.place.replicas import OWN_RULE
 from semmoe.solvers.schedule.simulate import Setting
 
 REPORT_FORMAT = "semmoe-report"
@@ -53,7 +55,7 @@ class ScoreRow(JsonRecord):
     def interval(self, metric: str) -> Interval:
         """Interval of one of METRICS; the value itself where none is known."""
         value = self.value(metric)
-        return self.ci.get(metric, (value, value))  # pyright: ignore
+        return (self.ci or {}).get(metric, (value, value))
 
     @classmethod
     def of(cls, key: Key, scores: Scores) -> "ScoreRow":
@@ -97,7 +99,7 @@ class Judgement(JsonRecord):
     schedule: str
     tokens: int
     tokens_needed: int | None
-    against: str  # the better of the baselines
+    against: str  # name of a placement in the report's rows
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class WhatIfRow(JsonRecord):
     link: float
     load_imbalance: float
     ci: dict[str, Interval]
+    us_per_layer: float | None = None  # predicted, where --hardware is given
 
     def value(self, metric: str) -> float:
         """One of its metrics by name."""
@@ -221,6 +224,9 @@ class Report(JsonRecord):
         format, version: of the JSON object.
         plan, trace: paths as given, "" in a stored report.
         model, ranks, nodes, dispatch: what was scored.
+        replica_choice: the rule by which copies serve, for all rows.
+        phase, phase_shares: whose tokens were scored, and the share of each phase in the trace.
+        against: the placement that the verdict, headline and tables hold the plan against.
         requests, tokens: how many were scored.
         setting: of the simulated schedules.
         uniform: lar, rem and node of tokens that draw experts uniformly.
@@ -233,6 +239,7 @@ class Report(JsonRecord):
         certificate: what any placement could reach, where asked for.
         drift: what a re-placement from the plan on would gain, where the trace is new to it.
         what_if, predictable_tokens, costs, times: what `semmoe report` adds on request.
+        time: predicted on given hardware, with the verdict by time.
 
     Source: solvers/evaluate/report.py; docs/formats.md, "report", and docs/method.md.
     """
@@ -245,6 +252,10 @@ class Report(JsonRecord):
     ranks: int
     nodes: int
     dispatch: str
+    replica_choice: str = OWN_RULE
+    phase: str = "all"
+    phase_shares: dict[str, float] | None = None
+    against: str = ""
     requests: int
     tokens: int
     setting: Setting = field(default_factory=Setting)
@@ -259,6 +270,7 @@ class Report(JsonRecord):
     predictable_tokens: list[PredictableToken] | None = None
     costs: Costs | None = None
     times: Times | None = None
+    time: TimeReport | None = None
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the verdict, and a table of the rows with their intervals."""
@@ -267,6 +279,11 @@ class Report(JsonRecord):
         about = f"{self.model}: {self.requests} requests, {self.tokens} tokens, {self.ranks} ranks, {self.dispatch}"
         said = f"{about}. {self.verdict.sentence}" if self.verdict else about
         return f"<p>{escape(said)}</p>" + table_html(["placement", "schedule", *metrics], cells)
+
+    @property
+    def baseline(self) -> str:
+        """Name of what the plan is held against; of an older report, what its verdict names."""
+        return self.against or (self.verdict.against if self.verdict else "contiguous")
 
     @property
     def plan_rows(self) -> list[ScoreRow]:

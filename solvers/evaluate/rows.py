@@ -5,7 +5,7 @@ Shape letters: T tokens, L MoE layers, K top-k, B requests.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from semmoe.solvers.evaluate.report import Key
 from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
 from semmoe.solvers.schedule.fit import SMALL_TASK
 from semmoe.solvers.schedule.schedule import Schedule
-from semmoe.solvers.schedule.simulate import Setting, simulate
+from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, served_homes, simulate
 from semmoe.solvers.workers import layer_map
 
 
@@ -70,7 +70,9 @@ def summed_rows(
             batch = replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:0])
     plain = {id(deployed): replace(deployed, schedule=None) for deployed in rows.values()}
     tasks = (
-        RowTask(name, batch, view, plain[id(deployed)], {} if name == "random" else shared, setting, group_of_B)
+        RowTask(
+            name, batch, view, plain[id(deployed)], {} if name in ("random", AS_SERVED) else shared, setting, group_of_B
+        )
         for (_, name), deployed in rows.items()
     )
     show = progress or unshown
@@ -92,11 +94,16 @@ def row_sums(task: RowTask) -> tuple[TrafficSums, float | None]:
     """Sums of one row, and its token imbalance where homes are simulated."""
     batch = task.batch if task.ids_view is None else replace(task.batch, expert_ids_TLK=open_view(task.ids_view))
     homes_TL = imbalance = None
+    if task.schedule_name == AS_SERVED:
+        num_ranks, window = task.deployment.placement.num_ranks, task.setting.window
+        batch, known_B, (homes_TL, imbalance) = served_homes(batch, num_ranks, window=window)
+        sums = deployment_sums(task.deployment, batch, homes_TL=homes_TL, group_of_B=task.group_of_B[known_B])
+        return sums.widened(int(task.group_of_B.max()) + 1), imbalance
     if task.schedule_name != "random":
         tables = {k: a if isinstance(a, np.ndarray) else open_view(a) for k, a in task.tables.items()}
         schedule = Schedule.from_tables(tables)
         assert schedule is not None
         # Balance is kept within each batch or window, so that is where it is measured.
         placement = task.deployment.placement
-        homes_TL, imbalance = simulate(task.schedule_name, batch, placement, schedule, **asdict(task.setting))
+        homes_TL, imbalance = simulate(task.schedule_name, batch, placement, schedule, **task.setting.sizes())
     return deployment_sums(task.deployment, batch, homes_TL=homes_TL, group_of_B=task.group_of_B), imbalance

@@ -11,33 +11,19 @@ import numpy as np
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.sample import sample_requests
-from semmoe.profiles.split import domain_groups
+from semmoe.profiles.split import domain_groups, phase_of, phase_shares
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.against import BASELINES, Against, deployments_beside
 from semmoe.solvers.evaluate.metrics import Scores, score, uniform_scores
 from semmoe.solvers.evaluate.report import DomainScores, Judgement, Key, LayerScores, Report, ScoreRow, Verdict
 from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.sums import TrafficSums, resampling_groups
-from semmoe.solvers.evaluate.verdict import best_row, judge, saving, traffic_cost
-from semmoe.solvers.place.baselines import place_contiguous, place_load_on_nodes
-from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.schedule.simulate import Setting, available_schedules
+from semmoe.solvers.evaluate.verdict import best_row, bytes_only, judge, saving, traffic_cost
+from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, available_schedules
 
+BETTER = Against()  # of the two baselines
 SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
-
-
-def baselines(load_LE: np.ndarray, topology: Topology, num_groups: int = 1) -> dict[str, Placement]:
-    """What engines do without us: contiguous experts, and packing by load.
-
-    `load_LE`: activations of the fitted requests, integers. `num_groups`: routing groups of the
-    model, which packing puts onto nodes first.
-    """
-    num_layers, num_experts = load_LE.shape
-    ranks = {
-        "contiguous": place_contiguous(num_layers, num_experts, topology.num_ranks),
-        "load": place_load_on_nodes(load_LE, topology, num_groups),
-    }
-    return {name: Placement.from_ranks(rank_of_LE, topology.num_ranks) for name, rank_of_LE in ranks.items()}
 
 
 def scored_batch(traces: list[RoutingTrace], keep: list[np.ndarray], *, seed: int) -> TraceBatch:
@@ -51,15 +37,16 @@ def score_placements(
     traces: list[RoutingTrace],
     keep: list[np.ndarray],
     *,
-    beside: dict[str, Placement],
+    against: Against = BETTER,
     setting: Setting,
 ) -> Report:
     """`score_batch` on the requests of `keep` (bool [B] per trace); of very large traces, on a
     random sample of them. Raises InputError where there is none."""
-    batch = scored_batch(traces, keep, seed=setting.seed)
+    batch = replace(scored_batch(traces, keep, seed=setting.seed), rank_of_B=None)
     if batch.num_tokens == 0:
         raise InputError(f"{traces[0].path} holds no request to score on")
-    return score_batch(deployment, batch, traces[0].info, beside=beside, setting=setting)
+    report = score_batch(deployment, batch, traces[0].info, against=against, setting=setting)
+    return replace(report, phase=phase_of(traces[0]), phase_shares=phase_shares(traces))
 
 
 def score_batch(
@@ -67,7 +54,7 @@ def score_batch(
     batch: TraceBatch,
     info: TraceInfo,
     *,
-    beside: dict[str, Placement],
+    against: Against = BETTER,
     setting: Setting,
     processes: int = 1,
     progress: Progress | None = None,
@@ -77,18 +64,21 @@ def score_batch(
     Parameters:
         deployment: the plan, scored with tokens at random homes and under what its schedule allows.
         batch: requests that it was not fitted on.
-        info: the model, for names of layers and uniform draws.
-        beside: placements to score with tokens at random homes only, by name (`baselines`).
+        info: the model, for names of layers, uniform draws and routing groups.
+        against: which baseline the verdict is about, or a plan that is scored like them.
         setting: how schedules are simulated.
         processes: worker processes for the rows; the result does not depend on them.
     """
     if batch.num_tokens == 0:
         raise InputError("no request is left to score on")
-    others = {name: replace(deployment, placement=placement, schedule=None) for name, placement in beside.items()}
+    others = deployments_beside(deployment, info.n_group, against)
     rows = {(name, "random"): deployed for name, deployed in {"plan": deployment, **others}.items()}
     # Random homes are summed exactly; they are no schedule to simulate.
     known = available_schedules(deployment.schedule) if deployment.schedule else []
+    known += [f"dp-{setting.score_from}"] if known and setting.score_from else []
     rows |= {("plan", name): deployment for name in known if name != "random"}
+    if batch.rank_of_B is not None and (batch.rank_of_B >= 0).any():
+        rows[("plan", AS_SERVED)] = deployment
     names, domain_of_B = domain_groups(batch.domains)
     group_of_B, domain_of_G = resampling_groups(domain_of_B)
     summed = list(summed_rows(rows, batch, setting, group_of_B, processes=processes, progress=progress))
@@ -98,10 +88,14 @@ def score_batch(
         if imbalance is not None:  # balance is kept within batches and windows: resampled requests do not speak of it
             scores[key].means["token_imbalance"] = imbalance
             scores[key].intervals["token_imbalance"] = (imbalance, imbalance)
+    dispatch = deployment.dispatch
+    costs = {name: traffic_cost(ScoreRow.of((name, "random"), scores[name, "random"]), dispatch) for name in BASELINES}
+    before = against.name or min(costs, key=costs.__getitem__)
     domains = []
     for domain, name in enumerate(names):
         parts = {key: whole.of_groups(domain_of_G == domain) for key, whole in sums.items()}
         if tokens := int(parts["plan", "random"].tokens_G.sum()):
+            parts = {key: part for key, part in parts.items() if part.tokens_G.any()}
             its_rows = [ScoreRow.of(key, found) for key, found in _scores(parts, deployment, setting.seed).items()]
             domains.append(DomainScores(name, int((domain_of_B == domain).sum()), tokens, its_rows))
     return Report(
@@ -110,12 +104,14 @@ def score_batch(
         model=info.model,
         ranks=deployment.topology.num_ranks,
         nodes=deployment.topology.num_nodes,
-        dispatch=deployment.dispatch,
+        dispatch=dispatch,
+        replica_choice=deployment.replica_choice,
+        against=before,
         requests=batch.num_requests,
         tokens=batch.num_tokens,
         setting=setting,
         uniform=uniform_scores(info.num_experts, info.top_k, deployment.topology),
-        verdict=_verdict(sums, scores, deployment, setting.seed),
+        verdict=_verdict(sums, scores, deployment, before, setting.seed),
         rows=[ScoreRow.of(key, found) for key, found in scores.items()],
         domains=domains,
         layers=[
@@ -130,27 +126,28 @@ def _scores(sums: dict[Key, TrafficSums], deployment: Deployment, seed: int) -> 
     return {key: score(found, topology, dispatch=dispatch, seed=seed) for key, found in sums.items()}
 
 
-def _verdict(sums: dict[Key, TrafficSums], scores: dict[Key, Scores], deployment: Deployment, seed: int) -> Verdict:
-    """Verdict on placement alone, against the better of the baselines, and on the best schedule
-    that needs no oracle.
+def _verdict(
+    sums: dict[Key, TrafficSums], scores: dict[Key, Scores], deployment: Deployment, against: str, seed: int
+) -> Verdict:
+    """Verdict on placement alone, against the placement of that name, and on the best schedule that
+    needs no oracle.
 
     Where rows are per token and expert placement alone saves nothing, so there the schedule
     decides.
     """
     dispatch, rows = deployment.dispatch, {key: ScoreRow.of(key, found) for key, found in scores.items()}
-    before = min((("contiguous", "random"), ("load", "random")), key=lambda key: traffic_cost(rows[key], dispatch))
-    scheduled = [row for (p, s), row in rows.items() if p == "plan" and s not in ("random", "dp-roundrobin")]
+    before = against, "random"
+    scheduled = [row for (p, s), row in rows.items() if p == "plan" and s not in ("random", "dp-roundrobin", AS_SERVED)]
     best = best_row(scheduled, dispatch).schedule if scheduled else "random"
 
     def judged(schedule: str) -> Judgement:
         saved = saving(sums[before], sums["plan", schedule], deployment.topology, dispatch=dispatch, seed=seed)
-        found = judge(saved, dispatch=dispatch, schedule=schedule, against=before[0])
+        found = judge(saved, dispatch=dispatch, schedule=schedule, against=against)
         old, new = rows[before].load_imbalance, rows["plan", schedule].load_imbalance
         if new / old - 1 > max(saved.share, 0) and dispatch != "gather":
             rises = f" But the busiest rank's load rises from {old:.2f} to {new:.2f} of the mean."
-            level = "watch" if found.level == "good" else found.level
-            found = replace(found, level=level, sentence=found.sentence + rises)
-        return found
+            found = replace(found, sentence=found.sentence + rises)
+        return bytes_only(found)
 
     first = judged(best if dispatch == "per-expert" else "random")
     return Verdict(**vars(first), with_schedule=judged(best) if best != "random" else None)

@@ -16,7 +16,8 @@ import numpy as np
 
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.deployment import Deployment
-from semmoe.solvers.evaluate.reached import Reached, first_of_run, reached_ranks
+from semmoe.solvers.evaluate.reached import Reached, first_of_run, reached_of, reached_ranks
+from semmoe.solvers.place.replicas import MovingRule
 from semmoe.solvers.placement import Topology
 
 MAX_GROUPS = 512  # requests beyond this number are resampled in groups of several
@@ -46,6 +47,11 @@ class TrafficSums:
     def of_groups(self, chosen_G: np.ndarray) -> "TrafficSums":
         """The sums of some groups (bool [G])."""
         return TrafficSums(*(getattr(self, f.name)[chosen_G] for f in fields(self)))
+
+    def widened(self, num_groups: int) -> "TrafficSums":
+        """With groups of nothing behind the last."""
+        arrays = [getattr(self, f.name) for f in fields(self)]
+        return TrafficSums(*(np.pad(a, [(0, num_groups - len(a)), *[(0, 0)] * (a.ndim - 1)]) for a in arrays))
 
     def resampled(self, weights_XG: np.ndarray) -> "TrafficSums":
         """Weighted sums over the groups: leading axis X instead of G."""
@@ -88,6 +94,7 @@ def deployment_sums(
         dispatch=deployment.dispatch,
         homes_TL=homes_TL,
         group_of_B=group_of_B,
+        moving=deployment.moving,
     )
 
 
@@ -99,6 +106,7 @@ def traffic_sums(
     dispatch: str,
     homes_TL: np.ndarray | None = None,
     group_of_B: np.ndarray | None = None,
+    moving: MovingRule | None = None,
 ) -> TrafficSums:
     """Traffic of a batch's requests.
 
@@ -110,6 +118,7 @@ def traffic_sums(
         dispatch: one of DISPATCH_KINDS; says what a row is.
         homes_TL: rank where each token lives, integers [T, L]; None: on a uniformly random rank.
         group_of_B: group of each request, integers [B] from 0; None: its number, up to MAX_GROUPS.
+        moving: what chooses copies token by token, in place of `serving_LRE`.
 
     Returns:
         Sums per group; expectations where homes are random.
@@ -121,18 +130,24 @@ def traffic_sums(
     sums = TrafficSums.zeros(num_groups, num_layers, topology.num_ranks, num_targets)
     counter = _Counter(sums, group_of_B[batch.request_of_T], topology, dispatch)
     sums.tokens_G[:] += np.bincount(counter.group_T, minlength=num_groups)
-    replicated = bool((serving_LRE != serving_LRE[:, :1]).any())
+    replicated = moving is not None or bool((serving_LRE != serving_LRE[:, :1]).any())
+
+    def reached(layer: int, home_T: np.ndarray) -> Reached:
+        ids_TK = batch.expert_ids_TLK[:, layer]
+        if moving is not None:
+            return reached_of(moving.ranks_TK(layer, ids_TK, home_T), topology.num_ranks)
+        return reached_ranks(ids_TK, serving_LRE[layer], home_T)
+
     for layer, serving_RE in enumerate(serving_LRE):
         ids_TK = batch.expert_ids_TLK[:, layer]
         if homes_TL is not None:
             home_T = homes_TL[:, layer]
-            _add_layer(counter, layer, reached_ranks(ids_TK, serving_RE, home_T), home_T)
+            _add_layer(counter, layer, reached(layer, home_T), home_T)
         elif replicated:
             # Who serves depends on where the token lives: the expectation is the mean over homes.
             for rank in range(topology.num_ranks):
                 home_T = np.full(len(ids_TK), rank)
-                reached = reached_ranks(ids_TK, serving_RE, home_T)
-                _add_layer(counter, layer, reached, home_T, 1 / topology.num_ranks)
+                _add_layer(counter, layer, reached(layer, home_T), home_T, 1 / topology.num_ranks)
         else:
             _add_layer(counter, layer, reached_ranks(ids_TK, serving_RE), None)
     return sums

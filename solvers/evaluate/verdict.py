@@ -10,12 +10,13 @@ Shape letters: G groups of requests, X resamples.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from semmoe.solvers.evaluate.against import words_of
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS, metrics_XL, resamples_XG
-from semmoe.solvers.evaluate.report import Costs, DispatchCost, Judgement, Report, ScoreRow, random_row
+from semmoe.solvers.evaluate.report import Costs, DispatchCost, Judgement, Report, ScoreRow, Verdict, random_row
 from semmoe.solvers.evaluate.sums import TrafficSums
 from semmoe.solvers.placement import Topology
 
@@ -26,6 +27,24 @@ MAX_FACTOR = 1_000  # of the tokens at hand: beyond that no trace will decide
 
 RECOMMEND, NOT_WORTH_IT, INSUFFICIENT = "recommend", "not worth it", "insufficient evidence"
 LEVELS = {RECOMMEND: "good", NOT_WORTH_IT: "bad", INSUFFICIENT: "watch"}
+BYTES_ONLY = "bytes only; time unknown: add --hardware"
+
+
+def bytes_only(found: Judgement) -> Judgement:
+    """A judgement by bytes as it stands alone: it says so, and is no reason to deploy by itself."""
+    level = "watch" if found.level == "good" else found.level
+    return replace(found, level=level, sentence=f"{found.sentence.removesuffix('.')}; {BYTES_ONLY}.")
+
+
+def beside_time(found: Verdict) -> Verdict:
+    """The same beside a verdict by time, which takes the warning's place."""
+    more = found.with_schedule
+    said = found.sentence.replace(f"; {BYTES_ONLY}", "; bytes only")
+    return replace(
+        found,
+        sentence=said,
+        with_schedule=more and replace(more, sentence=more.sentence.replace(f"; {BYTES_ONLY}", "; bytes only")),
+    )
 
 
 def traffic_cost(row: ScoreRow, dispatch: str) -> float:
@@ -77,7 +96,7 @@ def dispatch_costs(
     `assumption`: a sentence on where the hidden size is from.
     """
     schedule = best_schedule(report)
-    shown = {"contiguous": random_row(report.rows, "contiguous"), "plan": random_row(report.rows, "plan")}
+    shown = {name: random_row(report.rows, name) for name in (report.baseline, "plan")}
     if schedule != "random":
         shown[f"plan, {schedule}"] = next(row for row in report.plan_rows if row.schedule == schedule)
     per_row = row_bytes(hidden_size, dispatch_bytes=dispatch_bytes) * len(report.layers)
@@ -153,7 +172,8 @@ def judge(
     under = "placement alone" if schedule == "random" else f"placement with {schedule}"
     sentence = f"{decision[0].upper()}{decision[1:]}: {reason}"
     if dispatch != "gather":
-        sentence += f" ({under} saves {saved.share:.1%} of the bytes, interval {saved.low:.1%} to {saved.high:.1%})"
+        sentence += f" ({under} saves {saved.share:.1%} of the bytes against {words_of(against)}, "
+        sentence += f"interval {saved.low:.1%} to {saved.high:.1%})"
     if decision == INSUFFICIENT:
         more = f"about {needed:,} held-out tokens" if needed else "more tokens than any trace will have"
         sentence += f"; to decide, {more} would be needed"

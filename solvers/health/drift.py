@@ -66,6 +66,12 @@ def cross_fits(ids_LTK: np.ndarray, batch: TraceBatch, num_experts: int, num_ran
     are too few.
 
     Several, because one placement is better or worse than the next by as much as a domain may cost.
+
+    Parameters:
+        ids_LTK: expert ids by layer, integers [L, T, K], tokens in the order of the batch.
+        batch: the requests, for their bounds.
+        num_experts, num_ranks: E and R of the placements.
+        seed: of the halvings and of the placements.
     """
     if num_ranks < 2 or batch.num_requests < 10:
         return []
@@ -96,7 +102,15 @@ def domain_drift(
     ids_LTK: np.ndarray, batch: TraceBatch, fits: list[Fit], num_experts: int, num_ranks: int, seed: int
 ) -> list[DomainDrift] | None:
     """Each domain against all others: distance of loads, and REM and load imbalance on it when
-    it was left out of learning or not."""
+    it was left out of learning or not.
+
+    Parameters:
+        ids_LTK, batch, num_experts, num_ranks, seed: as of `cross_fits`.
+        fits: its placements.
+
+    Returns:
+        One record a domain; None where there are fewer than two.
+    """
     names, domain_B = domain_groups(batch.domains)
     if len(names) < 2 or not fits:
         return None
@@ -147,6 +161,11 @@ def time_drift(
     half scored on the later one.
 
     "mixed": on the same later half, after learning on as many requests drawn from the whole trace.
+
+    Parameters:
+        ids_LTK, batch, num_experts, num_ranks, seed: as of `cross_fits`.
+        fits: its placements.
+        num_windows: windows of equally many requests.
     """
     if batch.num_requests < 2 * num_windows or not fits:
         return None
@@ -170,7 +189,13 @@ def time_drift(
 
 
 def fit_ranks_LE(ids_LTK: np.ndarray, num_experts: int, num_ranks: int, seed: int) -> np.ndarray:
-    """A quick placement by co-activation, int64 [L, E]."""
+    """A quick placement by co-activation, int64 [L, E].
+
+    Parameters:
+        ids_LTK: expert ids by layer, integers [L, T, K].
+        num_experts, num_ranks: E and R.
+        seed: of the partition.
+    """
     pairs_LEE = np.stack([co_activation_EE(ids_TK, num_experts) for ids_TK in ids_LTK])
     return place_quickly(pairs_LEE, num_ranks, seed)
 

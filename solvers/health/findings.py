@@ -4,6 +4,7 @@ Levels: "good" (nothing to do), "watch" (works, with a limit to know), "bad" (do
 placing).
 """
 
+from semmoe.profiles.split import one_sided
 from semmoe.solvers.health.record import DomainDrift, Finding, Health, LeftOutFacts, TimeDrift
 
 FEW_ACTIVATIONS = 50  # of the median expert at a layer: below, co-activation counts are mostly noise
@@ -30,6 +31,7 @@ def health_findings(health: Health) -> list[Finding]:
         "domains": _domains,
         "time": _time,
         "token ids": _unseen,
+        "phase": _phase,
     }
     answers = {topic: question(health) for topic, question in questions.items()}
     if health.impossible:
@@ -43,6 +45,18 @@ def _impossible(impossible: dict[str, str]) -> Answer:
     texts = list(impossible.values())
     more = f"; and {len(texts) - 5} layers more: {', '.join(list(impossible)[5:25])}" if len(texts) > 5 else ""
     return "bad", f"Impossible routing: {'; '.join(texts[:5])}{more}."
+
+
+def _phase(health: Health) -> Answer:
+    share = health.prompt_share
+    if health.phase != "all":
+        return "good", f"Only {health.phase} tokens were looked at."
+    if said := one_sided({"prompt": share, "generated": 1 - share}):
+        return "watch", f"{said[0].upper()}{said[1:]}."
+    return (
+        "good",
+        f"{share:.0%} of the tokens are of prompts, {1 - share:.0%} generated: --phase places for one of them.",
+    )
 
 
 def _left_out(left_out: LeftOutFacts) -> Answer:

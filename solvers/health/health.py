@@ -16,6 +16,7 @@ import numpy as np
 
 from semmoe.profiles.counts import co_activation_EE, profile_traces
 from semmoe.profiles.progress import Progress
+from semmoe.profiles.split import phase_of
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.health.drift import cross_fits, domain_drift, random_share_B, rem_T, time_drift
 from semmoe.solvers.health.findings import health_findings
@@ -72,6 +73,7 @@ def trace_health(trace: RoutingTrace, *, seed: int, ranks: int = 0, progress: Pr
         tokens=trace.num_tokens,
         sampled_tokens=batch.num_tokens,
         prompt_share=float(batch.is_prompt_T.mean()),
+        phase=phase_of(trace),
         ranks=num_ranks,
         curve_layers=[int(info.model_layers[i]) for i in layers],
         load=done(_load_facts(load_LE)),
@@ -93,13 +95,14 @@ def left_out_facts(trace: RoutingTrace) -> LeftOutFacts | None:
     """What the notes of a trace say of requests that its import left out; None where they say
     nothing that can be counted."""
     noted = trace.info.notes.get("left_out")
-    requests, tokens = (
-        ((noted or {}).get(name) for name in ("requests", "tokens")) if isinstance(noted, dict) else ({}, {})
-    )
-    counts = [c for c in (requests, tokens) if isinstance(c, dict)]
-    if not requests or len(counts) < 2 or not all(isinstance(n, int) and n >= 0 for c in counts for n in c.values()):
+    if not isinstance(noted, dict):
         return None
-    num_requests, num_tokens = sum(requests.values()), sum(tokens.values())  # pyright: ignore
+    requests, tokens = noted.get("requests"), noted.get("tokens")
+    if not requests or not isinstance(requests, dict) or not isinstance(tokens, dict):
+        return None
+    if not all(isinstance(n, int) and n >= 0 for n in (*requests.values(), *tokens.values())):
+        return None
+    num_requests, num_tokens = sum(requests.values()), sum(tokens.values())
     return LeftOutFacts(
         requests,
         num_requests / max(num_requests + trace.num_requests, 1),

@@ -6,6 +6,7 @@ Field names are the keys of the JSON object. Parts that a trace is too small for
 
 from dataclasses import dataclass, field
 
+from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.json_record import JsonRecord
 
 HEALTH_FORMAT = "semmoe-health"
@@ -157,6 +158,7 @@ class Health(JsonRecord):
     tokens: int
     sampled_tokens: int
     prompt_share: float
+    phase: str = "all"
     ranks: int
     curve_layers: list[int]
     load: LoadFacts
@@ -168,3 +170,4 @@ class Health(JsonRecord):
     left_out: LeftOutFacts | None = None
     impossible: dict[str, str] | None = None  # by number of the layer in the model
     findings: list[Finding] = field(default_factory=list)
+    layer_time: TimeReport | None = None  # predicted, where hardware is given

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semmoe.profiles.document import parse_json, read_bounded
+from semmoe.profiles.document import holds_flags, parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
@@ -102,6 +102,8 @@ def object_of(where: str, value: Any) -> dict[Any, Any]:
 def ids_of(where: str, name: str, value: Any, ndim: int) -> np.ndarray:
     """Nested lists or a tensor as integers with `ndim` axes; nothing else passes, not even whole
     floats."""
+    if holds_flags(value):
+        raise InputError(f"{where}: {name} holds true or false, expected integers with {ndim} axes")
     try:
         array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
     except ValueError:

@@ -1,22 +1,41 @@
 """A plan of a map that an engine runs today, so that it can be scored and compared."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from semmoe.profiles.counts import profile_traces
-from semmoe.profiles.document import read_bounded, read_document, validate
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.split import phase_of
 from semmoe.profiles.trace import RoutingTrace, hash_file
 from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.against import Against
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
-from semmoe.solvers.evaluate.score_plan import baselines, score_placements
+from semmoe.solvers.evaluate.score_plan import BETTER, score_placements
+from semmoe.solvers.maps.origin import exported_from, sidecar_path
 from semmoe.solvers.maps.read import read_placement
-from semmoe.solvers.maps.write import FORMAT, ORIGIN, VERSION, sidecar_path
+from semmoe.solvers.place.replicas import OWN_RULE, check_rule
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
+
+
+@dataclass(frozen=True)
+class Served:
+    """How an imported map is scored.
+
+    Fields:
+        dispatch: one of DISPATCH_KINDS.
+        setting: of the simulated schedules; its seed also draws the sample.
+        against: what the verdict holds the map against.
+        replica_choice: the rule by which copies serve, one of REPLICA_RULES.
+    """
+
+    dispatch: str
+    setting: Setting
+    against: Against = BETTER
+    replica_choice: str = OWN_RULE
 
 
 def import_plan(
@@ -25,8 +44,7 @@ def import_plan(
     *,
     kind: str,
     file: Path,
-    dispatch: str,
-    setting: Setting,
+    served: Served,
     made_by: str,
 ) -> Plan:
     """A plan of the imported map, scored on all requests of the traces: none of them was used to
@@ -40,27 +58,26 @@ def import_plan(
         topology: the ranks that the map was made for.
         kind: one of KINDS.
         file: the map.
-        dispatch: one of DISPATCH_KINDS.
-        setting: of the simulated schedules; its seed also draws the sample.
+        served: how the engine serves, and what the map is scored against.
         made_by: the command, for the plan.
 
     Raises InputError as read_placement does, and for a trace of loads.
     """
+    dispatch, setting, rule = served.dispatch, served.setting, check_rule(served.replica_choice)
     if dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
     for trace in traces:
         trace.info.check_numbering(trace.path)
         trace.require_tokens("the score of an imported map")
     model = ModelFacts.of(traces[0].info)
-    topology.check_experts(model.num_experts)
     placement, notes_on_map = read_placement(kind, file, model, topology)
     profile = profile_traces(traces, seed=setting.seed)
     everything = [np.ones(trace.num_requests, bool) for trace in traces]
     scores = score_placements(
-        Deployment(placement, profile.load_LE, topology, dispatch),
+        Deployment(placement, profile.load_LE, topology, dispatch, replica_choice=rule),
         traces,
         everything,
-        beside=baselines(profile.load_LE, topology, profile.info.n_group),
+        against=served.against,
         setting=setting,
     )
     num_requests = sum(trace.num_requests for trace in traces)
@@ -89,6 +106,7 @@ def import_plan(
         load_LE=profile.load_LE,
         fitted_keys=np.empty(0, np.uint64),
         options={"import": kind, "sha256": hash_file(file)}
+        | {"phase": phase_of(traces[0]), "replica_choice": rule}
         | ({"wasted_slots": placement.num_wasted} if placement.num_wasted else {}),
         trace={
             "fingerprints": fingerprints,
@@ -107,21 +125,3 @@ def import_plan(
         notes=notes + notes_on_map,
         made_by=made_by,
     )
-
-
-def exported_from(file: Path) -> dict[str, Any] | None:
-    """What FILE.semmoe.json says of where the file came from, with a trace that is empty where
-    there is none; None where it is about other bytes. Raises InputError where it is damaged."""
-    sidecar = sidecar_path(file)
-    if not sidecar.exists():
-        return {"trace": {}}
-    origin = read_document(
-        lambda: read_bounded(sidecar),
-        str(sidecar.parent),
-        sidecar.name,
-        kind="sidecar of an engine's map",
-        format=FORMAT,
-        version=VERSION,
-    )
-    validate(origin, ORIGIN, str(sidecar))
-    return origin if origin["sha256"] == hash_file(file) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import shortened
 from semmoe.solvers.maps.engine import Engine, Rows, Wanted, first_line, identity_row, ids_of, object_of, read_text
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
@@ -43,11 +44,25 @@ def render(value: dict[str, Any], ending: str) -> bytes:
 def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
     import yaml
 
+    class RowsAlone(yaml.SafeLoader):
+        """An alias may stand for a row of numbers: of more, a few lines would be a list of any
+        size."""
+
+        def compose_node(self, parent: Any, index: int) -> Any:
+            alias = self.check_event(yaml.AliasEvent)
+            node = super().compose_node(parent, index)
+            nested = isinstance(node, yaml.CollectionNode) and (
+                node.end_mark is None or not all(isinstance(item, yaml.ScalarNode) for item in node.value)
+            )
+            if alias and nested:
+                raise ValueError("an alias (*name) stands for more than a row of numbers")
+            return node
+
     where = str(file)
     try:
         # Not libyaml's loader: it is faster than this one's second, and crashes where brackets nest
         # deep.
-        value = object_of(where, yaml.load(read_text(file), yaml.SafeLoader))
+        value = object_of(where, yaml.load(read_text(file), RowsAlone))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{where} is not YAML: {first_line(error)}") from None
     for key in value:
@@ -64,7 +79,9 @@ def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
             raise InputError(f"{where} has no row for layer {layer}, which has experts: TensorRT-LLM would stop there")
     rows_MP = ids_of(where, "initial_global_assignments", list(table.values()), 2)
     if value.get("num_slots") != rows_MP.shape[1]:
-        raise InputError(f"{where}: num_slots is {value.get('num_slots')!r}, its rows have {rows_MP.shape[1]} slots")
+        raise InputError(
+            f"{where}: num_slots is {shortened(value.get('num_slots'))}, its rows have {rows_MP.shape[1]} slots"
+        )
     return Rows(rows_MP, list(table), list(model.model_layers))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import shortened
 from semmoe.solvers.maps.engine import (
     Engine,
     Rows,
@@ -72,18 +73,18 @@ def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
         return _read_ranks(where, value, model, topology)
     if value.get("record_type") != "eplb_initial_mapping":
         raise InputError(
-            f"{where} is no map of pr41141, pr49572 or pr34811: its record_type is {value.get('record_type')!r}"
+            f"{where} is no map of pr41141, pr49572 or pr34811: its record_type is {shortened(value.get('record_type'))}"
         )
-    if value.get("version") != 1:
-        raise InputError(f"{where} has version {value.get('version')!r}, expected 1")
+    if value.get("version") != 1 or isinstance(value["version"], bool):
+        raise InputError(f"{where} has version {shortened(value.get('version'))}, expected 1")
     table = object_of(f"{where}: initial_global_assignments", value.get("initial_global_assignments"))
     layers = range(model.num_layers)
     if set(table) != {str(layer) for layer in layers}:
         raise InputError(f"{where} has rows for layers {some_of(table)}, expected MoE layers 0..{layers[-1]}")
     rows_LP = ids_of(where, "initial_global_assignments", [table[str(layer)] for layer in layers], 2)
     for key, is_ in (("num_slots", rows_LP.shape[1]), ("num_redundant_experts", rows_LP.shape[1] - model.num_experts)):
-        if value.get(key) != is_:
-            raise InputError(f"{where}: {key} is {value.get(key)!r}, its rows make it {is_}")
+        if value.get(key) != is_ or isinstance(value[key], bool):
+            raise InputError(f"{where}: {key} is {shortened(value.get(key))}, its rows make it {is_}")
     return moe_rows(where, rows_LP, model)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import shortened
 from semmoe.solvers.maps.engine import Engine, Rows, Wanted, ids_of, moe_rows, object_of, read_json
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
@@ -32,7 +33,9 @@ def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
     value = object_of(where, read_json(file))
     entries = value.get("layer_list")
     if not isinstance(entries, list) or value.get("moe_layer_count") != len(entries):
-        raise InputError(f"{where} has no layer_list of moe_layer_count ({value.get('moe_layer_count')!r}) layers")
+        raise InputError(
+            f"{where} has no layer_list of moe_layer_count ({shortened(value.get('moe_layer_count'))}) layers"
+        )
     experts: list[Any] = []
     for number, entry in enumerate(entries):
         entry = object_of(f"{where}: layer {number}", entry)
@@ -41,14 +44,16 @@ def read_map(file: Path, model: ModelFacts, topology: Topology) -> Rows:
         # would be misread.
         if entry.get("layer_id") != number or not isinstance(devices, list):
             raise InputError(
-                f"{where}: entry {number} has layer_id {entry.get('layer_id')!r}, expected {number} and a device_list"
+                f"{where}: entry {number} has layer_id {shortened(entry.get('layer_id'))}, expected {number} and a device_list"
             )
         if not len(devices) == entry.get("device_count") == topology.num_ranks:
             raise InputError(f"{where}: layer {number} has {len(devices)} devices, expected {topology.num_ranks}")
         for rank, device in enumerate(devices):
             device = object_of(f"{where}: layer {number}, device {rank}", device)
             if device.get("device_id") != rank:
-                raise InputError(f"{where}: layer {number}, device {rank} has device_id {device.get('device_id')!r}")
+                raise InputError(
+                    f"{where}: layer {number}, device {rank} has device_id {shortened(device.get('device_id'))}"
+                )
             experts.append(device.get("device_expert"))
     return moe_rows(where, ids_of(where, "device_expert", experts, 2).reshape(len(entries), -1), model)
 

@@ -1,7 +1,7 @@
 """The map that a serving engine reads, made from a plan and written with where it came from.
 
 Each engine has a file here (sglang.py, trtllm.py, ...). Where an engine accepts no further keys,
-where the map came from stays in a file beside it, FILE.semmoe.json.
+where the map came from stays in a file beside it, FILE.semmoe.json (origin.py).
 """
 
 import hashlib
@@ -10,32 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.config import moe_facts, read_config, text_config
-from semmoe.profiles.document import SHA256, anything, indented, integer, list_of, map_of, record, text
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.families import NUM_MTP_LAYERS
-from semmoe.profiles.files import check_file_target, write_file
+from semmoe.profiles.files import check_file_target
 from semmoe.solvers.maps.engine import Wanted, num_extra_slots
 from semmoe.solvers.maps.kinds import KINDS, engine_of
 from semmoe.solvers.maps.launch import launch_lines
+from semmoe.solvers.maps.origin import FORMAT, VERSION, sidecar_path, write_pair
 from semmoe.solvers.plan import ModelFacts, Plan
-
-FORMAT = "semmoe-export"
-VERSION = 1
-ORIGIN = record(  # of FILE.semmoe.json
-    {
-        "made_by": text(),
-        "kind": text(),
-        "sha256": SHA256,
-        "plan": text(),
-        "ranks": integer(1),
-        "nodes": integer(1),
-        "slots": integer(1),
-        "model": map_of(anything),
-        "trace": record({}, {"fingerprints": list_of(text()), "requests": integer(), "tokens": integer()}),
-    },
-    {"method": text(), "dispatch": text(), "vllm_format": text()},
-)
-SIDECAR = ".semmoe.json"
 
 
 @dataclass(frozen=True)
@@ -115,11 +97,16 @@ def export_map(
     Raises InputError where the engine could not use the plan as it is.
     """
     engine, placement = engine_of(kind, "--to"), plan.placement
+    if placement.num_empty:
+        raise InputError(
+            f"{placement.num_empty // placement.num_layers} slots a layer are empty, which no map of an engine can say: place "
+            "without --spare empty, or give the engine a permuted checkpoint (semmoe reshard) and no map"
+        )
     extra = num_extra_slots(placement)
     if redundant is not None and redundant != extra:
         raise InputError(
             f"--redundant is {redundant}, the plan has {extra} redundant slots on {placement.num_ranks} ranks: "
-            "a server started with another number would mix up the experts; place again with --replicas"
+            "a server started with another number would mix up the experts; place again with --redundant"
         )
     depth = _model_depth(plan.model, num_hidden_layers)
     return engine.make(Wanted(placement, plan.model, depth, num_mtp_layers, format))
@@ -180,13 +167,8 @@ def check_export_target(path: Path, kind: str) -> None:
         raise InputError(f"{path} is there and semmoe export did not write it: choose another name")
 
 
-def sidecar_path(path: Path) -> Path:
-    return path.with_name(path.name + SIDECAR)
-
-
 def write_export(path: Path, kind: str, content: bytes, plan: Plan, *, format: str = "", made_by: str = "") -> None:
-    """Write the file and, beside it, FILE.semmoe.json with where it came from. Each is there
-    whole or not at all."""
+    """Write the file and, beside it, FILE.semmoe.json with where it came from, as one."""
     origin = {
         "format": FORMAT,
         "version": VERSION,
@@ -203,5 +185,4 @@ def write_export(path: Path, kind: str, content: bytes, plan: Plan, *, format: s
         "model": plan.model.to_json(),
         "trace": plan.trace,
     }
-    write_file(path, content)
-    write_file(sidecar_path(path), indented(origin))
+    write_pair(path, content, origin)

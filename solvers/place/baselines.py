@@ -1,6 +1,6 @@
 """What engines do without us: contiguous experts, and packing by load alone.
 
-By load: equal counts, heaviest expert first, each to the lightest rank that has room. With replicas
+By load: even counts, heaviest expert first, each to the lightest rank that has room. With copies
 the steps are those of the Expert Parallelism Load Balancer (DeepSeek-AI,
 github.com/deepseek-ai/EPLB): routing groups are packed onto nodes, the hottest expert per slot is
 replicated within its node, and the physical experts are packed onto the node's ranks. Nothing here
@@ -13,24 +13,22 @@ items, P packs, J physical experts of a node.
 import numpy as np
 
 from semmoe.profiles.errors import InputError
-from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.placement import Placement, Topology, part_sizes
+from semmoe.solvers.slots import Slots
 
 
 def place_contiguous(num_layers: int, num_experts: int, num_ranks: int) -> np.ndarray:
-    """Rank of each expert, int64 [L, E]: expert e lives on rank e // (E / R) at every layer."""
-    return np.tile(np.arange(num_experts) // (num_experts // num_ranks), (num_layers, 1))
+    """Rank of each expert, int64 [L, E]: consecutive experts in even shares at every layer, the
+    first E mod R ranks with one more."""
+    return np.tile(np.repeat(np.arange(num_ranks), part_sizes(num_experts, num_ranks)), (num_layers, 1))
 
 
 def place_load(load_LE: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Rank of every expert, int32 [L, E], E / R experts on each rank.
+    """Rank of every expert, int32 [L, E], in even shares (`part_sizes`).
 
-    `load_LE`: activations per layer and expert, any non-negative numbers. Raises InputError where E
-    does not divide over the ranks.
+    `load_LE`: activations per layer and expert, any non-negative numbers.
     """
     load_LE = np.asarray(load_LE, np.float64)
-    num_experts = load_LE.shape[1]
-    if num_ranks < 1 or num_experts % num_ranks:
-        raise InputError(f"{num_experts} experts do not divide over {num_ranks} ranks")
     return np.stack([pack(load_E, num_ranks)[0] for load_E in load_LE]).astype(np.int32)
 
 
@@ -38,11 +36,61 @@ def place_load_on_nodes(load_LE: np.ndarray, topology: Topology, num_groups: int
     """Rank of every expert, int [L, E]: as `place_load`, on several nodes with the routing groups
     packed onto nodes first, where they divide over them."""
     num_ranks, num_experts = topology.num_ranks, load_LE.shape[1]
-    if topology.num_nodes == 1:
+    if topology.num_nodes == 1 or num_experts % num_ranks:
         return place_load(load_LE, num_ranks)
     options = {"num_groups": num_groups, "num_nodes": topology.num_nodes, "num_ranks": num_ranks}
     experts_LRS = place_load_replicated(load_LE, num_experts, **options)
     return Placement(experts_LRS, num_experts).rank_of_LE
+
+
+def baselines(
+    load_LE: np.ndarray, topology: Topology, num_groups: int = 1, *, slots: Slots | None = None
+) -> dict[str, Placement]:
+    """What engines do without us, by name: "contiguous" experts, and packing by "load".
+
+    Copies are those of the hottest experts per copy (`replicate`). By load they are packed with all
+    others; beside contiguous experts they go, hottest first, to the rank that carries least and has
+    room.
+
+    Parameters:
+        load_LE: activations of the fitted requests, [L, E].
+        topology: ranks and nodes.
+        num_groups: routing groups of the model, which packing puts onto nodes first.
+        slots: what a placement has that is compared with them; None: ceil(E / R) a rank.
+    """
+    num_layers, num_experts = load_LE.shape
+    num_ranks = topology.num_ranks
+    slots = slots or Slots.least(num_experts, num_ranks)
+    in_order_LE = place_contiguous(num_layers, num_experts, num_ranks)
+    if not slots.copies or slots.per_rank * num_ranks == num_experts:
+        by_load_LE = place_load_on_nodes(load_LE, topology, num_groups)
+        ranks = {"contiguous": in_order_LE, "load": by_load_LE}
+        return {name: Placement.from_ranks(rank_of_LE, num_ranks) for name, rank_of_LE in ranks.items()}
+    options = {"num_groups": num_groups, "num_nodes": topology.num_nodes, "num_ranks": num_ranks}
+    packed_LRS = place_load_replicated(load_LE, slots.per_rank * num_ranks, **options)
+    filled_LRS = np.stack(
+        [_filled_RS(r_E, load_E, slots, num_ranks) for r_E, load_E in zip(in_order_LE, load_LE, strict=True)]
+    )
+    return {"contiguous": Placement(filled_LRS, num_experts), "load": Placement(packed_LRS, num_experts)}
+
+
+def _filled_RS(rank_of_E: np.ndarray, load_E: np.ndarray, slots: Slots, num_ranks: int) -> np.ndarray:
+    """Experts of each rank and the copies that fill its slots, int32 [R, S]."""
+    held_RS = [np.flatnonzero(rank_of_E == rank).tolist() for rank in range(num_ranks)]
+    expert_J, copies_E = replicate(load_E, slots.per_rank * num_ranks, num_ranks)
+    share_E = load_E / copies_E
+    carried_R = np.bincount(rank_of_E, share_E, num_ranks)
+    copies = expert_J[len(load_E) :]
+    for expert in copies[np.argsort(-share_E[copies], kind="stable")].tolist():
+        open_R = np.array([len(held) < slots.per_rank and expert not in held for held in held_RS])
+        # Where every rank with room holds the expert already, the next hottest takes the slot.
+        rank = int(np.argmin(np.where(open_R, carried_R, np.inf)))
+        if not open_R.any():
+            rank = next(r for r, held in enumerate(held_RS) if len(held) < slots.per_rank)
+            expert = int(np.argmax(np.where(np.isin(np.arange(len(load_E)), held_RS[rank]), -1.0, share_E)))
+        held_RS[rank].append(expert)
+        carried_R[rank] += share_E[expert]
+    return np.array(held_RS, np.int32)
 
 
 def place_load_replicated(
@@ -113,19 +161,19 @@ def replicate(weight_I: np.ndarray, num_slots: int, limit: int) -> tuple[np.ndar
 
 
 def pack(weight_I: np.ndarray, num_packs: int, label_I: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Items in packs of equal counts: heaviest first, each to the lightest pack.
+    """Items in packs of even counts (`part_sizes`): heaviest first, each to the lightest pack.
 
     Parameters:
         weight_I: float [I].
-        num_packs: P, which I divides over.
+        num_packs: P.
         label_I: items of equal label go to different packs (there are at most P of each).
 
     Returns:
         Pack of every item and its position in it, int64 [I] each.
     """
     num_items = len(weight_I)
-    per_pack = num_items // num_packs
-    if label_I is None and per_pack == 1:
+    room_P = part_sizes(num_items, num_packs)
+    if label_I is None and num_items <= num_packs:
         return np.arange(num_items), np.zeros(num_items, np.int64)
     pack_I, position_I = np.empty(num_items, np.int64), np.empty(num_items, np.int64)
     weight_P, count_P = np.zeros(num_packs), np.zeros(num_packs, np.int64)
@@ -137,7 +185,7 @@ def pack(weight_I: np.ndarray, num_packs: int, label_I: np.ndarray | None = None
         weight_P[chosen] += weight_I[item]
 
     for item in np.argsort(-weight_I, kind="stable").tolist():
-        open_P = count_P < per_pack
+        open_P = count_P < room_P
         clear_P = open_P
         if label_I is not None:
             holds_P = np.array([any(label_I[i] == label_I[item] for i in items) for items in items_P])

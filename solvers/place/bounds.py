@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 NO_BOUND = "--certify bounds placements without replicas: leave --replicas out"
+NO_BOUND_UNEVEN = "--certify bounds placements without copies: add --spare empty"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def certificate_of(
 
     Parameters:
         profile: counts of the fitted requests.
-        placement: without replicas; InputError with them.
+        placement: without copies; InputError with them.
         load_cap: most load of a rank over the mean. A layer that could not keep it is bounded under
             the load that it has.
 
@@ -68,8 +69,8 @@ def certificate_of(
         and the gap, and the bounds that follow on REM with random homes and, where token ids are
         known, on LAR with a token table.
     """
-    if placement.num_replicas:
-        raise InputError(NO_BOUND)
+    if placement.num_copies:
+        raise InputError(NO_BOUND if placement.num_replicas else NO_BOUND_UNEVEN)
     tokens = profile.token_index()
     layers = []
     for layer, rank_of_E in enumerate(placement.rank_of_LE):
@@ -125,7 +126,7 @@ def certify(
     """Certificate of one layer's placement without replicas.
 
     Parameters:
-        rank_of_E: int [E], E / R experts on each rank.
+        rank_of_E: int [E], up to ceil(E / R) experts on each rank.
         affinity_EE: tokens that chose both experts, symmetric [E, E]; the diagonal is the load.
         load_E: activations, [E].
         limit: activations that a rank may carry.
@@ -140,8 +141,23 @@ def certify(
 def co_activation_bound(
     affinity_EE: np.ndarray, load_E: np.ndarray, limit: float, num_ranks: int, *, iterations: int = 200
 ) -> float:
-    """No placement of equal counts with rank loads up to `limit` has more co-activation within
-    ranks, each pair once. Arguments as of `certify`."""
+    """No placement in even shares with rank loads up to `limit` has more co-activation within
+    ranks, each pair once. Arguments as of `certify`.
+
+    Parameters:
+        affinity_EE: co-activations, float [E, E], symmetric.
+        load_E: activations, float [E].
+        limit: most load of a rank, activations.
+        num_ranks: R.
+        iterations: steps of the multipliers; more of them tighten the bound.
+
+    Returns:
+        Co-activations, in the units of `affinity_EE`.
+    """
+    # Ranks with room for one more hold an expert that nobody chooses: every placement is one of
+    # equal counts then.
+    spare = -len(load_E) % num_ranks
+    affinity_EE, load_E = np.pad(affinity_EE, (0, spare)), np.pad(load_E, (0, spare))
     num_experts = len(load_E)
     total = float(affinity_EE.sum() - np.trace(affinity_EE)) / 2
     size = num_experts // num_ranks
@@ -274,7 +290,7 @@ def remote_rank_bound(
     """
     from scipy.optimize import linprog
 
-    experts_per_rank = len(affinity_EE) // num_ranks
+    experts_per_rank = -(-len(affinity_EE) // num_ranks)
     activations = float(np.trace(affinity_EE))
     all_pairs = (float(affinity_EE.sum()) - activations) / 2
     full = activations == top_k * num_tokens

@@ -15,7 +15,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.solvers.place.exact_counts import cluster_loads
 from semmoe.solvers.place.partition import load_limits
 from semmoe.solvers.place.remote_gains import token_kinds
-from semmoe.solvers.placement import Topology
+from semmoe.solvers.placement import Topology, part_sizes
 
 MAX_VARIABLES = 6_000
 TIME_LIMIT = 120.0  # seconds per layer
@@ -91,14 +91,14 @@ def solve_exact(
     )
     implied = hstack([-on, touched])
     limit_JR = np.repeat(limit_J * (1 + 1e-12), num_ranks)
-    size = num_experts // num_ranks
+    sizes_R = part_sizes(num_experts, num_ranks)
     constraints = [
-        LinearConstraint(vstack([one_rank, counts]), *[np.r_[np.ones(num_experts), np.full(num_ranks, size)]] * 2),
+        LinearConstraint(vstack([one_rank, counts]), *[np.r_[np.ones(num_experts), sizes_R]] * 2),
         LinearConstraint(loads, ub=limit_JR),  # pyright: ignore[reportArgumentType]
         LinearConstraint(implied, 0, np.inf),
     ]
     upper = np.ones(num_on + num_touched)
-    if not home_ER.any() and (cost_XR == cost_XR[:, :1]).all():
+    if not home_ER.any() and (cost_XR == cost_XR[:, :1]).all() and sizes_R[0] == sizes_R[-1]:
         upper[1:num_ranks] = 0  # ranks are interchangeable: expert 0 is on rank 0
     found = milp(
         np.r_[-home_ER.reshape(-1), cost_XR.reshape(-1)],

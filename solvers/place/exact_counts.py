@@ -16,6 +16,7 @@ from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.place.baselines import place_load
 from semmoe.solvers.place.request_homes import MAX_COUNTS, chosen_requests, request_usage_LBE
+from semmoe.solvers.placement import part_sizes
 
 
 def rank_load_R(rank_of_E: np.ndarray, load_E: np.ndarray, num_ranks: int) -> np.ndarray:
@@ -52,19 +53,34 @@ def swap_gain_EE(rank_of_E: np.ndarray, affinity_EE: np.ndarray, num_ranks: int)
 
 
 def equal_counts(rank_of_E: np.ndarray, affinity_EE: np.ndarray, num_ranks: int) -> np.ndarray:
-    """The partition with exactly E / R experts per rank, by the moves that lose least affinity.
-    int64 [E]."""
-    rank_of_E = rank_of_E.copy()
-    capacity = len(rank_of_E) // num_ranks
+    """The partition in even shares (`part_sizes`), by the moves that lose least affinity, int64
+    [E].
+
+    Where the ranks cannot share the experts equally, parts are renamed first: the larger ones come
+    first.
+    """
+    sizes_R = part_sizes(len(rank_of_E), num_ranks)
+    if sizes_R[0] != sizes_R[-1]:
+        label_R = np.empty(num_ranks, np.int64)
+        counts_R = np.bincount(rank_of_E, minlength=num_ranks)
+        label_R[np.argsort(-counts_R, kind="stable")] = np.arange(num_ranks)
+        rank_of_E = label_R[rank_of_E]
+    return moved_to_sizes(rank_of_E, affinity_EE, sizes_R)
+
+
+def moved_to_sizes(rank_of_E: np.ndarray, affinity_EE: np.ndarray, sizes_R: np.ndarray) -> np.ndarray:
+    """The partition with exactly these experts on each rank, int64 [E], by the moves that lose
+    least affinity. `sizes_R`: integers, E together."""
+    rank_of_E, num_ranks = rank_of_E.copy(), len(sizes_R)
     off_EE = affinity_EE - np.diag(affinity_EE.diagonal())
     while True:
         counts_R = np.bincount(rank_of_E, minlength=num_ranks)
-        if counts_R.max() == capacity:
+        if not (counts_R > sizes_R).any():
             return rank_of_E
         to_ER = off_EE @ np.eye(num_ranks)[rank_of_E]
         gain_ER = to_ER - to_ER[np.arange(len(rank_of_E)), rank_of_E][:, None]
-        gain_ER[counts_R[rank_of_E] <= capacity] = -np.inf
-        gain_ER[:, counts_R >= capacity] = -np.inf
+        gain_ER[(counts_R <= sizes_R)[rank_of_E]] = -np.inf
+        gain_ER[:, counts_R >= sizes_R] = -np.inf
         expert, rank = np.unravel_index(np.argmax(gain_ER), gain_ER.shape)
         rank_of_E[expert] = rank
 
@@ -86,6 +102,13 @@ def repair_load(
     int64 [E].
 
     Where swaps get stuck above the cap, what they reached is returned: `is_within_cap` tells.
+
+    Parameters:
+        rank_of_E: rank of each expert, int64 [E].
+        affinity_EE: what experts are worth to each other on one rank, float [E, E].
+        load_E: activations, float [E].
+        num_ranks: R.
+        load_cap: most load of a rank over the mean.
     """
     rank_of_E, load_E = rank_of_E.copy(), load_E.astype(np.float64)
     limit = load_limit(load_E, num_ranks, load_cap)
@@ -105,7 +128,11 @@ def improve_within_cap(
     rank_of_E: np.ndarray, affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, load_cap: float
 ) -> np.ndarray:
     """A placement under the cap, improved by swaps that keep it there until none gains, int64
-    [E]."""
+    [E].
+
+    Parameters:
+        As of `repair_load`; the placement keeps the cap.
+    """
     rank_of_E, load_E = rank_of_E.copy(), load_E.astype(np.float64)
     limit = load_limit(load_E, num_ranks, load_cap)
     while True:
@@ -133,6 +160,11 @@ def equalize(
 
     `balanced_E`: a placement by load alone, from which the search starts again where repair of the
     partition gets stuck.
+
+    Parameters:
+        rank_of_E, affinity_EE, load_E, num_ranks, load_cap: as of `repair_load`; parts of any size.
+        balanced_E: a placement by load alone, int64 [E], from which the search starts again where
+            repair of the partition gets stuck.
     """
     rank_of_E = repair_load(equal_counts(rank_of_E, affinity_EE, num_ranks), affinity_EE, load_E, num_ranks, load_cap)
     if is_within_cap(rank_of_E, load_E, num_ranks, load_cap):
@@ -150,6 +182,10 @@ def best_within_cap(
     until none gains.
 
     Where no partition can be brought under the cap, the one that comes nearest to it is returned.
+
+    Parameters:
+        partitions: placements, int64 [E] each.
+        affinity_EE, load_E, num_ranks, load_cap: as of `repair_load`.
     """
     balanced_E = place_load(load_E[None], num_ranks)[0]
     placed = [equalize(part_E, affinity_EE, load_E, num_ranks, load_cap, balanced_E) for part_E in partitions]

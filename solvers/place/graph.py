@@ -5,7 +5,7 @@ METIS (Karypis and Kumar, 1998, through pymetis) balances one vertex weight, her
 within a tolerance; its result depends strongly on seed and scheme, so the best of several runs is
 taken, each made exact first. Spectral: normalised embedding (Shi and Malik, 2000; Ng, Jordan and
 Weiss, 2002), then k-means whose assignment step is a linear assignment over replicated columns, so
-that every cluster has exactly E / R experts at every step.
+that every cluster has its exact share of the experts at every step.
 
 Shape letters: L MoE layers, E experts, R ranks, M embedding axes.
 """
@@ -13,6 +13,7 @@ Shape letters: L MoE layers, E experts, R ranks, M embedding axes.
 import numpy as np
 
 from semmoe.solvers.place.exact_counts import best_within_cap, is_within_cap, repair_load
+from semmoe.solvers.placement import part_sizes
 
 LARGEST_WEIGHT = 1_000_000  # METIS adds weights in 32 bits
 QUICK_CAP = 1.05
@@ -35,7 +36,7 @@ def place_metis(
     Parameters:
         co_activation_LEE: tokens that chose both experts, int64 [L, E, E]; loads on the diagonal.
         load_LE: activations, int64 [L, E].
-        num_ranks: R, which E divides over.
+        num_ranks: R, which share the experts evenly.
         load_cap: most load of a rank over the mean.
         seed: of the first run.
         num_seeds: runs of each scheme (k-way and recursive bisection).
@@ -92,6 +93,8 @@ def _best_of(
 ) -> np.ndarray:
     if num_parts == 1:
         return np.zeros(len(load_E), np.int64)
+    if num_parts >= len(load_E):
+        return np.arange(len(load_E))
     partitions = [
         metis_partition(affinity_EE, load_E, num_parts, seed + i, recursive)
         for i in range(num_seeds)
@@ -103,7 +106,15 @@ def _best_of(
 def metis_partition(
     affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, seed: int, recursive: bool
 ) -> np.ndarray:
-    """One METIS run: part of each expert, int64 [E]. The parts may differ in size."""
+    """One METIS run: part of each expert, int64 [E]. The parts may differ in size.
+
+    Parameters:
+        affinity_EE: weights of edges, float [E, E]; the diagonal is not looked at.
+        load_E: weights of vertices, float [E].
+        num_ranks: R.
+        seed: of METIS.
+        recursive: recursive bisection in place of k-way.
+    """
     import pymetis
 
     off_EE = affinity_EE - np.diag(affinity_EE.diagonal())
@@ -141,6 +152,8 @@ def place_spectral(
     """
     if num_ranks == 1:
         return np.zeros(load_LE.shape, np.int64)
+    if num_ranks >= load_LE.shape[1]:
+        return np.tile(np.arange(load_LE.shape[1]), (len(load_LE), 1))
     placed = [
         best_within_cap(
             spectral_starts(affinity_EE, num_ranks, seed=seed, num_starts=num_starts),
@@ -155,8 +168,15 @@ def place_spectral(
 
 
 def spectral_starts(affinity_EE: np.ndarray, num_ranks: int, *, seed: int, num_starts: int) -> list[np.ndarray]:
-    """Partitions with exactly E / R experts per rank, int64 [E] each, from different k-means
-    seeds; load is not looked at."""
+    """Partitions in even shares, int64 [E] each, from different k-means seeds; load is not looked
+    at.
+
+    Parameters:
+        affinity_EE: what experts are worth to each other, float [E, E].
+        num_ranks: R.
+        seed: of the first start; the others count on from it.
+        num_starts: k-means seeds.
+    """
     points_EM = spectral_embedding(affinity_EE, num_ranks)
     return [balanced_k_means(points_EM, num_ranks, seed=seed + i) for i in range(num_starts)]
 
@@ -174,20 +194,28 @@ def spectral_embedding(affinity_EE: np.ndarray, num_axes: int) -> np.ndarray:
 
 
 def balanced_k_means(points_EM: np.ndarray, num_ranks: int, *, seed: int, max_rounds: int = 30) -> np.ndarray:
-    """Cluster of each point, int64 [E], E / R points in every cluster; k-means++ start."""
+    """Cluster of each point, int64 [E], clusters of even sizes (`part_sizes`); k-means++ start.
+
+    Parameters:
+        points_EM: float [E, M].
+        num_ranks: R, clusters.
+        seed: of the start.
+        max_rounds: rounds of assignment, at most.
+    """
     from scipy.optimize import linear_sum_assignment
 
     rng = np.random.default_rng(seed)
-    capacity = len(points_EM) // num_ranks
+    sizes_R = part_sizes(len(points_EM), num_ranks)
+    rank_of_column = np.repeat(np.arange(num_ranks), sizes_R)
     centers_RM = _spread_centers(points_EM, num_ranks, rng)
     rank_of_E = np.full(len(points_EM), -1)
     for _ in range(max_rounds):
         # Squared distances up to a constant of each point, which no assignment looks at.
         distance_ER = (centers_RM**2).sum(1) - 2 * points_EM @ centers_RM.T
-        _, column_E = linear_sum_assignment(np.repeat(distance_ER, capacity, axis=1))
-        if np.array_equal(column_E // capacity, rank_of_E):
+        _, column_E = linear_sum_assignment(np.repeat(distance_ER, sizes_R, axis=1))
+        if np.array_equal(rank_of_column[column_E], rank_of_E):
             break
-        rank_of_E = column_E // capacity
+        rank_of_E = rank_of_column[column_E]
         centers_RM = np.stack([points_EM[rank_of_E == rank].mean(0) for rank in range(num_ranks)])
     return rank_of_E
 

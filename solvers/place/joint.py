@@ -23,7 +23,7 @@ from semmoe.profiles.counts import RoutingProfile, request_rows
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
 from semmoe.solvers.demands import Demands, Solved
-from semmoe.solvers.place.exact_counts import cluster_loads
+from semmoe.solvers.place.exact_counts import cluster_loads, moved_to_sizes, repair_load
 from semmoe.solvers.place.joint_layer import (
     Layer,
     Network,
@@ -43,7 +43,7 @@ from semmoe.solvers.place.request_homes import (
     request_usage_LBE,
     usage_shares_BR,
 )
-from semmoe.solvers.placement import Topology
+from semmoe.solvers.placement import Topology, part_sizes
 from semmoe.solvers.schedule.transport import balanced_homes
 from semmoe.solvers.workers import LayerMap, layer_map
 
@@ -87,6 +87,8 @@ def place_semmoe(
         work = Work(profile, topology, demands, load_LJE, run, layer_done)
         for name in names:
             placed = STAGES[name](work, placed)
+            if demands.spare == "empty" and info.num_experts % num_ranks:
+                placed = placed._replace(rank_of_LE=_in_linear_shares(placed.rank_of_LE, work))
     return Solved.from_ranks(placed.rank_of_LE, profile.load_LE, num_ranks, rounds=passes)
 
 
@@ -242,7 +244,7 @@ def bring_near(work: Work, placed: Placed) -> Placed:
     requests, node_of_R, cost_RR = work.requests, work.topology.node_of_R, work.network.cost_RR
     far_RR = node_of_R[:, None] != node_of_R if cost_RR is None else cost_RR
     ids_TLK = work.profile.sample.expert_ids_TLK[requests.rows_T]
-    pairs_RR = home_pairs_RR(ids_TLK, placed.rank_of_LE, placed.home_B[requests.request_T])
+    pairs_RR = home_pairs_RR(ids_TLK, placed.rank_of_LE, placed.home_B[requests.request_T], work.topology.num_ranks)
     label_R = label_ranks(pairs_RR, far_RR.astype(np.float64), seed=work.demands.seed)
     return Placed(label_R[placed.rank_of_LE], label_R[placed.home_B])
 
@@ -262,6 +264,19 @@ def take_turn(work: Work, placed: Placed, *, pull: int) -> Placed:
     return Placed(rank_of_LE, balanced_homes(share_BR, requests.weight_B))
 
 
+def _in_linear_shares(rank_of_LE: np.ndarray, work: Work) -> np.ndarray:
+    """The placement with one expert more on the first ranks, as engines without copies split
+    them, int64 [L, E]: renaming ranks may have left others with it."""
+    num_ranks, moved = work.topology.num_ranks, []
+    sizes_R = part_sizes(rank_of_LE.shape[1], num_ranks)
+    for rank_of_E, affinity_EE, load_JE in zip(rank_of_LE, work.profile.co_activation_LEE, work.load_LJE, strict=True):
+        if (np.bincount(rank_of_E, minlength=num_ranks) != sizes_R).any():
+            rank_of_E = moved_to_sizes(rank_of_E, affinity_EE, sizes_R)
+            rank_of_E = repair_load(rank_of_E, affinity_EE, load_JE[0], num_ranks, work.demands.load_cap)
+        moved.append(rank_of_E)
+    return np.stack(moved)
+
+
 LAYER_STAGES: dict[str, Stage] = {  # that pass over the layers
     "blocks": partial(place_layers, place=blocks_of_groups),
     "nodes": partial(place_layers, place=nodes_then_ranks),
@@ -278,9 +293,15 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def home_pairs_RR(expert_ids_TLK: np.ndarray, rank_of_LE: np.ndarray, home_T: np.ndarray) -> np.ndarray:
-    """Tokens that live on rank h and touch rank r, summed over layers, float64 [R, R]."""
-    num_ranks = int(rank_of_LE.max()) + 1
+def home_pairs_RR(expert_ids_TLK: np.ndarray, rank_of_LE: np.ndarray, home_T: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Tokens that live on rank h and touch rank r, summed over layers, float64 [R, R].
+
+    Parameters:
+        expert_ids_TLK: integers [T, L, K].
+        rank_of_LE: int [L, E].
+        home_T: home rank of each token, int [T].
+        num_ranks: R.
+    """
     home_TR = np.eye(num_ranks)[home_T]
     layers = [rank_counts_TR(expert_ids_TLK[:, i], rank_of_E, num_ranks) > 0 for i, rank_of_E in enumerate(rank_of_LE)]
     return sum((home_TR.T @ touched_TR for touched_TR in layers), np.zeros((num_ranks, num_ranks)))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.errors import InputError
-from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.placement import EMPTY, Placement, Topology
 
 
 class Moves(NamedTuple):
@@ -41,7 +41,7 @@ def count_moves(old: Placement, new: Placement, topology: Topology) -> Moves:
             )
     # Experts that new rank r and old rank q share, int64 [L, R, R].
     shared_LRR = np.einsum("ler,leq->lrq", new.hosts_LER.astype(np.int64), old.hosts_LER.astype(np.int64))
-    copies = new.num_ranks * new.slots_per_rank
+    copies = (new.experts_LRS != EMPTY).sum(axis=(1, 2))
     old_rank_of_R = _best_renaming_R(shared_LRR.sum(0), topology)
     ranks = np.arange(new.num_ranks)
     per_layer = [shared_RR[ranks, _best_renaming_R(shared_RR, topology)].sum() for shared_RR in shared_LRR]

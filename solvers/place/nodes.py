@@ -84,6 +84,13 @@ def partition_in_blocks(
 
     More groups than ranks: each rank gets whole groups. Otherwise each group fills consecutive
     ranks, group i the i-th run of them.
+
+    Parameters:
+        problem: what it is judged by.
+        num_ranks, num_groups: R, and routing groups of the model; one divides the other.
+        effort: how many starts and steps.
+        load_cap: most load of a rank over the mean.
+        seed: of the searches.
     """
     group_E = groups_of_experts(len(problem.affinity_EE), num_groups)
     if num_groups >= num_ranks:
@@ -103,6 +110,13 @@ def group_ranks(
     and loads stay.
 
     Ranks are placed on nodes as experts are on ranks, by what tokens touch together.
+
+    Parameters:
+        rank_of_E: rank of each expert, int64 [E].
+        problem: what tokens touch together.
+        num_ranks, num_nodes: R and N.
+        effort: how many starts and steps.
+        seed: of the search.
     """
     if num_nodes in (1, num_ranks):
         return rank_of_E
@@ -171,7 +185,18 @@ class NodeGains:
 
 
 def polish_in_nodes(rank_of_E: np.ndarray, problem: Problem, cost_XN: np.ndarray, steps: int, seed: int) -> np.ndarray:
-    """The placement improved on the joint cost of nodes and ranks."""
+    """The placement improved on the joint cost of nodes and ranks.
+
+    Parameters:
+        rank_of_E: rank of each expert, int64 [E].
+        problem: what it is judged by on ranks.
+        cost_XN: cost of touching each node, float [X, N], by token kind.
+        steps: of the search; half of them without a gain end it.
+        seed: of how long a swapped pair stays put.
+
+    Returns:
+        int64 [E].
+    """
     gains = NodeGains(rank_of_E, problem, cost_XN)
     options = {"num_ranks": problem.home_ER.shape[1], "steps": steps, "patience": max(steps // 2, 20), "seed": seed}
     return swap_search(gains, problem.load_JE, problem.limit_J, **options)[0]
@@ -229,7 +254,14 @@ def _ranks_inside(
 
 def restricted(problem: Problem, experts: np.ndarray, num_parts: int, load_cap: float) -> Problem:
     """The problem of placing only `experts` (ascending ids) on `num_parts` parts: the rest are
-    empty slots."""
+    empty slots.
+
+    Parameters:
+        problem: of all experts.
+        experts: int64, ascending ids.
+        num_parts: parts to split them into.
+        load_cap: most load of a part over their mean.
+    """
     num_experts = len(problem.affinity_EE)
     local_E = np.full(num_experts + 1, len(experts))
     local_E[experts] = np.arange(len(experts))

@@ -15,7 +15,7 @@ import numpy as np
 from semmoe.profiles.counts import RoutingProfile, request_expert_BE
 from semmoe.solvers.place.baselines import place_load
 from semmoe.solvers.place.exact_counts import equalize
-from semmoe.solvers.placement import Topology
+from semmoe.solvers.placement import Topology, part_sizes
 
 ROUNDS = 8
 SWAPS = 64
@@ -50,7 +50,15 @@ def place_layer(
     affinity_EE: np.ndarray, use_BE: np.ndarray, load_E: np.ndarray, num_ranks: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Rank of each expert, int64 [E]: the pair of clusterings with the least theta-weighted
-    imbalance and remote share."""
+    imbalance and remote share.
+
+    Parameters:
+        affinity_EE: co-activations, float [E, E].
+        use_BE: activations of each expert by request, float [B, E].
+        load_E: activations, float [E].
+        num_ranks: R.
+        rng: of the clusterings.
+    """
     experts_EE = affinity_EE - np.diag(np.diagonal(affinity_EE)).astype(np.float64)
     experts_EE /= max(experts_EE.mean(), 1e-12)
     share_BE = use_BE / max(use_BE.mean(), 1e-12)
@@ -79,11 +87,8 @@ def _expert_step(experts_EE: np.ndarray, homes_ER: np.ndarray, load_E: np.ndarra
     """Experts by descending load, each to the open cluster with most affinity less load."""
     num_experts = len(load_E)
     rank_of_E = np.full(num_experts, -1)
-    near_ER, load_R, room_R = (
-        np.zeros((num_experts, num_ranks)),
-        np.zeros(num_ranks),
-        np.full(num_ranks, num_experts // num_ranks),
-    )
+    near_ER, load_R = np.zeros((num_experts, num_ranks)), np.zeros(num_ranks)
+    room_R = part_sizes(num_experts, num_ranks)
     for e in np.argsort(-load_E, kind="stable"):
         score_R = near_ER[e] + homes_ER[e] - load_R
         rank = int(np.argmax(np.where(room_R > 0, score_R, -np.inf)))

@@ -17,6 +17,7 @@ from semmoe.solvers.place.exact_counts import co_activation_within, equal_counts
 from semmoe.solvers.place.graph import balanced_k_means, metis_partition, spectral_embedding
 from semmoe.solvers.place.remote_gains import RemoteGains, remote_cost
 from semmoe.solvers.place.swap import AffinityGains, affinity_value, overload, rank_loads, swap_search
+from semmoe.solvers.placement import part_sizes
 
 PACKING_STEPS = 100
 
@@ -84,7 +85,7 @@ def load_limits(load_JE: np.ndarray, num_ranks: int, load_cap: float) -> np.ndar
 
 
 def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, contiguous: bool) -> np.ndarray:
-    """The best partition of several starts, E / R experts on each rank.
+    """The best partition of several starts, experts in even shares (`part_sizes`).
 
     Parameters:
         problem: what it is judged by; without token kinds, by affinity alone.
@@ -100,7 +101,7 @@ def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, co
     num_experts = len(problem.affinity_EE)
     if num_ranks == 1:
         return np.zeros(num_experts, np.int64)
-    if num_ranks == num_experts:
+    if num_ranks >= num_experts:
         return np.arange(num_experts)
     # Step 1: a short search on co-activation from every start.
     more = int(np.clip(256 // num_experts, 1, 4))
@@ -120,7 +121,17 @@ def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, co
 
 def polish(rank_of_E: np.ndarray, problem: Problem, steps: int, seed: int) -> np.ndarray:
     """The placement improved on the exact objective: worth of homes and of pairs less the remote
-    cost."""
+    cost.
+
+    Parameters:
+        rank_of_E: rank of each expert, int64 [E].
+        problem: what it is judged by.
+        steps: of the search; half of them without a gain end it.
+        seed: of how long a swapped pair stays put.
+
+    Returns:
+        int64 [E].
+    """
     pair_EE = PAIR_WORTH * problem.affinity_EE
     gains = RemoteGains(rank_of_E, problem.expert_ids_XK, problem.cost_XR, problem.home_ER, pair_EE)
     num_ranks = problem.home_ER.shape[1]
@@ -175,7 +186,7 @@ def _starts(
     num_experts = len(affinity_EE)
     starts = []
     if contiguous:
-        starts.append(np.arange(num_experts) // (num_experts // num_ranks))
+        starts.append(np.repeat(np.arange(num_ranks), part_sizes(num_experts, num_ranks)))
     if affinity_EE.any():
         points_EM = spectral_embedding(affinity_EE, min(num_ranks, num_experts - 1))
         rounds = 30 if num_experts <= 128 else 6

@@ -1,26 +1,186 @@
-"""Extra slots: which experts get a second home, and which copy serves a token.
+"""The replica rule: which copy of an expert serves a token.
 
-Extra slots go by affinity first: the experts that the rank's own tokens use most and that are not
-there yet. Then copies are exchanged where a rank would serve more than the load cap. Slots may also
-go by load: the hottest experts per copy, to the rank with least load. A copy is chosen by a static
-rule: the token's own rank, else its own node, else the copy whose rank carries least. The rule is
-one array, which evaluation and every runtime share, so that what is scored is what runs.
+Ours is static: the token's own rank, else its own node, else the copy whose rank carries least; one
+array, which evaluation and every runtime share, so that what is scored is what runs. `cover` looks
+at all choices of a token: those that no other rank can serve are reached anyway and serve what else
+they hold; the rest goes where one more rank serves most. The rules of engines are theirs, as of the
+releases in docs/engines.md, so that a report promises no locality that an engine will not give:
 
-Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, S slots per rank.
+- sglang: own rank, else own node, else the copies in fair shares; fixed per rank.
+- vllm-ascend: the copy whose place among the expert's is the rank's number modulo their number.
+- vllm: the same by a hash of the token's number in the batch.
+- trtllm: copies in turn for the choices of each rank, which starts at its own number.
+
+Which experts get copies: solvers/place/copies.py.
+
+Shape letters: L MoE layers, E experts, R ranks, T tokens, K top-k, C copies.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from semmoe.solvers.evaluate.reached import reached_ranks
+from semmoe.profiles.errors import InputError
 from semmoe.solvers.placement import Topology
-from semmoe.solvers.schedule.transport import balanced_homes
 
-SAMPLE_ROWS = 32_768  # tokens per layer that decide on copies
-LEVEL_ROWS = 16_384  # tokens that the load is levelled on
-LEVEL_STEPS = 2  # exchanges of copies per rank, at most
-LEVEL_TRIALS = 4  # exchanges tried at each
+OWN_RULE = "own-rank-then-node-then-load"
+ENGINE_RULES = {
+    "sglang": "SGLang: own rank, own node, else fair shares",
+    "vllm": "vLLM: by the token's number in the batch, so copies bring balance and no locality",
+    "vllm-ascend": "vLLM-Ascend: by the rank's number, so copies bring little locality",
+    "trtllm": "TensorRT-LLM: in turn, offset by the rank, so copies bring balance and no locality",
+}
+REPLICA_RULES = (OWN_RULE, "cover", *ENGINE_RULES)
+MOVING = ("cover", "vllm", "trtllm")  # rules by which tokens of one rank may choose different copies
+KNUTH = 2654435761  # of vLLM's hash of token numbers
+CHUNK = 8_192  # tokens whose choices and ranks are weighed at once
+
+
+def check_rule(name: str) -> str:
+    """The name of a rule. Raises InputError where there is none of that name."""
+    if name not in REPLICA_RULES:
+        raise InputError(f"--replica-choice {name}: expected {', '.join(REPLICA_RULES)}, or engine with --engine NAME")
+    return name
+
+
+def static_serving_LRE(rule: str, hosts_LER: np.ndarray, load_LE: np.ndarray, topology: Topology) -> np.ndarray:
+    """Rank that serves expert e for a token that lives on rank r under a rule, int32 [L, R, E];
+    under one that moves, where it does not decide otherwise. Arguments as of `serving_LRE`."""
+    if rule == "sglang":
+        return np.stack([_shared_RE(hosts_ER, topology) for hosts_ER in hosts_LER])
+    if rule == "vllm-ascend":
+        return np.stack([_by_number_RE(hosts_ER) for hosts_ER in hosts_LER])
+    return serving_LRE(hosts_LER, load_LE, topology)
+
+
+def _shared_RE(hosts_ER: np.ndarray, topology: Topology) -> np.ndarray:
+    """Own rank, else the copies of the own node in turn, else all in turn."""
+    num_experts, num_ranks = hosts_ER.shape
+    serving_RE = np.empty((num_ranks, num_experts), np.int32)
+    for e, hosts_R in enumerate(hosts_ER):
+        hosts, far = np.flatnonzero(hosts_R), 0
+        near_N = [hosts[topology.node_of_R[hosts] == node] for node in range(topology.num_nodes)]
+        turn_N = [0] * topology.num_nodes
+        for rank, node in enumerate(topology.node_of_R.tolist()):
+            if hosts_R[rank]:
+                serving_RE[rank, e] = rank
+            elif len(near_N[node]):
+                serving_RE[rank, e] = near_N[node][turn_N[node] % len(near_N[node])]
+                turn_N[node] += 1
+            else:
+                serving_RE[rank, e] = hosts[far % len(hosts)]
+                far += 1
+    return serving_RE
+
+
+def _by_number_RE(hosts_ER: np.ndarray) -> np.ndarray:
+    """The copy whose place among the expert's is the rank's number modulo their number."""
+    copies_EC, count_E = copies_of(hosts_ER)
+    place_RE = np.arange(hosts_ER.shape[1])[:, None] % count_E
+    return copies_EC[np.arange(len(hosts_ER)), place_RE].astype(np.int32)
+
+
+def copies_of(hosts_ER: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of each expert in ascending order, int64 [E, C] with what stands behind the last of
+    no use, and how many there are, int64 [E]."""
+    count_E = hosts_ER.sum(axis=1)
+    return np.argsort(~hosts_ER, axis=1, kind="stable")[:, : count_E.max()], count_E
+
+
+@dataclass(frozen=True, eq=False)
+class MovingRule:
+    """A rule of MOVING over one placement: which rank serves each choice of each token."""
+
+    name: str
+    hosts_LER: np.ndarray  # bool
+    serving_LRE: np.ndarray  # `static_serving_LRE`
+
+    @cached_property
+    def num_ranks(self) -> int:
+        return self.hosts_LER.shape[2]
+
+    def ranks_TK(self, layer: int, ids_TK: np.ndarray, home_T: np.ndarray) -> np.ndarray:
+        """Rank that serves each choice, int64 [T, K]; R for an empty slot (id E). `home_T`: where
+        tokens live, whose order is taken to be theirs in the batch of each rank."""
+        ids_TK, home_T = ids_TK.astype(np.int64), home_T.astype(np.int64)
+        padded_RE = np.pad(self.serving_LRE[layer], ((0, 0), (0, 1)), constant_values=self.num_ranks)
+        if self.name == "cover":
+            parts = [slice(a, a + CHUNK) for a in range(0, len(ids_TK), CHUNK)]
+            found = [cover_TK(ids_TK[p], home_T[p], self.hosts_LER[layer], padded_RE) for p in parts]
+            return np.concatenate(found) if found else ids_TK
+        copies_EC, count_E = copies_of(self.hosts_LER[layer])
+        copies_EC = np.vstack([copies_EC, np.full_like(copies_EC[:1], self.num_ranks)])
+        count_E = np.append(count_E, 1)
+        if self.name == "vllm":
+            number_T1 = turns_TK(np.zeros((len(ids_TK), 1), np.int64), home_T, 1)
+            number_TK = (number_T1 * KNUTH) & 0xFFFFFFFF
+        else:
+            number_TK = turns_TK(ids_TK, home_T, len(count_E)) + home_T[:, None]
+        return copies_EC[ids_TK, number_TK % count_E[ids_TK]]
+
+
+def turns_TK(ids_TK: np.ndarray, home_T: np.ndarray, num_ids: int) -> np.ndarray:
+    """How many choices of the same expert by tokens of the same rank come before each, int64 [T,
+    K], row by row."""
+    key = (home_T[:, None] * num_ids + ids_TK).reshape(-1)
+    order = np.argsort(key, kind="stable")
+    place = np.empty(len(key), np.int64)
+    place[order] = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+    return place.reshape(ids_TK.shape)
+
+
+def cover_TK(ids_TK: np.ndarray, home_T: np.ndarray, hosts_ER: np.ndarray, serving_RE: np.ndarray) -> np.ndarray:
+    """Rank that serves each choice so that a token reaches few ranks, int64 [T, K]; greedy.
+
+    Parameters:
+        ids_TK: int64, E for an empty slot.
+        home_T: int64, where each token lives.
+        hosts_ER: bool [E, R].
+        serving_RE: int [R, E + 1], the static rule, which decides between equals; R for an empty
+            slot.
+    """
+    num_ranks, top_k = hosts_ER.shape[1], ids_TK.shape[1]
+    padded_ER = np.vstack([hosts_ER, np.zeros((1, num_ranks), bool)])
+    rank_TK = serving_RE[home_T[:, None], ids_TK].astype(np.int64)
+    open_TK = (padded_ER.sum(axis=1)[ids_TK] > 1) & (rank_TK != home_T[:, None])
+    rows = np.flatnonzero(open_TK.any(axis=1))  # tokens that have a choice
+    ids_TK, open_TK, preferred_TK = ids_TK[rows], open_TK[rows], rank_TK[rows].copy()
+    each = np.arange(len(rows))
+    hosts_TKR = padded_ER[ids_TK]
+    # 1. What nobody else serves is reached anyway, and so is the own rank.
+    reached_TR = np.zeros((len(rows), num_ranks + 1), bool)
+    reached_TR[each[:, None], np.where(open_TK, num_ranks, preferred_TK)] = True
+    reached_TR[each, home_T[rows]] = True
+    reached_TR[:, num_ranks] = False
+    chosen_TK = preferred_TK.copy()
+    for _ in range(top_k):
+        # 2. Reached ranks serve what else they hold.
+        able_TKR = hosts_TKR & reached_TR[:, None, :num_ranks]
+        served_TK = open_TK & able_TKR.any(axis=2)
+        as_preferred_TK = reached_TR[each[:, None], preferred_TK]
+        chosen_TK = np.where(served_TK & ~as_preferred_TK, able_TKR.argmax(axis=2), chosen_TK)
+        open_TK = open_TK & ~served_TK
+        if not open_TK.any():
+            break
+        # 3. One more rank: that which serves most of the rest.
+        votes_TR = (hosts_TKR & open_TK[:, :, None]).sum(axis=1) * (top_k + 1)
+        np.add.at(
+            votes_TR, (np.repeat(each, top_k), np.minimum(preferred_TK, num_ranks - 1).reshape(-1)), open_TK.reshape(-1)
+        )
+        reached_TR[each, votes_TR.argmax(axis=1)] |= open_TK.any(axis=1)
+    # A greedy cover may reach more than the static rule does: then that stays.
+    fewer_T = _num_reached_T(chosen_TK, home_T[rows], num_ranks) < _num_reached_T(preferred_TK, home_T[rows], num_ranks)
+    rank_TK[rows[fewer_T]] = chosen_TK[fewer_T]
+    return rank_TK
+
+
+def _num_reached_T(rank_TK: np.ndarray, home_T: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Ranks that serve choices of each token, its own left out, int64 [T]."""
+    is_reached_TR = np.zeros((len(rank_TK), num_ranks + 1), bool)
+    is_reached_TR[np.arange(len(rank_TK))[:, None], rank_TK] = True
+    is_reached_TR[np.arange(len(rank_TK)), home_T] = False
+    return is_reached_TR[:, :num_ranks].sum(axis=1)
 
 
 def serving_LRE(hosts_LER: np.ndarray, load_LE: np.ndarray, topology: Topology) -> np.ndarray:
@@ -30,14 +190,13 @@ def serving_LRE(hosts_LER: np.ndarray, load_LE: np.ndarray, topology: Topology) 
     one with least load so far, hottest experts first. `hosts_LER`: bool. `load_LE`: activations of
     the fitted requests.
     """
-    return np.stack(
-        [_serving_RE(hosts_ER, load_E, topology) for hosts_ER, load_E in zip(hosts_LER, load_LE, strict=True)]
-    )
+    return np.stack([serve_RE(hosts_ER, load_E, topology) for hosts_ER, load_E in zip(hosts_LER, load_LE, strict=True)])
 
 
-def _serving_RE(hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) -> np.ndarray:
+def serve_RE(hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) -> np.ndarray:
+    """`serving_LRE` of one layer, int32 [R, E]."""
     num_experts, num_ranks = hosts_ER.shape
-    node_of_R = topology.node_of_R
+    node_of_R = topology.node_of_R.tolist()
     serving_RE = np.empty((num_ranks, num_experts), np.int32)
     carried_R = np.zeros(num_ranks)
     copies_E = hosts_ER.sum(axis=1)
@@ -52,94 +211,18 @@ def _serving_RE(hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) ->
         hosts = np.flatnonzero(hosts_ER[e])
         serving_RE[hosts, e] = hosts
         carried_R[hosts] += share_E[e]
+    # Few hosts and many ranks: plain numbers are faster than arrays here.
+    carried = carried_R.tolist()
     for e in several[np.argsort(-load_E[several], kind="stable")]:
-        hosts = np.flatnonzero(hosts_ER[e])
-        for rank in np.flatnonzero(~hosts_ER[e]):
-            near = hosts[node_of_R[hosts] == node_of_R[rank]]
-            choices = near if len(near) else hosts
-            chosen = choices[np.argmin(carried_R[choices])]
-            serving_RE[rank, e] = chosen
-            carried_R[chosen] += share_E[e]
+        hosts, share = np.flatnonzero(hosts_ER[e]).tolist(), float(share_E[e])
+        chosen_R = list(range(num_ranks))
+        near_N = {node: [host for host in hosts if node_of_R[host] == node] for node in set(node_of_R)}
+        for rank in np.flatnonzero(~hosts_ER[e]).tolist():
+            chosen = min(near_N[node_of_R[rank]] or hosts, key=carried.__getitem__)
+            chosen_R[rank] = chosen
+            carried[chosen] += share
+        serving_RE[:, e] = chosen_R
     return serving_RE
-
-
-def add_replicas(
-    rank_of_LE: np.ndarray,
-    expert_ids_TLK: np.ndarray,
-    load_LE: np.ndarray,
-    topology: Topology,
-    *,
-    replicas: int,
-    load_slots: int = 0,
-    load_cap: float = np.inf,
-) -> np.ndarray:
-    """Experts of every rank in slot order: its own in ascending order, then copies.
-
-    Parameters:
-        rank_of_LE: the placement of every expert once, int [L, E].
-        expert_ids_TLK: a sample of tokens, each taken to live on the rank where it has most
-            experts, in equal numbers per rank; E stands for an empty slot.
-        load_LE: activations, [L, E].
-        topology: ranks and nodes.
-        replicas: copies on each rank.
-        load_slots: the last of them, which go by load instead of affinity.
-        load_cap: copies are exchanged while a rank serves more than this times the mean, where that
-            helps.
-
-    Returns:
-        int32 [L, R, S], no expert twice on one rank.
-    """
-    num_ranks = topology.num_ranks
-    num_experts = rank_of_LE.shape[1]
-    replicas = min(replicas, num_experts - num_experts // num_ranks)
-    layers = []
-    for layer, rank_of_E in enumerate(rank_of_LE):
-        hosts_ER = np.eye(num_ranks, dtype=bool)[rank_of_E]
-        own_RS = [np.flatnonzero(rank_of_E == rank).tolist() for rank in range(num_ranks)]
-        by_affinity = max(replicas - load_slots, 0)
-        ids_TK = expert_ids_TLK[:: max(1, len(expert_ids_TLK) // SAMPLE_ROWS), layer]
-        for _ in range(by_affinity):
-            # One copy per rank at a time: tokens then choose their homes again with the new copies.
-            served = serve(ids_TK, hosts_ER, load_LE[layer], topology)
-            wanted_ER = np.where(hosts_ER, -np.inf, served.use_ER)
-            for rank in range(num_ranks):
-                expert = int(np.argmax(wanted_ER[:, rank]))
-                own_RS[rank].append(expert)
-                hosts_ER[expert, rank] = True
-        for _ in range(replicas - by_affinity):
-            _add_by_load(own_RS, hosts_ER, load_LE[layer], topology)
-        if replicas:
-            ids_TK = ids_TK[:: max(1, len(ids_TK) // LEVEL_ROWS)]
-            _level(own_RS, hosts_ER, ids_TK, load_LE[layer], topology, replicas, load_cap)
-        layers.append(own_RS)
-    return np.array(layers, np.int32)
-
-
-class Served(NamedTuple):
-    """What a sample of tokens makes of the copies of one layer."""
-
-    use_ER: np.ndarray  # activations of each expert by tokens that live on each rank, int64
-    serving_RE: np.ndarray
-    load_R: np.ndarray  # load of each rank, float64 (`served_load_R`)
-    remote: float  # ranks other than its own that a token needs, summed over tokens
-
-
-def serve(expert_ids_TK: np.ndarray, hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) -> Served:
-    """Tokens sent where most of their experts are, in equal numbers per rank, and served by the
-    rule."""
-    num_experts, num_ranks = hosts_ER.shape
-    padded_ER = np.vstack([hosts_ER, np.zeros((1, num_ranks), bool)])
-    count_TR = np.zeros((len(expert_ids_TK), num_ranks))
-    for ids_T in expert_ids_TK.T:
-        count_TR += padded_ER[ids_T]
-    home_T = balanced_homes(count_TR, np.ones(len(count_TR)))
-    flat = (expert_ids_TK.astype(np.int64) * num_ranks + home_T[:, None]).reshape(-1)
-    use_ER = np.bincount(flat, minlength=(num_experts + 1) * num_ranks).reshape(-1, num_ranks)[:num_experts]
-    serving_RE = _serving_RE(hosts_ER, load_E, topology)
-    load_R = served_load_R(serving_RE, load_E)
-    reached = reached_ranks(expert_ids_TK, serving_RE, home_T)
-    remote = int((reached.first_KT & (reached.ranks_KT != home_T)).sum())
-    return Served(use_ER, serving_RE, load_R, float(remote))
 
 
 def served_load_R(serving_RE: np.ndarray, load_E: np.ndarray) -> np.ndarray:
@@ -147,86 +230,3 @@ def served_load_R(serving_RE: np.ndarray, load_E: np.ndarray) -> np.ndarray:
     num_ranks = len(serving_RE)
     share_RE = np.broadcast_to(load_E / num_ranks, serving_RE.shape)
     return np.bincount(serving_RE.reshape(-1), share_RE.reshape(-1), num_ranks)
-
-
-def _level(
-    own_RS: list[list[int]],
-    hosts_ER: np.ndarray,
-    expert_ids_TK: np.ndarray,
-    load_E: np.ndarray,
-    topology: Topology,
-    replicas: int,
-    load_cap: float,
-) -> None:
-    """Copies exchanged for others, in place, until no rank serves more than the cap or no exchange
-    brings it nearer.
-
-    Of the exchanges that promise most relief per local use lost, the one is made that costs fewest
-    remote ranks for what it relieves.
-    """
-    served = serve(expert_ids_TK, hosts_ER, load_E, topology)
-    limit = load_cap * float(served.load_R.mean())
-    tried: set[tuple[int, int, int]] = set()
-    for _ in range(LEVEL_STEPS * topology.num_ranks):
-        over = float(np.maximum(served.load_R - limit, 0).sum())
-        if over <= 0:
-            return
-        best = None
-        for rank, slot, expert in _exchanges(own_RS, hosts_ER, served, load_E, replicas, limit, tried)[:LEVEL_TRIALS]:
-            tried.add((rank, own_RS[rank][slot], expert))
-            changed_ER = hosts_ER.copy()
-            changed_ER[own_RS[rank][slot], rank], changed_ER[expert, rank] = False, True
-            then = serve(expert_ids_TK, changed_ER, load_E, topology)
-            relief = over - float(np.maximum(then.load_R - limit, 0).sum())
-            price = max(then.remote - served.remote, 1.0) / max(relief, 1e-9)
-            if relief > 0 and (best is None or price < best[0]):
-                best = price, rank, slot, expert, changed_ER, then
-        if best is None:
-            return
-        _, rank, slot, expert, changed_ER, served = best
-        own_RS[rank][slot] = expert
-        hosts_ER[:] = changed_ER
-
-
-def _exchanges(
-    own_RS: list[list[int]],
-    hosts_ER: np.ndarray,
-    served: Served,
-    load_E: np.ndarray,
-    replicas: int,
-    limit: float,
-    tried: set[tuple[int, int, int]],
-) -> list[tuple[int, int, int]]:
-    """Exchanges (rank, slot, expert that comes) by expected relief of overload per local use
-    lost, best first."""
-    use_ER, load_R, num_ranks = served.use_ER, served.load_R, len(served.load_R)
-    over = float(np.maximum(load_R - limit, 0).sum())
-    found = []
-    for rank, own in enumerate(own_RS):
-        coming = np.flatnonzero(~hosts_ER[:, rank])
-        gained = load_E[coming] / num_ranks
-        for slot in range(len(own) - replicas, len(own)):
-            lost = load_E[own[slot]] / num_ranks * (served.serving_RE[:, own[slot]] == rank).sum()
-            use_lost = use_ER[own[slot], rank]
-            others = np.flatnonzero(hosts_ER[own[slot]] & (np.arange(num_ranks) != rank))
-            then_XR = np.repeat(load_R[None], len(coming), axis=0)
-            then_XR[:, others[np.argmin(load_R[others])]] += lost
-            then_XR[np.arange(len(coming)), served.serving_RE[rank, coming]] -= gained
-            then_XR[:, rank] += gained - lost
-            relief_X = over - np.maximum(then_XR - limit, 0).sum(axis=1)
-            worth_X = relief_X / (np.maximum(use_lost - use_ER[coming, rank], 0) + 0.001 * use_ER.sum() / num_ranks)
-            for i in np.argsort(-worth_X, kind="stable")[:LEVEL_TRIALS]:
-                if relief_X[i] > 0 and (rank, own[slot], int(coming[i])) not in tried:
-                    found.append((float(worth_X[i]), rank, slot, int(coming[i])))
-    return [(rank, slot, expert) for _, rank, slot, expert in sorted(found, key=lambda x: -x[0])]
-
-
-def _add_by_load(own_RS: list[list[int]], hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) -> None:
-    """One copy to every rank, the least loaded rank first: the expert with most load per copy
-    that it does not host."""
-    carried_R = (load_E[:, None] * hosts_ER / hosts_ER.sum(axis=1, keepdims=True)).sum(axis=0)
-    for rank in np.argsort(carried_R, kind="stable"):
-        per_copy_E = np.where(hosts_ER[:, rank], -np.inf, load_E / hosts_ER.sum(axis=1))
-        expert = int(np.argmax(per_copy_E))
-        own_RS[rank].append(expert)
-        hosts_ER[expert, rank] = True

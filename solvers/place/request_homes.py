@@ -23,6 +23,7 @@ import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile, request_expert_BE, request_rows
 from semmoe.profiles.trace import TraceBatch
+from semmoe.solvers.placement import part_sizes
 from semmoe.solvers.schedule.transport import SlotPrices, balanced_homes, balanced_prices, scaled_in_slots, softmax
 
 COOLING = (1.5, 1.2, 1.0, 0.8, 0.6, 0.4, 0.3)  # temperatures of requests, in spreads of their scores
@@ -51,7 +52,7 @@ def anneal_requests(
         load_LJE, limit_LJ: load vectors and what a rank may carry of each, activations. The limits
             hold for the shares before they are rounded, so a little overload may be left to a swap
             search.
-        num_ranks: R; every rank gets E / R experts.
+        num_ranks: R; they share the experts evenly.
         seed, starts: of the first start, and how many.
 
     Returns:
@@ -103,11 +104,11 @@ class _Experts:
         return share_LER
 
     def rounded(self) -> np.ndarray:
-        """Rank of each expert at the last prices, int64 [L, E], exactly E / R experts on each."""
+        """Rank of each expert at the last prices, int64 [L, E], in exactly even shares."""
         from scipy.optimize import linear_sum_assignment
 
         _, num_experts, num_ranks = self.net_LER.shape
-        rank_of_S = np.repeat(np.arange(num_ranks), num_experts // num_ranks)
+        rank_of_S = np.repeat(np.arange(num_ranks), part_sizes(num_experts, num_ranks))
         return np.stack([rank_of_S[linear_sum_assignment(-net_ER[:, rank_of_S])[1]] for net_ER in self.net_LER])
 
 

@@ -5,6 +5,7 @@ Shape letters: L MoE layers, E experts, R ranks, J load vectors.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -13,14 +14,20 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import TraceInfo
 from semmoe.solvers.demands import Demands, Solved
-from semmoe.solvers.place.baselines import place_contiguous, place_load_on_nodes, place_load_replicated
+from semmoe.solvers.place.baselines import baselines, place_contiguous, place_load_on_nodes
+from semmoe.solvers.place.copies import SAMPLE_ROWS, CopiedLayer, add_copies
 from semmoe.solvers.place.exact import place_exact
 from semmoe.solvers.place.exact_counts import cluster_loads, is_within_cap, rank_load_R
 from semmoe.solvers.place.graph import place_metis, place_spectral
 from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.paper import place_paper
-from semmoe.solvers.place.replicas import add_replicas, served_load_R, serving_LRE
+from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.slots import Slots
+from semmoe.solvers.workers import layer_map
+
+COPY_TURNS = {"fast": 0, "default": 2, "max": 4}
+LARGEST_TURNS = 128  # experts of a layer: a swap costs their square, and the search of the placement has had its share
 
 Method = Callable[[RoutingProfile, Topology, Demands, Progress | None], Solved]
 
@@ -80,22 +87,17 @@ METHODS: dict[str, Method] = {
 def check_demands(info: TraceInfo, topology: Topology, demands: Demands, *, method: str) -> None:
     """Raise InputError where no trace of the model lets the method meet the demands: known
     before anything is read."""
-    topology.check_experts(info.num_experts)
     if method not in METHODS:
         raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")
     if not 1 <= demands.load_cap < np.inf:  # nan too
         raise InputError(f"--load-cap is {demands.load_cap}, expected a number of at least 1")
     if not 0 <= demands.lar_weight < np.inf:
         raise InputError(f"--lar-weight is {demands.lar_weight}, expected a number of at least 0")
-    own_slots = info.num_experts // topology.num_ranks
-    if not 0 <= demands.replicas <= info.num_experts - own_slots:
-        raise InputError(
-            f"--replicas {demands.replicas}: a rank can host {info.num_experts - own_slots} more experts at most"
-        )
-    if demands.expressible and demands.replicas:
-        raise InputError(
-            f"--expressible {demands.expressible}: a permuted checkpoint holds every expert once, leave --replicas out"
-        )
+    slots = demands.slots_of(info.num_experts, topology.num_ranks)
+    if demands.expressible and slots.copies and slots.per_rank * topology.num_ranks > info.num_experts:
+        least = slots == Slots.least(info.num_experts, topology.num_ranks)
+        how = "add --spare empty" if least else "leave --replicas, --slots and --redundant out"
+        raise InputError(f"--expressible {demands.expressible}: a permuted checkpoint holds every expert once, {how}")
     if demands.expressible and info.n_group > 1 and method != "semmoe":
         raise InputError(
             f"--expressible {demands.expressible} needs --method semmoe: {method} does not look at routing groups"
@@ -115,46 +117,69 @@ def solve_placement(
         method: a name of METHODS.
         progress: told of every layer that is done, over all passes over the layers.
 
-    Raises InputError where experts do not divide over the ranks, or a demand cannot be met by the
+    Raises InputError where the slots do not hold the experts, or a demand cannot be met by the
     method.
     """
     # Step 1: refuse what the method cannot meet, before it starts.
     check_demands(profile.info, topology, demands, method=method)
-    # Step 2: every expert once; packing by load alone goes on to its copies by itself.
-    if method == "load" and demands.replicas:
-        solved = _packed_with_replicas(profile, topology, demands)
+    slots = demands.slots_of(profile.info.num_experts, topology.num_ranks)
+    filled = slots.copies and slots.per_rank * topology.num_ranks > profile.info.num_experts
+    # Step 2: every expert once, and copies in the spare slots; what engines do has copies of its
+    # own.
+    if filled and method in ("load", "contiguous"):
+        placement = baselines(profile.load_LE, topology, profile.info.n_group, slots=slots)[method]
+        solved = Solved(placement, _served_LR(placement, profile, topology))
     else:
         solved = METHODS[method](profile, topology, demands, progress)
-    # Step 3: copies where the method has none.
-    if demands.replicas and not solved.placement.num_replicas:
-        solved = _with_replicas(solved, profile, topology, demands)
-    # Step 4: say what was not kept.
+        if filled:
+            options = {"load_cap": demands.load_cap, "processes": demands.processes}
+            if method == "semmoe":
+                options["turns"] = _copy_turns(profile.info, topology, demands)
+            placement = with_copies(solved.placement, profile, topology, slots, **options)
+            solved = replace(solved, placement=placement, loads_LR=_served_LR(placement, profile, topology))
+    # Step 3: say what was not kept.
     return replace(solved, notes=solved.notes + _cap_notes(solved.placement, profile, topology, demands))
 
 
-def _packed_with_replicas(profile: RoutingProfile, topology: Topology, demands: Demands) -> Solved:
-    experts_LRS = place_load_replicated(
-        profile.load_LE,
-        profile.info.num_experts + demands.replicas * topology.num_ranks,
-        num_groups=profile.info.n_group,
-        num_nodes=topology.num_nodes,
-        num_ranks=topology.num_ranks,
-    )
-    placement = Placement(experts_LRS, profile.info.num_experts)
-    return Solved(placement, _served_LR(placement, profile, topology))
+def _copy_turns(info: TraceInfo, topology: Topology, demands: Demands) -> int:
+    """Turns of experts and copies: where tokens of a layer choose their homes by themselves, and
+    layers are small enough for a second search."""
+    by_request = demands.objective == "dp" or demands.dispatch == "per-expert"
+    by_network = topology.num_nodes > 1 or topology.cost_RR is not None
+    if by_request or by_network or info.num_experts > LARGEST_TURNS:
+        return 0
+    return COPY_TURNS[demands.effort]
 
 
-def _with_replicas(solved: Solved, profile: RoutingProfile, topology: Topology, demands: Demands) -> Solved:
-    experts_LRS = add_replicas(
-        solved.placement.rank_of_LE,
-        profile.sample.expert_ids_TLK,
-        profile.load_LE,
-        topology,
-        replicas=demands.replicas,
-        load_cap=demands.load_cap,
+def with_copies(
+    placement: Placement,
+    profile: RoutingProfile,
+    topology: Topology,
+    slots: Slots,
+    *,
+    load_cap: float,
+    processes: int = 1,
+    turns: int = 0,
+) -> Placement:
+    """A placement without copies with its spare slots filled, layer by layer in worker processes.
+
+    Parameters:
+        placement: every expert once.
+        profile: counts, and a sample of tokens, that copies are chosen by (`add_copies`).
+        topology: ranks and nodes.
+        slots: of each rank.
+        load_cap: most load of a rank over the mean, where copies can keep it.
+        processes: worker processes; the result does not depend on them.
+        turns: of experts and copies (`add_copies`).
+    """
+    ids_TLK = profile.sample.expert_ids_TLK[:: max(1, profile.sample.num_tokens // SAMPLE_ROWS)]
+    layers = (
+        CopiedLayer(rank_of_E, ids_TLK[:, number], profile.load_LE[number])
+        for number, rank_of_E in enumerate(placement.rank_of_LE)
     )
-    placement = Placement(experts_LRS, profile.info.num_experts)
-    return replace(solved, placement=placement, loads_LR=_served_LR(placement, profile, topology))
+    fill = partial(add_copies, topology=topology, slots=slots.per_rank, load_cap=load_cap, turns=turns)
+    with layer_map(processes, profile.info.num_experts) as run:
+        return Placement(np.stack(list(run(fill, layers))), profile.info.num_experts)
 
 
 def _served_LR(placement: Placement, profile: RoutingProfile, topology: Topology) -> np.ndarray:
@@ -172,7 +197,7 @@ def _cap_notes(placement: Placement, profile: RoutingProfile, topology: Topology
         loads[f"within {load_LJE.shape[1] - 1} clusters of requests, load"] = load_LJE[:, 1:]
     notes = []
     for whose, load_LCE in loads.items():
-        if placement.num_replicas:
+        if placement.num_copies:
             # Copies are chosen by the load of all requests, whoever is served.
             serving = serving_LRE(placement.hosts_LER, profile.load_LE, topology)
             notes += served_notes(serving, load_LCE, demands.load_cap, whose=f"as served with replicas, {whose}")

@@ -41,7 +41,14 @@ def rank_loads(rank_of_E: np.ndarray, load_JE: np.ndarray, num_ranks: int) -> np
 
 def overload(rank_of_E: np.ndarray, load_JE: np.ndarray, limit_J: np.ndarray, num_ranks: int) -> float:
     """Load above the limits summed over ranks and load vectors, in units of the limit; 0 exactly
-    where all are kept."""
+    where all are kept.
+
+    Parameters:
+        rank_of_E: rank of each expert, int64 [E].
+        load_JE: load vectors, float [J, E], activations.
+        limit_J: what a rank may carry of each, float [J].
+        num_ranks: R.
+    """
     unit_JR = rank_loads(rank_of_E, load_JE, num_ranks) / np.maximum(limit_J, 1e-300)[:, None]
     return float(np.maximum(unit_JR - 1 - 1e-12, 0).sum())
 
@@ -208,7 +215,14 @@ class AffinityGains:
 def affinity_value(
     rank_of_E: np.ndarray, affinity_EE: np.ndarray, home_ER: np.ndarray, closeness_RR: np.ndarray
 ) -> float:
-    """The objective of `AffinityGains` in its own units."""
+    """The objective of `AffinityGains` in its own units.
+
+    Parameters:
+        rank_of_E: rank of each expert, int64 [E].
+        affinity_EE: what experts are worth to each other on one rank, float [E, E].
+        home_ER: worth of expert e on rank r, float [E, R].
+        closeness_RR: what two ranks count as one rank, float [R, R], 1 on the diagonal.
+    """
     pairs_EE = affinity_EE * closeness_RR[rank_of_E[:, None], rank_of_E[None, :]]
     home = home_ER[np.arange(len(rank_of_E)), rank_of_E].sum()
     return float(home + (pairs_EE.sum() - np.trace(pairs_EE)) / 2)

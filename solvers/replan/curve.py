@@ -15,13 +15,12 @@ import numpy as np
 from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.progress import Progress, unshown
 from semmoe.profiles.sample import sample_requests
-from semmoe.profiles.split import request_keys
+from semmoe.profiles.split import only_phase, request_keys, whole_of
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.compare import CurvePoint, GainCurve
 from semmoe.solvers.evaluate.metrics import metrics_XL
 from semmoe.solvers.evaluate.sums import deployment_sums
-from semmoe.solvers.place.baselines import place_load_replicated
+from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.moves import count_moves
 from semmoe.solvers.place.solve import solve_placement
 from semmoe.solvers.placement import Placement
@@ -30,6 +29,7 @@ from semmoe.solvers.replan.decision import DECIDING_IDS, LEAST_REQUESTS, gains_o
 from semmoe.solvers.replan.frontiers import Budget, search_frontiers
 from semmoe.solvers.replan.replan import demands_of, worth_of
 from semmoe.solvers.replan.tasks import NewTraffic
+from semmoe.solvers.slots import Slots
 from semmoe.solvers.workers import layer_map
 
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -45,6 +45,7 @@ def gain_curve(
         old.placement.experts_LRS.shape == new.placement.experts_LRS.shape
         and old.topology.num_nodes == new.topology.num_nodes
     )
+    trace = only_phase(whole_of(trace), old.options.get("phase", "all"))
     seen = np.concatenate([plan.fitted_keys for plan in plans.values()])
     unseen_B = ~np.isin(request_keys(trace.requests()), seen)
     if not same or old.placement.num_wasted or new.placement.num_wasted or unseen_B.sum() < LEAST_REQUESTS:
@@ -72,19 +73,9 @@ def gain_curve(
 
 
 def _packed(profile: RoutingProfile, old: Plan) -> Placement:
-    """EPLB's packing with as many slots as the old plan has; the plan's own placement where some of
-    its slots are empty, which EPLB does not know."""
-    placement, topology = old.placement, old.topology
-    if (placement.experts_LRS < 0).any():
-        return placement
-    experts_LRS = place_load_replicated(
-        profile.load_LE,
-        placement.num_ranks * placement.slots_per_rank,
-        num_groups=old.model.n_group,
-        num_nodes=topology.num_nodes,
-        num_ranks=topology.num_ranks,
-    )
-    return Placement(experts_LRS, placement.num_experts, may_waste=True)
+    """EPLB's packing, in as many slots as the old plan has."""
+    slots = Slots.of(old.placement)
+    return baselines(profile.load_LE, old.topology, old.model.n_group, slots=slots)["load"]
 
 
 def _point(kind: str, name: str, placement: Placement, old: Plan, scored: RoutingProfile, seed: int) -> CurvePoint:
@@ -92,7 +83,7 @@ def _point(kind: str, name: str, placement: Placement, old: Plan, scored: Routin
     topology = old.topology
     counted = count_moves(old.placement, placement, topology)
     moves = int((counted.renamed_L if kind in ("free", "eplb") else counted.as_named_L).sum())
-    before = Deployment(old.placement, old.load_LE, topology, old.dispatch)
+    before = replace(old.deployment, schedule=None)
     after = replace(before, placement=placement)
     gains_X = gains_of(scored.sample, before, after, worth_of(old), seed).mean(axis=1)
     sums = deployment_sums(after, scored.sample)

@@ -40,13 +40,15 @@ class ExpertMove(JsonRecord):
 
     @classmethod
     def of(cls, move: Move) -> "ExpertMove":
-        to = (v if v != NONE else None for v in (move.to_rank, move.to_slot))
-        return cls(move.step, move.expert, move.kind, move.from_rank, move.from_slot, *to, move.nearest_holder)
+        to_rank, to_slot = (None if v == NONE else v for v in (move.to_rank, move.to_slot))
+        there = (move.from_rank, move.from_slot, to_rank, to_slot)
+        return cls(move.step, move.expert, move.kind, *there, move.nearest_holder)
 
     def as_move(self) -> Move:
         """The same as the solver writes it."""
-        to = (NONE if v is None else v for v in (self.to_rank, self.to_slot))
-        return Move(self.step, self.expert, self.kind, self.from_rank, self.from_slot, *to, self.nearest_holder)
+        to_rank, to_slot = (NONE if v is None else v for v in (self.to_rank, self.to_slot))
+        there = (self.from_rank, self.from_slot, to_rank, to_slot)
+        return Move(self.step, self.expert, self.kind, *there, self.nearest_holder)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.progress import Stages, unshown_stages
 from semmoe.profiles.sample import sample_requests
-from semmoe.profiles.split import request_keys
+from semmoe.profiles.split import only_phase, request_keys, whole_of
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.evaluate.report import Drift
 from semmoe.solvers.plan import Plan
@@ -28,6 +28,7 @@ def drift_of(
 ) -> Drift | None:
     """The finding; None where fewer than 20 requests are new to the plan, or no move keeps its
     slots. `plan_path`: for the command."""
+    trace = only_phase(whole_of(trace), plan.options.get("phase", "all"))
     unseen_B = ~np.isin(request_keys(trace.requests()), plan.fitted_keys)
     if unseen_B.sum() < LEAST_REQUESTS or plan.placement.num_wasted or plan.topology.num_ranks == 1:
         return None

@@ -14,9 +14,9 @@ from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
+from semmoe.profiles.split import only_phase
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands, Solved
-from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.metrics import metrics_XL
 from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.evaluate.sums import deployment_sums
@@ -102,6 +102,9 @@ def make_replan(
             "--force re-places without that test"
         )
     budget = replace(asked.budget, price=price_of(old, asked))
+    options = replace(options, phase=old.options.get("phase", "all"), replica_choice=old.deployment.replica_choice)
+    with_prompts = options.setting.score_from == "prompt"
+    traces = [only_phase(trace, options.phase, with_prompts=with_prompts) for trace in traces]
     # Step 2: the new requests, in one reading.
     demands = demands or demands_of(old)
     traffic = read_traffic(traces, options, demands.seed, progress)
@@ -178,14 +181,14 @@ class Solver:
     def solve(self, profile: RoutingProfile, progress: Progress) -> Solved:
         """The same as a method of placement gives it."""
         placement = self.replaced(profile, progress).placement
-        deployed = Deployment(placement, profile.load_LE, self.old.topology)
+        deployed = replace(self.old.deployment, placement=placement, load_LE=profile.load_LE)
         served = zip(deployed.serving_LRE, profile.load_LE, strict=True)
         return Solved(placement, np.stack([served_load_R(serving_RE, load_E) for serving_RE, load_E in served]))
 
     def decision(self, profile: RoutingProfile, *, forced: bool, progress: Stages) -> Decision:
         """Whether to move, tested on halves of the requests."""
         fold = partial(progress, "deciding: layers")
-        deployed = Deployment(self.old.placement, profile.load_LE, self.old.topology, self.demands.dispatch)
+        deployed = replace(self.old.deployment, load_LE=profile.load_LE, schedule=None)
         solve, seed = partial(self.replaced, progress=fold), self.demands.seed
         decision = decide(profile, deployed, worth_of(self.old), self.budget.price, solve, seed=seed)
         return replace(decision, forced=forced and not decision.move)
@@ -196,19 +199,24 @@ def delta_between(old: Plan, new: Plan, asked: ReplanOptions, decision: Decision
     slots."""
     info, worth = profile.info, worth_of(old)
     batch = bounded_requests(profile.sample, max_tokens=DECIDING_IDS // (info.num_layers * info.top_k), seed=old.seed)
+    deployed = replace(old.deployment, load_LE=profile.load_LE, schedule=None)
     metrics, cost_L = [], []
     for placement in (old.placement, new.placement):
-        sums = deployment_sums(Deployment(placement, profile.load_LE, old.topology, old.dispatch), batch)
+        sums = deployment_sums(replace(deployed, placement=placement), batch)
         metrics.append(metrics_XL(sums.resampled(np.ones((1, len(sums.tokens_G)))), old.topology, old.dispatch))
         cost_L.append(worth.cost_XL(metrics[-1], info.top_k)[0])
     layers = []
     for layer, hosts_ER in enumerate(new.placement.hosts_LER):
         _, moves = steps_between(old.placement.experts_LRS[layer], hosts_ER, old.topology)
-        values = [float(m[name][0, layer]) for name in ("rem", "load_imbalance") for m in metrics]
+        rem, load = ([float(m[name][0, layer]) for m in metrics] for name in ("rem", "load_imbalance"))
         moved = sum(move.kind != "drop" for move in moves)
         gain = float(cost_L[0][layer] - cost_L[1][layer])
         model_layer = old.model.model_layers[layer]
-        layers.append(LayerDelta(layer, model_layer, moved, gain, *values, [ExpertMove.of(m) for m in moves]))
+        layers.append(
+            LayerDelta(
+                layer, model_layer, moved, gain, rem[0], rem[1], load[0], load[1], [ExpertMove.of(m) for m in moves]
+            )
+        )
     layers.sort(key=lambda layer: (not layer.moves, -layer.gain / max(layer.moved, 0.5), layer.layer))
     used, size = sum(layer.moved for layer in layers), bytes_of_expert(old)
     slots = int((old.placement.experts_LRS >= 0).sum())

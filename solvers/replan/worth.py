@@ -41,12 +41,11 @@ class Worth:
     @classmethod
     def of_dispatch(cls, dispatch: str, num_nodes: int, load_cap: float) -> "Worth":
         """Cost in rows as the engine's all-to-all counts them (DISPATCH_KINDS)."""
-        rows = {
-            "per-expert": {"rank_row": 0.0, "activation_row": 1.0},
-            "per-node": {"rank_row": 1 / NODE_WORTH, "node_row": 1.0} if num_nodes > 1 else {},
-            "gather": {"rank_row": 0.0},
-        }
-        return cls(load_cap=load_cap, **rows.get(dispatch, {}))
+        if dispatch == "per-expert":
+            return cls(rank_row=0.0, activation_row=1.0, load_cap=load_cap)
+        if dispatch == "per-node" and num_nodes > 1:
+            return cls(rank_row=1 / NODE_WORTH, node_row=1.0, load_cap=load_cap)
+        return cls(rank_row=0.0 if dispatch == "gather" else 1.0, load_cap=load_cap)
 
     def cost_XL(self, metrics: dict[str, np.ndarray], top_k: int) -> np.ndarray:
         """Cost per resample and layer, float64 [X, L], of the metrics of `metrics_XL`."""

@@ -57,14 +57,12 @@ class ContextPredictor:
 def context_scores_TR(predictor: ContextPredictor, layer: int, shares_TR: np.ndarray, seen: Seen) -> np.ndarray:
     """Score of each rank as a home at a layer: the predicted share of activations.
 
-    Parameters
-    ----------
-    shares_TR : float32 [T, R], rows of the token table
-    seen : read at layers before `layer`, and at `layer` the token before a generated one
+    Parameters:
+        shares_TR: float32 [T, R], rows of the token table
+        seen: read at layers before `layer`, and at `layer` the token before a generated one
 
-    Returns
-    -------
-    scores_TR : float32 [T, R]
+    Returns:
+        scores_TR: float32 [T, R]
     """
     scores_TR = predictor.bias_LR[layer] + shares_TR @ predictor.share_LRR[layer]
     scores_TR += predictor.position_LQR[layer][seen.position_ids_TC].sum(axis=1, dtype=np.float32)

@@ -48,14 +48,13 @@ def fit_context(
 ) -> ContextPredictor:
     """Predictor fitted on (a sample of) the batch that `table` was counted on.
 
-    Parameters
-    ----------
-    hosts_LER : bool [L, E, R], whether a rank hosts an expert
-    seed : of the sample
-    depth : how many earlier layers are read
-    skip : leading layers of the batch that only give context; `table`, `hosts_LER` and the
-        predictor begin after them
-    step : called at every layer that is done
+    Parameters:
+        hosts_LER: bool [L, E, R], whether a rank hosts an expert
+        seed: of the sample
+        depth: how many earlier layers are read
+        skip: leading layers of the batch that only give context; `table`, `hosts_LER` and the
+            predictor begin after them
+        step: called at every layer that is done
     """
     num_layers, num_experts, num_ranks = hosts_LER.shape
     rows = training_rows(batch, seed)

@@ -61,15 +61,13 @@ def fit_schedule(
 ) -> Schedule:
     """Schedule for the placement, from the sample of a profile; independent of `processes`.
 
-    Parameters
-    ----------
-    sample : rows of a trace, with expert ids uint8 or uint16 [T, L, K]
-    seed : of the rows and requests that are fitted on where there are very many
-    embedding_VD : float [V, D], the model's input embedding, for rare and unseen ids
+    Parameters:
+        sample: rows of a trace, with expert ids uint8 or uint16 [T, L, K]
+        seed: of the rows and requests that are fitted on where there are very many
+        embedding_VD: float [V, D], the model's input embedding, for rare and unseen ids
 
-    Raises
-    ------
-    InputError : where the placement is for another model
+    Raises:
+        InputError: where the placement is for another model
     """
     hosts_LER, num_layers = placement.hosts_LER, sample.expert_ids_TLK.shape[1]
     if placement.num_layers != num_layers or sample.expert_ids_TLK.max(initial=0) > placement.num_experts:

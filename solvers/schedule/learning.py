@@ -48,6 +48,14 @@ def learned_scores_TR(
 
     `served_TR`: share of each token's activations that each rank hosts, read once the token's group
     is scored. `groups`: rows, in order of time.
+
+    Parameters:
+        scores_TR: the plan's, float [T, R].
+        ids_TX: features of each row, integers [T, X] below `num_features`.
+        served_TR: share of each token's activations that each rank hosts, float [T, R], read once
+            the token's group is scored.
+        num_features: of all columns.
+        groups: rows, integers, in order of time.
     """
     from scipy.linalg import solve
     from scipy.sparse import csr_array

@@ -64,6 +64,11 @@ def paper_scores_TR(
 
     `table_TR`: shares of the token table, whose largest is T_p; `known_T`: ids with a row;
     `rank_T`, `confidence_T`: entries of A.
+
+    Parameters:
+        table_TR: shares of the token table, float [T, R], whose largest is T_p.
+        known_T: bool [T], ids with a row.
+        rank_T, confidence_T: int and float [T], entries of A.
     """
     scores_TR = table_TR.astype(np.float32)
     confident_T = np.where(known_T, scores_TR.max(axis=1), 0)

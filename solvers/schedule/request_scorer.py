@@ -98,6 +98,12 @@ def fit_request_scorer(batch: TraceBatch, hosts_LER: np.ndarray, *, seed: int, r
     are.
 
     Every request gives two documents with the same target: its prompt, and its whole sequence.
+
+    Parameters:
+        batch: requests with token ids.
+        hosts_LER: bool [L, E, R], whether a rank hosts an expert.
+        seed: of the choice of requests, where there are more than MAX_REQUESTS.
+        ridge: of the regression.
     """
     from scipy.linalg import solve
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.sample import rows_of, select_requests
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.context import context_scores_TR
@@ -48,6 +49,8 @@ class Setting:
         batch_tokens: tokens of a batch (Attention-TP).
         window: requests that are weighed against each other (Attention-DP).
         seed: of the order of requests, and of the bootstrap.
+        score_from: also score requests by routing that is known when they reach a decode pool: a
+            key of SIGNATURES; "": not.
 
     Source: solvers/schedule/simulate.py; docs/method.md.
     """
@@ -55,6 +58,11 @@ class Setting:
     batch_tokens: int = 512
     window: int = WINDOW
     seed: int = 0
+    score_from: str = ""
+
+    def sizes(self) -> dict[str, int]:
+        """What `simulate` takes of it."""
+        return {"batch_tokens": self.batch_tokens, "window": self.window, "seed": self.seed}
 
 
 class Simulation(NamedTuple):
@@ -62,6 +70,7 @@ class Simulation(NamedTuple):
     token_imbalance: float  # busiest rank over mean, averaged over batches (TP) or windows (DP)
 
 
+AS_SERVED = "as-served"  # of a trace that a server wrote: where requests ran
 LayerScores = Callable[[int], np.ndarray]  # layer -> float [T, R]
 
 
@@ -81,25 +90,24 @@ def simulate(
 ) -> Simulation:
     """Homes of the batch's tokens under a schedule.
 
-    Parameters
-    ----------
-    name : one of SCHEDULES
-    batch : requests with T rows in all
-    placement : experts of L layers on R ranks
-    schedule : the tables that `name` reads, fitted for the placement
-    batch_tokens : tokens of a batch over all ranks, at most (TP)
-    window : requests that are weighed against each other, at most (DP)
-    seed : of the order in which rows are mixed, or requests arrive
+    Parameters:
+        name: one of SCHEDULES, or of SIGNATURES behind "dp-"
+        batch: requests with T rows in all
+        placement: experts of L layers on R ranks
+        schedule: the tables that `name` reads, fitted for the placement
+        batch_tokens: tokens of a batch over all ranks, at most (TP)
+        window: requests that are weighed against each other, at most (DP)
+        seed: of the order in which rows are mixed, or requests arrive
 
-    Returns
-    -------
-    homes_TL : int16 [T, L]
-    token_imbalance : tokens of the busiest rank over the mean, averaged over batches or windows
+    Returns:
+        homes_TL: int16 [T, L]
+        token_imbalance: tokens of the busiest rank over the mean, averaged over batches or windows
 
-    Raises
-    ------
-    InputError : for another name, or sizes under 1
+    Raises:
+        InputError: for another name, or sizes under 1
     """
+    if name.removeprefix("dp-") in SIGNATURES:
+        return _homes_by_signature(name.removeprefix("dp-"), batch, placement, window, np.random.default_rng(seed))
     if name not in SCHEDULES:
         raise InputError(f"schedule {name!r} is none of {', '.join(SCHEDULES)}")
     if batch_tokens < 1 or window < 1:
@@ -170,6 +178,22 @@ def _homes_by_request(
     homes_TL = np.broadcast_to(np.repeat(rank_of_B, rows_B)[:, None], (batch.num_tokens, placement.num_layers))
     rows_of_arrival = rows_B[arrivals.request_of_B]
     return Simulation(homes_TL, window_imbalance(rank_of_arrival, rows_of_arrival, placement.num_ranks, window=window))
+
+
+def served_homes(batch: TraceBatch, num_ranks: int, *, window: int) -> tuple[TraceBatch, np.ndarray, Simulation]:
+    """What a server did: the requests whose rank is known, which those are (bool [B]), and their
+    homes; imbalance over windows in stored order. Raises InputError for ranks that the placement
+    does not have."""
+    rank_of_B = np.full(batch.num_requests, -1) if batch.rank_of_B is None else batch.rank_of_B
+    if rank_of_B.max(initial=-1) >= num_ranks:
+        raise InputError(f"the trace was served on rank {rank_of_B.max()}, the plan has ranks 0..{num_ranks - 1}")
+    known_B = rank_of_B >= 0
+    batch, rank_of_B = select_requests(batch, known_B), rank_of_B[known_B]
+    rows_B = np.diff(batch.starts_B1)
+    homes_TL = np.broadcast_to(
+        np.repeat(rank_of_B.astype(np.int16), rows_B)[:, None], (batch.num_tokens, batch.expert_ids_TLK.shape[1])
+    )
+    return batch, known_B, Simulation(homes_TL, window_imbalance(rank_of_B, rows_B, num_ranks, window=window))
 
 
 def _random_scores(
@@ -257,6 +281,53 @@ def _oracle_ranks(arrivals: Arrivals, placement: Placement, schedule: Schedule) 
     return assign_requests(scores_BR, arrivals.tokens_B, window=arrivals.window)
 
 
+def _homes_by_signature(
+    source: str, batch: TraceBatch, placement: Placement, window: int, rng: np.random.Generator
+) -> Simulation:
+    """One home per request by where its signature's experts are; the rows that the signature is
+    made of, and those before them, live where requests in turn do."""
+    known = SIGNATURES[source](batch)
+    arrivals = Arrivals(batch, rng.permutation(batch.num_requests), window)
+    scores_BR = request_shares_BR(known.signature, placement.hosts_LER)[arrivals.request_of_B]
+    rank_of_B, before_B = np.empty(batch.num_requests, np.int16), np.empty(batch.num_requests, np.int16)
+    rank_of_arrival = assign_requests(scores_BR, arrivals.tokens_B, window=window)
+    rank_of_B[arrivals.request_of_B] = rank_of_arrival
+    before_B[arrivals.request_of_B] = assign_round_robin(batch.num_requests, placement.num_ranks)
+    request_T = batch.request_of_T
+    home_T = np.where(known.is_known_T, before_B[request_T], rank_of_B[request_T])
+    homes_TL = np.broadcast_to(home_T[:, None], (batch.num_tokens, placement.num_layers))
+    rows_of_arrival = np.diff(batch.starts_B1)[arrivals.request_of_B]
+    return Simulation(homes_TL, window_imbalance(rank_of_arrival, rows_of_arrival, placement.num_ranks, window=window))
+
+
+class Signature(NamedTuple):
+    """What is known of requests when a decode pool must choose: rows of the same requests, in their
+    order, and which rows of the batch are no later than these, bool [T]."""
+
+    signature: TraceBatch
+    is_known_T: np.ndarray
+
+
+def _prompt_signature(batch: TraceBatch) -> Signature:
+    """The experts of the prompt's tokens, as prefill recorded them."""
+    source = batch if batch.prompts_apart is None else batch.prompts_apart
+    return Signature(rows_of(source, source.is_prompt_T), batch.is_prompt_T)
+
+
+def _first_signature(batch: TraceBatch) -> Signature:
+    """The experts of the first FIRST_TOKENS generated tokens."""
+    request_T = batch.request_of_T
+    position_T = np.arange(batch.num_tokens) - batch.starts_B1[request_T] + batch.first_position_B[request_T]
+    answered_T = position_T - batch.num_prompt_tokens_B[request_T]
+    first_T = (answered_T >= 0) & (answered_T < FIRST_TOKENS)
+    return Signature(rows_of(batch, first_T), answered_T < FIRST_TOKENS)
+
+
+FIRST_TOKENS = 16  # generated tokens that a signature is made of
+SIGNATURES: dict[str, Callable[[TraceBatch], Signature]] = {
+    "prompt": _prompt_signature,
+    "first-tokens": _first_signature,
+}
 DP_SCHEDULES: dict[str, RequestRanks] = {
     "dp-roundrobin": _round_robin_ranks,
     "dp-paper": _paper_ranks,

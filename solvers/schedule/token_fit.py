@@ -45,12 +45,11 @@ def build_token_table(
 ) -> TokenTable:
     """Table counted on the rows of the batch whose token id is known.
 
-    Parameters
-    ----------
-    hosts_LER : bool [L, E, R], whether a rank hosts an expert
-    embedding_VD : float [V, D], the model's input embedding; all V ids then get a row
-    max_candidates : ranks that are stored for each row, at most
-    step : called at every layer that is done
+    Parameters:
+        hosts_LER: bool [L, E, R], whether a rank hosts an expert
+        embedding_VD: float [V, D], the model's input embedding; all V ids then get a row
+        max_candidates: ranks that are stored for each row, at most
+        step: called at every layer that is done
     """
     num_layers, _, num_ranks = hosts_LER.shape
     token_ids_T, previous_T = batch.token_ids_T, previous_token_ids_T(batch)

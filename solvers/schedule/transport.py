@@ -38,18 +38,16 @@ def scaled(
     """Shares of the ranks at the last of the temperatures, and the prices after them: one step at
     each.
 
-    Parameters
-    ----------
-    scores_VR : float [V, R], worth of rank r to a unit of row v
-    weight_V : float [V], units of each row; all ranks get as many
-    temperatures : in units of the scores
-    least : part of its mass that an unwanted rank is taken to get, so that prices stay finite
-    single : whether to work in float32, for the rows of a whole trace
+    Parameters:
+        scores_VR: float [V, R], worth of rank r to a unit of row v
+        weight_V: float [V], units of each row; all ranks get as many
+        temperatures: in units of the scores
+        least: part of its mass that an unwanted rank is taken to get, so that prices stay finite
+        single: whether to work in float32, for the rows of a whole trace
 
-    Returns
-    -------
-    shares_RV : [R, V], of the dtype that was worked in
-    prices_R : float64 [R]
+    Returns:
+        shares_RV: [R, V], of the dtype that was worked in
+        prices_R: float64 [R]
     """
     # Ranks first: sums and maxima over the few ranks then run along the rows, several times faster
     # in numpy.
@@ -82,18 +80,16 @@ def balanced_prices(
     """Price per rank at which every rank is wanted equally, float64 [R], and the temperature at
     which that holds.
 
-    Parameters
-    ----------
-    scores_VR : float [V, R]
-    weight_V : float [V], how much each row counts; 1 where None
-    sweeps : steps of the prices
-    start, cooling : first and last temperature, over the spread of the scores (best over mean, on
-        average); it falls geometrically
+    Parameters:
+        scores_VR: float [V, R]
+        weight_V: float [V], how much each row counts; 1 where None
+        sweeps: steps of the prices
+        start, cooling: first and last temperature, over the spread of the scores (best over mean,
+            on average); it falls geometrically
 
-    Returns
-    -------
-    prices_R : float64 [R], mean 0
-    temperature : the last one, in units of the scores; 1 where no score differs
+    Returns:
+        prices_R: float64 [R], mean 0
+        temperature: the last one, in units of the scores; 1 where no score differs
     """
     num_rows, num_ranks = scores_VR.shape
     spread = float((scores_VR.max(axis=1) - scores_VR.mean(axis=1)).mean()) if num_rows else 0.0
@@ -108,7 +104,18 @@ def capped_prices(
     scores_VR: np.ndarray, weight_V: np.ndarray, *, cap: float, sweeps: int, cooling: float
 ) -> tuple[np.ndarray, float]:
     """Prices and temperature at which no rank gets more than `cap` x the mean of the weights:
-    those of `balanced_prices`, and steps at its temperature until that holds."""
+    those of `balanced_prices`, and steps at its temperature until that holds.
+
+    Parameters:
+        scores_VR: float [V, R], worth of rank r to a unit of row v.
+        weight_V: float [V], units of each row.
+        cap: most weight of a rank over the mean.
+        sweeps: steps of the prices.
+        cooling: last temperature, over the spread of the scores.
+
+    Returns:
+        Prices, float64 [R], and the temperature, in units of the scores.
+    """
     prices_R, temperature = balanced_prices(scores_VR, weight_V, sweeps=sweeps, cooling=cooling)
     for _ in range(1000):
         mass_R = weight_V @ softmax(scores_VR - prices_R, temperature)
@@ -187,17 +194,15 @@ def scaled_in_slots(
     """Experts of all layers as rows at temperature 1: each rank gets E / R of them, and of every
     load vector no more than its limit, nearly.
 
-    Parameters
-    ----------
-    worth_LER : float64 [L, E, R], in units of the temperature
-    load_LJE, limit_LJ : float [L, J, E], [L, J], loads of the experts and what a rank may carry
-    prices : where to go on from
+    Parameters:
+        worth_LER: float64 [L, E, R], in units of the temperature
+        load_LJE, limit_LJ: float [L, J, E], [L, J], loads of the experts and what a rank may carry
+        prices: where to go on from
 
-    Returns
-    -------
-    share_LER : float64 [L, E, R], rows that sum to 1
-    net_LER : float64 [L, E, R], the worth net of the prices that the shares follow
-    prices : after the last sweep
+    Returns:
+        share_LER: float64 [L, E, R], rows that sum to 1
+        net_LER: float64 [L, E, R], the worth net of the prices that the shares follow
+        prices: after the last sweep
     """
     slots = worth_LER.shape[1] / worth_LER.shape[2]
     share_LER, net_LER = worth_LER, worth_LER

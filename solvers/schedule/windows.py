@@ -45,7 +45,14 @@ def assign_prompts(
     scorer: RequestScorer, prompts: Sequence[np.ndarray], tokens_B: np.ndarray, *, window: int = WINDOW
 ) -> np.ndarray:
     """Rank of each request by the token ids of its prompt, int64 [B]; as `assign_requests`, in
-    order of arrival."""
+    order of arrival.
+
+    Parameters:
+        scorer: the plan's.
+        prompts: token ids, integers, one array each.
+        tokens_B: int [B], what each request counts as (`request_tokens_B`).
+        window: most requests that are weighed against each other.
+    """
     return assign_requests(scorer.scores_BR(prompts), tokens_B, window=window)
 
 
@@ -54,16 +61,14 @@ def assign_requests(
 ) -> np.ndarray:
     """Rank of each request by its scores, with nearly equal tokens per rank in every window.
 
-    Parameters
-    ----------
-    scores_BR : float [B, R], in order of arrival; gain per token of request b on rank r
-    tokens_B : int [B], what each request counts as (`request_tokens_B`)
-    window : most requests that are weighed against each other
-    token_cap : tokens of a rank over the mean of its window, at most, where that is possible
+    Parameters:
+        scores_BR: float [B, R], in order of arrival; gain per token of request b on rank r
+        tokens_B: int [B], what each request counts as (`request_tokens_B`)
+        window: most requests that are weighed against each other
+        token_cap: tokens of a rank over the mean of its window, at most, where that is possible
 
-    Returns
-    -------
-    rank_of_B : int64 [B]
+    Returns:
+        rank_of_B: int64 [B]
     """
     rank_of_B = np.zeros(len(scores_BR), np.int64)
     for requests in windows_of(len(scores_BR), window):
@@ -91,7 +96,14 @@ def assign_masked_round_robin(scores_BR: np.ndarray) -> np.ndarray:
 
 def window_imbalance(rank_of_B: np.ndarray, tokens_B: np.ndarray, num_ranks: int, *, window: int = WINDOW) -> float:
     """Tokens of the busiest rank over the mean, averaged over the windows; 1 where there are no
-    tokens. Requests in order of arrival."""
+    tokens. Requests in order of arrival.
+
+    Parameters:
+        rank_of_B: int [B].
+        tokens_B: int [B], what each request counts as.
+        num_ranks: R.
+        window: requests of a window.
+    """
     loads = [
         np.bincount(rank_of_B[requests], tokens_B[requests], num_ranks)
         for requests in windows_of(len(rank_of_B), window)

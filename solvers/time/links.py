@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from semmoe.profiles.document import parse_json
+from semmoe.profiles.document import parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.placement import Topology
+from semmoe.solvers.topology import number_array
 
 INSIDE, BETWEEN = 0, 1  # ports
 
@@ -61,7 +62,14 @@ def exchange_seconds_L(rows_LRR: np.ndarray, row_bytes: float, links: Links) -> 
 
 def communication_seconds_L(rows_LRR: np.ndarray, links: Links, *, row_bytes: float, result_bytes: float) -> np.ndarray:
     """Split sizes, dispatch and combine of a batch at each layer, float64 [L]; results travel
-    the other way."""
+    the other way.
+
+    Parameters:
+        rows_LRR: rows from rank to rank, float [L, R, R].
+        links: speeds of the links, bytes per second, and what a message costs, seconds.
+        row_bytes: of a token that is sent out.
+        result_bytes: of a row that comes back.
+    """
     return (
         exchange_seconds_L(np.zeros_like(rows_LRR), 0.0, links)
         + exchange_seconds_L(rows_LRR, row_bytes, links)
@@ -145,7 +153,7 @@ def _links_of_file(path: Path, topology: Topology) -> Links:
     """{"intra": link, "inter": link} or one link; a link is {"gb_per_s": number or [R][R],
     "latency_us": the same, 0 by default}."""
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(read_bounded(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
         raise InputError(f"--topology-bandwidth {path} cannot be read: {reason}") from None
@@ -163,8 +171,8 @@ def _link(value: Any, path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, n
     if not isinstance(value, dict) or not {"gb_per_s"} <= value.keys() <= {"gb_per_s", "latency_us"}:
         raise InputError(f'{path}: expected {what}, or such objects under "intra" and "inter"')
     try:
-        found = [np.array(value.get(name, 0), np.float64) for name in ("gb_per_s", "latency_us")]
-    except (TypeError, ValueError):
+        found = [number_array(value.get(name, 0)) for name in ("gb_per_s", "latency_us")]
+    except ValueError:
         raise InputError(f"{path}: {what} holds numbers or square matrices of numbers") from None
     for values in found:
         if values.shape not in ((), shape):

@@ -8,15 +8,16 @@ Experts, packing and overlap are left out, so it is what the wire needs.
 Shape letters: L MoE layers, R ranks, N nodes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from semmoe.profiles.trace import RoutingTrace
+from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.pictures import Scored, simulated_homes_TL
 from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.evaluate.report import Key, Report, RowTime, Times
-from semmoe.solvers.evaluate.score_plan import baselines, scored_batch
+from semmoe.solvers.evaluate.score_plan import scored_batch
 from semmoe.solvers.time.layer_time import LayerWork, Network, layer_seconds
 from semmoe.solvers.time.links import Links, communication_seconds_L, through_nodes
 
@@ -57,24 +58,24 @@ def report_times(report: Report, links: Links, size: RowSize, rows: dict[Key, np
 
 
 def rows_between_ranks(
-    trace: RoutingTrace, scored: Scored, report: Report, num_groups: int = 1
+    trace: RoutingTrace, scored: Scored, report: Report, beside: dict[str, Deployment]
 ) -> dict[Key, np.ndarray]:
     """Rows per token from rank to rank, float64 [L, R, R], of the report's placements and
-    schedules, oracles left out. `num_groups`: routing groups of the model, for the baselines."""
+    schedules, oracles left out. `beside`: what is deployed in the rows that are not the plan's
+    (`deployments_beside`)."""
     deployment = scored.deployment
     topology, dispatch = deployment.topology, deployment.dispatch
     batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
-    beside = baselines(deployment.load_LE, topology, num_groups)
-    others = {name: replace(deployment, placement=placed, schedule=None) for name, placed in beside.items()}
-    deployments = {"plan": deployment, **others}
+    deployments = {"plan": deployment, **beside}
     found = {}
     for row in report.rows:
-        deployed = deployments[row.placement]
-        if row.is_oracle or (row.schedule != "random" and deployed.schedule is None):
+        deployed = deployments.get(row.placement)
+        if deployed is None or row.is_oracle or (row.schedule != "random" and deployed.schedule is None):
             continue
         homes_TL = simulated_homes_TL(deployed, row.schedule, batch, report.setting)
         serving = deployed.serving_LRE
-        rows_LRR = rank_rows_LRR(batch, serving, dispatch=dispatch, homes_TL=homes_TL)
+        moving = deployed.moving
+        rows_LRR = rank_rows_LRR(batch, serving, dispatch=dispatch, homes_TL=homes_TL, moving=moving)
         if dispatch == "per-node":
             # Nodes in the place of ranks: one row per token and node.
             rows_LRN = rank_rows_LRR(batch, topology.node_of_R[serving], dispatch=dispatch, homes_TL=homes_TL)

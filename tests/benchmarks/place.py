@@ -29,10 +29,10 @@ from semmoe.profiles.counts import RoutingProfile, count_batches, profile_traces
 from semmoe.profiles.mapped import MappedView, mapped_empty, open_view, view_of
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from semmoe.solvers.demands import Demands
-from semmoe.solvers.place.exact_counts import rank_load_R
-from semmoe.solvers.place.joint import place_semmoe
-from semmoe.solvers.place.remote_gains import remote_cost
-from semmoe.solvers.place.solve import METHODS
+from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.sums import deployment_sums
+from semmoe.solvers.place.replicas import served_load_R
+from semmoe.solvers.place.solve import solve_placement
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.token_fit import build_token_table
@@ -60,26 +60,21 @@ def batch_of(tokens: Tokens, ids_TLK: np.ndarray) -> TraceBatch:
     )
 
 
-def scores(
-    placement: Placement, profile: RoutingProfile, held_out_TLK: np.ndarray, topology: Topology
-) -> dict[str, float]:
-    num_ranks, rank_of_LE = topology.num_ranks, placement.rank_of_LE
-
-    def touched(part_of_LE: np.ndarray, num_parts: int) -> float:
-        cost_XR = np.ones((len(held_out_TLK), num_parts))
-        costs = [remote_cost(part_of_E, held_out_TLK[:, i], cost_XR) for i, part_of_E in enumerate(part_of_LE)]
-        return round(float(np.mean(costs)) / len(held_out_TLK) * (1 - 1 / num_parts), 4)
-
-    loads = [rank_load_R(r, load_E, num_ranks) for r, load_E in zip(rank_of_LE, profile.load_LE, strict=True)]
+def scores(placement: Placement, profile: RoutingProfile, held_out: TraceBatch, topology: Topology) -> dict[str, float]:
+    """REM and NODE of held-out tokens at random homes, and the worst layer's load on the fitted requests."""
+    deployment = Deployment(placement, profile.load_LE, topology)
+    sums = deployment_sums(deployment, held_out)
+    per_token = 1 / (held_out.num_tokens * placement.num_layers)
+    loads = [served_load_R(s, load_E) for s, load_E in zip(deployment.serving_LRE, profile.load_LE, strict=True)]
     return {
-        "rem": touched(rank_of_LE, num_ranks),
-        "node": touched(topology.node_of_R[rank_of_LE], topology.num_nodes),
+        "rem": round(float(sums.remote_ranks_GL.sum()) * per_token, 4),
+        "node": round(float(sums.remote_nodes_GL.sum()) * per_token, 4),
         "load": round(max(float(load_R.max() / load_R.mean()) for load_R in loads), 4),
     }
 
 
-def drawn(a: argparse.Namespace) -> tuple[TraceBatch, TraceInfo, int, np.ndarray]:
-    """Routing of a made-up model: requests to place for, and with `--compare` as many to score on."""
+def drawn(a: argparse.Namespace) -> tuple[TraceBatch, TraceInfo, int, TraceBatch | None]:
+    """Routing of a made-up model: requests to place for, and with `--compare` others to score on."""
     layers = a.layers_timed or a.layers
     tokens = draw_tokens(a.tokens * (2 if a.compare else 1), a.vocab, tokens_per_request=REQUEST_TOKENS, seed=a.seed)
     id_dtype = np.dtype(np.uint8 if a.experts <= 256 else np.uint16)
@@ -90,7 +85,11 @@ def drawn(a: argparse.Namespace) -> tuple[TraceBatch, TraceInfo, int, np.ndarray
     cut = a.tokens // REQUEST_TOKENS * REQUEST_TOKENS if a.compare else a.tokens
     train = Tokens(*(x[:cut] for x in tokens))
     info = TraceInfo("made-up", layers, a.experts, a.top_k, tuple(range(layers)), n_group=a.groups, topk_group=a.groups)
-    return batch_of(train, ids_TLK[:cut]), info, layers, ids_TLK[cut:]
+    held_out = None
+    if a.compare:
+        scored = slice(cut, cut + min(a.scored_tokens, a.tokens) // REQUEST_TOKENS * REQUEST_TOKENS)
+        held_out = batch_of(Tokens(*(x[scored] for x in tokens)), ids_TLK[scored])
+    return batch_of(train, ids_TLK[:cut]), info, layers, held_out
 
 
 def main() -> None:
@@ -102,6 +101,9 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--redundant", type=int, help="copies in all; else what the ranks leave of ceil(E / R) slots")
+    parser.add_argument("--methods", default="metis,spectral,paper,load,contiguous")
+    parser.add_argument("--scored-tokens", type=int, default=100_000)
     parser.add_argument("--dispatch", default="per-rank")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--vocab", type=int, default=129_280)
@@ -113,7 +115,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--trace", help="a trace of large_trace.py instead of routing drawn here; without --compare")
     a = parser.parse_args()
-    held_out_TLK = None
+    held_out = None
     if a.trace:
         profile = profile_traces([RoutingTrace.open(a.trace)])
         batch, info = profile.sample, profile.info
@@ -121,7 +123,7 @@ def main() -> None:
         batch = replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:, :layers])
         info = replace(info, num_layers=layers, model_layers=info.model_layers[:layers])
     else:
-        batch, info, layers, held_out_TLK = drawn(a)
+        batch, info, layers, held_out = drawn(a)
     topology = Topology(a.ranks, a.nodes)
     with watched() as memory:
         start, cpu = time.perf_counter(), cpu_seconds()
@@ -130,7 +132,8 @@ def main() -> None:
         counted, counted_cpu = time.perf_counter() - start, cpu_seconds() - cpu
         start, cpu = time.perf_counter(), cpu_seconds()
         asked = Demands(seed=a.seed, dispatch=a.dispatch, effort=a.effort, objective=a.objective, processes=a.processes)
-        placement = place_semmoe(profile, topology, asked).placement
+        asked = replace(asked, redundant=a.redundant)
+        placement = solve_placement(profile, topology, asked, method="semmoe").placement
         placed, placed_cpu = time.perf_counter() - start, cpu_seconds() - cpu
         start, cpu = time.perf_counter(), cpu_seconds()
         tables = token_tables(batch, placement, a.processes)
@@ -156,15 +159,15 @@ def main() -> None:
         "peak_mib_largest_worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         "load_average": [round(x, 1) for x in os.getloadavg()],
     }
-    if held_out_TLK is not None and a.compare:
-        result["semmoe"] = scores(placement, profile, held_out_TLK, topology)
-        demands = Demands(seed=a.seed)
-        for name in ("metis", "spectral", "paper", "load", "contiguous"):
-            placed = METHODS[name](profile, topology, demands, None).placement
-            result[name] = scores(placed, profile, held_out_TLK, topology)
+    if held_out is not None:
+        result["semmoe"] = scores(placement, profile, held_out, topology)
+        demands = Demands(seed=a.seed, redundant=a.redundant, processes=a.processes)
+        for name in a.methods.split(","):
+            placed = solve_placement(profile, topology, demands, method=name).placement
+            result[name] = scores(placed, profile, held_out, topology)
         if a.nodes > 1:
-            nodes_first = METHODS["metis"](profile, topology, replace(demands, dispatch="per-node"), None).placement
-            result["metis-nodes"] = scores(nodes_first, profile, held_out_TLK, topology)
+            nodes_first = solve_placement(profile, topology, replace(demands, dispatch="per-node"), method="metis")
+            result["metis-nodes"] = scores(nodes_first.placement, profile, held_out, topology)
     print(json.dumps(result))
 
 

@@ -145,6 +145,7 @@ def replay(task: dict[str, Any]) -> Any:
     from semmoe.runtime.replay.replay import replay_rank
 
     sizes = {"hidden_size": 2880, "batch_tokens": task["batch_tokens"], "max_tokens": task["max_tokens"]}
+    sizes |= {name: task[name] for name in ("expert_size", "write_hardware") if name in task}
     where = {"scheduler": "tp", "backend": "gloo", "device": "cpu", "dtype": "bfloat16", "timeout_s": 600.0}
     options = ReplayOptions(trace=task["trace"], plan=task["plan"], **sizes, **where)
     return replay_rank(options, None, lambda line: print(line, file=sys.stderr))

@@ -2,6 +2,7 @@
 read_config and its errors."""
 
 import json
+import os
 
 import pytest
 from tiny_models import FAMILIES, tiny_config
@@ -264,3 +265,39 @@ def test_top_k_may_differ_by_layer():
     assert (moe_facts(config)["top_k"], moe_facts(config)["empty_slots"]) == (3, True)
     with pytest.raises(InputError, match="differs between layers .8 in layer 0; 4 in layer 1, 2"):
         moe_facts({**config, "num_hidden_layers": 3, "num_experts": [8, 4, 4]})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("decoder_sparse_step", "1"),
+        ("decoder_sparse_step", 0),
+        ("mlp_only_layers", 5),
+        ("mlp_only_layers", [[0]]),
+        ("moe_layers", "1,x"),
+        ("moe_layer_freq", 1.5),
+        ("moe_layer_start_index", []),
+        ("mlp_layer_types", "dense"),
+        ("n_group", True),
+        ("zero_expert_num", -1),
+        ("vocab_size", 10**30),
+        ("model_type", ["qwen3_moe"]),
+    ],
+)
+def test_a_key_of_another_type_is_no_default(key, value):
+    assert facts_of(**{key: None})["num_experts"] == 128
+    with pytest.raises(InputError, match=f"config.json: {key}.* is "):
+        facts_of(**{key: value})
+
+
+def test_a_config_is_a_file_that_says_everything_once(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"num_experts": 8, "time_step_limit": [0.0, Infinity], "num_experts": 8}')  # as Mamba's are
+    assert read_config(tmp_path)["num_experts"] == 8
+    file.write_text('{"num_experts": 8, "num_experts": 4}')
+    with pytest.raises(InputError, match="the key 'num_experts' stands twice in an object, with two values"):
+        read_config(tmp_path)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(InputError, match="cannot be read: it is a pipe, expected a file"):
+        read_config(tmp_path)

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.files import LOCK_MARK, check_directory_target, inside, new_directory, new_file, write_file
+from semmoe.profiles.files import (
+    LOCK_MARK,
+    check_directory_target,
+    inside,
+    new_directory,
+    new_file,
+    open_file,
+    write_file,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -199,3 +207,13 @@ def test_a_name_from_a_file_stays_in_its_folder(tmp_path: Path) -> None:
     for bad in ("up/outside", "a/b/c", "rank-000/..", "/a"):
         with pytest.raises(InputError, match=r"^f is "):
             inside(folder, bad, "f", folders=1)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "a pipe"), (tmp_path, "a directory"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(OSError, match=f"it is {kind}, expected a file"):
+            open_file(path)
+    (tmp_path / "file").write_bytes(b"x")
+    with open_file(tmp_path / "file") as file:
+        assert file.read() == b"x"

@@ -32,7 +32,7 @@ def write(path, lengths=(5, 0, 7), info=INFO, **options) -> list[np.ndarray]:
     rows = [random_ids(rng, n, info) for n in lengths]
     with TraceWriter(path, info, **options) as writer:
         for i, ids in enumerate(rows):
-            sequence = np.arange(len(ids) + 4) + 100 * i
+            sequence = np.arange(len(ids) + 5) + 100 * i
             writer.add(f"r{i}", ids, domain=f"d{i % 2}", token_ids=sequence, num_prompt_tokens=5, first_position=3)
     return rows
 
@@ -357,11 +357,32 @@ def test_columns_of_other_types_are_refused(tmp_path):
     for column, message in [
         (pa.array([0.0, 0.0, 0.0]), "'first_position' is double, expected int32"),
         (pa.array([-1, 0, 0], pa.int32()), "holds a negative first_position"),
+        (pa.array([None, 0, 0], pa.int32()), "the column 'first_position' holds 1 nulls"),
+        (pa.array([9, 0, 0], pa.int32()), "request r0: 10 token ids, expected at least 14"),
     ]:
         pq.write_table(table.set_column(place, "first_position", column), part)
         sign(tmp_path / "t")
         with pytest.raises(InputError, match=message):
             RoutingTrace.open(tmp_path / "t").load()
+
+
+def test_requests_without_a_name_of_their_own_are_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write(tmp_path / "t")
+    part = tmp_path / "t" / "part-00000.parquet"
+    table = pq.read_table(part)
+    no_text = pa.array([b"\xff", b"\xfe", b"a"], pa.binary()).view(pa.string())
+    for column, message in [
+        (pa.array(["r0", "r0", "r1"]), "1 of its 3 requests have the id of another"),
+        (pa.array([None, "r0", "r1"], pa.string()), "the column 'request_id' holds 1 nulls"),
+        (no_text, "is damaged: .*UTF8"),
+    ]:
+        pq.write_table(table.set_column(0, "request_id", column), part)
+        sign(tmp_path / "t")
+        with pytest.raises(InputError, match=message):
+            RoutingTrace.open(tmp_path / "t").requests()
 
 
 def test_counts_are_kept_apart_from_tokens(tmp_path):

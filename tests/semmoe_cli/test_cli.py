@@ -140,8 +140,10 @@ def test_gather_says_that_placement_cannot_help(trace, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ranks", 5], "32 experts do not divide over 5 ranks"),
-        (["--ranks", 64], "64 ranks are more than the 32 experts"),
+        (["--ranks", 5, "--redundant", 1], "32 + 1 slots do not divide over 5 ranks; --redundant 3 would"),
+        (["--ranks", 5, "--slots", 6], "5 ranks hold 32 experts in 7 to 32 slots each"),
+        (["--ranks", 5, "--certify"], "--certify bounds placements without copies: add --spare empty"),
+        (["--ranks", 5, "--spare", "empty", "--replicas", 1], "--spare empty holds every expert once, in 7 slots"),
         (["--ranks", 8, "--nodes", 3], "8 ranks do not divide over 3 nodes"),
         (["--ranks", 4, "--holdout", 2], "--holdout is 2.0"),
         (["--ranks", 4, "--holdout-domain", "x"], "no request has the domain 'x'"),

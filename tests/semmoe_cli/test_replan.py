@@ -86,6 +86,8 @@ def test_no_shift_writes_the_old_plan_to_the_byte(made):
         ("--objective", "tp"),
         ("--import", "eplb", "map.json"),
         ("--topology", "links.json"),
+        ("--minimize", "bytes"),
+        ("--hardware", "h100"),
     ],
 )
 def test_options_that_do_not_go_together_are_a_wrong_use(made, words):

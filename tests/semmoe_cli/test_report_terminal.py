@@ -46,7 +46,7 @@ def test_tables_fit_the_terminal(made, capsys, monkeypatch, width, intervals):
 def test_digits_of_times_are_aligned():
     milliseconds = {"plan": 0.0436, "contiguous": 0.074, "load": 12.0}
     rows = [RowTime(placement, "random", 1.0, ms, [ms] * 3) for placement, ms in milliseconds.items()]
-    assert [row[2:] for row in times_cells(Times("", 512, 4.0, rows, 1, ""))] == [
+    assert [row[2:] for row in times_cells(Times("", 512, 4.0, rows, 1, ""), "contiguous")] == [
         ["0.0436", "0.131", "0.59"],
         ["0.0740", "0.222", "1.00"],
         ["12.0000", "36.000", "162.16"],

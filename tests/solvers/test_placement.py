@@ -43,3 +43,17 @@ def test_views_of_a_placement():
     assert replicated.num_replicas == 1 and replicated.hosts_LER[0].tolist() == [[1, 1], [1, 0], [1, 1], [0, 1]]
     with pytest.raises(InputError, match="has no single rank"):
         _ = replicated.rank_of_LE
+
+
+def test_empty_slots_hold_nothing():
+    placement = Placement.from_ranks(np.array([[1, 0, 0, 1, 0], [0, 1, 1, 0, 1]]), 2)
+    assert placement.experts_LRS.tolist() == [[[1, 2, 4], [0, 3, -1]], [[0, 3, -1], [1, 2, 4]]]
+    assert (placement.num_empty, placement.num_copies, placement.num_replicas, placement.num_wasted) == (2, 0, 0, 0)
+    assert placement.rank_of_LE.tolist() == [[1, 0, 0, 1, 0], [0, 1, 1, 0, 1]]
+    assert placement.order_LE.tolist() == [[1, 2, 4, 0, 3], [0, 3, 1, 2, 4]]
+    filled = Placement(np.array([[[1, 2, 4], [0, 3, 1]]], np.int32), 5)
+    assert (filled.num_copies, filled.num_replicas, filled.copies_in_words) == (1, 0, "a copy of an expert on 2 ranks")
+    with pytest.raises(InputError, match="slot 1 of rank 1 is empty and slot 2 is not"):
+        Placement(np.array([[[1, 2, 4], [0, -1, 3]]], np.int32), 5)
+    alone = Placement.from_ranks(np.array([[2, 0]]), 3)  # more ranks than experts
+    assert alone.experts_LRS.tolist() == [[[1], [-1], [0]]]

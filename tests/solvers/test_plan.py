@@ -10,11 +10,12 @@ import pytest
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.split import split_requests
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.evaluate.sums import MAX_GROUPS, resampling_groups
-from semmoe.solvers.make_plan import PlanOptions, make_plan, score_plan, split_requests
+from semmoe.solvers.make_plan import PlanOptions, make_plan, score_plan
 from semmoe.solvers.place.bounds import certificate_of
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import NO_DIGEST, RESIGNED, Plan, sign_again

@@ -49,7 +49,6 @@ def test_what_needs_routing_is_refused_by_name(counts):
         (PlanOptions(), Demands(), "method semmoe needs routing per token: --method load or"),
         (PlanOptions(method="load", certify=True), Demands(), "--certify needs routing per token"),
         (PlanOptions(method="load"), Demands(robust=3), "--robust needs routing per token"),
-        (PlanOptions(method="contiguous"), Demands(replicas=1), "--replicas with --method contiguous needs"),
     ):
         with pytest.raises(InputError, match=message):
             make_plan([counts], Topology(4), demands, options)

@@ -26,7 +26,7 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.profiles.trace_writer import TraceWriter
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.deployment import Deployment
-from semmoe.solvers.evaluate.score_plan import baselines, score_batch, score_placements
+from semmoe.solvers.evaluate.score_plan import score_batch, score_placements
 from semmoe.solvers.place.baselines import place_contiguous
 from semmoe.solvers.place.exact_counts import cluster_loads
 from semmoe.solvers.place.joint import place_semmoe
@@ -112,7 +112,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, everything_ma
     fitted, rest, _ = profile_split(traces, [held_out_B])
     placement = place_semmoe(fitted, Topology(4), Demands(objective="tp", effort="fast")).placement
     schedule = fit_schedule(fitted.sample, placement, seed=0)
-    options = {"beside": baselines(fitted.load_LE, Topology(4)), "setting": Setting()}
+    options = {"setting": Setting()}
     deployment = Deployment(placement, fitted.load_LE, Topology(4), schedule=schedule)
     one = score_batch(deployment, rest.sample, fitted.info, **options)
     monkeypatch.setattr(traffic_rows_module, "SMALL_TASK", 1)

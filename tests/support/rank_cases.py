@@ -305,7 +305,6 @@ def refuse_together(rank: int) -> list[str]:
     import torch.distributed as dist
 
     from semmoe.profiles.errors import InputError
-    from semmoe.runtime.ranks.failures import SharedRefusal
     from semmoe.runtime.ranks.group import open_group, together
 
     def make() -> int:
@@ -317,7 +316,7 @@ def refuse_together(rank: int) -> list[str]:
         told = ""
         try:
             together(make, group)
-        except SharedRefusal as error:
+        except InputError as error:
             told = str(error)
         found = [""] * group.size
         dist.all_gather_object(found, told, group=group.handle)

@@ -196,7 +196,7 @@ def rank_traffic(details: "Details") -> Draw:
 
     def draw(figure: Any, palette: Palette) -> None:
         panels = figure.subplots(1, 3, width_ratios=[1, 1, 0.045])
-        titles = {"before": "before: contiguous", "after": "after: plan"}
+        titles = _titles(details)
         for axes, (name, matrix) in zip(panels, matrices.items(), strict=False):
             away = np.where(off, matrix, np.nan)
             heat(axes, shade(HEAT, np.nan_to_num(away), 0, top), palette, title=titles[name])
@@ -223,11 +223,15 @@ def rank_traffic(details: "Details") -> Draw:
     return draw
 
 
+def _titles(details: "Details") -> dict[str, str]:
+    return {"before": f"before: {details.against}", "after": "after: plan"}
+
+
 def rank_loads(details: "Details") -> Draw:
     """Load of every rank over the mean: one dot per layer, a bar for the mean over layers."""
     import numpy as np
 
-    titles = {"before": "before: contiguous", "after": "after: plan"}
+    titles = _titles(details)
     low = min(float(load.min()) for load in details.load_LR.values())
     high = max(float(load.max()) for load in details.load_LR.values())
 
@@ -253,8 +257,11 @@ def rank_loads(details: "Details") -> Draw:
     return draw
 
 
-def domain_dumbbells(names: list[str], pairs: "list[tuple[ScoreRow, ScoreRow]]", metric: str, *, label: str) -> Draw:
-    """Each domain before and after, with the interval of after."""
+def domain_dumbbells(
+    names: list[str], pairs: "list[tuple[ScoreRow, ScoreRow]]", metric: str, *, label: str, before: str
+) -> Draw:
+    """Each domain before and after, with the interval of after. `before`: name of the baseline."""
+    baseline = before
 
     def draw(figure: Any, palette: Palette) -> None:
         axes = figure.subplots()
@@ -263,7 +270,7 @@ def domain_dumbbells(names: list[str], pairs: "list[tuple[ScoreRow, ScoreRow]]",
             axes.plot([before, after], [y, y], color=palette.grid, linewidth=3, zorder=1)
             axes.plot(rows[1].interval(metric), [y, y], color=palette.plan, linewidth=3, alpha=0.45, zorder=2)
             axes.plot(
-                before, y, "o", color=palette.contiguous, markersize=6, zorder=3, label="contiguous" if y == 0 else None
+                before, y, "o", color=palette.contiguous, markersize=6, zorder=3, label=baseline if y == 0 else None
             )
             axes.plot(after, y, "o", color=palette.plan, markersize=6, zorder=3, label="plan" if y == 0 else None)
             # A metric of one is the same at every home: no change is worth a number there.

@@ -44,14 +44,13 @@ def router_of(model, layer):
 
 def chosen_by_router(model_type: str, output, layer, top_k: int) -> torch.Tensor:
     """Expert ids [T, K] from the router's own output."""
-    if model_type == "dbrx":  # logits only: softmax keeps their order
+    if isinstance(output, torch.Tensor):  # logits only: softmax keeps their order
         return output.topk(top_k, dim=-1).indices
     if model_type == "llama4":  # scores and logits, no bias: the top of the logits
         return output[1].topk(top_k, dim=-1).indices
     if model_type == "jetmoe":  # sorted pairs, logits last
         return output[-1].topk(top_k, dim=-1).indices
-    index = output[2]
-    assert not index.is_floating_point()
+    index = next(part for part in output if not part.is_floating_point())  # third, except in old releases
     if model_type == "longcat_flash":
         return index.clamp(max=layer.num_experts)
     if model_type == "zaya":  # the last of the router's classes is "skip"; it is returned as expert 0 with weight 0

@@ -124,3 +124,20 @@ def test_zero_experts_in_every_spelling(tmp_path, spelled):
     )
     got = RoutingTrace.open(tmp_path / "t").load().expert_ids_TLK
     np.testing.assert_array_equal(np.sort(got, axis=2), np.sort(expected, axis=2))
+
+
+def test_tensors_that_numpy_has_not_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    plain = torch.ones(3, 8)
+    for tensor in (plain.to(torch.bfloat16), plain.to_sparse(), plain.to("meta")):
+        torch.save(tensor, tmp_path / "load.pt")
+        with pytest.raises(InputError, match="no plain tensor of integers|cannot be loaded"):
+            import_trace("eplb", [tmp_path / "load.pt"], tmp_path / "t")
+
+
+def test_flags_are_no_ids(tmp_path):
+    routed = IDS.tolist()
+    routed[2][1][0] = True
+    file = write_lines(tmp_path / "in.jsonl", [record("vllm", routed)])
+    with pytest.raises(InputError, match="holds true or false"):
+        import_trace("vllm", [file], tmp_path / "t", options=ImportOptions(strict=True))

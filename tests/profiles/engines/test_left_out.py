@@ -1,5 +1,6 @@
 """Records that cannot be used are left out and counted by reason; the rest is imported."""
 
+import gzip
 import json
 
 import pytest
@@ -117,3 +118,16 @@ def test_a_step_of_megatron_with_a_cut_line(tmp_path):
     summary = import_trace("megatron", [file], tmp_path / "t")
     assert summary.requests == 2
     assert summary.dropped == {"cut or damaged lines": 1, "steps that lack layers": 1}
+
+
+def test_a_gzip_file_that_ends_early_gives_its_whole_lines(tmp_path):
+    lines = [json.dumps(sglang_record(routing(12, seed=s), name=f"r{s}")) + "\n" for s in range(20)]
+    whole = gzip.compress("".join(lines).encode())
+    (tmp_path / "in.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    summary = import_trace("sglang", [tmp_path / "in.jsonl.gz"], tmp_path / "t")
+    assert 5 < summary.requests < 15 and summary.dropped == {"cut or damaged lines": 1}
+    damaged = bytearray(whole)
+    damaged[-6] ^= 1  # its own checksum
+    (tmp_path / "in.jsonl.gz").write_bytes(damaged)
+    with pytest.raises(InputError, match="is a damaged gzip file"):
+        import_trace("sglang", [tmp_path / "in.jsonl.gz"], tmp_path / "v")

@@ -21,7 +21,7 @@ HIDDEN_TD = torch.arange(9.0).reshape(3, 3)
 
 
 def test_destinations() -> None:
-    to = find_destinations(IDS_TK, RANK_OF_E, SLOT_OF_E, 2)
+    to = find_destinations(RANK_OF_E[IDS_TK], SLOT_OF_E[IDS_TK], 2)
     assert to.rank_TK.tolist() == [[0, 1], [1, 1], [0, 0]]
     assert to.slot_TK.tolist() == [[0, 0], [0, 1], [0, 1]]
     assert to.needs_RT.tolist() == [[True, False, True], [True, True, False]]
@@ -29,7 +29,7 @@ def test_destinations() -> None:
 
 
 def test_a_token_goes_once_to_a_rank() -> None:
-    to = find_destinations(IDS_TK, RANK_OF_E, SLOT_OF_E, 2)
+    to = find_destinations(RANK_OF_E[IDS_TK], SLOT_OF_E[IDS_TK], 2)
     rows = remote_rows(to, WEIGHT_TK, rank=0, slots_per_rank=2, num_rows=2)
     assert rows.token_M.tolist() == [0, 1]
     assert rows.slot_MK.tolist() == [[2, 0], [0, 1]]  # 2: served elsewhere
@@ -37,16 +37,15 @@ def test_a_token_goes_once_to_a_rank() -> None:
 
 
 def test_rows_are_grouped_by_rank() -> None:
-    to = find_destinations(
-        torch.tensor([[0, 2, 5], [5, 4, 1]]), torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 0, 1, 0, 1]), 3
-    )
+    ids_TK = torch.tensor([[0, 2, 5], [5, 4, 1]])
+    to = find_destinations(ids_TK // 2, ids_TK % 2, 3)
     rows = remote_rows(to, torch.ones(2, 3), rank=1, slots_per_rank=2, num_rows=4)
     assert rows.token_M.tolist() == [0, 1, 0, 1]  # rank 0 gets tokens 0 and 1, then rank 2
     assert rows.slot_MK.tolist() == [[0, 2, 2], [2, 2, 1], [2, 2, 1], [1, 0, 2]]
 
 
 def test_local_choices_stay() -> None:
-    to = find_destinations(IDS_TK, RANK_OF_E, SLOT_OF_E, 2)
+    to = find_destinations(RANK_OF_E[IDS_TK], SLOT_OF_E[IDS_TK], 2)
     token_P, slot_P, weight_P = local_pairs(to, WEIGHT_TK, rank=0, num_pairs=3)
     assert (token_P.tolist(), slot_P.tolist(), weight_P.tolist()) == ([0, 2, 2], [0, 0, 1], [0.75, 1.0, 0.0])
 
@@ -60,7 +59,7 @@ def test_received_rows_name_their_work() -> None:
 
 
 def test_packed_rows_come_out_as_they_went_in() -> None:
-    to = find_destinations(IDS_TK, RANK_OF_E, SLOT_OF_E, 2)
+    to = find_destinations(RANK_OF_E[IDS_TK], SLOT_OF_E[IDS_TK], 2)
     rows = remote_rows(to, WEIGHT_TK, rank=0, slots_per_rank=2, num_rows=2)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         packed = pack_rows(HIDDEN_TD.to(dtype), rows)
@@ -76,7 +75,7 @@ def test_sections_of_a_row_are_aligned() -> None:
 
 
 def test_nothing_to_send() -> None:
-    to = find_destinations(IDS_TK[:0], RANK_OF_E, SLOT_OF_E, 2)
+    to = find_destinations(RANK_OF_E[IDS_TK[:0]], SLOT_OF_E[IDS_TK[:0]], 2)
     rows = remote_rows(to, WEIGHT_TK[:0], rank=0, slots_per_rank=2, num_rows=0)
     hidden_MD, slot_MK, _ = unpack_rows(pack_rows(HIDDEN_TD[:0], rows), 3, 2, torch.float32, torch.float32)
     assert (list(hidden_MD.shape), list(slot_MK.shape)) == ([0, 3], [0, 2])

@@ -176,7 +176,7 @@ def test_damaged_orders_are_refused(tiny: Path, tmp_path: Path) -> None:
     layer = next(iter(facts["new2old"]))
     twice = {**facts["new2old"], layer: [0, *facts["new2old"][layer][:-1]]}
     for change, message in (
-        ({"layout": "sideways"}, "layout is 'sideways', expected"),
+        ({"layout": "sideways", "sha256": None}, "layout is 'sideways', expected"),
         ({"new2old": facts["new2old"] | {layer: facts["new2old"][layer][::-1]}}, "was changed after it was written"),
         ({"new2old": twice, "sha256": None}, f"new2old.{layer} is .* expected every expert"),
         ({"new2old": [1], "sha256": None}, "new2old is .* expected an object"),

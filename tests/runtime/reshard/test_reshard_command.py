@@ -16,11 +16,11 @@ from semmoe.options import Layout, Verify
 from semmoe.profiles.checkpoint import checkpoint_identity
 from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.numbering import LAYOUTS
 from semmoe.profiles.safetensors_file import read_shard
 from semmoe.runtime.reshard.logits import compare_logits
 from semmoe.runtime.reshard.records import ReshardOptions
 from semmoe.runtime.reshard.reshard import VERIFY, reshard_checkpoint
-from semmoe.runtime.reshard.sidecar import LAYOUTS
 from semmoe.runtime.reshard.undo import undo_reshard
 from semmoe.solvers.plan import Plan
 

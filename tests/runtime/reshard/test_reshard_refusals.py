@@ -272,10 +272,11 @@ def test_a_damaged_sidecar(source: Path, tmp_path: Path, layout: str, lost: str)
     facts = json.loads((tmp_path / "placed" / "semmoe.json").read_text())
     del facts["sha256"]  # as older versions wrote it
     good = facts.pop(lost)
-    bad = {"0": [0, 0], "1": good["1"]} if layout == "permuted" else [[[0, 1]], [[2]]]
-    for change, message in (({}, f"it lacks {lost}"), ({lost: bad}, f"its {lost} does not hold every expert")):
+    bad = {"0": [0, 0], "1": good["1"]} if layout == "permuted" else [[[0, 1], [2, 2]]] * 2
+    wrong = "new2old.0 is list" if layout == "permuted" else "placement of layer 0 is list"
+    for change, message in (({}, f"it lacks the key '{lost}'"), ({lost: bad}, wrong)):
         (tmp_path / "placed" / "semmoe.json").write_text(json.dumps(facts | change))
-        with pytest.raises(InputError, match=f"semmoe.json is damaged: {message}"):
+        with pytest.raises(InputError, match=f"semmoe.json: {message}"):
             undo_reshard(tmp_path / "placed", tmp_path / "back")
 
 

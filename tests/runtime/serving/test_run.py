@@ -37,11 +37,12 @@ from semmoe.solvers.evaluate.sums import traffic_sums
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.time.hardware import TimeAsked, resolve
 
 METRICS = {
     *("scheduler", "ranks", "requests", "prefill_tokens_per_s", "decode_tokens_per_s", "lar", "rem", "rows_sent"),
     *("bytes_sent", "load_imbalance", "token_imbalance", "time", "check", "layers", "device", "backend"),
-    *("verified", "same_checkpoint"),
+    *("verified", "same_checkpoint", "skipped", "replica_choice"),
 }
 RUN = ["run", "demo", "--dtype", "float32", "--max-new-tokens", "4", "--batch-tokens", "600"]
 
@@ -65,6 +66,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["a", "word " * 480, "def f(x):\n    return", "Die Katze", "Once upon a time there was"]
     lines = [json.dumps({"id": f"r{i}", "text": text}) for i, text in enumerate(texts)]
     (root / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    bad = [json.dumps({"id": f"bad{i}", "text": text}) for i, text in enumerate(["", " \n", "word " * 2000])]
+    (root / "some-bad.jsonl").write_text("\n".join([bad[0], *lines[:2], *bad[1:], *lines[2:]]) + "\n")
     return root
 
 
@@ -75,14 +78,17 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_run_gives_the_answers_of_the_model(demo: Path) -> None:
     out = demo / "out.jsonl"
-    code, stdout = run(
-        *RUN, "--plan", str(demo / "p"), "--prompts", str(demo / "prompts.jsonl"), "--check", "--json", "-o", str(out)
-    )
-    assert code == 0, stdout
-    metrics = json.loads(stdout)
+    prompts = ["--plan", str(demo / "p"), "--prompts", str(demo / "some-bad.jsonl")]
+    done = CliRunner().invoke(app, [*RUN, *prompts, "--check", "--json", "-o", str(out)])
+    told = done.stderr
+    assert done.exit_code == 0, told
+    assert "skipped: request bad0 of" in told and "skipped: request bad1 of" in told
+    assert "skipped: request bad2 has 4001 tokens and may get 4 more, the model reads at most 1024" in told, told
+    assert "3 of 8 requests are skipped" in told
+    metrics = json.loads(done.stdout)
     assert set(metrics) == METRICS
     assert metrics["check"] == {"ok": True, "compared": 5, "mismatches": [], "ties": []}
-    assert (metrics["scheduler"], metrics["ranks"], metrics["requests"]) == ("dp", 2, 5)
+    assert (metrics["scheduler"], metrics["ranks"], metrics["requests"], metrics["skipped"]) == ("dp", 2, 5, 3)
     assert set(metrics["time"]) == {"attention", "dispatch", "experts", "combine", "wait"}
     assert 0 < metrics["lar"] < 1 and 0 < metrics["rem"] <= 1
     assert metrics["rows_sent"] == sum(layer["rows_sent"] for layer in metrics["layers"])
@@ -120,9 +126,17 @@ def test_learning_helps_on_traffic_that_the_plan_does_not_know(demo: Path) -> No
 
 def test_replay_measures_what_the_evaluator_predicts(demo: Path) -> None:
     arguments = ["--plan", str(demo / "p"), "--hidden-size", "16", "--expert-size", "8", "--batch-tokens", "500"]
-    code, stdout = run("run", "--replay", str(demo / "t"), *arguments, "--json")
+    hardware = demo / "hardware.json"
+    code, stdout = run("run", "--replay", str(demo / "t"), *arguments, "--write-hardware", str(hardware), "--json")
     assert code == 0, stdout
     result = json.loads(stdout)
+    # What was measured is what a prediction for these experts reads.
+    model = ("", 4, 32, 4)
+    asked = TimeAsked(hardware=str(hardware), hidden_size=16, expert_size=8)
+    costing = resolve(asked, model, num_ranks=2, num_nodes=1, prompts=1)
+    assert {"dispatch", "combine", "experts"} <= costing.curves.keys() and not costing.assumed
+    with pytest.raises(InputError, match="experts of 16 x 8 were measured"):
+        resolve(replace(asked, expert_size=16), model, num_ranks=2, num_nodes=1, prompts=1)
     cases = [(row["placement"], row["schedule"]) for row in result["rows"]]
     assert cases == [
         *(
@@ -163,6 +177,25 @@ def test_resharded_checkpoints(tmp_path: Path) -> None:
     found = launch(rank_cases.compare_layouts, (str(tmp_path), ["qwen3_moe", "gpt_oss"]), 2)
     assert len(found) == 4
     assert {name: difference for name, difference in found.items() if not difference <= 1e-4} == {}
+
+
+def test_a_reshard_for_ranks_is_checked_against_its_original(demo: Path, tmp_path: Path) -> None:
+    split, plan = tmp_path / "split", Plan.load(demo / "p")
+    reshard_checkpoint(demo_model_path(), plan, split, ReshardOptions(layout="ranks", verify="none"))
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "other")
+    words = ["run", str(split), *RUN[2:], "--plan", str(demo / "p"), "--prompts", str(demo / "prompts.jsonl")]
+    code, text = run(*words, "--check")
+    assert code == 1 and text.endswith("which plain Transformers cannot load: name its original with --reference MODEL")
+    code, text = run(*words, "--check", "--reference", str(split))
+    assert code == 1 and text.startswith(f"--reference {split} is a reshard for ranks")
+    code, text = run(*words, "--check", "--reference", str(tmp_path / "other"))
+    assert code == 1 and text.startswith(f"--reference {tmp_path / 'other'} has num_hidden_layers 3, {split} has "), (
+        text
+    )
+    assert run(*words, "--reference", "demo")[0] == 2  # without --check
+    code, text = run(*words, "--check", "--reference", "demo", "--json")
+    assert code == 0, text
+    assert json.loads(text)["check"] == {"ok": True, "compared": 5, "mismatches": [], "ties": []}
 
 
 def test_a_rank_that_dies_ends_the_run() -> None:

@@ -3,7 +3,9 @@ is killed in the middle."""
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +21,6 @@ from semmoe.profiles.demo.paths import demo_model_path
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.ranks.failures import short_reason
-from semmoe.runtime.ranks.launch import free_port
 from semmoe.solvers.schedule.fit import fit_schedule
 
 SEMMOE = ["-m", "semmoe", "run"]
@@ -46,6 +47,13 @@ def start(words: list[str], folder: Path) -> "subprocess.Popen[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def free_port() -> int:
+    """For torchrun on two nodes, which has to be told one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_words(prompts: str, output: str, *more: str) -> list[str]:
@@ -96,18 +104,24 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds ranks in /proc")
-@pytest.mark.parametrize("starter", ["local", "torchrun"])
-def test_a_killed_rank_ends_the_run_and_keeps_what_is_finished(demo: Path, starter: str) -> None:
-    before = [*TORCHRUN, "--nproc-per-node", "2"] if starter == "torchrun" else [sys.executable]
-    process = start([*before, *run_words("many", f"killed-{starter}.jsonl", "--max-new-tokens", "40")], demo)
-    partial, deadline = demo / f"killed-{starter}.jsonl.partial", time.monotonic() + MOST_S
+def find_ranks(process: "subprocess.Popen[str]", partial: Path) -> list[int]:
+    """The process of each rank, once a request is finished."""
+    deadline = time.monotonic() + MOST_S
     while not (partial.exists() and partial.stat().st_size) and process.poll() is None:
         assert time.monotonic() < deadline, "no request was finished"
         time.sleep(0.05)
     ranks = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid) or "semmoe" in command_of(pid)]
     assert len(ranks) == 2, [command_of(pid) for pid in children(process.pid)]
-    os.kill(ranks[1], signal.SIGKILL)
+    return ranks
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds ranks in /proc")
+@pytest.mark.parametrize("starter", ["local", "torchrun"])
+def test_a_killed_rank_ends_the_run_and_keeps_what_is_finished(demo: Path, starter: str) -> None:
+    before = [*TORCHRUN, "--nproc-per-node", "2"] if starter == "torchrun" else [sys.executable]
+    process = start([*before, *run_words("many", f"killed-{starter}.jsonl", "--max-new-tokens", "40")], demo)
+    partial = demo / f"killed-{starter}.jsonl.partial"
+    os.kill(find_ranks(process, partial)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=MOST_S)
     assert process.returncode == 1, errors
     kept = partial.read_text().splitlines()
@@ -117,6 +131,31 @@ def test_a_killed_rank_ends_the_run_and_keeps_what_is_finished(demo: Path, start
     assert len(told) == 1 and f"{len(kept)} finished requests are in killed-{starter}.jsonl.partial" in told[0], errors
     if starter == "local":
         assert told[0].startswith("semmoe: rank 1 was killed by SIGKILL: the run is over")
+    else:
+        assert told[0].startswith("semmoe: rank 1 has died: the run is over")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds ranks in /proc")
+def test_a_stopped_rank_ends_the_run_by_name(demo: Path) -> None:
+    """Rank 1 of ranks that were started here, rank 0 of torchrun's."""
+    starters = {"local": [sys.executable], "torchrun": [*TORCHRUN, "--nproc-per-node", "2"]}
+    stopped = {"local": 1, "torchrun": 0}
+    running = {
+        name: start([*words, *run_words("many", f"stopped-{name}.jsonl", "--max-new-tokens", "60")], demo)
+        for name, words in starters.items()
+    }
+    for name, process in running.items():
+        rank = find_ranks(process, demo / f"stopped-{name}.jsonl.partial")[stopped[name]]
+        os.kill(rank, signal.SIGSTOP)
+    for name, process in running.items():
+        _, errors = process.communicate(timeout=MOST_S)
+        assert process.returncode == 1, errors
+        told = [line for line in errors.splitlines() if line.startswith("semmoe: rank")]
+        assert len(told) == 1 and re.match(
+            rf"semmoe: rank {stopped[name]} has not answered for 2\d s, its process \d+ is stopped: the run is over; "
+            rf"[1-9]\d* finished requests are in stopped-{name}.jsonl.partial",
+            told[0],
+        ), errors
 
 
 def test_reasons_are_short() -> None:

@@ -54,7 +54,8 @@ def test_few_requests_are_no_evidence_and_gather_never_pays():
 def test_the_sentence_names_the_schedule_and_the_numbers():
     sentence = judge(Saving(0.25, 0.2, 0.3, 100, 1_000), dispatch="per-rank", schedule="tp-context").sentence
     assert sentence == (
-        "Recommend: at least 5% is saved (placement with tp-context saves 25.0% of the bytes, interval 20.0% to 30.0%)."
+        "Recommend: at least 5% is saved (placement with tp-context saves 25.0% of the bytes against contiguous experts, "
+        "interval 20.0% to 30.0%)."
     )
 
 

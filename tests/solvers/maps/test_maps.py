@@ -27,12 +27,13 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.make_plan import PlanOptions, make_plan
 from semmoe.solvers.maps.eplb import eplb_tables
-from semmoe.solvers.maps.import_plan import exported_from, import_plan
+from semmoe.solvers.maps.import_plan import Served, import_plan
 from semmoe.solvers.maps.kinds import KINDS
 from semmoe.solvers.maps.launch import launch_lines
+from semmoe.solvers.maps.origin import exported_from, sidecar_path
 from semmoe.solvers.maps.read import import_placement
 from semmoe.solvers.maps.vllm import FORMATS as VLLM_FORMATS
-from semmoe.solvers.maps.write import check_config, export_map, render, sidecar_path, write_export
+from semmoe.solvers.maps.write import check_config, export_map, render, write_export
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
@@ -599,7 +600,7 @@ def test_an_imported_map_is_scored_on_all_requests(tmp_path):
     trace = RoutingTrace.open(tmp_path / "t")
     how = PlanOptions(method="spectral", holdout=0.25, made_by="semmoe place")
     plan = make_plan([trace], Topology(4), Demands(load_cap=1.2), how)
-    options = {"dispatch": "per-rank", "setting": Setting(), "made_by": "semmoe place"}
+    options = {"served": Served("per-rank", Setting()), "made_by": "semmoe place"}
     path = write(plan, tmp_path / "map.jsonl", "vllm", "pr41141")
     imported = import_plan([trace], Topology(4), kind="vllm", file=path, **options)
     assert same(imported.placement, plan.placement) and imported.method == "imported"
@@ -611,7 +612,7 @@ def test_an_imported_map_is_scored_on_all_requests(tmp_path):
     assert "all 40 requests are scored" in import_plan([trace], Topology(4), kind="vllm", file=path, **options).notes[0]
     rows = {row.placement: row.rem for row in imported.scores.rows}
     assert rows["plan"] < rows["contiguous"]
-    with pytest.raises(InputError, match="32 experts do not divide over 5 ranks"):
+    with pytest.raises(InputError, match="32 slots do not divide over 5 ranks"):
         import_plan([trace], Topology(5), kind="vllm", file=path, **options)
 
 
@@ -627,3 +628,17 @@ def test_place_imports_a_map(tmp_path):
     assert json.loads(result.stdout)["requests"] == 20 and "all 20 requests are scored" in result.stderr
     got = Plan.load(tmp_path / "q")
     assert same(got.placement, plan.placement) and got.method == "imported"
+
+
+def test_aliases_of_yaml_stand_for_rows_alone(tmp_path):
+    plan, path = plan_of(), tmp_path / "map.yaml"
+    first, *others = plan.model.model_layers
+    row = list(range(plan.model.num_experts))
+    lines = [f"num_slots: {len(row)}", "initial_global_assignments:", f"  {first}: &row {row}"]
+    path.write_text("\n".join([*lines, *(f"  {layer}: *row" for layer in others)]))
+    read = import_placement("trtllm", path, plan.model, plan.topology)
+    assert read.experts_LRS.reshape(len(others) + 1, -1).tolist() == [row] * (len(others) + 1)
+    for text in ("a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]", "a: &a [1, *a]"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="stands for more than a row of numbers"):
+            import_placement("trtllm", path, plan.model, plan.topology)

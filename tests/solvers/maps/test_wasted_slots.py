@@ -8,7 +8,7 @@ import pytest
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.maps.import_plan import import_plan
+from semmoe.solvers.maps.import_plan import Served, import_plan
 from semmoe.solvers.maps.read import import_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan
@@ -27,7 +27,7 @@ def trace(tmp_path_factory):
 
 
 def imported(trace, file):
-    return import_plan([trace], FOUR, kind="eplb", file=file, dispatch="per-rank", setting=Setting(), made_by="")
+    return import_plan([trace], FOUR, kind="eplb", file=file, served=Served("per-rank", Setting()), made_by="")
 
 
 def test_a_wasted_slot_serves_nothing_and_is_counted(trace, tmp_path):
@@ -36,8 +36,8 @@ def test_a_wasted_slot_serves_nothing_and_is_counted(trace, tmp_path):
     twice, once = (imported(trace, tmp_path / name) for name in ("twice.npy", "once.npy"))
     assert twice.placement.num_wasted == 8 == twice.options["wasted_slots"] and "wasted_slots" not in once.options
     assert any("8 of 40 slots hold an expert that their rank of 4 holds already" in note for note in twice.notes)
-    assert [(row.rem, row.load_imbalance) for row in twice.scores.rows] == [
-        (row.rem, row.load_imbalance) for row in once.scores.rows
+    assert [(row.rem, row.load_imbalance) for row in twice.scores.plan_rows] == [
+        (row.rem, row.load_imbalance) for row in once.scores.plan_rows
     ]
     twice.save(tmp_path / "p")
     assert Plan.load(tmp_path / "p").facts()["wasted_slots"] == 8

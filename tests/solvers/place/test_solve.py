@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_profiles import profile_of, random_rows
 
-from semmoe.profiles.counts import RoutingProfile, co_activation_EE, count_batches, profile_traces
+from semmoe.profiles.counts import RoutingProfile, co_activation_EE, profile_traces
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
-from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
+from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands
-from semmoe.solvers.evaluate.score_plan import baselines
-from semmoe.solvers.place.baselines import place_load
+from semmoe.solvers.place.baselines import baselines, place_load
 from semmoe.solvers.place.exact_counts import (
     co_activation_within,
     equal_counts,
@@ -34,35 +34,6 @@ from semmoe.solvers.placement import Topology
 
 def random_affinity(rng: np.random.Generator, experts: int) -> np.ndarray:
     return co_activation_EE(np.array([rng.permutation(experts)[:3] for _ in range(300)]), experts)
-
-
-def random_rows(rng: np.random.Generator, experts: int, tokens: int, skew: float = 0.0, top_k: int = 2) -> np.ndarray:
-    weight_E = np.exp(skew * rng.random(experts))
-    weight_E /= weight_E.sum()
-    return np.array([rng.choice(experts, top_k, replace=False, p=weight_E) for _ in range(tokens)])
-
-
-def profile_of(ids_TK: np.ndarray, experts: int, layers: int = 1) -> RoutingProfile:
-    """Profile of one request per 10 rows, the same rows at every layer, and no token ids."""
-    tokens, top_k = ids_TK.shape
-    info = TraceInfo("m", layers, experts, top_k, tuple(range(layers)))
-    starts_B1 = np.append(np.arange(0, tokens, 10), tokens)
-    requests = len(starts_B1) - 1
-    none = np.zeros(requests, np.int64)
-    batch = TraceBatch(
-        request_ids=[str(i) for i in range(requests)],
-        domains=[""] * requests,
-        starts_B1=starts_B1,
-        expert_ids_TLK=np.repeat(ids_TK[:, None], layers, axis=1).astype(info.id_dtype),
-        token_ids_T=np.full(tokens, -1, np.int32),
-        is_prompt_T=np.zeros(tokens, bool),
-        num_prompt_tokens_B=none,
-        first_position_B=none,
-        sequence_starts_B1=np.zeros(requests + 1, np.int64),
-        sequences=np.empty(0, np.int32),
-    )
-    num_tokens, load_LE, co_activation_LEE = count_batches([batch], info)
-    return RoutingProfile(info, num_tokens, load_LE, co_activation_LEE, batch)
 
 
 def solve(profile: RoutingProfile, ranks: int, *, method: str, load_cap: float, seed: int = 0, **demands):

@@ -76,8 +76,10 @@ def checkpoint_inputs(base: Path, draw: random.Random) -> list[Input]:
 
 
 def config_inputs(draw: random.Random) -> list[Input]:
-    values = [added(key, raw) for key, raws in ROUTING.items() for raw in raws]
+    top_k = "num_experts_per_tok"  # which a permutation does not ask for
+    values = [added(key, raw) for key, raws in ROUTING.items() for raw in raws if key != top_k]
     found = inputs_of("config.json", "m/config.json", values, CONFIG_READERS, draw)
+    found += inputs_of("config.json", "m/config.json", [added(top_k, raw) for raw in ROUTING[top_k]], [EXPORT], draw)
     # A config of fewer layers or experts is a model to Transformers: no number is damage there.
     words = [added(key, raw) for key, raws in ROUTING.items() for raw in raws if not raw.lstrip("-").isdigit()]
     found += inputs_of("config.json", "m/config.json", sampled(words, 24, draw), [TRACE], draw)

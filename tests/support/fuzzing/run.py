@@ -63,11 +63,10 @@ def import_everything() -> None:
     import yaml  # noqa: F401
     from rich import console, table  # noqa: F401
 
-    import semmoe.main
-
-    for module in pkgutil.walk_packages(semmoe.__path__, "semmoe."):
-        if not module.name.endswith(("__main__", ".train", "reference")):
-            importlib.import_module(module.name)
+    for name in ("semmoe", "semmoe.profiles", "semmoe.solvers", "semmoe.runtime"):  # folders of their own
+        for module in pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}."):
+            if not module.name.endswith(("__main__", ".train", "reference")):
+                importlib.import_module(module.name)
     torch.set_num_threads(1)
     gc.freeze()
 

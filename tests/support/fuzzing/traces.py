@@ -53,7 +53,9 @@ KINDS = {
 }
 # What a reader may take from its defaults.
 OPTIONAL = ("model_type", "num_model_layers", "vocab_size", "n_group", "topk_group", "empty_slots", "kind", "embedding")
-OPTIONAL = (*OPTIONAL, "made_by", "notes", "revision")
+OPTIONAL = (*OPTIONAL, "made_by", "notes", "revision", "checkpoint", "numbering", "router_sha256", "index_sha256")
+OPTIONAL = (*OPTIONAL, "num_hidden_layers", "hidden_size", "moe_intermediate_size")  # of checkpoint.config
+NULLABLE = ("embedding", "revision", "checkpoint", "numbering", "router_sha256", "index_sha256")
 # Values of the right type that the rest of the file or the parts belie.
 BELIED = {
     ("version",): ("0", "2", "1000000"),
@@ -84,7 +86,7 @@ EMBEDDING = {
 
 def trace_inputs(base: Path, draw: random.Random) -> list[Input]:
     facts = json.loads((base / FACTS).read_text())
-    values = wrong_values(facts, kinds=KINDS, optional=OPTIONAL, nullable=("embedding", "revision"), closed=("notes",))
+    values = wrong_values(facts, kinds=KINDS, optional=OPTIONAL, nullable=NULLABLE, closed=("notes",))
     belied = [set_to(place, raw) for place, raws in BELIED.items() for raw in raws]
     belied.append(Damage("one part twice", twice_the_part))
     text = no_document(draw, duplicates=("num_experts", "counts", "model_layers", "complete"))

@@ -1,0 +1,153 @@
+"""The plan's request scorer where requests arrive: in an engine's process, or in a router.
+
+The same scores as `solvers.schedule.request_scorer.RequestScorer`, from one gather over one table
+[V, D + R] and two sums: numpy only, no PyTorch, no scipy. A prompt of 8,192 ids takes less than a
+millisecond (docs/experiments.md).
+
+Shape letters: T ids of a prompt, N distinct ones that are known, V ids of the plan, D topics,
+R ranks of the plan, G groups of them: data-parallel ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from semmoe.profiles.errors import InputError
+from semmoe.runtime.engines.plan_files import POWER, PlanFacts, read_plan_facts
+
+BLOCK_IDS = 512  # rows that are gathered at a time stay in the cache until they are summed
+MAX_TOKEN_ID = 1 << 24  # ids of prompts are looked up in a table that long
+
+
+@dataclass(frozen=True, eq=False)
+class PlanScorer:
+    """Scores prompts against a plan.
+
+    Fields:
+        plan: what it scores against.
+        ranks: G, data-parallel ranks that requests go to; each has R / G consecutive ranks of the
+            plan, whose scores add up.
+
+    Source: runtime/engines/scorer.py; docs/formats.md, "Plug-in directory", has the formula.
+    """
+
+    plan: PlanFacts
+    ranks: int
+
+    @classmethod
+    def open(cls, path: str | Path, *, ranks: int = 0) -> "PlanScorer":
+        """The scorer of a plan directory, or of one that `semmoe export --to vllm-plugin` wrote,
+        for `ranks` data-parallel ranks; 0: as many as the plan has.
+
+        Raises InputError where it cannot be read, has no request scorer, or was made for a number
+        of ranks that does not divide over these.
+        """
+        return cls.of(read_plan_facts(path), ranks=ranks)
+
+    @classmethod
+    def of(cls, plan: PlanFacts, *, ranks: int = 0) -> "PlanScorer":
+        """The same of facts that were read. Raises InputError as `open` does."""
+        if not len(plan.tables.get("ids_V", ())):
+            raise InputError(f"{plan.path} has no request scorer: its traces had no prompts, or it has no schedule")
+        if plan.tables["ids_V"][-1] >= MAX_TOKEN_ID:
+            raise InputError(f"{plan.path}: token id {plan.tables['ids_V'][-1]} is over {MAX_TOKEN_ID - 1}")
+        ranks = ranks or plan.num_ranks
+        if plan.num_ranks % ranks:
+            raise InputError(f"{plan.path} is for {plan.num_ranks} ranks, which do not divide over {ranks} DP ranks")
+        scorer = cls(plan, ranks)
+        scorer.scores(plan.tables["ids_V"][:1])  # its tables are laid out now, not in the first request
+        return scorer
+
+    def scores(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Predicted share of a request's activations on each DP rank, less the average request's,
+        float64 [G]; zeros where no id is known.
+
+        `ids`: token ids of the prompt, integers [T].
+        """
+        rows_N, counts_N = self._known(ids)
+        if not len(rows_N):
+            return np.zeros(self.ranks)
+        power_N = (counts_N / counts_N.sum()) ** POWER
+        weight_N = power_N.astype(np.float32)
+        table_VX, num_topics = self._table_VX, self._topic_DG.shape[0]
+        topics_D, manner_G = np.zeros(num_topics), np.zeros(self.ranks)
+        buffer = np.empty((min(BLOCK_IDS, len(rows_N)), table_VX.shape[1]), np.float32)
+        for first in range(0, len(rows_N), BLOCK_IDS):
+            rows = rows_N[first : first + BLOCK_IDS]
+            block = table_VX.take(rows, axis=0, out=buffer[: len(rows)], mode="clip")
+            topics_D += self._ones[: len(rows)] @ block[:, :num_topics]
+            manner_G += weight_N[first : first + BLOCK_IDS] @ block[:, num_topics:]
+        square = power_N @ power_N - 2 * (power_N @ self._mean_V.take(rows_N)) + self._mean_square
+        topics_D /= max(float(np.linalg.norm(topics_D)), 1e-12)
+        return topics_D @ self._topic_DG + (manner_G - self._mean_G) / np.sqrt(max(square, 1e-24))
+
+    def expected_lar(self, scores_G: np.ndarray, rank: int) -> float:
+        """Share of the request's activations that `rank` is expected to serve itself; with scores
+        of zeros, the average request's."""
+        return float(np.clip(self.average_G[rank] + scores_G[rank], 0.0, 1.0))
+
+    @cached_property
+    def average_G(self) -> np.ndarray:
+        """Share of the average request's activations that each rank could serve, float64 [G]."""
+        load_LE, hosts_LEG = self.plan.load_LE, self.plan.hosts_LEG(self.ranks)
+        total_L = np.maximum(load_LE.sum(axis=1), 1)
+        return (np.einsum("le,leg->lg", load_LE, hosts_LEG) / total_L[:, None]).mean(axis=0)
+
+    def _known(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the distinct known ids, int32 [N] ascending, and how often each occurs."""
+        row_of_id = self._row_of_id
+        ids_T = np.asarray(ids)
+        if not ids_T.size or ids_T.dtype.kind not in "iu":
+            return np.zeros(0, np.int32), np.zeros(0)
+        # The last place, like every id without a row, is -1; negative ids come out above it.
+        rows_T = row_of_id.take(np.minimum(ids_T.astype(np.uint64, copy=False), len(row_of_id) - 1))
+        rows_T.sort()
+        rows_T = rows_T[np.searchsorted(rows_T, 0) :]
+        first_T = np.ones(len(rows_T), bool)
+        np.not_equal(rows_T[1:], rows_T[:-1], out=first_T[1:])
+        places_N = np.flatnonzero(first_T)
+        return rows_T.take(places_N), np.diff(places_N, append=len(rows_T))
+
+    @cached_property
+    def _row_of_id(self) -> np.ndarray:
+        ids_V = self.plan.tables["ids_V"]
+        rows = np.full(int(ids_V[-1]) + 2, -1, np.int32)
+        rows[ids_V] = np.arange(len(ids_V))
+        return rows
+
+    @cached_property
+    def _table_VX(self) -> np.ndarray:
+        """Topics and weights side by side, float32 [V, D + G]: one row per id is one read."""
+        tables = self.plan.tables
+        num_topics = tables["topic_VD"].shape[1]
+        table_VX = np.empty((len(tables["ids_V"]), num_topics + self.ranks), np.float32)
+        table_VX[:, :num_topics] = tables["topic_VD"]
+        table_VX[:, num_topics:] = self._by_group(tables["weight_VR"])
+        return table_VX
+
+    @cached_property
+    def _topic_DG(self) -> np.ndarray:
+        return self._by_group(self.plan.tables["topic_DR"])
+
+    @cached_property
+    def _mean_V(self) -> np.ndarray:
+        return self.plan.tables["mean_V"].astype(np.float64)
+
+    @cached_property
+    def _mean_square(self) -> float:
+        return float(self._mean_V @ self._mean_V)
+
+    @cached_property
+    def _mean_G(self) -> np.ndarray:
+        return self._mean_V @ self._by_group(self.plan.tables["weight_VR"])
+
+    @cached_property
+    def _ones(self) -> np.ndarray:
+        return np.ones(BLOCK_IDS, np.float32)
+
+    def _by_group(self, values_XR: np.ndarray) -> np.ndarray:
+        """Scores of the ranks of a group, added up: float64 [X, G]."""
+        return values_XR.astype(np.float64).reshape(len(values_XR), self.ranks, -1).sum(axis=2)

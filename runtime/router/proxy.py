@@ -1,0 +1,364 @@
+"""The proxy, as an ASGI application: reads a request, sends it to its rank, passes the answer on as
+it comes.
+
+Bytes of an answer are never parsed and never queued: the next piece is read from the upstream when
+the client has taken the last one. When the client goes, the connection to the upstream is closed at
+once, which is how an engine learns that nobody waits for the rest. A request is tried again only
+before the first byte of its answer, on a connection error or a 503.
+"""
+
+import asyncio
+import io
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import aiohttp
+from yarl import URL
+
+from semmoe.runtime.router.fleet import Fleet
+from semmoe.runtime.router.metrics import Metrics
+from semmoe.runtime.router.pins import Pinned, with_pin, without_pin
+from semmoe.runtime.router.refusals import HOP_BY_HOP, REWRITTEN, Refused, end_to_end, refuse_ambiguous
+from semmoe.runtime.router.scheduler import PASSED, Asked, Chosen, Scheduler
+
+LOG = logging.getLogger("semmoe.route")
+CONNECT_SECONDS = 5.0
+IDLE_SECONDS = 4.0  # of a connection that is kept: engines close theirs after 5
+BUSY, GATEWAY = 503, 502
+SAFE = ("GET", "HEAD", "OPTIONS")
+NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+LARGE_BODY = 1 << 20  # from there on aiohttp sends a body in pieces
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a router.
+
+    Fields:
+        body: bytes of a request.
+        bodies: bytes of all requests that have not had a byte of their answer.
+        body_seconds: between two pieces of a request.
+        tries: of a request, all upstreams together.
+        pause: seconds before the second try at the same server; twice as long before the next.
+    """
+
+    body: int = 64 << 20
+    bodies: int = 1 << 30
+    body_seconds: float = 60.0
+    tries: int = 3
+    pause: float = 0.1
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+class UpstreamCut(Exception):
+    """The upstream's answer ended before its end."""
+
+
+class Passing(Protocol):
+    """What `--record` does with the answers that it is interested in."""
+
+    def ask(self, asked: Asked) -> object:
+        """Change the request so that the engine tells its routing; what `pass_on` needs, or None
+        for an answer that is passed on as it comes."""
+        ...
+
+    async def pass_on(
+        self, asking: Any, chosen: Chosen, response: aiohttp.ClientResponse, answer: "Answer"
+    ) -> None: ...
+
+    def counts(self) -> dict[str, int]:
+        """What became of those answers."""
+        ...
+
+    def finding(self) -> str | None:
+        """What people must be told; None for nothing."""
+        ...
+
+
+@dataclass(eq=False)
+class Answer:
+    """The answer to a client: how far it is."""
+
+    send: Send
+    started: bool = False
+    complete: bool = False
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.started = True
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def body(self, data: bytes, *, more: bool = True) -> None:
+        self.complete = not more
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def refuse(self, refused: Refused) -> None:
+        await self.start(refused.status, refused.headers)
+        await self.body(refused.body, more=False)
+
+
+@dataclass(eq=False)
+class Proxy:
+    """Every request that is not the router's own."""
+
+    session: aiohttp.ClientSession
+    scheduler: Scheduler
+    metrics: Metrics
+    limits: Limits = Limits()
+    recorder: Passing | None = None
+    buffered: int = field(default=0, init=False)  # bytes of requests in memory
+
+    @property
+    def fleet(self) -> Fleet:
+        return self.scheduler.fleet
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        answer = Answer(send)
+        try:
+            await self._serve(scope, receive, answer)
+        except Refused as refused:
+            self.metrics.refused[refused.kind] += 1
+            await answer.refuse(refused)
+        except ClientGone:
+            self.metrics.ends["client_gone"] += 1
+        except UpstreamCut:
+            # The client must not take half an answer for a whole one: left without its end, the
+            # server closes the connection.
+            self.metrics.ends["cut"] += 1
+        except Exception:
+            LOG.exception("a fault of the router, in a request to %s", scope.get("path"))
+            self.metrics.refused["fault"] += 1
+            if not answer.started:
+                await answer.refuse(Refused(500, "fault", "a fault of the router: its log has it"))
+
+    async def _serve(self, scope: Message, receive: Receive, answer: Answer) -> None:
+        headers = scope["headers"]
+        refuse_ambiguous(headers, scope["raw_path"])
+        data = await self._body(headers, receive)
+        exchange = Exchange(scope["method"], scope["raw_path"], scope["query_string"], time.perf_counter(), len(data))
+        try:
+            kept = end_to_end(headers, REWRITTEN)
+            asked = await self.scheduler.read(exchange.method, scope["path"], kept, data)
+            del data
+            async with _while_there(receive, answer):
+                await self._work(exchange, asked, answer)
+        finally:
+            self._release(exchange)
+
+    def _release(self, exchange: "Exchange") -> None:
+        self.buffered -= exchange.held
+        exchange.held = 0
+
+    async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
+        """The whole body of a request, counted in `buffered`. Raises Refused where it is too large
+        or too slow."""
+        stated = next((int(value) for name, value in headers if name == b"content-length"), 0)
+        if stated > self.limits.body:
+            raise self._too_large()
+        parts, size = [], 0
+        more, loop = True, asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds) as slow:
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    slow.reschedule(loop.time() + self.limits.body_seconds)
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    parts.append(part)
+                    size += len(part)
+                    self.buffered += len(part)
+                    if size > self.limits.body:
+                        raise self._too_large()
+                    if self.buffered > self.limits.bodies:
+                        raise Refused(429, "full", "too many bytes of requests are there", retry_after=1, close=True)
+            return b"".join(parts)
+        except TimeoutError:
+            self.buffered -= size
+            raise Refused(408, "slow", "the request's body did not come", close=True) from None
+        except BaseException:
+            self.buffered -= size
+            raise
+
+    def _too_large(self) -> Refused:
+        return Refused(413, "too_large", f"a request may have {self.limits.body} bytes", close=True)
+
+    async def _work(self, exchange: "Exchange", asked: Asked, answer: Answer) -> None:
+        """Send a request until some upstream answers, and pass the answer on."""
+        asking = self.recorder.ask(asked) if self.recorder is not None else None
+        failed: set[str] = set()
+        for left in reversed(range(self.limits.tries)):
+            chosen = self.scheduler.choose(asked, failed)
+            with self.fleet.hold(chosen.upstream, chosen.rank, asked.tokens):
+                response = await self._open(exchange, asked, chosen, again=left > 0)
+                if response is not None:
+                    self._opened(asked, chosen)
+                    self._release(exchange)
+                    async with response:
+                        if asking is not None and self.recorder is not None:
+                            await self.recorder.pass_on(asking, chosen, response, answer)
+                        else:
+                            await pass_on(response, answer)
+                    self.metrics.ends["finished"] += 1
+                    return
+            await self._pause(chosen, failed)
+            failed.add(chosen.upstream.url)
+
+    async def _pause(self, chosen: Chosen, failed: set[str]) -> None:
+        """Wait before the same server is asked again; another one is asked at once."""
+        others = any(u.up and u.url not in failed and u is not chosen.upstream for u in self.fleet.upstreams)
+        if not others:
+            await asyncio.sleep(self.limits.pause * 2 ** len(failed))
+
+    def _opened(self, asked: Asked, chosen: Chosen) -> None:
+        metrics = self.metrics
+        metrics.requests[chosen.decision, -1 if chosen.rank is None else chosen.rank] += 1
+        if chosen.expected is not None:
+            metrics.expected.add(time.time(), chosen.expected)
+        if chosen.rank is not None and chosen.decision != PASSED:
+            self.scheduler.sessions.stay(asked.sessions, chosen.rank)
+        asked.forget()
+
+    async def _open(
+        self, exchange: "Exchange", asked: Asked, chosen: Chosen, *, again: bool
+    ) -> aiohttp.ClientResponse | None:
+        """The head of the upstream's answer; None where the request is to be tried again. Raises
+        Refused (502) where the upstream gives none."""
+        upstream = chosen.upstream
+        sent = self._sent(asked, chosen)
+        begin = time.perf_counter()
+        if exchange.begin:
+            self.metrics.added.add(begin - exchange.begin)
+            exchange.begin = 0.0
+        data = sent.data or None
+        try:
+            response = await self.session.request(
+                exchange.method,
+                url_at(upstream.url, exchange.raw_path, exchange.query),
+                headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in sent.headers],
+                data=io.BytesIO(data) if data is not None and len(data) >= LARGE_BODY else data,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientConnectionError, TimeoutError) as error:
+            cause = type(error).__name__
+            upstream.failed(cause)
+            if again and (asked.generates or exchange.method in SAFE or isinstance(error, NEVER_SENT)):
+                self.metrics.retries[cause] += 1
+                return None
+            raise Refused(GATEWAY, "upstream", f"no answer from the upstream ({cause})") from None
+        except aiohttp.ClientError as error:
+            upstream.failed(type(error).__name__)
+            raise Refused(
+                GATEWAY, "upstream", f"no answer of HTTP from the upstream ({type(error).__name__})"
+            ) from None
+        if response.status != BUSY:
+            upstream.answered()
+            return response
+        upstream.failed("503")
+        if not again:
+            return response
+        self.metrics.retries["503"] += 1
+        response.close()
+        return None
+
+    def _sent(self, asked: Asked, chosen: Chosen) -> Pinned:
+        """The request with its rank, as the engine reads it."""
+        engine = self.scheduler.engine
+        if not asked.generates:
+            return Pinned(asked.headers, asked.data)
+        if not self.fleet.inner:
+            return without_pin(engine, asked.path, asked.headers, asked.data, asked.body)
+        if chosen.rank is None:
+            return Pinned(asked.headers, asked.data)
+        local = self.fleet.local(chosen.rank)
+        if chosen.rank == asked.pin == local:
+            return Pinned(asked.headers, asked.data)  # as the client spelled it
+        return with_pin(engine, asked.path, asked.headers, asked.data, asked.body, local)
+
+
+@dataclass(eq=False)
+class Exchange:
+    """A request on its way. `begin`: when it was all here, 0 once it was sent; `held`: bytes of it
+    that are in memory."""
+
+    method: str
+    raw_path: bytes
+    query: bytes
+    begin: float
+    held: int
+
+
+async def pass_on(response: aiohttp.ClientResponse, answer: Answer) -> None:
+    """Pass an answer on, piece by piece as it comes. Raises UpstreamCut where it is cut."""
+    await answer.start(response.status, answer_headers(response))
+    left = response.content_length
+    try:
+        async for piece in response.content.iter_any():
+            left = None if left is None else left - len(piece)
+            await answer.body(piece, more=left != 0)
+    except (aiohttp.ClientError, TimeoutError):
+        raise UpstreamCut from None
+    if not answer.complete:
+        await answer.body(b"", more=False)
+
+
+def answer_headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
+    return end_to_end([(name.lower(), value) for name, value in response.raw_headers], HOP_BY_HOP)
+
+
+@asynccontextmanager
+async def _while_there(receive: Receive, answer: Answer) -> AsyncIterator[None]:
+    """A block that ends with ClientGone as soon as the client goes."""
+    task, left = asyncio.current_task(), False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        # A server also says so after the last byte of an answer.
+        if not answer.complete and task is not None:
+            left = True
+            task.cancel()
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not left or task is None or task.uncancel():
+            raise
+        raise ClientGone from None
+    finally:
+        watching.cancel()
+
+
+@lru_cache(4096)
+def url_at(base: str, raw_path: bytes, query: bytes) -> URL:
+    """The URL at an upstream, spelled as the client spelled it."""
+    spelled = quote(raw_path + (b"?" + query if query else b""), safe="".join(map(chr, range(33, 127))))
+    return URL(base + spelled, encoded=True)
+
+
+def open_session() -> aiohttp.ClientSession:
+    """The client of all upstreams: nothing of its own goes into a request, no cookie is kept, no
+    proxy or password of the environment is used."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        max_line_size=1 << 16,
+        max_field_size=1 << 16,
+    )

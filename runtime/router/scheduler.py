@@ -1,0 +1,159 @@
+"""Where a request goes: its client's rank, the rank of its conversation, or the plan's choice among
+ranks that are not too busy (semmoe.runtime.engines.band).
+
+Shape letters: T ids of a prompt, G data-parallel ranks.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from semmoe.runtime.engines.band import DECISIONS, Band
+from semmoe.runtime.engines.chooser import request_tokens
+from semmoe.runtime.engines.scorer import PlanScorer
+from semmoe.runtime.router.fleet import Fleet, Upstream, full
+from semmoe.runtime.router.pins import HeaderList, client_pin
+from semmoe.runtime.router.prompts import ROUTES, Prompt, answer_limits, read_body, read_prompt
+from semmoe.runtime.router.sessions import HEADER, Sessions
+from semmoe.runtime.router.tokens import Tokenizer, Untokenised
+
+SESSION, PASSED = "session", "passed"  # stayed with its conversation; no generation at all
+ALL_DECISIONS = (*DECISIONS, SESSION, PASSED)
+CHARACTERS = 4  # of text count as a token where nobody tokenised it
+
+
+@dataclass(eq=False)
+class Asked:
+    """What is known of a request before it goes anywhere.
+
+    Fields:
+        path, headers, data: as they came.
+        body: the JSON object in `data`; None where it is none.
+        generates: whether it is a request to one of ROUTES.
+        ids_T: token ids of its prompt, int64 [T]; None where they are not known.
+        scores_G: of its prompt, float64 [G]; zeros where nothing is known of it.
+        tokens: what it counts as on a rank: its prompt and the longest answer.
+        pin: the client's own rank; None for none.
+        sessions: keys of its conversation.
+    """
+
+    path: str
+    headers: HeaderList
+    data: bytes
+    body: dict[str, Any] | None = None
+    generates: bool = False
+    ids_T: np.ndarray | None = None
+    scores_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    tokens: int = 0
+    pin: int | None = None
+    sessions: list[bytes] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Let go of what was sent: an answer has begun, and may take minutes."""
+        self.data, self.body, self.ids_T = b"", None, None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Where a request goes.
+
+    Fields:
+        upstream: the server.
+        rank: the data-parallel rank; None: the engine's own choice.
+        decision: why, one of ALL_DECISIONS.
+        expected: share of its activations that the rank should serve itself; None where nothing is
+            known.
+    """
+
+    upstream: Upstream
+    rank: int | None
+    decision: str
+    expected: float | None = None
+
+
+@dataclass(eq=False)
+class Scheduler:
+    """Reads requests and chooses their ranks.
+
+    Fields:
+        scorer, band: the plan's, as the plug-ins use them.
+        engine: how pins are spelled.
+        tokenizer: None: only prompts of ids are known.
+        unknown: prompts without ids, by cause.
+    """
+
+    scorer: PlanScorer
+    band: Band
+    fleet: Fleet
+    engine: str
+    tokenizer: Tokenizer | None
+    sessions: Sessions = field(default_factory=Sessions)
+    unknown: Counter[str] = field(default_factory=Counter)
+
+    async def read(self, method: str, path: str, headers: HeaderList, data: bytes) -> Asked:
+        """What a request asks. Raises Refused for a rank that is not there."""
+        if method != "POST" or path not in ROUTES:
+            return Asked(path, headers, data)
+        encoded = any(name == b"content-encoding" for name, _ in headers)
+        body = None if encoded else read_body(data)
+        pin = client_pin(self.engine, path, headers, body, self.fleet.ranks)
+        prompt = None if body is None else read_prompt(path, body)
+        if body is None or prompt is None:
+            self.unknown["no_prompt"] += 1
+            nothing = np.zeros(self.fleet.ranks)
+            return Asked(path, headers, data, body, True, scores_G=nothing, tokens=len(data) // CHARACTERS, pin=pin)
+        ids_T = await self._ids(prompt, body.get("model"))
+        scores_G = np.zeros(self.fleet.ranks) if ids_T is None else self.scorer.scores(ids_T)
+        if ids_T is not None and not scores_G.any():
+            self.unknown["unseen_ids"] += 1
+        length = len(data) // CHARACTERS if ids_T is None else len(ids_T)
+        header = next((value for name, value in headers if name == HEADER), b"")
+        keys = self.sessions.keys(header, body.get("user"), ids_T)
+        longest, answers = answer_limits(body)
+        tokens = int(request_tokens(0, longest) * answers) + length
+        return Asked(path, headers, data, body, True, ids_T, scores_G, tokens, pin, keys)
+
+    async def _ids(self, prompt: Prompt, model: object) -> np.ndarray | None:
+        if prompt.ids_T is not None:
+            return prompt.ids_T
+        try:
+            if self.tokenizer is None:
+                raise Untokenised("no_tokenizer")
+            return await self.tokenizer.encode(prompt, model)
+        except Untokenised as why:
+            self.unknown[str(why)] += 1
+            return None
+
+    def choose(self, asked: Asked, without: set[str]) -> Chosen:
+        """The place of a request, which the URLs `without` had failed to serve. Raises Refused
+        where there is none."""
+        if not asked.generates:
+            return Chosen(self.fleet.least_loaded(without), None, PASSED)
+        free_G = self.fleet.free_G(without)
+        if asked.pin is not None:
+            return self._pinned(asked, asked.pin, free_G)
+        if (rank := self.sessions.rank(asked.sessions)) is not None:
+            # Alone with a score it is chosen exactly if it is free and in the band.
+            alone_G = (np.arange(self.fleet.ranks) == rank).astype(np.float64)
+            if self.band.choose(alone_G, self.fleet.tokens_G, free_G, tokens=asked.tokens).rank == rank:
+                return self._at(asked, rank, SESSION)
+        rank, decision = self.band.choose(asked.scores_G, self.fleet.tokens_G, free_G, tokens=asked.tokens)
+        if rank >= 0:
+            return self._at(asked, rank, decision)
+        upstream = self.fleet.least_loaded(without)
+        return Chosen(upstream, None if self.fleet.inner else upstream.first, decision)
+
+    def _pinned(self, asked: Asked, pin: int, free_G: np.ndarray) -> Chosen:
+        if not self.fleet.upstream_of(pin).up:
+            free = np.flatnonzero(free_G)  # the client's rank is gone: the least loaded takes its place
+            return self._at(asked, int(free[self.fleet.tokens_G[free].argmin()]), "spilled")
+        if not free_G[pin]:
+            raise full()
+        return self._at(asked, pin, "pinned")
+
+    def _at(self, asked: Asked, rank: int, decision: str) -> Chosen:
+        known = bool(asked.scores_G.any())
+        expected = self.scorer.expected_lar(asked.scores_G, rank) if known else None
+        return Chosen(self.fleet.upstream_of(rank), rank, decision, expected)

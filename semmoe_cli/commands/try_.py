@@ -1,0 +1,146 @@
+"""`semmoe try`: from what a server wrote to a verdict for prefill and for decode."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from semmoe.options import Json, Seed, TimedPlacing, given, grouped
+
+if TYPE_CHECKING:
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.placement import Topology
+    from semmoe.solvers.plan import Plan
+
+FORMATS = {"sglang": "sglang", "vllm": "vllm", "trtllm": "trtllm", "vllm-ascend": "vllm"}  # of answers, by engine
+NAMES = {"prompt": "prefill", "generated": "decode"}
+HOLDOUT = 0.5
+
+
+@grouped(first=("engine", "ranks", "nodes", "hardware", "output"), last=("seed", "json_"))
+def try_(
+    responses: Annotated[
+        list[str],
+        typer.Argument(metavar="RESPONSES...", help="Files of answers that the engine wrote, or a trace directory."),
+    ],
+    ranks: Annotated[int, typer.Option(help="Ranks of the expert-parallel group.", min=1)],
+    *,
+    nodes: Annotated[int, typer.Option(help="Nodes that the ranks are spread over, R / N each.", min=1)] = 1,
+    timing: TimedPlacing,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Also write a page: .html (one file), .md or .png."),
+    ] = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Say from a server's answers whether placement is worth it, for prefill and decode apart:
+    import, place for time, report.
+
+    Example: semmoe try responses.jsonl.gz --engine sglang --ranks 8 --hardware h100 -o try.html
+    """
+    from semmoe.solvers.workers import compute_on_one_thread
+
+    compute_on_one_thread()  # before anything imports numpy
+    from semmoe.profiles.errors import InputError
+    from semmoe.solvers.placement import Topology
+    from semmoe.solvers.time.hardware import table
+    from semmoe.terminal.tables import note, print_json, print_report
+
+    engine = timing.engine
+    if engine is None:
+        raise typer.BadParameter("which engine wrote the answers?", param_hint="--engine")
+    if engine not in table()["engines"]:
+        raise InputError(f"--engine {engine}: known are {', '.join(table()['engines'])}")
+    if timing.hardware is None and (unused := given(timing, but=("engine",))):
+        raise typer.BadParameter(f"{unused[0]} needs --hardware: times are predicted for a machine")
+    if output is not None:
+        from semmoe.pages.page import check_page_target
+
+        check_page_target(output)
+    topology = Topology(ranks, nodes)
+    with TemporaryDirectory(prefix="semmoe-try-") as folder:
+        trace = _trace(responses, FORMATS[engine], Path(folder) / "t")
+        phases = [timing.phase.value] if timing.phase else _phases(trace, timed=timing.hardware is not None)
+        tried: dict[str, Plan] = {}
+        for phase in phases:
+            plan = _plan(trace, topology, timing, phase, seed)
+            tried[phase] = replace(plan, scores=plan.scores and replace(plan.scores, trace=", ".join(responses)))
+    found = {NAMES[phase]: plan.scores for phase, plan in tried.items() if plan.scores}
+    for name, report in found.items():
+        for line in report.time.notes if report.time else []:
+            note(f"{name}: {line}")
+    if json_:
+        print_json({name: report.to_json() for name, report in found.items()})
+    else:
+        for name, report in found.items():
+            print(f"{name[0].upper()}{name[1:]}\n")
+            print_report(report, as_json=False)
+            print()
+    if output is not None:
+        from semmoe.pages.page import write_page
+        from semmoe.pages.tried import tried_page
+
+        write_page(tried_page(found, _commands(responses, ranks, nodes, timing, phases)), output)
+        note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
+
+
+def _trace(responses: list[str], kind: str, out: Path) -> "RoutingTrace":
+    """The trace of one directory or URL, or of answers imported to `out`."""
+    from semmoe.profiles.engines.imports import ImportOptions, import_trace
+    from semmoe.profiles.trace import RoutingTrace
+    from semmoe.terminal.tables import note
+
+    if len(responses) == 1 and (Path(responses[0]).is_dir() or "://" in responses[0]):
+        return RoutingTrace.open(responses[0])
+    summary = import_trace(kind, [Path(file) for file in responses], out, ImportOptions())
+    for line in summary.notes:
+        note(line)
+    note(f"read {summary.requests} requests, {summary.tokens} tokens, {summary.layers} layers")
+    return RoutingTrace.open(out)
+
+
+def _phases(trace: "RoutingTrace", *, timed: bool) -> list[str]:
+    """Both phases where times are told apart; by bytes all tokens count alike, once."""
+    trace.require_tokens("semmoe try")
+    return ["prompt", "generated"] if timed else ["generated"]
+
+
+def _plan(trace: "RoutingTrace", topology: "Topology", timing: TimedPlacing, phase: str, seed: int) -> "Plan":
+    """A plan for a phase, with its scores and times on held-out requests."""
+    from semmoe.options import Phase
+    from semmoe.solvers.demands import Demands
+    from semmoe.solvers.make_plan import PlanOptions, make_plan
+    from semmoe.solvers.schedule.simulate import Setting
+    from semmoe.terminal.progress import stages
+
+    asked = None
+    if timing.hardware is not None:
+        asked = replace(timing, phase=Phase(phase)).asked_here()
+    demands = Demands(seed=seed, effort="fast", processes=os.cpu_count() or 1)
+    options = PlanOptions(holdout=HOLDOUT, refit=False, setting=Setting(seed=seed), time=asked)
+    with stages() as show:
+        return make_plan([trace], topology, demands, options, progress=show)
+
+
+def _commands(responses: list[str], ranks: int, nodes: int, timing: TimedPlacing, phases: list[str]) -> list[str]:
+    """What to type to get the plans themselves."""
+    from semmoe.terminal.text import quoted
+
+    assert timing.engine is not None
+    imported = not (len(responses) == 1 and Path(responses[0]).is_dir())
+    trace = "t" if imported else quoted(responses[0])
+    files = " ".join(quoted(file) for file in responses)
+    lines = [f"semmoe trace --from {FORMATS[timing.engine]} {files} -o t"] if imported else []
+    for phase in phases:
+        words = [f"semmoe place {trace} --ranks {ranks}"]
+        words += [f"--nodes {nodes}"] if nodes > 1 else []
+        if timing.hardware is not None:
+            words += [f"--hardware {quoted(timing.hardware)} --engine {timing.engine} --phase {phase}"]
+        lines.append(f"{' '.join(words)} -o plan-{NAMES[phase]}")
+        if timing.engine in ("sglang", "vllm", "trtllm", "vllm-ascend"):
+            lines.append(f"semmoe export plan-{NAMES[phase]} --to {timing.engine} -o map-{NAMES[phase]}.json")
+    return lines

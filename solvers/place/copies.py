@@ -1,0 +1,316 @@
+"""Which experts get copies in spare slots: what they save first, then the load.
+
+Tokens live where most of their experts are, in equal numbers per rank. A copy on a rank saves each
+token that lives there a remote rank where the expert is the only one that the token needs from its
+rank (and is worth a part of one where there are two). Copies are taken one at a time at each rank,
+the best first; tokens then choose their homes again, and every copy is reconsidered. Where a search
+is asked for, experts take turns with copies: swaps of two experts for what tokens still need from
+other ranks, then copies anew. At last copies are exchanged where a rank would serve more than the
+load cap: the exchange that loses fewest saved ranks for the load that it relieves comes first.
+
+Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, S slots per rank.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from semmoe.profiles.counts import co_activation_EE
+from semmoe.solvers.place.partition import PAIR_WORTH
+from semmoe.solvers.place.remote_gains import RemoteGains
+from semmoe.solvers.place.replicas import serve_RE, served_load_R
+from semmoe.solvers.place.swap import rank_loads, swap_search
+from semmoe.solvers.placement import Topology
+from semmoe.solvers.schedule.transport import balanced_homes
+
+SAMPLE_ROWS = 32_768  # tokens per layer that decide on copies
+MAX_CELLS = 2**19  # of tokens by ranks, where that is fewer tokens
+LEAST_ROWS = 4_096
+PAIR_SHARE = 0.5  # of a remote rank: what a copy is worth where its token needs one more expert of that rank
+ROUNDS = 3  # of homes and copies in turn, after the first copies
+TURN_STEPS = 120  # swaps of experts in a turn, at most
+TURN_SLACK = 1.10  # load over the mean that swaps may leave: exchanges of copies level the rest
+FORBIDDEN = -1e5  # tokens that a swap is worth where its expert is on the rank already
+LEVEL_STEPS = 4  # exchanges of copies per rank, at most
+LEVEL_TRIALS = 12  # exchanges tried at each
+
+
+class CopiedLayer(NamedTuple):
+    """What the copies of one layer are chosen by; sent to a worker process."""
+
+    rank_of_E: np.ndarray  # the placement of every expert once, int [E]
+    expert_ids_TK: np.ndarray  # a sample of tokens; E stands for an empty slot
+    load_E: np.ndarray  # activations
+
+
+def add_copies(
+    layer: CopiedLayer, topology: Topology, *, slots: int, load_cap: float = np.inf, turns: int = 0
+) -> np.ndarray:
+    """Experts of every rank in slot order: its own in ascending order, then copies until the slots
+    are full.
+
+    Parameters:
+        layer: the placement without copies, and what they are chosen by.
+        topology: ranks and nodes.
+        slots: S of each rank, E at most.
+        load_cap: copies are exchanged while a rank serves more than this times the mean, where that
+            helps.
+        turns: of experts and copies, until one brings no fewer remote ranks; 0: experts stay.
+
+    Returns:
+        int32 [R, S], no expert twice on one rank.
+    """
+    ids_TK = layer.expert_ids_TK.astype(np.int64)
+    most = max(LEAST_ROWS, MAX_CELLS // topology.num_ranks)
+    ids_TK = ids_TK[:: max(1, -(-len(ids_TK) // most))]
+    copies, remote = _filled(layer.rank_of_E, ids_TK, layer.load_E, topology, slots)
+    # Experts and copies in turn.
+    for turn in range(turns):
+        again, fewer = _filled(copies.swapped_E(seed=turn), ids_TK, layer.load_E, topology, slots)
+        if fewer >= remote:
+            break
+        copies, remote = again, fewer
+    if np.isfinite(load_cap):
+        copies.level(load_cap)
+    return np.array(copies.held_RS, np.int32)
+
+
+def _filled(
+    rank_of_E: np.ndarray, ids_TK: np.ndarray, load_E: np.ndarray, topology: Topology, slots: int
+) -> tuple["_Copies", int]:
+    """The slots filled by what copies save, and the remote ranks that the tokens then need."""
+    copies = _Copies(rank_of_E, ids_TK, load_E, topology, slots)
+    # Step 1: one copy per rank at a time; tokens then choose their homes again.
+    while copies.room_R.any():
+        copies.settle()
+        for rank in np.flatnonzero(copies.room_R):
+            copies.add_best(rank)
+    # Step 2: every copy reconsidered, for where tokens live with all of them.
+    best = copies.remote(), [list(held) for held in copies.held_RS]
+    for _ in range(ROUNDS):
+        if not sum(copies.reconsider(rank) for rank in range(topology.num_ranks)):
+            break
+        found = copies.remote(), [list(held) for held in copies.held_RS]
+        best = min(best, found, key=lambda x: x[0])
+    copies.hold(best[1])
+    copies.settle()
+    return copies, best[0]
+
+
+class _Copies:
+    """Experts of each rank of one layer, where the tokens live, and what each copy saves them."""
+
+    def __init__(
+        self, rank_of_E: np.ndarray, ids_TK: np.ndarray, load_E: np.ndarray, topology: Topology, slots: int
+    ) -> None:
+        num_ranks = topology.num_ranks
+        self.ids_TK, self.load_E, self.topology, self.slots = ids_TK, load_E, topology, slots
+        self.rank_of_E, self.num_experts, self.num_ranks = rank_of_E, len(rank_of_E), num_ranks
+        self.held_RS = [np.flatnonzero(rank_of_E == rank).tolist() for rank in range(num_ranks)]
+        self.own_R = np.array([len(held) for held in self.held_RS])  # slots of the ranks' own experts
+        self.hold(self.held_RS)
+
+    def hold(self, held_RS: list[list[int]]) -> None:
+        """These experts on the ranks."""
+        self.held_RS = held_RS
+        self.hosts_ER = np.zeros((self.num_experts + 1, self.num_ranks), bool)
+        for rank, held in enumerate(held_RS):
+            self.hosts_ER[held, rank] = True
+        self.home_T = np.zeros(0, np.int64)
+
+    @property
+    def room_R(self) -> np.ndarray:
+        return self.slots - np.array([len(held) for held in self.held_RS])
+
+    def settle(self) -> None:
+        """Tokens sent where most of their experts are, in equal numbers per rank."""
+        count_TR = np.zeros((len(self.ids_TK), self.num_ranks))
+        for ids_T in self.ids_TK.T:
+            count_TR += self.hosts_ER[ids_T]
+        self.home_T = balanced_homes(count_TR, np.ones(len(count_TR)))
+        self.serving_RE = self._serving_RE()
+        order = np.argsort(self.home_T, kind="stable")
+        ends = np.searchsorted(self.home_T[order], np.arange(self.num_ranks + 1))
+        self.tokens_R = [order[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+    def _serving_RE(self) -> np.ndarray:
+        """Rank that serves each expert, int64 [R, E + 1]; R for an empty slot."""
+        serving_RE = serve_RE(self.hosts_ER[:-1], self.load_E, self.topology)
+        return np.pad(serving_RE.astype(np.int64), ((0, 0), (0, 1)), constant_values=self.num_ranks)
+
+    def remote(self) -> int:
+        """Ranks other than their own that the tokens need, summed."""
+        self.settle()
+        remote = 0
+        for rank in range(self.num_ranks):
+            ranks_TK = np.sort(self.serving_RE[rank][self.ids_TK[self.tokens_R[rank]]], axis=1)
+            is_new = np.ones(ranks_TK.shape, bool)
+            is_new[:, 1:] = ranks_TK[:, 1:] != ranks_TK[:, :-1]
+            remote += int((is_new & (ranks_TK != rank) & (ranks_TK < self.num_ranks)).sum())
+        return remote
+
+    def saved_E(self, rank: int) -> np.ndarray:
+        """What each expert would save the tokens of the rank, in remote ranks, float64 [E]; 0 for
+        what it holds."""
+        ids_TK = self.ids_TK[self.tokens_R[rank]]
+        serving_E = self.serving_RE[rank]
+        here_E = np.append(self.hosts_ER[:-1, rank], False)
+        ranks_TK = np.where(here_E[ids_TK], self.num_ranks + 1, serving_E[ids_TK])
+        same_TK = np.zeros(ranks_TK.shape, np.int8)
+        for ranks_T in ranks_TK.T:
+            same_TK += ranks_TK == ranks_T[:, None]
+        worth_TK = np.where(same_TK == 1, 1.0, np.where(same_TK == 2, PAIR_SHARE, 0.0))
+        worth_TK[(ranks_TK >= self.num_ranks)] = 0
+        return np.bincount(ids_TK.reshape(-1), worth_TK.reshape(-1), self.num_experts + 1)[:-1]
+
+    def without(self, rank: int, slot: int) -> float:
+        """What the copy in a slot saves the tokens of its rank, were it the only one missing."""
+        expert = self.held_RS[rank][slot]
+        self.hosts_ER[expert, rank] = False
+        elsewhere = np.flatnonzero(self.hosts_ER[expert])
+        before = self.serving_RE[rank, expert]
+        self.serving_RE[rank, expert] = elsewhere[0]
+        saved = float(self.saved_E(rank)[expert])
+        self.serving_RE[rank, expert] = before
+        self.hosts_ER[expert, rank] = True
+        return saved
+
+    def add_best(self, rank: int) -> None:
+        """The copy that saves most, in the next slot of the rank; among equals, the hottest."""
+        saved_E = np.where(self.hosts_ER[:-1, rank], -np.inf, self.saved_E(rank))
+        expert = int(np.lexsort((self.load_E, saved_E))[-1])
+        self.held_RS[rank].append(expert)
+        self.hosts_ER[expert, rank] = True
+
+    def reconsider(self, rank: int) -> int:
+        """Each copy of the rank in turn, exchanged where another expert saves more; how many
+        were."""
+        changed = 0
+        for slot in range(int(self.own_R[rank]), len(self.held_RS[rank])):
+            expert = self.held_RS[rank][slot]
+            self.hosts_ER[expert, rank] = False
+            elsewhere = np.flatnonzero(self.hosts_ER[expert])
+            self.serving_RE[rank, expert] = elsewhere[0]
+            saved_E = np.where(self.hosts_ER[:-1, rank], -np.inf, self.saved_E(rank))
+            better = int(saved_E.argmax())
+            if saved_E[better] > saved_E[expert]:
+                expert, changed = better, changed + 1
+            self.held_RS[rank][slot] = expert
+            self.hosts_ER[expert, rank] = True
+            self.serving_RE[rank, expert] = rank
+        return changed
+
+    def swapped_E(self, *, seed: int) -> np.ndarray:
+        """Rank of each expert's first place after swaps that save most remote ranks of the tokens,
+        where they live now and beside the copies there are, int64 [E].
+
+        Loads by the replica rule may differ by TURN_SLACK, as copies will be chosen anew.
+        """
+        home_T, num_experts, num_ranks = self.home_T, self.num_experts, self.num_ranks
+        # What a copy serves at home is no matter of the others' places.
+        own_TK = np.append(self.rank_of_E, num_ranks)[self.ids_TK] == home_T[:, None]
+        ids_TK = np.where(self.hosts_ER[self.ids_TK, home_T[:, None]] & ~own_TK, num_experts, self.ids_TK)
+        cost_TR = np.ones((len(ids_TK), num_ranks), np.float32)
+        cost_TR[np.arange(len(ids_TK)), home_T] = 0
+        copied_ER = self.hosts_ER[:-1].copy()
+        copied_ER[np.arange(num_experts), self.rank_of_E] = False
+        # What copies serve stays where it is: the load of an item that no swap may move from its
+        # rank.
+        served_ER = self._served_ER()
+        first_E = served_ER[np.arange(num_experts), self.rank_of_E]
+        fixed_R = served_ER.sum(axis=0) - np.bincount(self.rank_of_E, first_E, num_ranks)
+        load_JI = np.append(first_E, fixed_R)[None]
+        rank_of_I = np.append(self.rank_of_E, np.arange(num_ranks))
+        worth_IR = FORBIDDEN * np.vstack([copied_ER, ~np.eye(num_ranks, dtype=bool)])
+        pair_II = np.pad(PAIR_WORTH * co_activation_EE(ids_TK, num_experts), (0, num_ranks))
+        ids_TK = np.where(ids_TK == num_experts, num_experts + num_ranks, ids_TK)
+        gains = RemoteGains(rank_of_I, ids_TK, cost_TR, worth_IR, pair_II)
+        most = max(TURN_SLACK * load_JI.sum() / num_ranks, rank_loads(rank_of_I, load_JI, num_ranks).max())
+        options = {"num_ranks": num_ranks, "steps": TURN_STEPS, "patience": TURN_STEPS // 2, "seed": seed}
+        return swap_search(gains, load_JI, np.array([most]), **options)[0][:num_experts]
+
+    def _served_ER(self) -> np.ndarray:
+        """Activations of each expert that each rank serves where every rank sends an equal share,
+        float64 [E, R]."""
+        keys_RE = np.arange(self.num_experts) * self.num_ranks + self.serving_RE[:, :-1]
+        share_RE = np.broadcast_to(self.load_E / self.num_ranks, keys_RE.shape)
+        size = self.num_experts * self.num_ranks
+        return np.bincount(keys_RE.reshape(-1), share_RE.reshape(-1), size).reshape(-1, self.num_ranks)
+
+    def level(self, load_cap: float) -> None:
+        """Copies exchanged for others until no rank serves more than the cap or no exchange brings
+        it nearer."""
+        load_R = served_load_R(self.serving_RE[:, :-1], self.load_E)
+        limit = load_cap * float(load_R.mean())
+        saved_RE = np.stack([self.saved_E(rank) for rank in range(self.num_ranks)])
+        kept = {
+            (rank, slot): self.without(rank, slot)
+            for rank, held in enumerate(self.held_RS)
+            for slot in range(int(self.own_R[rank]), len(held))
+        }
+        tried: set[tuple[int, int, int]] = set()
+        for _ in range(LEVEL_STEPS * self.num_ranks):
+            over = float(np.maximum(load_R - limit, 0).sum())
+            if over <= 0:
+                return
+            best = None
+            for rank, slot, expert in self._exchanges(load_R, limit, saved_RE, kept, tried):
+                tried.add((rank, self.held_RS[rank][slot], expert))
+                old = self.held_RS[rank][slot]
+                self.hosts_ER[[old, expert], rank] = False, True
+                serving_RE = self._serving_RE()
+                self.hosts_ER[[old, expert], rank] = True, False
+                then_R = served_load_R(serving_RE[:, :-1], self.load_E)
+                relief = over - float(np.maximum(then_R - limit, 0).sum())
+                price = max(kept[rank, slot] - saved_RE[rank, expert], 1.0) / max(relief, 1e-9)
+                if relief > 1e-9 * limit and (best is None or price < best[0]):
+                    best = price, rank, slot, expert, serving_RE, then_R
+            if best is None:
+                return
+            _, rank, slot, expert, self.serving_RE, load_R = best
+            self.hosts_ER[[self.held_RS[rank][slot], expert], rank] = False, True
+            self.held_RS[rank][slot] = expert
+            saved_RE[rank] = self.saved_E(rank)
+            kept[rank, slot] = self.without(rank, slot)
+
+    def _exchanges(
+        self,
+        load_R: np.ndarray,
+        limit: float,
+        saved_RE: np.ndarray,
+        kept: dict[tuple[int, int], float],
+        tried: set[tuple[int, int, int]],
+    ) -> list[tuple[int, int, int]]:
+        """The exchanges (rank, slot, expert that comes) that promise most relief for what they
+        lose, best first."""
+        num_ranks, load_E = self.num_ranks, self.load_E
+        over_R = np.maximum(load_R - limit, 0)
+        over, little = float(over_R.sum()), 0.001 * len(self.ids_TK) / num_ranks
+        # Only what an overloaded rank serves relieves it.
+        relieving_E = self.hosts_ER[:-1][:, over_R > 0].any(axis=1)
+        found = []
+        for rank, slot in kept:
+            held = self.held_RS[rank][slot]
+            lost = load_E[held] / num_ranks * (self.serving_RE[:, held] == rank).sum()
+            others = np.flatnonzero(self.hosts_ER[held])
+            others = others[others != rank]
+            coming = np.flatnonzero(relieving_E & ~self.hosts_ER[:-1, rank])
+            if over_R[rank] > 0:  # it is relieved by whatever is served less
+                coming = np.flatnonzero(~self.hosts_ER[:-1, rank])
+            # What a new host serves: its own tokens, and its part of the others'.
+            copies_X = self.hosts_ER[coming].sum(axis=1)
+            gained_X = load_E[coming] * (1 / num_ranks + (num_ranks - 1 - copies_X) / num_ranks / (1 + copies_X))
+            if load_R[rank] - lost + gained_X.min(initial=np.inf) > limit + over_R[rank]:
+                continue
+            from_X = self.serving_RE[rank, coming]
+            receiver = others[np.argmin(load_R[others])]
+            change_X = np.maximum(load_R[rank] - lost + gained_X - limit, 0) - over_R[rank]
+            change_X += max(load_R[receiver] + lost - limit, 0) - over_R[receiver]
+            change_X += np.maximum(load_R[from_X] - gained_X - limit, 0) - over_R[from_X]
+            price_X = np.maximum(kept[rank, slot] - saved_RE[rank, coming], 0) + little
+            worth_X = -change_X / price_X
+            for i in np.argsort(-worth_X, kind="stable")[:LEVEL_TRIALS]:
+                if worth_X[i] > 0 and (rank, held, int(coming[i])) not in tried:
+                    found.append((float(worth_X[i]), rank, slot, int(coming[i])))
+        assert over > 0
+        return [(rank, slot, expert) for _, rank, slot, expert in sorted(found, key=lambda x: -x[0])[:LEVEL_TRIALS]]

@@ -1,0 +1,409 @@
+"""Placement for the predicted time: swaps of experts on batches as they will run (`swaps.py`),
+layer by layer. Ways to place are told apart on requests that they were not fitted on.
+
+What was balanced on the fitted requests is to stay balanced on others, which draw experts
+otherwise: batches are filled from few resampled requests (REQUEST_SHARE of them), so that they
+differ from each other as much as the fitted requests and the ones to come do together.
+
+Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, G groups of tokens, M batches, B
+requests.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from semmoe.profiles.counts import RoutingProfile, co_activation_EE
+from semmoe.profiles.errors import InputError
+from semmoe.profiles.progress import Progress, unshown
+from semmoe.profiles.sample import select_requests
+from semmoe.solvers.demands import Demands, Solved
+from semmoe.solvers.place.baselines import baselines, place_load_on_nodes
+from semmoe.solvers.place.graph import place_quickly
+from semmoe.solvers.place.replicas import served_load_R, serving_LRE
+from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
+from semmoe.solvers.place.solve import solve_placement, with_copies
+from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.time.batches import Pool, pool_of, random_homes
+from semmoe.solvers.time.copies import CopyTask, place_copies
+from semmoe.solvers.time.hardware import WAYS, Costing, TimeAsked, costing_of, nodes_of_ranks
+from semmoe.solvers.time.moe_layer import batch_tokens, experts_us, way_us
+from semmoe.solvers.time.swaps import LayerBatches, Prices, mean_imbalance, mean_time, swap_layer
+from semmoe.solvers.workers import layer_map
+
+REQUEST_SHARE = 0.5  # of the fitted requests that a batch is resampled from
+MOST_TOKENS = 40_000  # of a layer that swaps are counted on
+BATCHES = {"fast": 32, "default": 64, "max": 128}
+KICKS = {"fast": 0, "default": 1, "max": 8}
+COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
+CAPS = (1.02, 1.05, 1.1, 1.2)  # that --load-cap auto tries
+LEARNED_SHARE = 0.7  # of the requests that it places by; the others are timed
+TRIED_LAYERS = 8  # that recipes are compared on
+LEAST_REQUESTS = 8  # that are worth halving
+LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
+
+
+def batches_to_fit(
+    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of a trace, int64 [T], the group of each, int64 [T], and batches as sums of groups,
+    float64 [M, G].
+
+    Small batches of generated tokens are drawn token by token, each a group of its own; in others
+    every request is a group, and counts as often as its tokens are in a batch.
+    """
+    rng = np.random.default_rng([seed, 23])
+    size = num_ranks * batch_tokens(costing)
+    few = max(1, round(REQUEST_SHARE * pool.num_requests))
+    drawn_MB = rng.integers(0, pool.num_requests, (num_batches, few))
+    if costing.phase == "generated" and size * num_batches <= MOST_TOKENS:
+        shape = (num_ranks, batch_tokens(costing))
+        rows = np.concatenate([random_homes(pool, drawn, shape, costing.phase, rng) for drawn in drawn_MB])
+        return rows, np.repeat(np.arange(num_batches), size), np.eye(num_batches)
+    kept = _bounded(pool, rng)
+    tokens_B = np.array([len(pool.rows_B[b]) for b in kept], np.float64)
+    weight_MB = np.zeros((num_batches, len(kept)))
+    for weight_B, drawn in zip(weight_MB, drawn_MB % len(kept), strict=True):
+        if costing.phase == "generated":
+            np.add.at(weight_B, drawn, size / tokens_B[drawn].sum())
+            continue
+        left = float(size)
+        while left > 0:  # whole requests; the last one in part
+            request = rng.choice(drawn)
+            part = min(1.0, left / tokens_B[request])
+            weight_B[request] += part
+            left -= part * tokens_B[request]
+    rows = np.concatenate([pool.rows_B[b] for b in kept])
+    return rows, np.repeat(np.arange(len(kept)), tokens_B.astype(np.int64)), weight_MB
+
+
+def _bounded(pool: Pool, rng: np.random.Generator) -> np.ndarray:
+    """Requests of the pool with MOST_TOKENS tokens at most, ascending; one at least."""
+    order = rng.permutation(pool.num_requests)
+    tokens = np.cumsum([len(pool.rows_B[b]) for b in order])
+    return np.sort(order[: max(1, int(np.searchsorted(tokens, MOST_TOKENS, side="right")))])
+
+
+class Links(NamedTuple):
+    """Where rows are sent once, and what part of the rows that reach a unit its busiest rank gets
+    over the fast network and over network cards."""
+
+    levels_UR: list[np.ndarray]  # unit of each rank: ranks, nodes
+    shares: list[tuple[float, float]]
+
+
+def links_of(costing: Costing, topology: Topology) -> Links:
+    """Levels of a backend on a topology; homes are random."""
+    num_ranks = topology.num_ranks
+    node_R = nodes_of_ranks(num_ranks, topology.ranks_per_node, topology.num_nodes, costing.domain)
+    num_nodes = int(node_R[-1]) + 1
+    per_node = num_ranks / num_nodes
+    if costing.kind == "gather":
+        return Links([], [])
+    if costing.kind == "per-expert":
+        return Links([], [((per_node - 1) / num_ranks, (num_ranks - per_node) / num_ranks)])
+    if costing.kind == "per-rank":
+        return Links([np.arange(num_ranks)], [(1 - 1 / num_ranks, 0.0)])
+    inside, between = (1 - 1 / per_node, 0.0), (0.0, (1 - 1 / num_nodes) / per_node)
+    if per_node == 1:
+        return Links([node_R], [between])
+    return Links([np.arange(num_ranks), node_R], [inside, between])
+
+
+def prices_of(costing: Costing, topology: Topology) -> Prices:
+    """The time model as swaps ask it."""
+    shares = links_of(costing, topology).shares
+    return Prices(
+        partial(_links_us, shares=shares, costing=costing, num_ranks=topology.num_ranks),
+        partial(_experts_us, costing=costing),
+        partial(_total_us, overlap=costing.asked.overlap, other_us=costing.asked.other_us),
+        costing.kind == "per-expert",
+    )
+
+
+def _links_us(
+    busiest: list[np.ndarray], *, shares: list[tuple[float, float]], costing: Costing, num_ranks: int
+) -> np.ndarray | float:
+    if not busiest:
+        return 0.0
+    fast, cards = (
+        np.max([reach * share[way] for reach, share in zip(busiest, shares, strict=True)], axis=0) for way in (0, 1)
+    )
+    rows = np.stack([fast, cards])
+    return sum(way_us(rows, way, costing, costing.values, num_ranks) for way in WAYS)
+
+
+def _experts_us(padded: np.ndarray, active: np.ndarray, rows: np.ndarray, *, costing: Costing) -> np.ndarray:
+    if costing.balances:
+        return np.zeros(rows.shape)
+    return experts_us((padded, active, rows), costing, costing.values)
+
+
+def _total_us(links: np.ndarray, experts: np.ndarray, *, overlap: str, other_us: float) -> np.ndarray:
+    return links + experts if overlap == "none" else 2 * np.maximum(links, experts + other_us / 2)
+
+
+class _Fit(NamedTuple):
+    """Requests to place by, as batches of one layer are made of them."""
+
+    rows_T: np.ndarray  # of the sample
+    group_T: np.ndarray
+    weight_MG: np.ndarray
+    counted_T: np.ndarray  # rows, each once: loads and pairs are counted on them
+
+
+class _Layer(NamedTuple):
+    """One layer and some requests; sent to a worker process."""
+
+    batches: LayerBatches
+    ids_TK: np.ndarray  # each row once
+    topology: Topology
+    num_groups: int
+    levels_UR: list[np.ndarray]
+    prices: Prices
+    seed: int
+    kicks: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.topology.num_ranks
+
+    def packed(self) -> np.ndarray:
+        """Rank of each expert by load packing."""
+        load_E = np.bincount(self.ids_TK.reshape(-1), minlength=self.batches.num_experts + 1)[:-1]
+        return place_load_on_nodes(load_E[None], self.topology, self.num_groups)[0].astype(np.int64)
+
+    def balanced(self) -> np.ndarray:
+        """From there, with the experts' time alone in mind."""
+        levels, prices = self.levels_UR, self.prices
+        if not prices.by_activation:
+            levels, prices = [], prices._replace(links=_no_links)
+        return swap_layer(self.batches, self.packed(), levels, prices, num_ranks=self.num_ranks, seed=self.seed)[0]
+
+    def near(self) -> np.ndarray:
+        """By co-activation within ranks."""
+        pairs_EE = co_activation_EE(self.ids_TK, self.batches.num_experts)
+        return place_quickly(pairs_EE[None], self.num_ranks, self.seed)[0].astype(np.int64)
+
+    def swapped(self, start_E: np.ndarray) -> np.ndarray:
+        """With links and experts in mind, from a start."""
+        options = {"num_ranks": self.num_ranks, "seed": self.seed, "kicks": self.kicks}
+        return swap_layer(self.batches, start_E, self.levels_UR, self.prices, **options)[0]
+
+
+def _no_links(busiest: list[np.ndarray]) -> float:
+    return 0.0
+
+
+# Ways to place a layer; which one is best for a trace and a setting is asked of requests that were
+# not placed by.
+RECIPES: dict[str, Callable[[_Layer], np.ndarray]] = {
+    "load packing": _Layer.packed,
+    "experts balanced over batches": _Layer.balanced,
+    "links and experts, from balanced experts": lambda layer: layer.swapped(layer.balanced()),
+    "links and experts, from co-activation": lambda layer: layer.swapped(layer.near()),
+}
+BALANCE_ONLY = list(RECIPES)[:2]  # where no row is sent once, there is nothing else
+
+
+def _solve(work: tuple[str, _Layer]) -> np.ndarray:
+    recipe, layer = work
+    return RECIPES[recipe](layer)
+
+
+def _try(work: tuple[list[str], _Layer, LayerBatches]) -> list[tuple[float, float]]:
+    """Mean time of each recipe on batches of other requests, and the busiest rank's activations
+    over the mean."""
+    recipes, layer, others = work
+    placed = [RECIPES[name](layer) for name in recipes]
+    return [
+        (
+            mean_time(others, rank_of_E, layer.levels_UR, layer.prices, num_ranks=layer.num_ranks),
+            mean_imbalance(others, rank_of_E, layer.num_ranks),
+        )
+        for rank_of_E in placed
+    ]
+
+
+def check_for_time(asked: TimeAsked | None, method: str, demands: Demands) -> None:
+    """Raise InputError where no time can be minimised, or the method or a demand is about something
+    else."""
+    if asked is None:
+        raise InputError("--minimize time needs --hardware: time is predicted for a machine")
+    if method != "semmoe":
+        raise InputError(f"--minimize time needs --method semmoe: {method} minimises what it says")
+    if demands.expressible:
+        raise InputError(f"--expressible {demands.expressible} goes with --minimize bytes")
+
+
+def solve_for_time(
+    profile: RoutingProfile, topology: Topology, demands: Demands, asked: TimeAsked, *, progress: Progress | None = None
+) -> Solved:
+    """The placement of least predicted time that is found from packing by load and from the fewest
+    rows under the load cap."""
+    info = profile.info
+    prompts = float(profile.sample.is_prompt_T.mean()) if profile.sample.num_tokens else 0.0
+    costing = costing_of(asked, info, topology, prompts=prompts)
+    solved = place_for_time(profile, topology, demands, costing, progress)
+    slots = demands.slots_of(info.num_experts, topology.num_ranks)
+    if not slots.copies or slots.per_rank * topology.num_ranks == info.num_experts:
+        return solved
+    copied = copies_for_time(profile, topology, demands, costing, solved.placement)
+    return replace(copied, notes=solved.notes)
+
+
+def cap_by_time(profile: RoutingProfile, topology: Topology, demands: Demands, asked: TimeAsked, method: str) -> float:
+    """The load cap of CAPS at which a quick placement by one part of the requests takes least
+    predicted time on the others. Raises InputError where there are too few requests."""
+    sample, info = profile.sample, profile.info
+    if sample.num_requests < LEAST_REQUESTS:
+        raise InputError(f"--load-cap auto needs {LEAST_REQUESTS} requests, not {sample.num_requests}: give a number")
+    keep_B = np.random.default_rng([demands.seed, 41]).random(sample.num_requests) < LEARNED_SHARE
+    keep_B[0], keep_B[-1] = True, False
+    learned = select_requests(sample, keep_B)
+    rest = select_requests(sample, ~keep_B)
+    costing = costing_of(asked, info, topology, prompts=float(sample.is_prompt_T.mean()))
+    fit = _fit_of(pool_of(rest, costing.phase), costing, topology, demands)
+    pairs_LEE = np.stack(
+        [co_activation_EE(ids_TK, info.num_experts) for ids_TK in learned.expert_ids_TLK.swapaxes(0, 1)]
+    )
+    load_LE = np.diagonal(pairs_LEE, axis1=1, axis2=2).copy()
+    part = RoutingProfile(info, learned.num_tokens, load_LE, pairs_LEE, learned)
+    once = replace(demands, effort="fast", slots=0, replicas=0, redundant=None, spare="empty")
+    levels_UR, prices = links_of(costing, topology).levels_UR, prices_of(costing, topology)
+    times = {}
+    for cap in CAPS:
+        placed = solve_placement(part, topology, replace(once, load_cap=cap), method=method).placement.rank_of_LE
+        total = 0.0
+        for number, rank_of_E in enumerate(placed):
+            ids_TK = rest.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
+            tile = int(costing.values["experts.tile"])
+            batches = LayerBatches(ids_TK, fit.group_T, fit.weight_MG, info.num_experts, tile)
+            total += mean_time(batches, rank_of_E, levels_UR, prices, num_ranks=topology.num_ranks)
+        times[cap] = total
+    return min(times, key=lambda cap: times[cap])
+
+
+def place_for_time(
+    profile: RoutingProfile, topology: Topology, demands: Demands, costing: Costing, progress: Progress | None = None
+) -> Solved:
+    """The placement of least predicted time that is found, every expert once.
+
+    Each of RECIPES places some layers by one half of the requests and is timed on the other; the
+    one that does best there places all layers by all requests.
+
+    Parameters:
+        profile: counts of the requests to fit, and a sample of them.
+        demands: seed, effort and processes; the load cap has no part in it.
+        costing: the machine, backend and batches.
+        progress: told of every layer that is done.
+    """
+    info = profile.info
+    pool = pool_of(profile.sample, costing.phase)
+    halves = _halves(pool, demands.seed)
+    fits = [_fit_of(part, costing, topology, demands) for part in (pool, *halves)]
+    shape = links_of(costing, topology)
+    prices, tile = prices_of(costing, topology), int(costing.values["experts.tile"])
+    recipes = list(RECIPES) if shape.levels_UR else BALANCE_ONLY
+    tried = np.unique(np.linspace(0, info.num_layers - 1, min(info.num_layers, TRIED_LAYERS)).astype(int))
+    show = progress or unshown
+
+    def batches(fit: _Fit, number: int) -> LayerBatches:
+        ids_TK = profile.sample.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
+        return LayerBatches(ids_TK, fit.group_T, fit.weight_MG, info.num_experts, tile)
+
+    def layer(fit: _Fit, number: int, kicks: int) -> _Layer:
+        ids_TK = profile.sample.expert_ids_TLK[:, number][fit.counted_T]
+        options = (shape.levels_UR, prices, demands.seed, kicks)
+        return _Layer(batches(fit, number), ids_TK, topology, info.n_group, *options)
+
+    found = []
+    with layer_map(demands.processes, info.num_experts) as run:
+        trials = (
+            (recipes, layer(fits[half], number, 0), batches(fits[3 - half], number))
+            for half in (1, 2)
+            for number in tried
+        )
+        best, promised = BALANCE_ONLY[1], ""
+        if halves:
+            found_X2 = np.array(list(run(_try, trials))).mean(0)
+            chosen = int(np.argmin(found_X2[:, 0]))
+            best = recipes[chosen]
+            promised = f"; placed by half of the requests, the busiest rank of the others has {found_X2[chosen, 1]:.3f} of the mean load"
+            promised += f" ({found_X2[0, 1]:.3f} by load packing)"
+        work = ((best, layer(fits[0], number, KICKS[demands.effort])) for number in range(info.num_layers))
+        for rank_of_E in run(_solve, work):
+            found.append(rank_of_E)
+            show(len(found), info.num_layers)
+    rank_of_LE = _labelled(np.stack(found), profile, topology, demands)
+    solved = Solved.from_ranks(rank_of_LE, profile.load_LE, topology.num_ranks)
+    return replace(solved, notes=[f"placed for time: {best}{promised}"])
+
+
+def _halves(pool: Pool, seed: int) -> list[Pool]:
+    """The requests in two parts; nothing where there are too few to tell."""
+    if pool.num_requests < LEAST_REQUESTS:
+        return []
+    order = np.random.default_rng([seed, 29]).permutation(pool.num_requests)
+    parts = np.array_split(order, 2)
+    return [Pool([pool.rows_B[b] for b in part], pool.request_of_pool[part], pool.note) for part in parts]
+
+
+def _fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> _Fit:
+    num_batches = BATCHES[demands.effort]
+    fitted = batches_to_fit(pool, costing, topology.num_ranks, num_batches=num_batches, seed=demands.seed)
+    return _Fit(*fitted, np.concatenate(pool.rows_B))
+
+
+def copies_for_time(
+    profile: RoutingProfile, topology: Topology, demands: Demands, costing: Costing, placement: Placement
+) -> Solved:
+    """The placement with its spare slots filled for the predicted time: from what load packing
+    copies and from what affinity does, whichever becomes faster at a layer.
+
+    `placement`: every expert once.
+    """
+    info, num_ranks = profile.info, topology.num_ranks
+    slots = demands.slots_of(info.num_experts, num_ranks)
+    by_affinity = with_copies(
+        placement, profile, topology, slots, load_cap=demands.load_cap, processes=demands.processes
+    )
+    by_load = baselines(profile.load_LE, topology, info.n_group, slots=slots)["load"]
+    pool = pool_of(profile.sample, costing.phase)
+    fitted = batches_to_fit(pool, costing, num_ranks, num_batches=BATCHES[demands.effort], seed=demands.seed)
+    tile = int(costing.values["experts.tile"])
+    prices, levels_UR = prices_of(costing, topology), links_of(costing, topology).levels_UR
+
+    def tasks() -> Iterator[tuple[CopyTask, list[np.ndarray]]]:
+        for layer in range(info.num_layers):
+            ids_TK = profile.sample.expert_ids_TLK[:, layer][fitted[0]].astype(np.int64)
+            batches = LayerBatches(ids_TK, fitted[1], fitted[2], info.num_experts, tile)
+            trials = COPY_TRIALS[demands.effort]
+            task = CopyTask(batches, profile.load_LE[layer], topology, levels_UR, prices, trials, demands.seed)
+            yield task, [by_load.hosts_LER[layer], by_affinity.hosts_LER[layer]]
+
+    with layer_map(demands.processes, info.num_experts) as run:
+        hosts = list(run(_solve_copies, tasks()))
+    experts_LRS = np.array([[np.flatnonzero(hosts_ER[:, r]) for r in range(num_ranks)] for hosts_ER in hosts])
+    copied = Placement(experts_LRS.astype(np.int32), info.num_experts)
+    serving = serving_LRE(copied.hosts_LER, profile.load_LE, topology)
+    loads = np.stack([served_load_R(s, load_E) for s, load_E in zip(serving, profile.load_LE, strict=True)])
+    return Solved(copied, loads)
+
+
+def _solve_copies(work: tuple[CopyTask, list[np.ndarray]]) -> np.ndarray:
+    task, starts = work
+    return min((place_copies(task, hosts_ER) for hosts_ER in starts), key=lambda found: found[1])[0]
+
+
+def _labelled(rank_of_LE: np.ndarray, profile: RoutingProfile, topology: Topology, demands: Demands) -> np.ndarray:
+    """Ranks renamed at every layer, nodes kept together, so that a request finds its experts on
+    one rank at all layers: what a router needs, at no time of placement alone."""
+    requests_B = chosen_requests(profile, demands.seed)
+    usage_LBE = request_usage_LBE(profile.sample, requests_B, profile.info.num_experts)
+    weight_B = np.diff(profile.sample.starts_B1)[requests_B].astype(np.float64)
+    options = {"num_nodes": topology.num_nodes, "seed": demands.seed, "starts": LABEL_STARTS[demands.effort]}
+    return align_labels(rank_of_LE, usage_LBE, weight_B, topology.num_ranks, **options)[0]

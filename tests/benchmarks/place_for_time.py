@@ -1,0 +1,83 @@
+"""Predicted time of plans for time, plans for bytes and load packing, on the half of the requests that none saw. One JSON object.
+
+    python tests/benchmarks/place_for_time.py TRACE [--ranks 8] [--nodes 8] [--settings nvlink,nics] [--replicas 1] [--bytes] [--seed 0]
+
+Settings are those of docs/experiments.md, "Time": h100, 4096 prompt tokens a rank inside one node, on as many nodes as --nodes says, or
+with two batches that overlap; 64 or 128 generated tokens, in DeepEP's normal and low-latency modes. `ratio`: over load packing with as
+many slots, in the same batches. `excess`: activations of the busiest rank over the mean, less 1. --bytes also places at cap 1.05.
+"""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from semmoe.profiles.counts import profile_traces
+from semmoe.profiles.trace import RoutingTrace
+from semmoe.solvers.demands import Demands
+from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.make_plan import split_requests
+from semmoe.solvers.place.baselines import baselines
+from semmoe.solvers.place.solve import solve_placement
+from semmoe.solvers.placement import Topology
+from semmoe.solvers.schedule.simulate import Setting
+from semmoe.solvers.slots import Slots
+from semmoe.solvers.time.hardware import TimeAsked
+from semmoe.solvers.time.minimize import solve_for_time
+from semmoe.solvers.time.predict import predict
+
+PREFILL: dict[str, Any] = {"phase": "prompt", "tokens_per_rank": 4096, "backend": "deepep-normal"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "nvlink": PREFILL,
+    "nics": PREFILL,
+    "two-batch": {**PREFILL, "overlap": "two-batch", "other_us": 450.0},
+    **{
+        f"decode-{tokens}-{name}": {"phase": "generated", "tokens_per_rank": tokens, "backend": backend}
+        for tokens in (64, 128)
+        for name, backend in (("normal", "deepep-normal"), ("ll", "deepep-ll"))
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--nodes", type=int, default=8, help="of the setting nics")
+    parser.add_argument("--settings", default=",".join(SETTINGS))
+    parser.add_argument("--replicas", type=int, default=0)
+    parser.add_argument("--bytes", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    trace = RoutingTrace.open(options.trace)
+    (held_B,) = split_requests([trace], holdout=0.5, holdout_domains=[], seed=options.seed)
+    profile, batch = profile_traces([trace], [~held_B]), trace.load(held_B)
+    rows = []
+    for name in options.settings.split(","):
+        topology = Topology(options.ranks, options.nodes if name == "nics" else 1)
+        asked = TimeAsked(hardware="h100", **SETTINGS[name])
+        demands, begun = Demands(replicas=options.replicas, seed=options.seed), time.process_time()
+        solved = solve_for_time(profile, topology, demands, asked)
+        seconds = time.process_time() - begun
+        beside = baselines(profile.load_LE, topology, profile.info.n_group, slots=Slots.of(solved.placement))
+        if options.bytes:
+            beside["bytes"] = solve_placement(profile, topology, demands, method="semmoe").placement
+        placements = {"plan": solved.placement, **beside}
+        deployed = {key: Deployment(placed, profile.load_LE, topology) for key, placed in placements.items()}
+        report = predict(deployed, batch, trace.info.model, asked, setting=Setting(), against="load")
+        load = report.row("load").us["total"]
+        found = {
+            key: {"us": r.us["total"], "ratio": r.us["total"] / load, "excess": r.imbalance["experts"] - 1}
+            for key, r in ((key, report.row(key)) for key in placements)
+        }
+        assert report.saved is not None
+        rows.append(
+            {"setting": name, **found, "saved": report.saved.to_json(), "cpu_s": seconds, "notes": solved.notes}
+        )
+        print(rows[-1], file=sys.stderr)
+    print(json.dumps({"ranks": options.ranks, "replicas": options.replicas, "seed": options.seed, "settings": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""`--load-format semmoe` in vLLM's own process: greedy tokens equal to the plain load, and routed
+experts permuted as the plan says.
+
+    vllm-venv/bin/python load_formats.py FOLDER FAMILY...
+
+FOLDER holds FAMILY/source and FAMILY/p (tiny_families.py makes them). Prints one JSON object per
+family. One engine at a time, without subprocesses.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+PROMPTS = [[(7 * i + 3 * n) % 100 + 3 for i in range(5 + 6 * n)] for n in range(6)]
+
+
+def run(model: str, **loading) -> tuple[list, list]:
+    """Greedy tokens and routed experts [T, L, K] of each prompt."""
+    import torch
+    from vllm import LLM, SamplingParams  # pyright: ignore
+    from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore
+
+    torch.manual_seed(0)
+    llm = LLM(
+        model,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_seqs=2,
+        enable_return_routed_experts=RETURNS,
+        **loading,
+    )
+    asked = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+    outputs = [
+        each.outputs[0] for each in llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], asked, use_tqdm=False)
+    ]
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return [list(each.token_ids) for each in outputs], [each.routed_experts for each in outputs]
+
+
+def check(folder: str, family: str) -> dict:
+    import numpy as np
+
+    from semmoe.runtime.engines.plan_files import read_plan_facts
+
+    source, plan = f"{folder}/{family}/source", read_plan_facts(f"{folder}/{family}/p")
+    begin = time.monotonic()
+    plain_tokens, plain_ids = run(source)
+    placed_tokens, placed_ids = run(source, load_format="semmoe", model_loader_extra_config={"plan": plan.path})
+    equal = sum(a == b for a, b in zip(plain_tokens, placed_tokens, strict=True))
+    rows = wrong = 0
+    layers = plan.model["model_layers"]
+    for plain, placed in zip(plain_ids, placed_ids, strict=True):
+        if plain is None or placed is None:
+            continue
+        if plain.shape[1] != len(layers):
+            plain, placed = plain[:, layers], placed[:, layers]
+        # The labels of the placed model, through the plan's table, are the model's own.
+        back = plan.orders_LE[np.arange(len(layers))[:, None], placed]
+        differs = (np.sort(back, -1) != np.sort(plain, -1)).any(-1)
+        rows, wrong = rows + differs.size, wrong + int(differs.sum())
+    moved = int((plan.orders_LE != np.arange(plan.orders_LE.shape[1])).sum())
+    found = {"family": family, "prompts": len(PROMPTS), "equal": equal, "token_layers": rows, "differ": wrong}
+    return found | {"experts_moved": moved, "seconds": round(time.monotonic() - begin, 1)}
+
+
+if __name__ == "__main__":
+    from importlib.metadata import version
+
+    RETURNS = version("vllm").startswith("0.30.")  # from 0.31 on not on a CPU
+    failed = []
+    for name in sys.argv[2:]:
+        try:
+            result = check(sys.argv[1], name)
+            good = result["equal"] == len(PROMPTS) and not result["differ"] and result["experts_moved"]
+        except Exception as error:
+            result, good = {"family": name, "error": f"{type(error).__name__}: {error}"[:300]}, False
+        failed += [] if good else [name]
+        print("RESULT", json.dumps(result), flush=True)
+    sys.exit(f"not equal: {failed}" if failed else 0)

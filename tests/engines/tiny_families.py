@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""tiny_families.py FOLDER FAMILY...: a tiny model of each family as FOLDER/FAMILY/source, and a
+random placement of its experts as FOLDER/FAMILY/p. Needs the test extra, no engine."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from random_plans import random_plan
+from tiny_models import tiny_model
+
+# Sizes that the CPU kernels of vLLM take: heads of 32 (some families: hidden size / heads).
+SIZES = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 64,
+    "shared_expert_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def write(folder: Path, family: str) -> None:
+    import tiny_models
+
+    tiny_models.SMALL.update(SIZES)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_model(family)
+    model.save_pretrained(folder / "source")
+    config = json.loads((folder / "source" / "config.json").read_text())
+    (folder / "source" / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=2))
+    random_plan(folder / "source").save(folder / "p")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        write(Path(sys.argv[1]) / name, name)
+        print(name)

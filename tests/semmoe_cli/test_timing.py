@@ -1,0 +1,129 @@
+"""Times on given hardware through the command line."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from semmoe.main import app
+from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
+from semmoe.solvers.time import predict as predicting
+from semmoe.solvers.time.minimize import CAPS
+
+SIZES = ("--hidden-size", "512", "--expert-size", "256")
+TIME = ("--hardware", "h100", "--phase", "prompt", "--tokens-per-rank", "256", *SIZES)
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(predicting, "RESAMPLED_IDS", 500_000)
+    monkeypatch.setattr(predicting, "BATCH_IDS", 500_000)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("timing") / "t"
+    write_synthetic(path, SyntheticWorld(num_layers=2, num_experts=16, num_requests=60))
+    return str(path)
+
+
+def run(*words, code=0):
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == code, done.output
+    return done
+
+
+def placed(trace, out, *more):
+    words = ("place", trace, "--ranks", 4, "--holdout", 0.5, "--no-refit", "-o", out, "--effort", "fast", "--json")
+    return json.loads(run(*words, *more).stdout)
+
+
+def test_a_plan_placed_for_time_says_what_it_saves(trace, tmp_path):
+    report = placed(trace, tmp_path / "p", *TIME, "--step-ms", 20, "--gpu-hour", 2, "--engine", "sglang")
+    time = report["time"]
+    assert (time["hardware"], time["backend"], time["phase"], time["engine"]) == (
+        "h100",
+        "deepep-normal",
+        "prompt",
+        "sglang",
+    )
+    assert {(row["placement"], row["schedule"]) for row in time["rows"]} >= {
+        ("plan", "random"),
+        ("plan", "dp-scorer"),
+        ("contiguous", "random"),
+        ("load", "random"),
+    }
+    for row in time["rows"]:
+        assert row["us"]["total"] == pytest.approx(sum(row["us"][k] for k in ("dispatch", "experts", "combine")))
+        assert row["deployable"] == (row["schedule"] in ("random", "dp-scorer"))
+        assert row["share_of_step"] == pytest.approx(row["us"]["total"] * 2 / 20_000)
+    saved, plan = time["saved"], next(r for r in time["rows"] if r["placement"] == "plan")
+    others = [r["us"]["total"] for r in time["rows"] if r["placement"] in ("contiguous", "load")]
+    assert plan["us"]["total"] <= min(others) and saved["ci"][0] <= saved["share"] <= saved["ci"][1]
+    assert saved["usd_per_hour"] == pytest.approx(2 * 4 * saved["share_of_step"])
+    assert time["sensitivity"]["low"] <= saved["share"] <= time["sensitivity"]["high"]
+    assert {p["name"] for p in time["parameters"] if "assumed" in p} >= {"exchange.a", "setup"}
+    assert all(("source" in p) != ("assumed" in p) for p in time["parameters"])
+    assert "add --hardware" not in report["verdict"]["sentence"]
+    facts = json.loads((tmp_path / "p" / "plan.json").read_text(encoding="utf-8"))
+    assert facts["options"]["minimize"] == "time"
+
+
+def test_without_hardware_nothing_is_green(trace, tmp_path):
+    report = placed(trace, tmp_path / "p")
+    assert "bytes only; time unknown: add --hardware" in report["verdict"]["sentence"]
+    assert report["verdict"]["decision"] == "recommend" and report["verdict"]["level"] == "watch"
+    assert "time" not in report
+    page = tmp_path / "r.md"
+    run("report", tmp_path / "p", trace, "-o", page)
+    assert "add --hardware" in page.read_text(encoding="utf-8").split("\n\n")[1]
+
+
+def test_reports_of_plans_of_traces_and_of_other_ranks_have_times(trace, tmp_path):
+    placed(trace, tmp_path / "p", "--minimize", "bytes", *TIME)
+    page = tmp_path / "r.html"
+    words = ("report", tmp_path / "p", trace, *TIME, "--what-if", "2,4", "--json", "-o", page)
+    report = json.loads(run(*words).stdout)
+    assert report["time"]["verdict"]["sentence"]
+    assert "us a layer" in page.read_text(encoding="utf-8")
+    assert all(row["us_per_layer"] > 0 for row in report["what_if"]["rows"])
+    placed(trace, tmp_path / "q", *TIME)
+    compared = json.loads(run("compare", tmp_path / "p", tmp_path / "q", trace, *TIME, "--json").stdout)
+    totals = [
+        next(row["us"]["total"] for row in time["rows"] if row["placement"] == "plan")
+        for time in compared["time"].values()
+    ]
+    assert len(totals) == 2 and totals[1] <= totals[0] * 1.01  # placed for time
+    health = json.loads(run("report", trace, *TIME, "--ranks", 4, "--json").stdout)
+    assert {row["placement"] for row in health["layer_time"]["rows"]} == {"contiguous", "load"}
+    assert "us" in run("report", trace, *TIME, "--ranks", 4).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--hardware", "h100"), "give --hidden-size and --expert-size"),
+        (("--hardware", "h101", *SIZES), "known machines are"),
+        (("--hardware", "h100", "--backend", "cpu-proxy", *SIZES), "bound by messages"),
+        (("--minimize", "time"), "needs --hardware"),
+        (("--hardware", "h100", "--minimize", "time", "--method", "load", *SIZES), "needs --method semmoe"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_and_writes_nothing(trace, tmp_path, words, said):
+    done = run("place", trace, "--ranks", 4, "-o", tmp_path / "p", *words, code=1)
+    assert said in str(done.exception)
+    assert not (tmp_path / "p").exists()
+
+
+def test_options_of_time_need_hardware(trace, tmp_path):
+    done = run("place", trace, "--ranks", 4, "-o", tmp_path / "p", "--backend", "deepep-ll", code=2)
+    assert "needs --hardware" in done.output
+
+
+def test_the_load_cap_is_chosen_by_time(trace, tmp_path):
+    placed(trace, tmp_path / "p", *TIME, "--minimize", "bytes", "--load-cap", "auto")
+    facts = json.loads((tmp_path / "p" / "plan.json").read_text(encoding="utf-8"))
+    assert facts["load_cap"] in CAPS and "minimize" not in facts["options"]
+    words = ("place", trace, "--ranks", 4, "-o", tmp_path / "q", "--load-cap")
+    assert "needs --hardware" in str(run(*words, "auto", code=1).exception)
+    assert "is no number, nor auto" in run(*words, "much", code=2).output

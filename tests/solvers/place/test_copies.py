@@ -1,0 +1,56 @@
+"""Copies in spare slots: what they save, the load cap, and no repetition on a rank."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semmoe.solvers.place.copies import CopiedLayer, add_copies
+from semmoe.solvers.place.replicas import served_load_R, serving_LRE
+from semmoe.solvers.placement import Placement, Topology, part_sizes
+
+
+def test_copies_follow_the_tokens() -> None:
+    # Ranks own {0,1} and {2,3}; the tokens of rank 0 also use expert 2, those of rank 1 expert 1.
+    ids_TK = np.array([[0, 1, 2]] * 10 + [[2, 3, 1]] * 10, np.uint8)
+    layer = CopiedLayer(np.array([0, 0, 1, 1]), ids_TK, np.bincount(ids_TK.reshape(-1), minlength=4))
+    assert add_copies(layer, Topology(2), slots=3).tolist() == [[0, 1, 2], [2, 3, 1]]
+
+
+def test_copies_are_exchanged_for_the_cap() -> None:
+    # Ranks own {0,1}, {2,3}, {4,5}; every rank's tokens like expert 0 or 2 best, yet rank 2 serves
+    # the hot expert 4 to all.
+    rng = np.random.default_rng(0)
+    likes = {0: [0, 1, 2], 1: [2, 3, 0], 2: [4, 5, 0]}
+    rows = [likes[home] if rng.random() < 0.6 else [4, *likes[home][:2]] for home in [0, 1, 2] * 200]
+    ids_TK = np.array([row if len(set(row)) == 3 else [4, 5, 2] for row in rows], np.uint8)
+    layer = CopiedLayer(np.array([0, 0, 1, 1, 2, 2]), ids_TK, np.bincount(ids_TK.reshape(-1), minlength=6))
+    topology, worst = Topology(3), {}
+    for cap in (np.inf, 1.05):
+        experts_RS = add_copies(layer, topology, slots=3, load_cap=cap)
+        serving = serving_LRE(Placement(experts_RS[None], 6).hosts_LER, layer.load_E[None], topology)[0]
+        load_R = served_load_R(serving, layer.load_E)
+        assert load_R.sum() == pytest.approx(layer.load_E.sum())
+        worst[cap] = load_R.max() / load_R.mean()
+    assert worst[np.inf] > 1.1 and worst[1.05] < worst[np.inf]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 14), st.integers(0, 6), st.integers(0, 2**31))
+def test_every_slot_is_filled_with_different_experts(ranks: int, num_experts: int, spare: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rank_of_E = rng.permutation(np.repeat(np.arange(ranks), part_sizes(num_experts, ranks)))
+    slots = min(-(-num_experts // ranks) + spare, num_experts)
+    ids_TK = np.stack([rng.permutation(num_experts + 1)[: min(3, num_experts)] for _ in range(20)])
+    load_E = np.bincount(ids_TK.ravel(), minlength=num_experts + 1)[:-1]
+    topology = Topology(ranks)
+    experts_RS = add_copies(CopiedLayer(rank_of_E, ids_TK, load_E), topology, slots=slots, load_cap=1.05)
+    assert experts_RS.shape == (ranks, slots)
+    placement = Placement(experts_RS[None], num_experts)  # raises where an expert is missing or twice on a rank
+    assert placement.num_empty == 0
+    assert all(placement.hosts_LER[0, e, rank_of_E[e]] for e in range(num_experts))
+    serving = serving_LRE(placement.hosts_LER, load_E[None], topology)
+    layer, rank, expert = np.indices(serving.shape)
+    assert placement.hosts_LER[layer, expert, serving].all()
+    own = placement.hosts_LER[layer, expert, rank]
+    assert (serving[own] == rank[own]).all()
