@@ -40,6 +40,7 @@ from semmoe.profiles.document import (
 )
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import inside
+from semmoe.profiles.hub.urls import is_url, network, open_url, shown
 
 FORMAT = "semmoe-trace"
 VERSION = 1
@@ -240,18 +241,24 @@ def open_part(source: Any, name: str | None = None) -> pq.ParquetFile:
         raise InputError(f"{name or source} cannot be read as Parquet: {reason}") from None
 
 
-def read_facts(path: str, filesystem: fsspec.AbstractFileSystem | None = None) -> tuple[dict[str, Any], TraceInfo]:
-    """trace.json as it is, and as TraceInfo."""
-    where = f"{path.rstrip('/')}/trace.json"
+def read_facts(
+    path: str, filesystem: fsspec.AbstractFileSystem | None = None, *, url: str = ""
+) -> tuple[dict[str, Any], TraceInfo]:
+    """trace.json as it is, and as TraceInfo. `url`: what messages call the path in the file
+    system."""
+    name = url or path
+    where = f"{name.rstrip('/')}/trace.json"
     source = filesystem or fsspec.filesystem("file")
 
     def read() -> bytes:
         if is_local(source):
-            return read_bounded(Path(where))
-        check_size(source.size(where) or 0)
-        return cast(bytes, source.cat_file(where))
+            return read_bounded(Path(path) / "trace.json")
+        with network(name):
+            file = f"{path.rstrip('/')}/trace.json"
+            check_size(source.size(file) or 0)
+            return cast(bytes, source.cat_file(file))
 
-    facts = read_document(read, path, "trace.json", kind="trace", format=FORMAT, version=VERSION)
+    facts = read_document(read, name, "trace.json", kind="trace", format=FORMAT, version=VERSION)
     validate(facts, FACTS, where)
     for name in ("requests", "tokens"):
         found = sum(part[name] for part in facts["parts"])
@@ -298,11 +305,8 @@ class RoutingTrace:
     def open(cls, path: str | Path) -> "RoutingTrace":
         """Open a trace directory or any URL that fsspec knows (hf://, s3://). Raises InputError
         where it is none, or unfinished."""
-        try:
-            filesystem, root = fsspec.core.url_to_fs(str(path))
-        except (ImportError, ValueError) as error:
-            raise InputError(f"{path} cannot be opened: {error}") from None
-        facts, info = read_facts(root, filesystem)
+        filesystem, root = open_url(str(path))
+        facts, info = read_facts(root, filesystem, url=shown(path) if is_url(path) else "")
         if not facts.get("complete"):
             raise InputError(f"{path} is an unfinished trace: complete it with the same command and --resume")
         return cls(root, info, facts, filesystem)
@@ -334,7 +338,8 @@ class RoutingTrace:
         for part in self.facts["parts"]:
             name = f"{self.path.rstrip('/')}/{part['file']}"
             try:
-                source = self._checked_source(part, name, whole)
+                with network(name):
+                    source = self._checked_source(part, name, whole)
             except OSError as error:
                 raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
             file = open_part(source, name)
@@ -365,6 +370,12 @@ class RoutingTrace:
             self._checked.add(name)
             self.unchecked.pop(name, None)
         return source
+
+    def check_parts(self) -> None:
+        """Compare every part with its SHA-256 and its count of rows. Raises InputError where one
+        differs."""
+        for _ in self._parts():
+            pass
 
     def requests(self) -> pa.Table:
         """One row per request with its small columns: request_id, domain, num_prompt_tokens,

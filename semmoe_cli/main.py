@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -16,6 +17,7 @@ import typer
 from semmoe.commands.compare import compare
 from semmoe.commands.demo import demo
 from semmoe.commands.export import export
+from semmoe.commands.hub import pull, push
 from semmoe.commands.place import place
 from semmoe.commands.report import report
 from semmoe.commands.reshard import reshard
@@ -24,19 +26,24 @@ from semmoe.commands.run import run
 from semmoe.commands.show import show
 from semmoe.commands.trace import trace
 from semmoe.commands.try_ import try_
+from semmoe.config import HELP, NAMED, takes_config
+from semmoe.help import Command, Group
 from semmoe.profiles.errors import DEBUG, InputError, show_traceback, visible
+from semmoe.profiles.hub.urls import is_network_failure, why
 
 app = typer.Typer(
     name="semmoe",
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Offline expert placement for Mixture-of-Experts models: record routing, place experts, measure the saved traffic.",
     epilog="Example: semmoe trace --from sglang responses.jsonl.gz -o t; semmoe place t --ranks 4 -o p; semmoe report p t",
 )
-for command in (demo, trace, place, report, compare, show, reshard, export, run, route):
-    app.command()(command)
-app.command("try")(try_)
+for command in (demo, trace, place, report, compare, show, reshard, export, run, route, push, pull):
+    app.command(cls=Command)(takes_config(command))
+app.command("try", cls=Command)(takes_config(try_))
 
 
 def _print_version(asked: bool) -> None:
@@ -49,6 +56,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -58,7 +66,9 @@ def _options(
             "--debug", help=f"Show the traceback behind an error of one line; {DEBUG}=1 in the environment does too."
         ),
     ] = False,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help=HELP)] = None,
 ) -> None:
+    context.meta[NAMED] = config
     if debug:
         os.environ[DEBUG] = "1"
 
@@ -96,6 +106,8 @@ def main_of(command: Callable[[], object]) -> None:
         where = f" {error.filename}" if error.filename else ""  # standard output has no name
         _end(error, f"cannot write{where}: {error.strerror}")
     except Exception as error:
+        if is_network_failure(error):
+            _end(error, f"another machine cannot be reached: {why(error)}")
         if not _worker_died(error):
             raise
         _end(error, "a worker process died, most often for lack of memory: semmoe place takes --processes 1")

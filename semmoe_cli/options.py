@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from semmoe.config import used_words
+
 if TYPE_CHECKING:
     from semmoe.solvers.schedule.simulate import Setting
     from semmoe.solvers.time.hardware import TimeAsked
@@ -200,6 +202,8 @@ class Verify(enum.StrEnum):
     bytes = "bytes"
     logits = "logits"
 
+
+UNTOLD = ("--output", "--processes", "--config")  # of a command line, where it is recorded
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice; same input and seed give the same bytes.", min=0)]
@@ -448,21 +452,21 @@ def _record_of(parameter: Parameter) -> type | None:
 
 def command_line(*path_values: Path | str) -> str:
     """The command line as typed, without what cannot change the result: where files lie, how
-    many processes work, how it is printed."""
+    many processes work, how it is printed. What semmoe.toml gave to it is added."""
     hidden = {str(p) for p in path_values}
     words, skip = [], False
     for word in sys.argv[1:]:
         if skip:
             skip = False
-        elif word in ("-o", "--output", "--processes"):
+        elif word in ("-o", *UNTOLD):
             skip = True
-        elif word in ("--json", "--debug") or word.startswith(("--output=", "--processes=")) or re.match("-o.", word):
+        elif word in ("--json", "--debug") or word.partition("=")[0] in UNTOLD or re.match("-o.", word):
             continue
         elif (value := word.partition("=")[2]) and value in hidden:
             words.append(word.partition("=")[0])  # an option that names a file, as where a space stands between the two
         elif word not in hidden and word.rstrip("/") not in hidden:
             words.append(word)
-    return shlex.join(["semmoe", *words])
+    return shlex.join(["semmoe", *words, *used_words()])
 
 
 def given(*records: Any, but: Container[str] = (), **options: Any) -> list[str]:

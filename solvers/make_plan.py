@@ -201,31 +201,6 @@ def plan_of_traffic(
     )
 
 
-def score_held_out(
-    deployment: Deployment, traffic: Traffic, options: PlanOptions, processes: int, progress: Stages
-) -> Report:
-    """The deployment on the held-out requests, beside what engines do without us."""
-    info = traffic.profile.info
-    max_tokens = SCORED_IDS // (info.num_layers * info.top_k)
-    scored_on = bounded_requests(traffic.rest.sample, max_tokens=max_tokens, seed=options.setting.seed)
-    # Where a server ran them under an earlier plan says nothing of this one.
-    scored_on = replace(scored_on, rank_of_B=None)
-    scores = score_batch(
-        deployment,
-        scored_on,
-        info,
-        against=options.against,
-        setting=options.setting,
-        processes=processes,
-        progress=partial(progress, "scoring on held-out requests: rows"),
-    )
-    scores = replace(scores, phase=options.phase)
-    if options.time is None:
-        return scores
-    beside = deployments_beside(deployment, info.n_group, options.against)
-    return timed_report(scores, deployment, beside, scored_on, options.time, options.against.name)
-
-
 def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, options: PlanOptions) -> None:
     check_rule(options.replica_choice)
     if demands.dispatch not in DISPATCH_KINDS:
@@ -234,7 +209,7 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
         trace.require_tokens("placement by co-activation, and its held-out scores,")
     check_demands(traces[0].info, topology, demands, method=options.method)
     slots = demands.slots_of(traces[0].info.num_experts, topology.num_ranks)
-    if options.certify and slots.copies and slots.per_rank * topology.num_ranks > traces[0].info.num_experts:
+    if options.certify and slots.has_spare(traces[0].info.num_experts, topology.num_ranks):
         least = slots == Slots.least(traces[0].info.num_experts, topology.num_ranks)
         raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
     if options.for_time:
@@ -322,6 +297,24 @@ def _split(traces: list[RoutingTrace], held_out: list[np.ndarray], seed: int, op
         "training_requests": sum(t.num_requests for t in traces) - num_held_out,
         "refit": options.refit,
     }
+
+
+def score_held_out(
+    deployment: Deployment, traffic: Traffic, options: PlanOptions, processes: int, progress: Stages
+) -> Report:
+    """The report of a plan on requests that it was not fitted on, with times where they are asked
+    for."""
+    info, setting, against = traffic.profile.info, options.setting, options.against
+    most = SCORED_IDS // (info.num_layers * info.top_k)
+    # Where a server ran them under an earlier plan says nothing of this one.
+    batch = replace(bounded_requests(traffic.rest.sample, max_tokens=most, seed=setting.seed), rank_of_B=None)
+    scoring = partial(progress, "scoring on held-out requests: rows")
+    scored = {"against": against, "setting": setting, "processes": processes, "progress": scoring}
+    report = replace(score_batch(deployment, batch, info, **scored), phase=options.phase)
+    if options.time is None:
+        return report
+    beside = deployments_beside(deployment, info.n_group, against)
+    return timed_report(report, deployment, beside, batch, options.time, against.name)
 
 
 def score_plan(

@@ -39,6 +39,7 @@ from semmoe.profiles.document import (
 )
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import check_directory_target, inside, new_directory, write_file
+from semmoe.profiles.hub.urls import fetched, is_url
 from semmoe.profiles.safetensors_file import read_shard
 from semmoe.profiles.trace import MAX_LAYERS, TraceInfo, hash_file
 from semmoe.solvers.deployment import Deployment
@@ -312,7 +313,10 @@ class Plan:
     def load(cls, path: str | Path, *, accept_edits: bool = False) -> "Plan":
         """Read and check a plan directory. Raises InputError where it is none, damaged, or not as
         it was written; with `accept_edits` a plan.json that was edited passes where all else does,
-        with a note of it."""
+        with a note of it. A URL that fsspec knows (hf://datasets/OWNER/NAME) is fetched first."""
+        if is_url(path):
+            with fetched(str(path), ("plan.json", TABLES)) as folder:
+                return cls.load(folder, accept_edits=accept_edits)
         path = Path(path)
         facts, unchecked = read_facts(path, accept_edits=accept_edits)
         try:

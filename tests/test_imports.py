@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Folders, and their rooms, each of which may import what stands before it; a folder's own files are
 # records that all share.
 ORDER = {
-    "profiles": ["demo", "engines", "router", "capture"],
+    "profiles": ["hub", "demo", "engines", "router", "capture"],
     "solvers": ["schedule", "place", "evaluate", "time", "health", "replan", "maps"],
     "runtime": ["ranks", "reshard", "engines", "router", "layer", "transformers", "serving", "replay"],
     "semmoe_cli": ["terminal", "pages.figures", "pages", "commands"],

@@ -116,7 +116,7 @@ def compare(
         with steps("gain against moves") as progress:
             comparison = replace(comparison, curve=gain_curve(plans, traced, seed=simulation.seed, progress=progress))
     note_unchecked(*plans.values(), traced)
-    for line in notes:
+    for line in dict.fromkeys([*notes, *(line for time in (comparison.time or {}).values() for line in time.notes)]):
         note(line)
     comparison = replace(comparison, trace=trace)
     if json_:

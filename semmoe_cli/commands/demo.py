@@ -6,6 +6,7 @@ first lesson.
 
 import io
 import json
+import os
 import sys
 import time
 from contextlib import redirect_stdout
@@ -21,6 +22,8 @@ from semmoe.terminal.text import add_row, quoted
 
 if TYPE_CHECKING:
     from semmoe.solvers.evaluate.report import Report
+
+ALONE = ("--config", os.devnull)  # the demo is the same in every directory
 
 
 def demo(
@@ -87,7 +90,7 @@ def _step(context: typer.Context, *words: object) -> dict[str, Any]:
     command = [str(word) for word in words]
     print(f"\n$ {' '.join(map(quoted, ['semmoe', *command]))}", file=sys.stderr)
     printed, program = io.StringIO(), context.find_root().command
-    with redirect_stdout(printed), program.make_context("semmoe", [*command, "--json"]) as step:
+    with redirect_stdout(printed), program.make_context("semmoe", [*ALONE, *command, "--json"]) as step:
         program.invoke(step)
     return json.loads(printed.getvalue())
 

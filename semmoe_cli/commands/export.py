@@ -42,7 +42,7 @@ class MapFacts:
 
 @grouped()
 def export(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan directory.")],
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="Plan directory, or its URL.")],
     to: Annotated[
         ExportKind,
         typer.Option(
@@ -96,7 +96,7 @@ def export(
     made_by = command_line(output, plan, facts.model or "")
     options = MapOptions(vllm_format, facts.model, facts.num_hidden_layers, facts.mtp_layers, facts.redundant, made_by)
     lines = write_map(placed, kind, output, options)
-    _tell(placed, kind, output, lines, json_, _write_delta(plan, placed, output))
+    _tell(placed, kind, output, lines, json_, _write_delta(Path(plan), placed, output))
 
 
 def _write_delta(plan: Path, placed: "Plan", output: Path) -> str | None:

@@ -262,7 +262,8 @@ def place(
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
     plan.save(output)
     note_unchecked(*opened)
-    for line in plan.notes:
+    timed = plan.scores.time if plan.scores else None
+    for line in [*plan.notes, *(timed.notes if timed else [])]:
         note(line)
     if plan.scores is None:
         print_balance(plan.options["balance"], {"plan": str(output), "trace": ", ".join(traces)}, as_json=json_)

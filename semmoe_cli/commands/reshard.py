@@ -37,7 +37,7 @@ def reshard(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Checkpoint directory to write.")],
     plan: Annotated[
-        Path | None, typer.Argument(metavar="PLAN", help="Plan of `semmoe place`; none with --undo.")
+        str | None, typer.Argument(metavar="PLAN", help="Plan of `semmoe place`, or its URL; none with --undo.")
     ] = None,
     *,
     rewriting: Rewriting,
@@ -86,7 +86,7 @@ def reshard(
     for line in result.notes:
         note(line)
     if json_:
-        print_json({**asdict(result), "checkpoint": str(checkpoint), "plan": str(plan) if plan else None, "undo": undo})
+        print_json({**asdict(result), "checkpoint": str(checkpoint), "plan": plan, "undo": undo})
     linked = f", {result.bytes_linked / 1e9:.2f} GB linked" if result.bytes_linked else ""
     checked = {"none": "not verified", "bytes": "bytes compared", "logits": "bytes and logits compared"}[
         result.verified

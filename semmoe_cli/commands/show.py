@@ -15,7 +15,12 @@ LARGEST_SAMPLE_IDS = 100_000_000  # enough for every statistic of a screen
 
 
 def show(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A trace or a plan.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="A trace or a plan: a directory, or a URL such as hf://datasets/OWNER/NAME."
+        ),
+    ],
     accept_edits: Annotated[
         bool,
         typer.Option(
@@ -41,12 +46,15 @@ def show(
 def describe_path(path: str, *, seed: int, accept_edits: bool = False, phase: str | None = None) -> dict[str, Any]:
     """Facts about the trace or plan at `path`. Raises InputError where it is neither. With
     `accept_edits` a plan is signed again first. `phase`: of a trace, whose tokens are described."""
+    from semmoe.profiles.hub.urls import holds, is_url
     from semmoe.profiles.split import only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan, sign_again
     from semmoe.terminal.tables import note, note_unchecked
 
-    if (Path(path) / "plan.json").is_file():
+    if accept_edits and is_url(path):
+        raise InputError(f"--accept-edits: {path} is a URL: semmoe pull it first")
+    if holds(path, "plan.json") if is_url(path) else (Path(path) / "plan.json").is_file():
         plan = sign_again(path) if accept_edits else Plan.load(path)
         if accept_edits:
             note(f"signed {path} as it is now")
@@ -56,9 +64,9 @@ def describe_path(path: str, *, seed: int, accept_edits: bool = False, phase: st
         return plan.facts()
     if accept_edits:
         raise InputError(f"--accept-edits: {path} is not a plan, it holds no plan.json")
-    if "://" not in path and not Path(path).exists():
+    if not is_url(path) and not Path(path).exists():
         raise InputError(f"{path} does not exist: expected a trace or a plan")
-    if "://" not in path and not (Path(path) / "trace.json").is_file():
+    if not is_url(path) and not (Path(path) / "trace.json").is_file():
         raise InputError(f"{path} is neither a trace nor a plan: it holds no trace.json and no plan.json")
     trace = only_phase(RoutingTrace.open(path), phase or "all")
     facts = _describe_trace(trace, seed)

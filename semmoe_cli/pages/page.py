@@ -224,13 +224,13 @@ def _class(name: bool, best: bool) -> str:
 
 
 def _markdown(page: Page) -> bytes:
-    lines = [f"# {_words(page.title)}", "", f"**{_words(page.verdict)}**", ""]
-    lines += [f"- {_words(name)}: {_words(value)}" for name, value in page.facts]
+    lines = [f"# {as_markdown(page.title)}", "", f"**{as_markdown(page.verdict)}**", ""]
+    lines += [f"- {as_markdown(name)}: {as_markdown(value)}" for name, value in page.facts]
     for section in page.sections:
-        lines += ["", f"## {_words(section.title)}", ""]
+        lines += ["", f"## {as_markdown(section.title)}", ""]
         for block in section.blocks:
             lines += [*_markdown_block(block), ""]
-    text = "\n".join([*lines, "", "---", _words(page.footer), ""])
+    text = "\n".join([*lines, "", "---", as_markdown(page.footer), ""])
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text.encode()
@@ -239,20 +239,20 @@ def _markdown(page: Page) -> bytes:
 def _markdown_block(block: Block) -> list[str]:
     match block:
         case Text(text):
-            return [_words(text)]
+            return [as_markdown(text)]
         case Grid(headings, rows, marked, words, names_at):
             rule = ["---" if words or j in names_at else "---:" for j in range(len(headings))]
-            texts = [[_words(c) if words or j in names_at else c for j, c in enumerate(row)] for row in rows]
+            texts = [[as_markdown(c) if words or j in names_at else c for j, c in enumerate(row)] for row in rows]
             cells = [[f"**{c}**" if (i, j) in marked else c for j, c in enumerate(row)] for i, row in enumerate(texts)]
-            heads = [_words(heading) for heading in headings]
+            heads = [as_markdown(heading) for heading in headings]
             return ["| " + " | ".join(row) + " |" for row in [heads, rule, *cells]]
         case Picture(_, _, label, caption):
-            return [f"*{_words(label)}.* {_words(caption)}".strip()]
+            return [f"*{as_markdown(label)}.* {as_markdown(caption)}".strip()]
         case Commands(name, lines, notes):
-            return [f"### {_words(name)}", "", *_fence(lines), *(line for note in notes for line in _noted(note))]
+            return [f"### {as_markdown(name)}", "", *_fence(lines), *(line for note in notes for line in _noted(note))]
 
 
-def _words(text: str) -> str:
+def as_markdown(text: str) -> str:
     """Text as Markdown that shows it as it is: no emphasis, link, formula, HTML, table or list."""
     text = re.sub(r"[\\`*_\[\]<>|~$&]", r"\\\g<0>", visible(text))
     text = re.sub(
@@ -272,7 +272,7 @@ def _fence(lines: list[str]) -> list[str]:
 def _noted(note: str) -> list[str]:
     """A note under commands; the flags that it ends in are set as code."""
     words, colon, flags = note.partition(": --")
-    return [f"{_words(words)}:", "", *_fence([f"--{flags}"])] if colon else [_words(note), ""]
+    return [f"{as_markdown(words)}:", "", *_fence([f"--{flags}"])] if colon else [as_markdown(note), ""]
 
 
 def _png(page: Page) -> bytes:

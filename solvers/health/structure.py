@@ -62,17 +62,29 @@ def _shuffled(ids_TK: np.ndarray, rng: np.random.Generator, *, max_rounds: int =
     """The same ids in random cells, no id twice in a row where `max_rounds` of random exchanges
     reach that. [T, K]."""
     cells = rng.permutation(ids_TK.reshape(-1))
+    shuffled_TK = cells.reshape(ids_TK.shape)  # the same memory
+    rows = np.flatnonzero(_repeats_T(shuffled_TK))
     for _ in range(max_rounds):
-        shuffled_TK = cells.reshape(ids_TK.shape)
-        order_TK = np.argsort(shuffled_TK, axis=1, kind="stable")
-        in_order_TK = np.take_along_axis(shuffled_TK, order_TK, axis=1)
-        row, column = np.nonzero(in_order_TK[:, 1:] == in_order_TK[:, :-1])
-        if not len(row):
+        if not len(rows):
             break
-        repeated = row * ids_TK.shape[1] + order_TK[row, column + 1]
+        order_TK = np.argsort(shuffled_TK[rows], axis=1, kind="stable")
+        in_order_TK = np.take_along_axis(shuffled_TK[rows], order_TK, axis=1)
+        row, column = np.nonzero(in_order_TK[:, 1:] == in_order_TK[:, :-1])
+        repeated = rows[row] * ids_TK.shape[1] + order_TK[row, column + 1]
         partners = rng.choice(len(cells), size=len(repeated), replace=False)
         cells[repeated], cells[partners] = cells[partners], cells[repeated]
-    return cells.reshape(ids_TK.shape)
+        changed = np.union1d(rows, partners // ids_TK.shape[1])  # no other row can have become one
+        rows = changed[_repeats_T(shuffled_TK[changed])]
+    return shuffled_TK
+
+
+def _repeats_T(ids_TK: np.ndarray) -> np.ndarray:
+    """Whether a row holds an id twice, bool [T]."""
+    ids_KT = np.ascontiguousarray(ids_TK.T)
+    found_T = np.zeros(len(ids_TK), bool)
+    for i, ids_T in enumerate(ids_KT):
+        found_T |= (ids_KT[i + 1 :] == ids_T).any(axis=0)
+    return found_T
 
 
 def _share_within(ids_TK: np.ndarray, learn_T: np.ndarray, num_experts: int, num_groups: int, seed: int) -> float:
