@@ -8,6 +8,7 @@ Shape letters: B requests, T tokens, R ranks.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from semmoe.profiles.engines.imports import ImportOptions
@@ -22,6 +23,7 @@ from semmoe.solvers.make_plan import PlanOptions, make_plan, score_plan
 from semmoe.solvers.maps.write import MapOptions, write_map
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import Plan
+from semmoe.solvers.replan.curve import gain_curve
 from semmoe.solvers.schedule.request_scorer import RequestScorer
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.topology import read_topology
@@ -174,6 +176,8 @@ def compare(
         raise InputError(f"{len(plans)} plans to compare, expected two or more")
     comparison, notes = compare_plans(dict(plans), trace, bytes_per_expert=bytes_per_expert, setting=setting)
     _tell(notes)
+    if len(plans) == 2:
+        return replace(comparison, curve=gain_curve(dict(plans), trace, seed=setting.seed))
     return comparison
 
 

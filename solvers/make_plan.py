@@ -7,6 +7,7 @@ written may then be fitted on all requests: more data only helps it, and plan.js
 Shape letters: L MoE layers, R ranks, E experts, B requests.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import one_sided, only_phase, phase_of, phase_shares, request_keys, split_requests
-from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
+from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.against import Against, deployments_beside, words_of
@@ -108,35 +109,69 @@ def make_plan(
     _check(traces, topology, demands, options)
     with_prompts = options.setting.score_from == "prompt"
     traces = [only_phase(trace, options.phase, with_prompts=with_prompts) for trace in traces]
-    shares = phase_shares(traces)
     # Step 2: hold requests out and count both sides, in one reading.
-    embedding_VD = input_embedding(traces[0].info.embedding)
-    holdout = {"holdout": options.holdout, "holdout_domains": options.holdout_domains}
-    held_out = split_requests(traces, **holdout, seed=demands.seed)
-    counting = partial(progress, "reading tokens")
-    profile, rest, whole = profile_split(traces, held_out, seed=demands.seed, progress=counting)
-    # Step 3: place the experts, and fit the schedules, on the other requests.
+    traffic = read_traffic(traces, options, demands.seed, progress)
+    # Step 3: the plan for the counts.
     if options.auto_cap and options.time is not None:
-        demands = replace(demands, load_cap=cap_by_time(profile, topology, demands, options.time, options.method))
-    asked = _Asked(topology, demands, options.method, embedding_VD, options.time if options.for_time else None)
-    fitted = _fit(profile, asked, progress)
-    # Step 4: score on the held-out requests.
+        cap = cap_by_time(traffic.profile, topology, demands, options.time, options.method)
+        demands = replace(demands, load_cap=cap)
+    solve = partial(_placed, topology=topology, demands=demands, options=options)
+    return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
+
+
+class Traffic(NamedTuple):
+    """Requests of traces, counted: those to learn from, those held out, and all."""
+
+    held_out: list[np.ndarray]  # bool [B] per trace
+    profile: RoutingProfile
+    rest: RoutingProfile
+    whole: RoutingProfile
+
+
+def read_traffic(traces: list[RoutingTrace], options: PlanOptions, seed: int, progress: Stages) -> Traffic:
+    """The traces' requests in one reading. Raises InputError where they cannot be split."""
+    holdout = {"holdout": options.holdout, "holdout_domains": options.holdout_domains}
+    held_out = split_requests(traces, **holdout, seed=seed)
+    counting = partial(progress, "reading tokens")
+    return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting))
+
+
+Solve = Callable[[RoutingProfile, Progress], Solved]
+
+
+class Asked(NamedTuple):
+    """What a placement and its schedules are fitted for, on whichever requests."""
+
+    topology: Topology
+    demands: Demands
+    solve: Solve  # from the profile to the placement
+
+
+def plan_of_traffic(
+    traces: list[RoutingTrace], traffic: Traffic, asked: Asked, options: PlanOptions, progress: Stages
+) -> Plan:
+    """The plan with its schedules, scored on the held-out requests. `traces`: of the phase that was
+    counted."""
+    topology, demands, _ = asked
+    held_out, profile, _, whole = traffic
+    embedding_VD, shares = input_embedding(traces[0].info.embedding), phase_shares(traces)
+    # Step 1: place the experts, and fit the schedules, on the requests that are not held out.
+    fitted = _fit(profile, asked, embedding_VD, progress)
+    # Step 2: score on those that are.
     rule = check_rule(options.replica_choice)
     deployment = Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule, rule)
-    scoring = partial(progress, "scoring on held-out requests: rows")
-    scores = _scored(deployment, rest.sample, profile.info, options, demands.processes, scoring)
-    scores = replace(scores, phase_shares=shares)
-    # Step 5: bound what any placement could reach on the requests that were fitted.
+    scores = replace(score_held_out(deployment, traffic, options, demands.processes, progress), phase_shares=shares)
+    # Step 3: bound what any placement could reach on the requests that were fitted.
     if options.certify:
         bounding = partial(progress, "bounding what any placement could reach: layers")
         placement = fitted.solved.placement
         certificate = certificate_of(profile, placement, load_cap=demands.load_cap, progress=bounding)
         scores = replace(scores, certificate=certificate)
-    # Step 6: fit again on all requests, which is what gets written beside what was scored.
+    # Step 4: fit again on all requests, which is what gets written beside what was scored.
     scored = None
     if options.refit:
         scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
-        fitted = _fit(whole, asked, progress, again=" again")
+        fitted = _fit(whole, asked, embedding_VD, progress, again=" again")
     keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
     return Plan(
         placement=fitted.solved.placement,
@@ -185,16 +220,6 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
         costing_of(options.time, traces[0].info, topology)
 
 
-class _Asked(NamedTuple):
-    """What a placement and its schedules are fitted for, on whichever requests."""
-
-    topology: Topology
-    demands: Demands
-    method: str
-    embedding_VD: np.ndarray | None
-    time: TimeAsked | None  # what placement minimises; None: bytes
-
-
 class _Fitted(NamedTuple):
     """A placement and its schedules, and what both were fitted on."""
 
@@ -203,18 +228,24 @@ class _Fitted(NamedTuple):
     schedule: Schedule
 
 
-def _fit(profile: RoutingProfile, asked: _Asked, progress: Stages, again: str = "") -> _Fitted:
+def _placed(
+    profile: RoutingProfile, progress: Progress, *, topology: Topology, demands: Demands, options: PlanOptions
+) -> Solved:
+    if options.for_time and options.time is not None:
+        return solve_for_time(profile, topology, demands, options.time, progress=progress)
+    return solve_placement(profile, topology, demands, method=options.method, progress=progress)
+
+
+def _fit(
+    profile: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages, again: str = ""
+) -> _Fitted:
     demands = asked.demands
-    placing = partial(progress, f"placing layers{again}")
-    if asked.time is None:
-        solved = solve_placement(profile, asked.topology, demands, method=asked.method, progress=placing)
-    else:
-        solved = solve_for_time(profile, asked.topology, demands, asked.time, progress=placing)
+    solved = asked.solve(profile, partial(progress, f"placing layers{again}"))
     schedule = fit_schedule(
         profile.sample,
         solved.placement,
         seed=demands.seed,
-        embedding_VD=asked.embedding_VD,
+        embedding_VD=embedding_VD,
         processes=demands.processes,
         progress=partial(progress, f"fitting schedules{again}: layers"),
     )
@@ -268,21 +299,17 @@ def _split(traces: list[RoutingTrace], held_out: list[np.ndarray], seed: int, op
     }
 
 
-def _scored(
-    deployment: Deployment,
-    sample: TraceBatch,
-    info: TraceInfo,
-    options: PlanOptions,
-    processes: int,
-    progress: Progress,
+def score_held_out(
+    deployment: Deployment, traffic: Traffic, options: PlanOptions, processes: int, progress: Stages
 ) -> Report:
-    """The report of a new plan on requests that it was not fitted on, with times where they are
-    asked for."""
-    setting, against = options.setting, options.against
-    batch = bounded_requests(sample, max_tokens=SCORED_IDS // (info.num_layers * info.top_k), seed=setting.seed)
+    """The report of a plan on requests that it was not fitted on, with times where they are asked
+    for."""
+    info, setting, against = traffic.profile.info, options.setting, options.against
+    most = SCORED_IDS // (info.num_layers * info.top_k)
     # Where a server ran them under an earlier plan says nothing of this one.
-    batch = replace(batch, rank_of_B=None)
-    scored = {"against": against, "setting": setting, "processes": processes, "progress": progress}
+    batch = replace(bounded_requests(traffic.rest.sample, max_tokens=most, seed=setting.seed), rank_of_B=None)
+    scoring = partial(progress, "scoring on held-out requests: rows")
+    scored = {"against": against, "setting": setting, "processes": processes, "progress": scoring}
     report = replace(score_batch(deployment, batch, info, **scored), phase=options.phase)
     if options.time is None:
         return report

@@ -10,6 +10,7 @@ Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -289,9 +290,10 @@ class Plan:
             "placement": self.placement.experts_LRS.tolist(),
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan directory; a plan that is there already is replaced. Raises InputError
-        for any other file or directory, and where it cannot be written."""
+    def save(self, path: str | Path, *, beside: Mapping[str, str] | None = None) -> None:
+        """Write the plan directory, with texts `beside` its own files by name; a plan that is there
+        already is replaced. Raises InputError for any other file or directory, and where it cannot
+        be written."""
         from safetensors.numpy import save
 
         path = Path(path)
@@ -304,6 +306,8 @@ class Plan:
         with new_directory(path, what=f"the plan {path}") as folder:
             (folder / "plan.json").write_text(line_per_key(signed(self.to_json(), tables)), encoding="utf-8")
             (folder / TABLES).write_bytes(tables)
+            for name, content in (beside or {}).items():
+                (folder / name).write_text(content, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, *, accept_edits: bool = False) -> "Plan":

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # records that all share.
 ORDER = {
     "profiles": ["hub", "demo", "engines", "router", "capture"],
-    "solvers": ["schedule", "place", "evaluate", "time", "health", "maps"],
+    "solvers": ["schedule", "place", "evaluate", "time", "health", "replan", "maps"],
     "runtime": ["ranks", "reshard", "engines", "router", "layer", "transformers", "serving", "replay"],
     "semmoe_cli": ["terminal", "pages.figures", "pages", "commands"],
 }

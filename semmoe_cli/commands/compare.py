@@ -21,7 +21,7 @@ from semmoe.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from semmoe.solvers.evaluate.compare import Comparison
+    from semmoe.solvers.evaluate.compare import Comparison, GainCurve
     from semmoe.solvers.evaluate.report import ScoreRow
 
 
@@ -111,6 +111,11 @@ def compare(
 
             view = only_phase(traced, whose or "all")
             comparison = replace(comparison, time=plan_times(plans, view, asked, simulation.setting(), held))
+    if len(plans) == 2:
+        from semmoe.solvers.replan.curve import gain_curve
+
+        with steps("gain against moves") as progress:
+            comparison = replace(comparison, curve=gain_curve(plans, traced, seed=simulation.seed, progress=progress))
     note_unchecked(*plans.values(), traced)
     for line in dict.fromkeys([*notes, *(line for time in (comparison.time or {}).values() for line in time.notes)]):
         note(line)
@@ -166,6 +171,14 @@ def _print(comparison: "Comparison") -> None:
     for moves in comparison.moves:
         if isinstance(moves, NoMoves):
             console.print(visible(f"{moves.from_} to {moves.to}: {moves.why_not}"))
+    if comparison.curve is not None:
+        print_fitting(
+            console,
+            [_curve_table(comparison.curve)],
+            title=f"\nGain kept against moves from {comparison.plans[0].plan}, in {comparison.curve.unit}",
+            caption=f"fitted on {comparison.curve.fitted_requests} of the new requests, scored on the other "
+            f"{comparison.curve.scored_requests}; in brackets: 95% bootstrap interval; load: busiest rank over mean",
+        )
 
 
 def _score_table(
@@ -204,6 +217,20 @@ def _difference_table(comparison: "Comparison") -> "Table":
             sure = "better" if high < 0 else "worse" if low > 0 else "same"
             name = row.plan if metric == PAIRED[0] else ""
             add_row(table, name, COLUMNS[metric][0], f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", sure)
+    return table
+
+
+def _curve_table(curve: "GainCurve") -> "Table":
+    from semmoe.pages.compare import curve_cells
+    from semmoe.terminal.tables import new_table
+    from semmoe.terminal.text import add_row
+
+    table = new_table()
+    for heading in ("placement", "moves", "gain", "kept", "REM", "load", ""):
+        table.add_column(heading, justify="left" if heading in ("placement", "") else "right", overflow="fold")
+    for point in curve.points:
+        bar = "#" * round(20 * min(max(point.kept or 0, 0), 1.5))
+        add_row(table, *curve_cells(point), bar)
     return table
 
 

@@ -95,10 +95,31 @@ def export(
     placed = Plan.load(plan)
     made_by = command_line(output, plan, facts.model or "")
     options = MapOptions(vllm_format, facts.model, facts.num_hidden_layers, facts.mtp_layers, facts.redundant, made_by)
-    _tell(placed, kind, output, write_map(placed, kind, output, options), json_)
+    lines = write_map(placed, kind, output, options)
+    _tell(placed, kind, output, lines, json_, _write_delta(Path(plan), placed, output))
 
 
-def _tell(placed: "Plan", kind: str, output: Path, lines: list[str], as_json: bool) -> None:
+def _write_delta(plan: Path, placed: "Plan", output: Path) -> str | None:
+    """A copy of the plan's delta beside the map, where it has one: slots of a map are the plan's,
+    so it says which of them a running server must load anew. Its path, or None."""
+    from semmoe.profiles.document import line_per_key
+    from semmoe.profiles.errors import InputError
+    from semmoe.profiles.files import write_file
+    from semmoe.solvers.replan.delta import DELTA_FILE, read_delta
+    from semmoe.terminal.tables import note
+
+    if not (plan / DELTA_FILE).is_file():
+        return None
+    delta = read_delta(plan)
+    if delta.new != placed.fingerprint:
+        raise InputError(f"{plan / DELTA_FILE} leads to the plan {delta.new}, {plan} is {placed.fingerprint}")
+    target = output.with_name(f"{output.name}.{DELTA_FILE}")
+    write_file(target, line_per_key(delta.to_json()))
+    note(f"wrote {target}: {delta.budget.used} of {delta.budget.slots} slots differ from those of plan {delta.old}")
+    return str(target)
+
+
+def _tell(placed: "Plan", kind: str, output: Path, lines: list[str], as_json: bool, delta: str | None = None) -> None:
     """Say what was written, and how to start the engine."""
     from semmoe.terminal.tables import note, print_json
 
@@ -109,4 +130,4 @@ def _tell(placed: "Plan", kind: str, output: Path, lines: list[str], as_json: bo
     for line in lines:
         note(line)
     if as_json:
-        print_json({"kind": kind, "file": str(output), "plan": placed.fingerprint, "notes": lines})
+        print_json({"kind": kind, "file": str(output), "plan": placed.fingerprint, "delta": delta, "notes": lines})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from semmoe.commands.replan import Replacing, replace_plan
 from semmoe.options import (
     AgainstOption,
     Dispatch,
@@ -24,6 +25,7 @@ from semmoe.options import (
     command_line,
     given,
     grouped,
+    refuse_mixed,
     replica_rule,
 )
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from semmoe.solvers.evaluate.against import Against
     from semmoe.solvers.make_plan import PlanOptions
     from semmoe.solvers.placement import Topology
+    from semmoe.solvers.plan import Plan
 
 # What an expert map is scored with too, or that changes no result.
 AUTO = "auto"  # --load-cap
@@ -42,7 +45,9 @@ FINE_WITH_IMPORT = ("dispatch", "effort", "processes")
 class Network:
     """The ranks to place on, and the links between them."""
 
-    ranks: Annotated[int, typer.Option(help="Ranks of the expert-parallel group.", min=1)]
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks of the expert-parallel group; needed without --from-plan.", min=1)
+    ] = None
     nodes: Annotated[int, typer.Option(help="Nodes that the ranks are spread over, R / N each.", min=1)] = 1
     topology: Annotated[
         Path | None,
@@ -54,9 +59,23 @@ class Network:
         from semmoe.solvers.placement import Topology
         from semmoe.solvers.topology import read_topology
 
+        if self.ranks is None:
+            raise typer.BadParameter("missing: only --from-plan tells the number of ranks", param_hint="--ranks")
         if self.topology is None:
             return Topology(self.ranks, self.nodes)
         return read_topology(self.topology, num_ranks=self.ranks, num_nodes=self.nodes)
+
+    def refuse_other(self, old: "Plan") -> None:
+        """Raise InputError where other ranks are asked for than the old plan's."""
+        from semmoe.profiles.errors import InputError
+
+        if self.topology is not None:
+            refuse_mixed("--from-plan", ["--topology"])
+        asked = {"ranks": self.ranks, "nodes": self.nodes if self.nodes > 1 else None}
+        has = {"ranks": old.topology.num_ranks, "nodes": old.topology.num_nodes}
+        for name, value in asked.items():
+            if value not in (None, has[name]):
+                raise InputError(f"--{name} {value}: the old plan is for {has[name]}, and a re-placement keeps them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +195,7 @@ def place(
     *,
     network: Network,
     placing: Placing,
+    replacing: Replacing,
     simulation: Simulation,
     timing: TimedPlacing,
     replica_choice: ReplicaChoiceOption = None,
@@ -192,19 +212,27 @@ def place(
 ) -> None:
     """Place the experts of a traced model on ranks, and score it on held-out requests.
 
-    Example: semmoe place t --ranks 4 --method metis -o p
+    Example: semmoe place t --ranks 4 --method metis -o p; semmoe place t2 --from-plan p -o p2
     """
     from semmoe.solvers.workers import compute_on_one_thread
 
     compute_on_one_thread()  # before anything imports numpy
     from semmoe.profiles.split import counted_phase, only_phase
     from semmoe.profiles.trace import RoutingTrace
-    from semmoe.solvers.evaluate.against import read_against
+    from semmoe.solvers.evaluate.against import Against, read_against
     from semmoe.solvers.place.replicas import OWN_RULE
     from semmoe.solvers.plan import ModelFacts, check_plan_target
     from semmoe.terminal.tables import note, note_unchecked, print_balance, print_report
 
     check_plan_target(output)
+    if replacing.from_plan is not None:
+        refuse_mixed("--from-plan", given(timing, import_=import_, replica_choice=replica_choice, against=against))
+        replan, made_by = replacing.read(), command_line(output, replacing.from_plan, *traces)
+        options = placing.options(simulation, timing, Against(), made_by)
+        network.refuse_other(replan.old)
+        replace_plan(traces, output, replan, placing.demands(simulation.seed), options, as_json=json_)
+        return
+    refuse_mixed("a placement without --from-plan", given(replacing))
     if import_ is not None and (unused := given(placing, but=FINE_WITH_IMPORT)):
         note(f"--import takes the map as it is: {', '.join(unused)} has no use there")
     opened, links = [RoutingTrace.open(path) for path in traces], network.read()

@@ -5,10 +5,10 @@ The numbers are those of `semmoe compare`'s tables.
 """
 
 from semmoe.pages.deployment import named_model
-from semmoe.pages.figures.plan import score_rows
+from semmoe.pages.figures.plan import gain_against_moves, score_rows
 from semmoe.pages.on_request import timed
 from semmoe.pages.page import Grid, Page, Picture, Section, Text
-from semmoe.solvers.evaluate.compare import PAIRED, Comparison, NoMoves, PlanMoves
+from semmoe.solvers.evaluate.compare import PAIRED, Comparison, CurvePoint, NoMoves, PlanMoves
 from semmoe.solvers.evaluate.report import ScoreRow, random_row
 from semmoe.solvers.evaluate.verdict import best_row
 from semmoe.terminal.tables import COLUMNS, phase_words
@@ -41,6 +41,7 @@ def compare_page(comparison: Comparison, notes: list[str]) -> Page:
                 ),
                 _differences(comparison),
                 _moves(comparison),
+                _curve(comparison),
             )
             if section is not None
         ],
@@ -142,6 +143,29 @@ def _moves(comparison: Comparison) -> Section:
         "Per layer: a renaming for every layer, where no schedule sends tokens to ranks."
     )
     return Section("Expert copies to move", [*([grid] if rows else []), *reasons, Text(hint, hint=True)])
+
+
+def _curve(comparison: Comparison) -> Section | None:
+    curve = comparison.curve
+    if curve is None:
+        return None
+    headings = ["placement", "moves", f"gain, {curve.unit}", "kept", "REM", "load max/mean"]
+    grid = Grid(headings, [curve_cells(point) for point in curve.points], names_at=frozenset((0,)))
+    picture = Picture(gain_against_moves(curve), 3.2, "Gain of re-placements against the experts that they move")
+    hint = (
+        f"Fitted on {curve.fitted_requests} of the requests that neither plan saw, scored on the other "
+        f"{curve.scored_requests}. In brackets: 95 % bootstrap interval."
+    )
+    return Section(f"Gain against moves from {comparison.plans[0].plan}", [grid, picture, Text(hint, hint=True)])
+
+
+def curve_cells(point: CurvePoint) -> list[str]:
+    """A point of the curve in words: what it is, its moves, gain, part of the free gain, REM and
+    load."""
+    name = {"keep": f"{point.name}, as it is", "budget": f"within {point.name}"}.get(point.kind, point.name)
+    kept = "" if point.kept is None else f"{point.kept:.2f}"
+    gain = f"{point.gain:+.3f} [{point.lo:+.3f}, {point.hi:+.3f}]"
+    return [name, f"{point.moves:,} ({point.share:.1%})", gain, kept, f"{point.rem:.3f}", f"{point.load:.2f}"]
 
 
 def move_cells(moves: PlanMoves, *, sized: bool) -> list[str]:

@@ -42,6 +42,7 @@ def plan_page(about: "PlanReport") -> Page:
         _traffic,
         _loads,
         _domains,
+        _drift,
         what_if_section,
         tokens_section,
         costs_section,
@@ -149,6 +150,17 @@ def score_grid(report: "Report") -> Grid:
         frozenset(marked),
         names_at=frozenset((0, 1)),
     )
+
+
+def _drift(about: "PlanReport") -> Section | None:
+    drift = about.report.drift
+    if drift is None:
+        return None
+    hint = (
+        f"Each half of {drift.requests} requests that the plan was not made from is re-placed for and scored on the other. "
+        "In brackets: 95 % bootstrap interval."
+    )
+    return Section("Drift of the traffic", [Text(drift.sentence), Text(hint, hint=True)])
 
 
 def _scores(about: "PlanReport") -> Section:

@@ -68,6 +68,7 @@ def make_plan_report(
     from semmoe.solvers.evaluate.pictures import report_details, scored_requests
     from semmoe.solvers.evaluate.verdict import dispatch_costs
     from semmoe.solvers.make_plan import score_plan
+    from semmoe.solvers.replan.drift import drift_of
     from semmoe.solvers.time.links import parse_links
     from semmoe.solvers.time.row_times import RowSize, report_times, rows_between_ranks
     from semmoe.terminal.progress import steps
@@ -80,6 +81,7 @@ def make_plan_report(
     with steps("report") as progress:
         progress(0, 4)
         report, notes = score_plan(plan, trace, against=against, setting=setting)
+        report = replace(report, drift=drift_of(plan, trace, plan_path=plan_path, seed=setting.seed))
         progress(1, 4)
         if options.pictures or options.what_if or options.tokenizer or apart or options.time:
             scheduled = bool(options.pictures or apart or options.time)

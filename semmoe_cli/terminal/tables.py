@@ -77,6 +77,8 @@ def print_report(report: "Report", *, as_json: bool) -> None:
         more = verdict.with_schedule
         if more and more.sentence != verdict.sentence and more.schedule != verdict.schedule:
             console.print(visible(more.sentence))
+    if report.drift is not None:
+        console.print(visible(report.drift.sentence))
     if report.dispatch == "gather":
         console.print("Placement cannot reduce traffic here, only balance load.")
 

@@ -107,6 +107,33 @@ class PhaseScores(JsonRecord):
     differences: list[Difference]
 
 
+@dataclass(frozen=True)
+class CurvePoint(JsonRecord):
+    """A placement between two plans. Gain: cost per token that it saves over the old plan, on
+    requests that it was not fitted on, in the curve's unit; kept: part of the free one's."""
+
+    kind: str  # "keep", "budget", "plan", "free" or "eplb"
+    name: str
+    moves: int
+    share: float  # of the slots in use
+    gain: float
+    lo: float
+    hi: float
+    kept: float | None
+    rem: float
+    load: float
+
+
+@dataclass(frozen=True)
+class GainCurve(JsonRecord):
+    """What budgets of moves from the first plan keep of the gain of a free re-placement."""
+
+    unit: str
+    fitted_requests: int
+    scored_requests: int
+    points: list[CurvePoint]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison(JsonRecord):
     """Plans side by side. `to_json()` gives it as one JSON object.
@@ -123,6 +150,7 @@ class Comparison(JsonRecord):
         differences: each plan against that, paired over requests, with 95 % intervals.
         bytes_per_expert: bytes of one expert's weights, 0 where not known.
         moves: copies of experts, and bytes, to get from one plan to another.
+        curve: gain kept against moves from the first of two plans (solvers/replan/curve.py).
         time: of each plan, by name, where hardware is given.
 
     Source: solvers/evaluate/compare.py; docs/formats.md.
@@ -144,6 +172,7 @@ class Comparison(JsonRecord):
     differences: list[Difference]
     bytes_per_expert: int
     moves: list[PlanMoves | NoMoves]
+    curve: GainCurve | None = None
     time: dict[str, TimeReport] | None = None
 
 

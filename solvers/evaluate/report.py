@@ -198,6 +198,23 @@ class Times(JsonRecord):
     assumption: str
 
 
+@dataclass(frozen=True)
+class Drift(JsonRecord):
+    """What a re-placement within a budget would gain on requests that the plan was
+    not made from: cost per token, its 95 % interval, and whether it is more than its moves cost."""
+
+    gain: float
+    lo: float
+    hi: float
+    unit: str
+    moves: float
+    share: float  # of the slots in use
+    requests: int
+    worth_it: bool
+    sentence: str
+    command: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report(JsonRecord):
     """Scores of a plan and of what engines do without one, on requests that it was not fitted on;
@@ -220,6 +237,7 @@ class Report(JsonRecord):
         domains: the rows on the requests of each domain.
         layers: the rows of each layer.
         certificate: what any placement could reach, where asked for.
+        drift: what a re-placement from the plan on would gain, where the trace is new to it.
         what_if, predictable_tokens, costs, times: what `semmoe report` adds on request.
         time: predicted on given hardware, with the verdict by time.
 
@@ -247,6 +265,7 @@ class Report(JsonRecord):
     domains: list[DomainScores] = field(default_factory=list)
     layers: list[LayerScores]
     certificate: Certificate | None = None
+    drift: Drift | None = None
     what_if: WhatIf | None = None
     predictable_tokens: list[PredictableToken] | None = None
     costs: Costs | None = None

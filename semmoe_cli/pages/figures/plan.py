@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from semmoe.pages.figures.style import Draw, Palette, heat, name_rows, plain_axes, shade
 
 if TYPE_CHECKING:
+    from semmoe.solvers.evaluate.compare import GainCurve
     from semmoe.solvers.evaluate.pictures import Details
     from semmoe.solvers.evaluate.report import Report, ScoreRow, WhatIfRow
 
@@ -52,6 +53,29 @@ def score_rows(rows: "list[ScoreRow]", metric: str, uniform: float | None = None
                 fontsize=7.5,
             )
         name_rows(left, labels)
+
+    return draw
+
+
+def gain_against_moves(curve: "GainCurve") -> Draw:
+    """Gain over the old plan by the share of experts that move, with intervals; budgets are one
+    line, other placements stand beside it."""
+
+    def draw(figure: Any, palette: Palette) -> None:
+        axes = figure.subplots()
+        line = [point for point in curve.points if point.kind in ("keep", "budget")]
+        axes.plot([100 * p.share for p in line], [p.gain for p in line], color=palette.of("plan"), linewidth=1.5)
+        for point in curve.points:
+            colour = palette.of({"eplb": "load", "free": "contiguous"}.get(point.kind, "plan"))
+            axes.plot([100 * point.share] * 2, [point.lo, point.hi], color=colour, linewidth=3, alpha=0.45)
+            axes.plot(100 * point.share, point.gain, "o", color=colour, markersize=6.5)
+            if point.kind != "budget":
+                place = {"textcoords": "offset points", "ha": "left", "fontsize": 8}
+                axes.annotate(point.name, (100 * point.share, point.gain), (6, 5), **place)
+        axes.set_xlabel("experts that move, %")
+        axes.set_title(f"gain over the old plan, {curve.unit}, higher is better")
+        axes.margins(x=0.12)
+        plain_axes(axes, palette, grid="y")
 
     return draw
 
