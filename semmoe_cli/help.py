@@ -16,8 +16,8 @@ from semmoe.config import blame, settle
 
 COMMON, OUTPUT = "Common", "Output and defaults"
 PANELS = {
-    COMMON: "ranks plan nodes topology method import_ dispatch hardware engine to format data dataset generate from_ server prompts upstream "
-    "dp_ranks nproc "
+    COMMON: "ranks plan nodes topology method import_ dispatch hardware engine to format data dataset generate from_ server prompts "
+    "upstream dp_ranks nproc "
     "scheduler predict max_new_tokens what_if undo layout "
     "against phase private message",
     "Texts": "subset split text_field messages_field domain_field",
@@ -33,7 +33,7 @@ PANELS = {
     "Server": "tokenizer host port metrics_port band max_inflight record",
     "Replay": "replay",
     "Checks": "check verify timeout accept_edits",
-    OUTPUT: "output name link force json_ config version debug install_completion show_completion help",
+    OUTPUT: "fail_under output name link force json_ config version debug install_completion show_completion help",
 }
 # Options of one name that are about something else in a command.
 PANELS_OF = {

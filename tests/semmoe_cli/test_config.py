@@ -57,7 +57,7 @@ def test_a_file_is_named_before_or_after_the_command(folder, monkeypatch):
 def test_the_model_is_no_file_of_an_engine(folder):
     (folder / "semmoe.toml").write_text('model = "demo"\n')
     traced = semmoe("trace", "--from", "vllm", "-o", "x")
-    assert traced.exit_code == 2 and "FILE is missing: the model of semmoe.toml" in traced.output
+    assert traced.exit_code == 2 and "files with --from" in traced.output
 
 
 @pytest.mark.parametrize(
