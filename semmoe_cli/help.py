@@ -16,10 +16,9 @@ from semmoe.config import blame, settle
 
 COMMON, OUTPUT = "Common", "Output and defaults"
 PANELS = {
-    COMMON: "ranks plan nodes topology method import_ dispatch hardware engine to format data dataset generate from_ server prompts "
-    "upstream dp_ranks nproc "
-    "scheduler predict max_new_tokens what_if undo layout "
-    "against phase private message",
+    COMMON: "ranks plan nodes topology method import_ dispatch hardware engine to format data dataset generate from_ "
+    "server prompts upstream dp_ranks nproc scheduler predict max_new_tokens what_if undo layout against phase private "
+    "message",
     "Texts": "subset split text_field messages_field domain_field",
     "What is traced": "temperature max_requests max_tokens max_length record_weights hash_layers resume",
     "Model": "model revision trust_remote_code dtype device device_map num_hidden_layers",

@@ -17,10 +17,10 @@ from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Stages, unshown_stages
+from semmoe.profiles.progress import Progress, Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import one_sided, only_phase, phase_of, phase_shares, request_keys, split_requests
-from semmoe.profiles.trace import RoutingTrace
+from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.against import Against, deployments_beside, words_of
@@ -121,25 +121,11 @@ def make_plan(
     asked = _Asked(topology, demands, options.method, embedding_VD, options.time if options.for_time else None)
     fitted = _fit(profile, asked, progress)
     # Step 4: score on the held-out requests.
-    max_tokens = SCORED_IDS // (profile.info.num_layers * profile.info.top_k)
     rule = check_rule(options.replica_choice)
     deployment = Deployment(fitted.solved.placement, profile.load_LE, topology, demands.dispatch, fitted.schedule, rule)
-    scored_on = bounded_requests(rest.sample, max_tokens=max_tokens, seed=options.setting.seed)
-    # Where a server ran them under an earlier plan says nothing of this one.
-    scored_on = replace(scored_on, rank_of_B=None)
-    scores = score_batch(
-        deployment,
-        scored_on,
-        profile.info,
-        against=options.against,
-        setting=options.setting,
-        processes=demands.processes,
-        progress=partial(progress, "scoring on held-out requests: rows"),
-    )
-    scores = replace(scores, phase=options.phase, phase_shares=shares)
-    if options.time is not None:
-        beside = deployments_beside(deployment, profile.info.n_group, options.against)
-        scores = timed_report(scores, deployment, beside, scored_on, options.time, options.against.name)
+    scoring = partial(progress, "scoring on held-out requests: rows")
+    scores = _scored(deployment, rest.sample, profile.info, options, demands.processes, scoring)
+    scores = replace(scores, phase_shares=shares)
     # Step 5: bound what any placement could reach on the requests that were fitted.
     if options.certify:
         bounding = partial(progress, "bounding what any placement could reach: layers")
@@ -188,7 +174,7 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
         trace.require_tokens("placement by co-activation, and its held-out scores,")
     check_demands(traces[0].info, topology, demands, method=options.method)
     slots = demands.slots_of(traces[0].info.num_experts, topology.num_ranks)
-    if options.certify and slots.copies and slots.per_rank * topology.num_ranks > traces[0].info.num_experts:
+    if options.certify and slots.has_spare(traces[0].info.num_experts, topology.num_ranks):
         least = slots == Slots.least(traces[0].info.num_experts, topology.num_ranks)
         raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
     if options.for_time:
@@ -280,6 +266,28 @@ def _split(traces: list[RoutingTrace], held_out: list[np.ndarray], seed: int, op
         "training_requests": sum(t.num_requests for t in traces) - num_held_out,
         "refit": options.refit,
     }
+
+
+def _scored(
+    deployment: Deployment,
+    sample: TraceBatch,
+    info: TraceInfo,
+    options: PlanOptions,
+    processes: int,
+    progress: Progress,
+) -> Report:
+    """The report of a new plan on requests that it was not fitted on, with times where they are
+    asked for."""
+    setting, against = options.setting, options.against
+    batch = bounded_requests(sample, max_tokens=SCORED_IDS // (info.num_layers * info.top_k), seed=setting.seed)
+    # Where a server ran them under an earlier plan says nothing of this one.
+    batch = replace(batch, rank_of_B=None)
+    scored = {"against": against, "setting": setting, "processes": processes, "progress": progress}
+    report = replace(score_batch(deployment, batch, info, **scored), phase=options.phase)
+    if options.time is None:
+        return report
+    beside = deployments_beside(deployment, info.n_group, against)
+    return timed_report(report, deployment, beside, batch, options.time, against.name)
 
 
 def score_plan(

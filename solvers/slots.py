@@ -30,6 +30,10 @@ class Slots(NamedTuple):
         """The slots of a placement: what a baseline gets for an equal comparison."""
         return cls(placement.slots_per_rank, not placement.num_empty)
 
+    def has_spare(self, num_experts: int, num_ranks: int) -> bool:
+        """Whether slots are left for copies."""
+        return self.copies and self.per_rank * num_ranks > num_experts
+
     @classmethod
     def asked(
         cls, num_experts: int, num_ranks: int, *, slots: int, replicas: int, redundant: int | None, spare: str

@@ -1,10 +1,17 @@
-"""The harness of the fuzz corpus tells good answers from bad ones."""
+"""The harness of the fuzz corpus tells good answers from bad ones, and a sample of the corpus gets
+good ones."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from fuzzing.damage import Damage
 from fuzzing.inputs import Input
 from fuzzing.run import Answer, outcome, refused_well
 
+BENCHMARK = Path(__file__).parent / "benchmarks" / "fuzz.py"
 REFUSAL = "semmoe: t/trace.json: num_layers is -1, expected a whole number from 1\n"
 TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\nKeyError: 1\n'
 
@@ -43,3 +50,16 @@ def test_a_change_of_bytes_may_leave_a_valid_file() -> None:
 def test_direction_marks_are_no_part_of_a_line() -> None:
     assert refused_well(Answer(1, 0, 0.1, REFUSAL, []))
     assert not refused_well(Answer(1, 0, 0.1, "semmoe: \u202etxt.exe\n", []))
+
+
+def test_malformed_inputs_are_refused_in_one_line(tmp_path: Path) -> None:
+    """A sample of every format, flipped bits among them; tests/benchmarks/fuzz.py runs all."""
+    failures = tmp_path / "failures.json"
+    words = [sys.executable, str(BENCHMARK), "--sample", "300", "--processes", "1", "--failures", str(failures)]
+    ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert json.loads(ran.stdout)["inputs"] >= 250
+    found = [
+        f"--only {f['number']}: {f['outcome']}: {f['damage']}: {f['command']}" for f in json.loads(failures.read_text())
+    ]
+    assert not found, "\n".join(found)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 BEAT_S = 1.0
-LATE_S = 20.0  # with the time to look and to tell: less than 30 s after a rank has stopped
+LATE_S = 15.0  # with the time to look, to tell and to end the run: less than 30 s after a rank has stopped
 PROC = Path("/proc")
 
 

@@ -150,10 +150,9 @@ def _end_with_parent() -> None:
 def as_rank(work: Callable[[], Any], tell: Callable[[str], None], kept: Callable[[], str] = str) -> Any:
     """What `work` returns on this rank under torchrun. A failure is one line, of one rank.
 
-    Parameters
-    ----------
-    tell : prints the line where this rank is held up in an exchange.
-    kept : what is added to it.
+    Parameters:
+        tell: prints the line where this rank is held up in an exchange.
+        kept: what is added to it.
     """
     from semmoe.runtime.ranks.failures import ExchangeError
     from semmoe.runtime.ranks.watch import RankWatch

@@ -82,7 +82,9 @@ class RankWatch:
         """Stop watching; the others hear that this rank ends by itself."""
         self._closed.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(END_S)
+        if self._thread.is_alive():
+            self._store = None  # it answers no more: nobody is to wait for it
         self._try(lambda store: store.set(f"done/{self.rank}", "1"))
 
     def publish(self, kind: str, line: str, rank: int | None = None) -> Failure:

@@ -114,7 +114,7 @@ def compare(
             view = only_phase(traced, timing.whose or "all")
             comparison = replace(comparison, time=plan_times(plans, view, asked, simulation.setting(), held))
     note_unchecked(*plans.values(), traced)
-    for line in notes:
+    for line in dict.fromkeys([*notes, *(line for time in (comparison.time or {}).values() for line in time.notes)]):
         note(line)
     comparison = replace(comparison, trace=trace)
     if json_:

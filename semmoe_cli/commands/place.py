@@ -274,7 +274,8 @@ def place(
     plan = written.named(plan)
     plan.save(output)
     note_unchecked(*opened)
-    for line in plan.notes:
+    timed = plan.scores.time if plan.scores else None
+    for line in [*plan.notes, *(timed.notes if timed else [])]:
         note(line)
     if plan.scores is None:
         print_balance(plan.options["balance"], {"plan": str(output), "trace": ", ".join(traces)}, as_json=json_)

@@ -35,7 +35,7 @@ class TimeSaved(JsonRecord):
     schedule: str
     ms_per_step: float
     share_of_step: float | None
-    usd_per_hour: float | None  # of the whole group
+    usd_per_hour: float | None  # of the whole group; of an hour in MoE layers where no step is known
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def baselines(
     num_ranks = topology.num_ranks
     slots = slots or Slots.least(num_experts, num_ranks)
     in_order_LE = place_contiguous(num_layers, num_experts, num_ranks)
-    if not slots.copies or slots.per_rank * num_ranks == num_experts:
+    if not slots.has_spare(num_experts, num_ranks):
         by_load_LE = place_load_on_nodes(load_LE, topology, num_groups)
         ranks = {"contiguous": in_order_LE, "load": by_load_LE}
         return {name: Placement.from_ranks(rank_of_LE, num_ranks) for name, rank_of_LE in ranks.items()}

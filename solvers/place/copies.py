@@ -29,7 +29,7 @@ LEAST_ROWS = 4_096
 PAIR_SHARE = 0.5  # of a remote rank: what a copy is worth where its token needs one more expert of that rank
 ROUNDS = 3  # of homes and copies in turn, after the first copies
 TURN_STEPS = 120  # swaps of experts in a turn, at most
-TURN_SLACK = 1.10  # load over the mean that swaps may leave: exchanges of copies level the rest
+TURN_SLACK = 1.10  # load over the mean that swaps may leave, tried beside the cap: copies may level the rest
 FORBIDDEN = -1e5  # tokens that a swap is worth where its expert is on the rank already
 LEVEL_STEPS = 4  # exchanges of copies per rank, at most
 LEVEL_TRIALS = 12  # exchanges tried at each
@@ -63,16 +63,22 @@ def add_copies(
     ids_TK = layer.expert_ids_TK.astype(np.int64)
     most = max(LEAST_ROWS, MAX_CELLS // topology.num_ranks)
     ids_TK = ids_TK[:: max(1, -(-len(ids_TK) // most))]
-    copies, remote = _filled(layer.rank_of_E, ids_TK, layer.load_E, topology, slots)
-    # Experts and copies in turn.
-    for turn in range(turns):
-        again, fewer = _filled(copies.swapped_E(seed=turn), ids_TK, layer.load_E, topology, slots)
-        if fewer >= remote:
-            break
-        copies, remote = again, fewer
+    first, remote = _filled(layer.rank_of_E, ids_TK, layer.load_E, topology, slots)
+    found = [first]
+    # Experts and copies in turn; loads that swaps leave apart may be more than copies can level.
+    for slack in sorted({min(load_cap, TURN_SLACK), TURN_SLACK}) if turns else ():
+        copies, fewest = first, remote
+        for turn in range(turns):
+            again, fewer = _filled(copies.swapped_E(slack, seed=turn), ids_TK, layer.load_E, topology, slots)
+            if fewer >= fewest:
+                break
+            copies, fewest = again, fewer
+        found += [copies] if copies is not first else []
     if np.isfinite(load_cap):
-        copies.level(load_cap)
-    return np.array(copies.held_RS, np.int32)
+        for copies in found:
+            copies.level(load_cap)
+    best = found[0] if len(found) == 1 else min(found, key=lambda copies: copies.cost(load_cap))
+    return np.array(best.held_RS, np.int32)
 
 
 def _filled(
@@ -200,11 +206,18 @@ class _Copies:
             self.serving_RE[rank, expert] = rank
         return changed
 
-    def swapped_E(self, *, seed: int) -> np.ndarray:
+    def cost(self, load_cap: float) -> tuple[float, int]:
+        """Load over the cap in units of it, and remote ranks: what choices are judged by."""
+        load_R = served_load_R(self.serving_RE[:, :-1], self.load_E)
+        limit = min(load_cap, 1e9) * float(load_R.mean())
+        over = float(np.maximum(load_R - limit, 0).sum()) / max(limit, 1e-300)
+        return round(over, 3), self.remote()
+
+    def swapped_E(self, slack: float, *, seed: int) -> np.ndarray:
         """Rank of each expert's first place after swaps that save most remote ranks of the tokens,
         where they live now and beside the copies there are, int64 [E].
 
-        Loads by the replica rule may differ by TURN_SLACK, as copies will be chosen anew.
+        Loads by the replica rule may be `slack` times the mean, as copies will be chosen anew.
         """
         home_T, num_experts, num_ranks = self.home_T, self.num_experts, self.num_ranks
         # What a copy serves at home is no matter of the others' places.
@@ -225,7 +238,7 @@ class _Copies:
         pair_II = np.pad(PAIR_WORTH * co_activation_EE(ids_TK, num_experts), (0, num_ranks))
         ids_TK = np.where(ids_TK == num_experts, num_experts + num_ranks, ids_TK)
         gains = RemoteGains(rank_of_I, ids_TK, cost_TR, worth_IR, pair_II)
-        most = max(TURN_SLACK * load_JI.sum() / num_ranks, rank_loads(rank_of_I, load_JI, num_ranks).max())
+        most = max(slack * load_JI.sum() / num_ranks, rank_loads(rank_of_I, load_JI, num_ranks).max())
         options = {"num_ranks": num_ranks, "steps": TURN_STEPS, "patience": TURN_STEPS // 2, "seed": seed}
         return swap_search(gains, load_JI, np.array([most]), **options)[0][:num_experts]
 

@@ -79,6 +79,11 @@ def place_semmoe(
         return Solved.from_ranks(placed.rank_of_LE, profile.load_LE, num_ranks, rounds=0)
     # Step 1: the stages, and what all of them look at.
     load_LJE = cluster_loads(profile, demands.robust, demands.seed)
+    if demands.slots_of(info.num_experts, num_ranks).has_spare(info.num_experts, num_ranks):
+        # An expert that outweighs a rank gets a copy: it is no reason for other ranks to carry as
+        # much.
+        most_LJ1 = demands.load_cap * load_LJE.sum(axis=2, keepdims=True) / num_ranks
+        load_LJE = np.minimum(load_LJE, most_LJ1)
     names = chosen_stages(demands, topology, info.n_group)
     passes = sum(name in LAYER_STAGES for name in names)
     layer_done = _counter(progress, info.num_layers * passes)

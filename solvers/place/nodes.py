@@ -126,7 +126,7 @@ def group_ranks(
         closeness_RR=np.eye(num_nodes),
         cost_XR=np.repeat(problem.cost_XR.mean(axis=1)[:, None], num_nodes, axis=1),
     )
-    node_of_R = _partition_merged(free, rank_of_E, num_nodes, effort, seed)
+    node_of_R = _partition_merged(free, rank_of_E, num_nodes, effort, seed, num_groups=num_ranks)
     # Ranks of a node become neighbours, in the order they had.
     label_R = np.empty(num_ranks, np.int64)
     label_R[np.argsort(node_of_R, kind="stable")] = np.arange(num_ranks)
@@ -280,10 +280,12 @@ def restricted(problem: Problem, experts: np.ndarray, num_parts: int, load_cap: 
     )
 
 
-def _partition_merged(problem: Problem, group_E: np.ndarray, num_parts: int, effort: Effort, seed: int) -> np.ndarray:
+def _partition_merged(
+    problem: Problem, group_E: np.ndarray, num_parts: int, effort: Effort, seed: int, *, num_groups: int = 0
+) -> np.ndarray:
     """Part of each group, int64 [G], groups being whole: a token's experts of one group count
-    once."""
-    num_groups = int(group_E.max()) + 1
+    once. `num_groups`: G, where the last ones may be without experts."""
+    num_groups = num_groups or int(group_E.max()) + 1
     member_EG = np.eye(num_groups)[group_E]
     ids_XK = np.sort(np.append(group_E, num_groups)[problem.expert_ids_XK], axis=1)
     ids_XK[:, 1:][ids_XK[:, 1:] == ids_XK[:, :-1]] = num_groups

@@ -94,7 +94,7 @@ def check_demands(info: TraceInfo, topology: Topology, demands: Demands, *, meth
     if not 0 <= demands.lar_weight < np.inf:
         raise InputError(f"--lar-weight is {demands.lar_weight}, expected a number of at least 0")
     slots = demands.slots_of(info.num_experts, topology.num_ranks)
-    if demands.expressible and slots.copies and slots.per_rank * topology.num_ranks > info.num_experts:
+    if demands.expressible and slots.has_spare(info.num_experts, topology.num_ranks):
         least = slots == Slots.least(info.num_experts, topology.num_ranks)
         how = "add --spare empty" if least else "leave --replicas, --slots and --redundant out"
         raise InputError(f"--expressible {demands.expressible}: a permuted checkpoint holds every expert once, {how}")
@@ -123,7 +123,7 @@ def solve_placement(
     # Step 1: refuse what the method cannot meet, before it starts.
     check_demands(profile.info, topology, demands, method=method)
     slots = demands.slots_of(profile.info.num_experts, topology.num_ranks)
-    filled = slots.copies and slots.per_rank * topology.num_ranks > profile.info.num_experts
+    filled = slots.has_spare(profile.info.num_experts, topology.num_ranks)
     # Step 2: every expert once, and copies in the spare slots; what engines do has copies of its
     # own.
     if filled and method in ("load", "contiguous"):

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semmoe.solvers.evaluate.reached import first_of_run, reached_ranks
+from semmoe.solvers.evaluate.reached import first_of_run, reached_of, reached_ranks
+from semmoe.solvers.place.replicas import MovingRule
 
 CHUNK_IDS = 2_000_000  # choices that are counted at once
 
@@ -42,6 +43,7 @@ class Served(NamedTuple):
     node_R: np.ndarray  # fast network of each rank
     kind: str  # per-rank, per-node, per-expert or gather
     tile: int
+    moving: MovingRule | None = None  # what chooses copies token by token, in place of serving_LRE
 
 
 HomesOfLayer = Callable[[int], np.ndarray]  # layer -> integers [M, J]
@@ -73,13 +75,16 @@ def _work(served: Served, layer: int, ids_XK: np.ndarray, home_X: np.ndarray, nu
     num_ranks, num_experts = serving_RE.shape
     batch_X = np.repeat(np.arange(num_batches), len(ids_XK) // num_batches)
     width = num_experts + 1
-    if (serving_RE == serving_RE[0]).all():
+    if served.moving is None and (serving_RE == serving_RE[0]).all():
         keys_XK = batch_X[:, None] * width + ids_XK
         n_ME = np.bincount(keys_XK.reshape(-1), minlength=num_batches * width).reshape(-1, width)[:, :num_experts]
         rank_ER = np.eye(num_ranks)[serving_RE[0]]
         return np.stack([np.ceil(n_ME / served.tile) * served.tile @ rank_ER, (n_ME > 0) @ rank_ER, n_ME @ rank_ER])
-    padded_RE = np.pad(serving_RE, ((0, 0), (0, 1))).astype(np.int64)
-    rank_XK = padded_RE.reshape(-1).take(home_X[:, None] * width + ids_XK)
+    if served.moving is not None:
+        rank_XK = np.minimum(served.moving.ranks_TK(layer, ids_XK, home_X), num_ranks - 1)  # empty slots are cut off
+    else:
+        padded_RE = np.pad(serving_RE, ((0, 0), (0, 1))).astype(np.int64)
+        rank_XK = padded_RE.reshape(-1).take(home_X[:, None] * width + ids_XK)
     keys_XK = (batch_X[:, None] * num_ranks + rank_XK) * width + ids_XK
     n_MRE = np.bincount(keys_XK.reshape(-1), minlength=num_batches * num_ranks * width)
     n_MRE = n_MRE.reshape(num_batches, num_ranks, width)[:, :, :num_experts]
@@ -95,7 +100,10 @@ def _links(served: Served, layer: int, ids_XK: np.ndarray, home_X: np.ndarray, n
     if served.kind == "gather":
         rows = np.array([(num_ranks - 1) * tokens, (num_nodes - 1) * tokens])
         return np.broadcast_to(np.tile(rows, 2)[:, None], (4, num_batches))
-    ranks_KX, first_KX = reached_ranks(ids_XK, served.serving_LRE[layer], home_X)
+    if served.moving is not None:
+        ranks_KX, first_KX = reached_of(served.moving.ranks_TK(layer, ids_XK, home_X), num_ranks)
+    else:
+        ranks_KX, first_KX = reached_ranks(ids_XK, served.serving_LRE[layer], home_X)
     sender_X = np.repeat(np.arange(num_batches), len(ids_XK) // num_batches) * num_ranks + home_X
 
     def between(target_KX: np.ndarray, which_KX: np.ndarray, size: int) -> np.ndarray:

@@ -195,6 +195,10 @@ def resolve(
     notes = (f"{machine} joins {domain} GPUs: ranks beyond that are taken to be behind network cards",) * bool(
         num_nodes == 1 and fast[-1]
     )
+    if engine:
+        also = ", with dp-scorer through a router or plug-in" if "dp-scorer" in engine["schedules"] else ""
+        runs = f"it runs placement{also}; tp-* needs shuffled collectives, today semmoe run"
+        notes += (f"{asked.engine}: {engine['about']}; {runs}",)
     return Costing(
         asked=asked,
         hardware=machine,

@@ -61,8 +61,14 @@ def compare_times(
     share, ci = _saved(pair, costing, costing.values, sizes[0], report.resamples)
     us = before.us["total"] - after.us["total"]
     asked, ms = costing.asked, us * sizes[1] / 1000
-    of_step = ms / asked.step_ms if asked.step_ms else None
-    usd = asked.gpu_hour * sizes[0] * of_step if asked.gpu_hour and of_step is not None else None
+    of_step = None
+    if asked.step_ms:
+        of_step = ms / asked.step_ms
+    elif asked.other_us:
+        beside_us = 0.0 if asked.overlap == "two-batch" else asked.other_us
+        of_step = us / (before.us["total"] + beside_us)
+    # Where nothing says what else a step does, money is that of an hour spent in these layers.
+    usd = asked.gpu_hour * sizes[0] * (share if of_step is None else of_step) if asked.gpu_hour else None
     saved = TimeSaved(us, share, ci, before.placement, after.schedule, ms, of_step, usd)
     ends = [_ends(parameter, pair, costing, sizes[0], report.resamples) for parameter in costing.assumed]
     lows = [share, *(end.saved[0] for end in ends), *(end.saved[1] for end in ends)]
@@ -142,7 +148,7 @@ def _verdict(
     if saved.share_of_step is not None:
         what += f", {saved.share_of_step:.1%} of it"
     if saved.usd_per_hour is not None:
-        what += f", {saved.usd_per_hour:.2f} USD an hour"
+        what += f", {saved.usd_per_hour:.2f} USD an hour" + (" of MoE layers" if saved.share_of_step is None else "")
     parts = f"exchanges {by_link:+.1f} us, experts {by_experts:+.1f} us"
     sentence = f"{decision[0].upper()}{decision[1:]}: {f'{why}; ' if why else ''}{what}; saved by {parts}"
     if report.break_even_imbalance is not None:

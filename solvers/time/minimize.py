@@ -36,6 +36,9 @@ from semmoe.solvers.workers import layer_map
 
 REQUEST_SHARE = 0.5  # of the fitted requests that a batch is resampled from
 MOST_TOKENS = 40_000  # of a layer that swaps are counted on
+# Where only activations count, batches are cheap: so many times as many of them, and of tokens.
+MORE_BATCHES, MORE_TOKENS = 4, 8
+SURE_GAIN = 0.01  # of the time on fitted requests, which promise more than others keep
 BATCHES = {"fast": 32, "default": 64, "max": 128}
 KICKS = {"fast": 0, "default": 1, "max": 8}
 COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
@@ -47,7 +50,7 @@ LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
 
 
 def batches_to_fit(
-    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int
+    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int, most_tokens: int = MOST_TOKENS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows of a trace, int64 [T], the group of each, int64 [T], and batches as sums of groups,
     float64 [M, G].
@@ -59,7 +62,7 @@ def batches_to_fit(
     size = num_ranks * batch_tokens(costing)
     few = max(1, round(REQUEST_SHARE * pool.num_requests))
     drawn_MB = rng.integers(0, pool.num_requests, (num_batches, few))
-    if costing.phase == "generated" and size * num_batches <= MOST_TOKENS:
+    if costing.phase == "generated" and size * num_batches <= most_tokens:
         shape = (num_ranks, batch_tokens(costing))
         rows = np.concatenate([random_homes(pool, drawn, shape, costing.phase, rng) for drawn in drawn_MB])
         return rows, np.repeat(np.arange(num_batches), size), np.eye(num_batches)
@@ -206,12 +209,16 @@ RECIPES: dict[str, Callable[[_Layer], np.ndarray]] = {
     "links and experts, from balanced experts": lambda layer: layer.swapped(layer.balanced()),
     "links and experts, from co-activation": lambda layer: layer.swapped(layer.near()),
 }
+JOINT = list(RECIPES)[2:]
 BALANCE_ONLY = list(RECIPES)[:2]  # where no row is sent once, there is nothing else
 
 
-def _solve(work: tuple[str, _Layer]) -> np.ndarray:
+def _solve(work: tuple[str, _Layer]) -> tuple[np.ndarray, float]:
+    """The layer placed by a recipe, and its mean time on the batches that it was placed by."""
     recipe, layer = work
-    return RECIPES[recipe](layer)
+    rank_of_E = RECIPES[recipe](layer)
+    options = (layer.levels_UR, layer.prices)
+    return rank_of_E, mean_time(layer.batches, rank_of_E, *options, num_ranks=layer.num_ranks)
 
 
 def _try(work: tuple[list[str], _Layer, LayerBatches]) -> list[tuple[float, float]]:
@@ -334,11 +341,21 @@ def place_for_time(
             best = recipes[chosen]
             promised = f"; placed by half of the requests, the busiest rank of the others has {found_X2[chosen, 1]:.3f} of the mean load"
             promised += f" ({found_X2[0, 1]:.3f} by load packing)"
-        work = ((best, layer(fits[0], number, KICKS[demands.effort])) for number in range(info.num_layers))
-        for rank_of_E in run(_solve, work):
-            found.append(rank_of_E)
-            show(len(found), info.num_layers)
-    rank_of_LE = _labelled(np.stack(found), profile, topology, demands)
+        # Where swaps start best, all requests say: halves know too few pairs of experts.
+        finals = JOINT if best in JOINT else [best]
+        work = (
+            (name, layer(fits[0], number, KICKS[demands.effort]))
+            for number in range(info.num_layers)
+            for name in finals
+        )
+        for solved in run(_solve, work):
+            found.append(solved)
+            show(len(found), info.num_layers * len(finals))
+    times_LF = np.array([time for _, time in found]).reshape(info.num_layers, -1)
+    first, last = times_LF.mean(0)[[0, -1]]
+    best = finals[-1] if last < first * (1 - SURE_GAIN) else finals[0]
+    placed = np.stack([rank_of_E for rank_of_E, _ in found[finals.index(best) :: len(finals)]])
+    rank_of_LE = _labelled(placed, profile, topology, demands)
     solved = Solved.from_ranks(rank_of_LE, profile.load_LE, topology.num_ranks)
     return replace(solved, notes=[f"placed for time: {best}{promised}"])
 
@@ -353,8 +370,15 @@ def _halves(pool: Pool, seed: int) -> list[Pool]:
 
 
 def _fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> _Fit:
-    num_batches = BATCHES[demands.effort]
-    fitted = batches_to_fit(pool, costing, topology.num_ranks, num_batches=num_batches, seed=demands.seed)
+    more = not links_of(costing, topology).levels_UR
+    fitted = batches_to_fit(
+        pool,
+        costing,
+        topology.num_ranks,
+        num_batches=BATCHES[demands.effort] * (MORE_BATCHES if more else 1),
+        seed=demands.seed,
+        most_tokens=MOST_TOKENS * (MORE_TOKENS if more else 1),
+    )
     return _Fit(*fitted, np.concatenate(pool.rows_B))
 
 

@@ -16,6 +16,7 @@ from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Key, Report
 from semmoe.solvers.evaluate.time_report import TimedRow, TimeReport
 from semmoe.solvers.evaluate.verdict import beside_time
+from semmoe.solvers.place.replicas import MovingRule
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import DP_SCHEDULES, TP_SCHEDULES, Setting, available_schedules, simulate
@@ -177,7 +178,10 @@ def served(deployment: Deployment, sampled: Sampled, costing: Costing) -> Served
     topology = deployment.topology
     node_R = nodes_of_ranks(topology.num_ranks, topology.ranks_per_node, topology.num_nodes, costing.domain)
     tile = int(costing.values["experts.tile"])
-    return Served(sampled.ids_LTK, deployment.serving_LRE[sampled.layers], node_R, costing.kind, tile)
+    moving = deployment.moving
+    if moving is not None:
+        moving = MovingRule(moving.name, moving.hosts_LER[sampled.layers], moving.serving_LRE[sampled.layers])
+    return Served(sampled.ids_LTK, deployment.serving_LRE[sampled.layers], node_R, costing.kind, tile, moving)
 
 
 def _scheduled(

@@ -1,6 +1,6 @@
 """What `semmoe route` adds to a request, beside the routers that others wrote.
 
-    python tests/benchmarks/route.py PLAN --backend ../shared/engines/printing-backend.py [--routers VENV] [--seconds S]
+    python tests/benchmarks/route.py PLAN [--routers VENV] [--seconds S] [--rounds N]
 
 One backend that answers at once stands behind all of them; each is measured in turn, several times over, in one run:
 `first_ms`: milliseconds until the first token of a stream while 50 streams run, direct and through each (p50, p95), and what is
@@ -160,7 +160,7 @@ def measure(backend: str, urls: dict[str, str], pids: dict[str, int], asked: arg
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("plan")
-    parser.add_argument("--backend", type=Path, required=True)
+    parser.add_argument("--backend", type=Path, default=Path(__file__).parents[1] / "engines/kit/printing-backend.py")
     parser.add_argument("--routers", type=Path)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,10 +1,10 @@
 """Which pins survive which router: prints the table of docs/engines.md, row by row.
 
-    python tests/engines/routers.py PLAN --backend printing-backend.py [--routers VENV] [CASE...]
+    python tests/engines/routers.py PLAN [--routers VENV] [CASE...]
 
 Starts `semmoe route` and each router that VENV has (pip install vllm-router==0.1.17
 sglang-router==0.3.2 smg==1.13.0; about 350 MB) in front of a backend that prints what it gets
-(../shared/engines), sends ten requests pinned to rank 1 of 2 in every known way and on every route,
+(kit/printing-backend.py), sends ten requests pinned to rank 1 of 2 in every known way and on every route,
 and prints for each which rank vLLM and SGLang would read: 1 = the pin arrived; - = no rank arrived,
 the engine chooses; 0+1 = the router chose. PLAN is a plan for two ranks. The exit status is 1 where
 `semmoe route` loses a pin that its engine reads. On 127.0.0.1 only; by hand, not by pytest.
@@ -121,7 +121,7 @@ def check(name: str, asked: argparse.Namespace, log) -> Iterator[tuple[str, list
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan")
-    parser.add_argument("--backend", type=Path, required=True)
+    parser.add_argument("--backend", type=Path, default=Path(__file__).parent / "kit/printing-backend.py")
     parser.add_argument("--routers", type=Path)
     parser.add_argument("cases", nargs="*")
     asked = parser.parse_intermixed_args()

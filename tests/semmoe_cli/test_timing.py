@@ -65,6 +65,7 @@ def test_a_plan_placed_for_time_says_what_it_saves(trace, tmp_path):
     assert {p["name"] for p in time["parameters"] if "assumed" in p} >= {"exchange.a", "setup"}
     assert all(("source" in p) != ("assumed" in p) for p in time["parameters"])
     assert "add --hardware" not in report["verdict"]["sentence"]
+    assert any("it runs placement, with dp-scorer through a router" in note for note in time["notes"])
     facts = json.loads((tmp_path / "p" / "plan.json").read_text(encoding="utf-8"))
     assert facts["options"]["minimize"] == "time"
 

@@ -13,6 +13,7 @@ from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.make_plan import split_requests
 from semmoe.solvers.place.baselines import baselines
+from semmoe.solvers.place.replicas import OWN_RULE
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.time import predict as predicting
@@ -105,23 +106,26 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["per-rank", "per-expert", "per-node"])
-@pytest.mark.parametrize("replicas", [0, 1])
-def test_counts_are_those_of_a_plain_loop(world, kind, replicas):
+@pytest.mark.parametrize(("replicas", "rule"), [(0, OWN_RULE), (1, OWN_RULE), (1, "cover"), (1, "vllm"), (1, "sglang")])
+def test_counts_are_those_of_a_plain_loop(world, kind, replicas, rule):
     rng = np.random.default_rng(3)
     own = np.stack([rng.permutation(16).reshape(4, 4) for _ in range(2)])
     copies = (own[:, [1, 2, 3, 0], :1]) if replicas else own[:, :, :0]
     placement = Placement(np.concatenate([own, copies], axis=2).astype(np.int32), 16)
-    deployment = Deployment(placement, np.ones((2, 16), np.int64), Topology(4, 2))
+    deployment = Deployment(placement, np.ones((2, 16), np.int64), Topology(4, 2), replica_choice=rule)
     node_R = np.arange(4) // 2
     ids_LTK = world.expert_ids_TLK.transpose(1, 0, 2)
     rows = random_homes(pool_of(world, "prompt"), np.arange(40), (4, 8), "prompt", rng)
-    found = count_batches(Served(ids_LTK, deployment.serving_LRE, node_R, kind, 4), rows[None])
+    moving = deployment.moving
+    found = count_batches(Served(ids_LTK, deployment.serving_LRE, node_R, kind, 4, moving), rows[None])
     home = np.arange(32) // 8
     for layer in range(2):
+        ranks_TK = deployment.serving_LRE[layer][home[:, None], world.expert_ids_TLK[rows, layer]]
+        if moving is not None:
+            ranks_TK = moving.ranks_TK(layer, world.expert_ids_TLK[rows, layer], home)
         sent, to_node, n = np.zeros((4, 4)), np.zeros((4, 2)), np.zeros((4, 16))
-        for row, source in zip(rows, home, strict=True):
+        for row, source, targets in zip(rows, home, ranks_TK.tolist(), strict=True):
             experts = world.expert_ids_TLK[row, layer]
-            targets = [int(deployment.serving_LRE[layer, source, e]) for e in experts]
             for target, expert in zip(targets, experts, strict=True):
                 n[target, expert] += 1
             for target in targets if kind == "per-expert" else set(targets):
