@@ -5,6 +5,7 @@ base package runs without PyTorch, and what needs a package of an extra says whi
 """
 
 import os
+from collections.abc import Iterable
 from importlib.util import find_spec
 from unicodedata import category
 
@@ -27,6 +28,13 @@ class InputError(Exception):
     Every function of semmoe raises it for what cannot be used, and nothing else for that. Source:
     profiles/errors.py.
     """
+
+
+def listed(names: Iterable[object], most: int = 12) -> str:
+    """Names for a message: at most so many, and how many more there are."""
+    shown = [str(name) for name in names]
+    more = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def require_extra(what: str, *packages: str) -> None:

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, listed
 from semmoe.profiles.sample import rows_of
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, integers
 
@@ -28,16 +28,19 @@ def holdout_requests(requests: pa.Table, *, holdout: float, holdout_domains: lis
     """Requests to score on and not to learn from, bool [B].
 
     A share `holdout` of the requests, drawn at random; with `holdout_domains`, all requests of
-    those domains instead. Raises InputError where a domain is unknown or one side would be empty.
+    those domains instead: of the domain of that name, or where there is none, of all that begin
+    with it. Raises InputError where a domain is unknown or one side would be empty.
     """
     num_requests = requests.num_rows
     if holdout_domains:
         domains = np.array(requests.column("domain").to_pylist(), dtype=object)
+        known, chosen = sorted(set(domains)), set()
         for domain in holdout_domains:
-            if domain not in domains:
-                known = ", ".join(sorted(set(domains))[:12])
-                raise InputError(f"no request has the domain {domain!r}; domains are: {known}")
-        held_out_B = np.isin(domains, holdout_domains)
+            found = {domain} & set(known) or {name for name in known if domain and name.startswith(domain)}
+            if not found:
+                raise InputError(f"no request has the domain {domain!r}; domains are: {listed(known)}")
+            chosen |= found
+        held_out_B = np.isin(domains, list(chosen))
     else:
         if not 0 < holdout < 1:
             raise InputError(f"--holdout is {holdout}, expected a share between 0 and 1")

@@ -82,9 +82,6 @@ def settle(context: Any) -> None:
     values, parameters = context.params, {p.name: p for p in context.command.params}
     given = {name for name in values if _from_file(context, name)}
     for name in given & _out_of_place(context.info_name, values):
-        if parameters[name].required:
-            why = f"FILE is missing: the model of {context.meta[FILE]} is no file of an engine"
-            raise typer.BadParameter(why, ctx=context, param_hint="--from")
         values[name] = parameters[name].default
         given.remove(name)
     for name in sorted(given):

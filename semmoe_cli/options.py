@@ -203,6 +203,7 @@ class Verify(enum.StrEnum):
     logits = "logits"
 
 
+UNDER = 3  # exit code: 1 is bad input, 2 a wrong command line
 UNTOLD = ("--output", "--processes", "--config")  # of a command line, where it is recorded
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
@@ -252,6 +253,29 @@ AgainstOption = Annotated[
         help="What verdict, headline and tables hold the plan against, at as many slots; the better of contiguous and load otherwise.",
     ),
 ]
+
+
+FailUnder = Annotated[
+    float | None,
+    typer.Option(
+        "--fail-under",
+        metavar="PERCENT",
+        help=f"End with exit code {UNDER} where less is saved: by the verdict, or of compare by any plan against the first.",
+        show_default=False,
+    ),
+]
+
+
+def check_saved(limit: float | None, saved: Mapping[str, float]) -> None:
+    """End with exit code UNDER, one line for each, where a share of `saved` is under the limit in
+    percent; without one, do nothing."""
+    from semmoe.terminal.tables import note
+
+    short = {what: share for what, share in saved.items() if limit is not None and not 100 * share >= limit}
+    for what, share in short.items():
+        note(f"--fail-under {limit:g}: {what} saves {100 * share:.1f}%")
+    if short:
+        raise typer.Exit(UNDER)
 
 
 @dataclass(frozen=True, kw_only=True)

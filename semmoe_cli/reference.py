@@ -10,7 +10,8 @@ HEADER = """# Command line
 Made by `python -m semmoe.reference > docs/cli.md` from the commands' own help.
 
 Results go to stdout, notes and progress to stderr. Exit code 0: done. 1: the input cannot be used, with one line that says why.
-2: the command line is wrong. `semmoe --install-completion` sets up completion for your shell.
+2: the command line is wrong. 3: less was saved than --fail-under asks for.
+`semmoe --install-completion` sets up completion for your shell.
 """
 
 

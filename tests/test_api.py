@@ -145,3 +145,12 @@ def test_misuse_is_an_input_error(ran, tmp_path):
     ):
         with pytest.raises(semmoe.InputError, match=message):
             misuse()
+
+
+def test_shapes_on_the_page_are_those_of_the_arrays(ran):
+    table = PAGE.partition("## Shapes")[2].partition("## Errors")[0]
+    rows = re.findall(r"^\| `([\w.]+)`[^|]*\| ([^|]+) \| ([^|]+) \|", table, re.M)
+    assert len(rows) > 8
+    for name, kinds, shape in rows:
+        array = eval(name, {"batch": ran["batch"], "plan": ran["plan"], "scorer": ran["scorer"]})
+        assert str(array.dtype) in kinds and array.ndim == len(shape.split(",")), (name, array.dtype, array.shape)

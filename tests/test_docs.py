@@ -5,6 +5,8 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,14 @@ def test_the_site_lists_every_page():
     site = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text(encoding="utf-8"))
     pages = [page for entry in site["nav"] for page in entry.values()]
     assert sorted(pages) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_the_site_builds(tmp_path):
+    """Strictly: a page, link or anchor that is not there is an error."""
+    pytest.importorskip("material", reason="the extra docs is not installed")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(DOCS / "site" / "mkdocs.yml")]
+    built = subprocess.run([*words, "-d", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
 
 
 def test_diagrams_are_what_the_script_draws():

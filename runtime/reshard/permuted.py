@@ -22,6 +22,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, read_index, read_shard
 from semmoe.runtime.reshard.audit import unaccounted
+from semmoe.runtime.reshard.card import add_section
 from semmoe.runtime.reshard.complete import classify_checkpoint
 from semmoe.runtime.reshard.copy import FilePlan, check_parts, total_bytes, write_files
 from semmoe.runtime.reshard.keys import Key, Role
@@ -140,6 +141,7 @@ def write_permuted(
             "files": file_entries(source, files, sums),
         }
         write_sidecar(folder, facts)
+        add_section(folder, facts)
     kept = {name for name, key in relabelling.keys.items() if key.role is Role.KEEP}
     notes = (*top_k_notes(source, plan), *(unaccounted(source, kept, model.num_experts) if options.compares else ()))
     return relabelling.result(out, files, options.verify, notes=notes, logits_difference=difference)

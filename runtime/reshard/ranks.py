@@ -27,6 +27,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, make_header, read_shard
 from semmoe.runtime.reshard.audit import unaccounted
+from semmoe.runtime.reshard.card import add_section
 from semmoe.runtime.reshard.complete import classify_checkpoint
 from semmoe.runtime.reshard.copy import FilePlan, Part, Piece, check_parts, merged, total_bytes, write_files
 from semmoe.runtime.reshard.keys import KEEP, Key, Role, is_expert
@@ -94,6 +95,7 @@ def write_ranks(
             "files": {f.name: written_entry(f, sums.get(f.name, [])) for f in files},
         }
         write_sidecar(folder, facts)
+        add_section(folder, facts)
     kept = {name for name, key in division.keys.items() if key.role is Role.KEEP}
     audit = unaccounted(source, kept, model.num_experts) if options.compares else ()
     home_E = np.repeat(np.arange(num_ranks), part_sizes(model.num_experts, num_ranks))

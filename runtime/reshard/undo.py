@@ -15,6 +15,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.families import PER_EXPERT
 from semmoe.profiles.progress import Stages
 from semmoe.profiles.safetensors_file import INDEX_NAME, Shard, Tensor, check_offsets, make_header, read_shard
+from semmoe.runtime.reshard.card import remove_section
 from semmoe.runtime.reshard.copy import FilePlan, Part, Piece, merged, total_bytes, write_files
 from semmoe.runtime.reshard.keys import split_key
 from semmoe.runtime.reshard.model import routed_model
@@ -71,6 +72,7 @@ def undo_permuted(
     files = relabelling.files(header_bytes={name: entry["source_header_bytes"] for name, entry in entries})
     with output_directory(out, checkpoint, marker=SIDECAR, force=options.force) as folder:
         fill_permuted(relabelling, files, folder, compare=options.compares, progress=progress)
+        remove_section(folder)
     notes = header_notes(files, {name: entry["source_header_sha256"] for name, entry in entries})
     return relabelling.result(out, files, options.verify, notes=notes)
 

@@ -10,10 +10,12 @@ import typer
 
 from semmoe.options import (
     AgainstOption,
+    FailUnder,
     Json,
     ReplicaChoiceOption,
     Simulation,
     Timing,
+    check_saved,
     grouped,
     replica_rule,
 )
@@ -66,6 +68,7 @@ def compare(
     against: AgainstOption = None,
     simulation: Simulation,
     timing: Timing,
+    fail_under: FailUnder = None,
     json_: Json = False,
 ) -> None:
     """Score plans side by side on requests that none of them saw, and count the experts to move
@@ -132,6 +135,16 @@ def compare(
 
         write_page(compare_page(comparison, notes), output)
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
+    check_saved(fail_under, _saved(comparison))
+
+
+def _saved(comparison: "Comparison") -> dict[str, float]:
+    """Share of remote ranks that each plan saves against what it is compared with, tokens at
+    random homes; by plan."""
+    from semmoe.solvers.evaluate.report import random_row
+
+    rem = {name: random_row(comparison.rows, name).rem for name in {row.placement for row in comparison.rows}}
+    return {d.plan: -d.rem[0] / rem[d.against] if rem[d.against] else 0.0 for d in comparison.differences}
 
 
 def _print(comparison: "Comparison") -> None:

@@ -56,7 +56,7 @@ def demo(
     placed, answers = output / "checkpoint", output / "answers.jsonl"
     result: dict[str, Any] = {}
     result["trace"] = _step(context, "trace", "demo", "--data", "demo", "--resume", "-o", traced)
-    result["place"] = _step(context, "place", traced, "--ranks", ranks, "--seed", seed, "-o", plan)
+    result["place"] = _step(context, "place", traced, "--ranks", ranks, "--seed", seed, "--force", "-o", plan)
     from semmoe.solvers.evaluate.report import Report
 
     scores = Report.from_json(result["place"])

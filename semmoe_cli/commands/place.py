@@ -89,7 +89,9 @@ class Placing:
     holdout: Annotated[float, typer.Option(help="Share of the requests to score on and not to learn from.")] = 0.2
     holdout_domain: Annotated[
         list[str] | None,
-        typer.Option(metavar="D", help="Hold out all requests of this domain instead; may be repeated."),
+        typer.Option(
+            metavar="D", help="Hold out all requests of this domain, or of those that begin so; may be repeated."
+        ),
     ] = None
     load_cap: Annotated[
         str,
@@ -186,6 +188,45 @@ class Placing:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What the plan is called, and whether it may replace another."""
+
+    name: Annotated[str, typer.Option(metavar="MODEL", help="Name of the model, where the trace does not know it.")] = (
+        ""
+    )
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace PLAN where it is a plan already; with --from-plan, move though no gain is shown."
+        ),
+    ] = False
+
+    def check(self, output: Path) -> None:
+        """Raise InputError where the plan cannot be written, before anything is computed."""
+        from semmoe.profiles.errors import InputError
+        from semmoe.solvers.plan import check_plan_target
+
+        check_plan_target(output)
+        if (output / "plan.json").exists() and not self.force:
+            raise InputError(f"{output} is there already: choose another name, or replace it with --force")
+
+    def check_name(self, known: str) -> None:
+        """Raise InputError where the trace knows another name of its model."""
+        from semmoe.pages.deployment import UNNAMED
+        from semmoe.profiles.errors import InputError
+
+        if self.name and known not in (*UNNAMED, self.name):
+            raise InputError(f"--name {self.name}: the trace is of {known}")
+
+    def named(self, plan: "Plan") -> "Plan":
+        """The plan with the name that was given."""
+        if not self.name:
+            return plan
+        scores = plan.scores and replace(plan.scores, model=self.name)
+        return replace(plan, model=replace(plan.model, model=self.name), scores=scores)
+
+
 @grouped(first=("ranks", "output"), last=("seed", "json_"))
 def place(
     traces: Annotated[
@@ -208,6 +249,7 @@ def place(
             help="Score an engine's expert map instead: no method, nothing held out or fitted.",
         ),
     ] = None,
+    written: Written,
     json_: Json = False,
 ) -> None:
     """Place the experts of a traced model on ranks, and score it on held-out requests.
@@ -221,13 +263,13 @@ def place(
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.evaluate.against import Against, read_against
     from semmoe.solvers.place.replicas import OWN_RULE
-    from semmoe.solvers.plan import ModelFacts, check_plan_target
+    from semmoe.solvers.plan import ModelFacts
     from semmoe.terminal.tables import note, note_unchecked, print_balance, print_report
 
-    check_plan_target(output)
+    written.check(output)
     if replacing.from_plan is not None:
         refuse_mixed("--from-plan", given(timing, import_=import_, replica_choice=replica_choice, against=against))
-        replan, made_by = replacing.read(), command_line(output, replacing.from_plan, *traces)
+        replan, made_by = replacing.read(written.force), command_line(output, replacing.from_plan, *traces)
         options = placing.options(simulation, timing, Against(), made_by)
         network.refuse_other(replan.old)
         replace_plan(traces, output, replan, placing.demands(simulation.seed), options, as_json=json_)
@@ -236,6 +278,7 @@ def place(
     if import_ is not None and (unused := given(placing, but=FINE_WITH_IMPORT)):
         note(f"--import takes the map as it is: {', '.join(unused)} has no use there")
     opened, links = [RoutingTrace.open(path) for path in traces], network.read()
+    written.check_name(opened[0].info.model)
     held = read_against(against, ModelFacts.of(opened[0].info), links)
     named = [Path(against)] if held.deployment and against else []
     whose = counted_phase(opened, timing.whose or "all", timed=timing.hardware is not None)
@@ -261,6 +304,7 @@ def place(
         options = replace(options, phase=whose, replica_choice=rule)
         with stages() as show:
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
+    plan = written.named(plan)
     plan.save(output)
     note_unchecked(*opened)
     timed = plan.scores.time if plan.scores else None

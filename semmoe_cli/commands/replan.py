@@ -54,19 +54,16 @@ class Replacing:
             metavar="T", help="Tokens until the next re-placement, in which a move must pay its bytes.", min=1
         ),
     ] = None
-    force: Annotated[
-        bool, typer.Option("--force", help="Move though no gain is shown, or requests are too few to show one.")
-    ] = False
 
-    def read(self) -> "From":
-        """The old plan, and the same as solvers read it."""
+    def read(self, force: bool) -> "From":
+        """The old plan, and the same as solvers read it; `force`: move though no gain is shown."""
         from semmoe.solvers.plan import Plan
 
         assert self.from_plan is not None
-        asked = self.options()  # a wrong option is told before a plan is read
+        asked = self.options(force)  # a wrong option is told before a plan is read
         return From(self.from_plan, Plan.load(self.from_plan), asked)
 
-    def options(self) -> "ReplanOptions":
+    def options(self, force: bool) -> "ReplanOptions":
         """The budget, as solvers read it."""
         from semmoe.solvers.replan.frontiers import Budget
         from semmoe.solvers.replan.replan import ReplanOptions
@@ -87,7 +84,7 @@ class Replacing:
                 raise typer.BadParameter("expected a number of experts or a share up to 100%", param_hint="--moves")
             moves = int(found[1]) if found[1] else None
             budget = Budget(share=float(found[2] or 0) / 100, moves=moves, price=price)
-        return ReplanOptions(budget, asked_as, self.horizon_tokens, self.force)
+        return ReplanOptions(budget, asked_as, self.horizon_tokens, force)
 
 
 def replace_plan(

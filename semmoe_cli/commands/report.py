@@ -9,10 +9,12 @@ import typer
 
 from semmoe.options import (
     AgainstOption,
+    FailUnder,
     Json,
     ReplicaChoiceOption,
     Simulation,
     Timing,
+    check_saved,
     given,
     grouped,
     replica_rule,
@@ -109,6 +111,7 @@ def report(
         int, typer.Option(help="Trace alone: ranks of its curves; 0: 8, or what the experts divide over.", min=0)
     ] = 0,
     simulation: Simulation,
+    fail_under: FailUnder = None,
     json_: Json = False,
 ) -> None:
     """Score a plan on a trace beside what engines do without one, or check the health of a trace;
@@ -129,15 +132,16 @@ def report(
         check_page_target(output)
     if len(paths) == 2:
         options = replace(options, phase=timing.whose, replica_choice=replica_rule(replica_choice, timing.engine))
-        _report_plan(paths[0], paths[1], options, simulation, output, json_)
+        check_saved(fail_under, _report_plan(paths[0], paths[1], options, simulation, output, json_))
     elif given(
         extras,
         but=("dispatch_bytes", *(("hidden_size", "expert_size") if options.time else ())),
         replica_choice=replica_choice,
+        fail_under=fail_under is not None,
     ):
         raise InputError(
-            "--what-if, --tokenizer, --hidden-size, --topology-bandwidth, --against and --replica-choice need a plan: "
-            "semmoe report PLAN TRACE"
+            "--what-if, --tokenizer, --hidden-size, --topology-bandwidth, --against, --replica-choice and --fail-under "
+            "need a plan: semmoe report PLAN TRACE"
         )
     else:
         _report_trace(paths[0], timing.whose or "all", ranks, simulation, options.time, output, json_)
@@ -163,7 +167,9 @@ def _report_plan(
     simulation: Simulation,
     output: Path | None,
     as_json: bool,
-) -> None:
+) -> dict[str, float]:
+    """Print the report, and give back the share that the plan saves by its verdict, for
+    --fail-under; none where the trace holds loads only."""
     from semmoe.pages.on_request import certificate_section, costs_section, tokens_section, what_if_section
     from semmoe.pages.page import print_section
     from semmoe.pages.plan import plan_page
@@ -177,7 +183,7 @@ def _report_plan(
     if traced.info.kind == "counts":
         only_phase(traced, phase or "all")
         _report_balance(placed, traced, {"plan": plan, "trace": trace}, output, as_json)
-        return
+        return {}
     whose, with_prompts = phase or placed.options.get("phase", "all"), simulation.score_from == "prompt"
     whose = counted_phase([traced], whose, timed=options.time is not None)
     traced = only_phase(traced, whose, with_prompts=with_prompts)
@@ -199,6 +205,7 @@ def _report_plan(
             print_section(section)
     if output is not None:
         _write(plan_page(made), output)
+    return {plan: made.report.verdict.saved} if made.report.verdict else {}
 
 
 def _report_balance(

@@ -24,7 +24,7 @@ def place(trace: str, options: list[str], seed: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         command = ["place", trace, "--holdout", "0.5", "--no-refit", "--seed", str(seed), *options, "--json"]
         run = subprocess.run(
-            [sys.executable, "-m", "semmoe", *command, "-o", str(Path(folder) / "plan")],
+            [sys.executable, "-m", "semmoe", *command, "--force", "-o", str(Path(folder) / "plan")],
             cwd=Path(__file__).resolve().parents[2],
             stdout=subprocess.PIPE,
             check=True,

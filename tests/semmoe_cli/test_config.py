@@ -32,12 +32,12 @@ def plan_of(folder, name):
 
 
 def test_a_command_takes_its_defaults_from_the_working_directory(folder, monkeypatch):
-    (folder / "semmoe.toml").write_text('ranks = 4\ndispatch = "per-expert"\nengine = "sglang"\nmodel = "demo"\n')
+    (folder / "semmoe.toml").write_text('ranks = 4\ndispatch = "per-expert"\nengine = "sglang"\n')
     placed = semmoe(*PLACE, "-o", "p", monkeypatch=monkeypatch)
     assert placed.exit_code == 0, placed.output
-    assert "from semmoe.toml: --dispatch per-expert --ranks 4\n" in placed.stderr
+    assert "from semmoe.toml: --dispatch per-expert --engine sglang --ranks 4\n" in placed.stderr
     plan = plan_of(folder, "p")
-    assert plan["made_by"] == "semmoe place --method contiguous --dispatch per-expert --ranks 4"
+    assert plan["made_by"] == "semmoe place --method contiguous --dispatch per-expert --engine sglang --ranks 4"
     assert semmoe(*PLACE, "-o", "q", "--ranks", "8", "--dispatch", "per-rank").exit_code == 0
     assert plan_of(folder, "q")["topology"]["ranks"] == 8
     written = semmoe("export", "p", "-o", "map.json")
@@ -57,7 +57,7 @@ def test_a_file_is_named_before_or_after_the_command(folder, monkeypatch):
 def test_the_model_is_no_file_of_an_engine(folder):
     (folder / "semmoe.toml").write_text('model = "demo"\n')
     traced = semmoe("trace", "--from", "vllm", "-o", "x")
-    assert traced.exit_code == 2 and "FILE is missing: the model of semmoe.toml" in traced.output
+    assert traced.exit_code == 2 and "files with --from" in traced.output
 
 
 @pytest.mark.parametrize(

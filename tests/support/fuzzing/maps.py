@@ -34,7 +34,7 @@ KINDS = {
 
 
 def reader(kind: str, file: str) -> str:
-    return f"place t --ranks 2 --import {kind} {file} -o out"
+    return f"place t --ranks 2 --import {kind} {file} --force -o out"
 
 
 # Rows of the first layer that no map of 8 experts on 2 ranks may have.

@@ -19,7 +19,7 @@ TRACE = "trace m --data {} -o out"
 RUN = "run m --plan p --prompts {} --max-new-tokens 2"
 TOKENIZED = ("trace m --data few.jsonl -o out",)
 NAMED = "report p t --tokenizer m/tokenizer.json"
-TOPOLOGY = "place t --ranks 2 --topology {} --method load --effort fast --no-refit -o out"
+TOPOLOGY = "place t --ranks 2 --topology {} --method load --effort fast --no-refit --force -o out"
 BANDWIDTH = "report {} t --topology-bandwidth {}"
 
 

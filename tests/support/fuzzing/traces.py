@@ -27,12 +27,12 @@ from fuzzing.damage import (
 from fuzzing.inputs import FLIPPED, Input, inputs_of
 
 SHOW = "show t"
-PLACE = "place t --ranks 2 --method contiguous --effort fast --no-refit -o out"
-PLACE_WITH_TABLES = "place t --ranks 2 --method metis --effort fast -o out"
+PLACE = "place t --ranks 2 --method contiguous --effort fast --no-refit --force -o out"
+PLACE_WITH_TABLES = "place t --ranks 2 --method metis --effort fast --force -o out"
 REPORT, PAGE, HEALTH = "report p t", "report p t -o out.html", "report t"
 COMPARE = "compare p q t"
 REPLAY = "run --replay t --plan one --hidden-size 8 --max-tokens 64"
-IMPORT = "place t --ranks 2 --import sglang sglang.json -o out"
+IMPORT = "place t --ranks 2 --import sglang sglang.json --force -o out"
 RESUME = "trace m --data few.jsonl -o t --resume"
 PART_READERS = (SHOW, PLACE, REPORT, HEALTH, COMPARE, REPLAY)
 OFTEN = (SHOW, PLACE, REPORT, COMPARE) * 4
