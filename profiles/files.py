@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -329,7 +330,7 @@ def inside(folder: Path, name: object, where: str, *, folders: int = 0, ending: 
     return path
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> BufferedReader:
     """A file for reading its bytes. Raises OSError as `open` does, and for what is no file: a pipe
     would be waited for, a device may never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

@@ -7,7 +7,7 @@ What a push needs of huggingface_hub comes with the extra models; reading hf:// 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.hub.urls import network, open_url
@@ -78,7 +78,7 @@ def push(folder: Path, names: list[str], card: str, repo: str, how: Push) -> str
 
 def _is_ours(url: str) -> bool:
     filesystem, root = open_url(url)
-    return MADE_BY_US.encode() in filesystem.cat_file(f"{root}/{CARD}")
+    return MADE_BY_US.encode() in cast(bytes, filesystem.cat_file(f"{root}/{CARD}"))
 
 
 def _leftovers(old: list[str], names: list[str]) -> "list[CommitOperationDelete]":

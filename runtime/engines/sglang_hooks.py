@@ -70,7 +70,7 @@ class Hook:
         if choice.rank < 0 or not allowed_G[choice.rank]:
             return
         request.routed_dp_rank = choice.rank
-        if measured:  # a rank that is set bypasses the budget's own count
+        if budget is not None and measured:  # a rank that is set bypasses the budget's own count
             budget.total_tokens[choice.rank] += 0 if ids is None else len(ids)
             budget.total_requests[choice.rank] += 1
         else:

@@ -124,7 +124,7 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
     dist.destroy_process_group()
 
 
-def meet(rank: int, size: int, refusal: str, timeout_s: float) -> dist.Store:
+def meet(rank: int, size: int, refusal: str, timeout_s: float) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
     """The store of all ranks, once every rank is there. Raises InputError on all of them
     with the `refusal` of one ("": none), ExchangeError where a rank does not come in time.
 

@@ -47,7 +47,7 @@ def launch(
         What rank 0 returns. Raises InputError with the reason of the rank that failed first,
         RankError with its traceback where that is a bug; the others are stopped within seconds.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     context = multiprocessing.get_context("spawn")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the port is the system's choice

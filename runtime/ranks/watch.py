@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from semmoe.runtime.ranks.heartbeat import BEAT_S, LATE_S, Silence, siblings, state_of
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 JOIN_S = 300.0  # until the store can be reached
 END_S = 5.0  # until a rank whose peers are gone has noticed it by itself
@@ -38,7 +38,7 @@ class Failure(NamedTuple):
 def open_store(name: str, timeout_s: float = JOIN_S) -> "Store":
     """The store of all ranks, under a name of its own. Raises RuntimeError where it is not to be
     reached."""
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(

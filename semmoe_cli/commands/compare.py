@@ -144,7 +144,12 @@ def _saved(comparison: "Comparison") -> dict[str, float]:
     from semmoe.solvers.evaluate.report import random_row
 
     rem = {name: random_row(comparison.rows, name).rem for name in {row.placement for row in comparison.rows}}
-    return {d.plan: -d.rem[0] / rem[d.against] if rem[d.against] else 0.0 for d in comparison.differences}
+    # A baseline has a row for the slots of each plan.
+    name_of = {
+        d.plan: d.against if d.against in rem else f"{d.against} beside {d.plan}" for d in comparison.differences
+    }
+    held = {plan: rem[name] for plan, name in name_of.items()}
+    return {d.plan: -d.rem[0] / held[d.plan] if held[d.plan] else 0.0 for d in comparison.differences}
 
 
 def _print(comparison: "Comparison") -> None:

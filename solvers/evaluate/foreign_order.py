@@ -93,7 +93,8 @@ def _loads_fit(plan_LE: np.ndarray, load_LE: np.ndarray, order_LE: np.ndarray) -
         return None, None
     share_LE = load_LE[counted_L] / load_LE[counted_L].sum(axis=1, keepdims=True)
     placed_LE = np.take_along_axis(log_LE, order_LE, axis=1)
-    return tuple(float((share_LE * table[counted_L]).sum(axis=1).mean()) / own for table in (log_LE, placed_LE))
+    model, plan = (float((share_LE * table[counted_L]).sum(axis=1).mean()) / own for table in (log_LE, placed_LE))
+    return model, plan
 
 
 def _saving_fit(plan: Plan, ids_TLK: np.ndarray, order_LE: np.ndarray) -> tuple[float | None, float | None]:

@@ -89,7 +89,7 @@ def _filled(
     # Step 1: one copy per rank at a time; tokens then choose their homes again.
     while copies.room_R.any():
         copies.settle()
-        for rank in np.flatnonzero(copies.room_R):
+        for rank in np.flatnonzero(copies.room_R).tolist():
             copies.add_best(rank)
     # Step 2: every copy reconsidered, for where tokens live with all of them.
     best = copies.remote(), [list(held) for held in copies.held_RS]

@@ -129,14 +129,14 @@ def prices_of(costing: Costing, topology: Topology) -> Prices:
 
 def _links_us(
     busiest: list[np.ndarray], *, shares: list[tuple[float, float]], costing: Costing, num_ranks: int
-) -> np.ndarray | float:
+) -> np.ndarray:
     if not busiest:
-        return 0.0
+        return np.zeros(())
     fast, cards = (
         np.max([reach * share[way] for reach, share in zip(busiest, shares, strict=True)], axis=0) for way in (0, 1)
     )
     rows = np.stack([fast, cards])
-    return sum(way_us(rows, way, costing, costing.values, num_ranks) for way in WAYS)
+    return np.sum([way_us(rows, way, costing, costing.values, num_ranks) for way in WAYS], axis=0)
 
 
 def _experts_us(padded: np.ndarray, active: np.ndarray, rows: np.ndarray, *, costing: Costing) -> np.ndarray:

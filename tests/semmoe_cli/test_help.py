@@ -50,7 +50,7 @@ def test_summaries_and_examples_are_whole():
 
 
 def test_the_usage_names_what_is_needed():
-    assert shown("place", "-h").startswith("Usage: semmoe place TRACE... --ranks R -o PLAN [OPTIONS]")
+    assert shown("place", "-h").startswith("Usage: semmoe place TRACE... -o PLAN [OPTIONS]")
 
 
 @pytest.mark.parametrize("words", [["--method", "best"], ["--import", "best", "f"], ["--ranks", "0"]])

@@ -47,7 +47,8 @@ def test_a_command_gets_its_records():
 def test_help_shows_the_options_in_the_order_of_fields_but_for_the_first_and_the_last():
     help_text = CliRunner().invoke(app_of([]), ["--help"]).output
     names = [line.split()[0] for line in help_text.splitlines() if line.strip().startswith("--")]
-    assert names[:8] == ["--name", "--batch-tokens", "--window", "--dtype", "--device", "--quick", "--tags", "--seed"]
+    options = ["--batch-tokens", "--window", "--score-from", "--dtype", "--device", "--quick", "--tags"]
+    assert names[:9] == ["--name", *options, "--seed"]
     assert "Take them." in help_text
 
 

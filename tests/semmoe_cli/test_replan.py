@@ -96,7 +96,7 @@ def test_options_that_do_not_go_together_are_a_wrong_use(made, words):
 
 
 def test_options_without_a_plan_are_a_wrong_use(made):
-    for words in (["--moves", "10%", "--ranks", "4"], ["--force", "--ranks", "4"], []):
+    for words in (["--moves", "10%", "--ranks", "4"], ["--move-cost", "1", "--ranks", "4"], []):
         result = CliRunner().invoke(app, ["place", str(made / "t1"), "-o", "n", *words])
         assert result.exit_code == 2, result.output
 
