@@ -29,7 +29,7 @@ from semmoe.solvers.time.moe_layer import batch_tokens, layer_times
 
 BATCH_IDS = 30_000_000  # choices of the batches that are averaged
 RESAMPLED_IDS = 90_000_000  # of those behind intervals
-LEAST_BATCHES, MOST_BATCHES = 16, 128
+LEAST_BATCHES, MOST_BATCHES = 8, 128
 LEAST_RESAMPLES, MOST_RESAMPLES = 40, 100
 PER_RESAMPLE = 6  # batches of one resample, at most
 SCHEDULED_BATCHES = 4  # of schedules that no engine runs

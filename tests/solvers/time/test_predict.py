@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from semmoe.profiles.counts import profile_traces
-from semmoe.profiles.engines.imports import import_trace
+from semmoe.profiles.engines.imports import ImportOptions, import_trace
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.deployment import Deployment
@@ -29,8 +29,6 @@ RANKS = 8
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     monkeypatch.setattr(predicting, "RESAMPLED_IDS", 3_000_000)
-    monkeypatch.setattr(predicting, "BATCH_IDS", 6_000_000)
-    monkeypatch.setattr(predicting, "LEAST_BATCHES", 16)
     monkeypatch.setattr(predicting, "LEAST_RESAMPLES", 4)
 
 
@@ -40,7 +38,7 @@ def gpt(tmp_path_factory):
     if not GPT.exists():
         pytest.skip("the shared traces are not here")
     path = tmp_path_factory.mktemp("gpt") / "t"
-    import_trace("sglang", [GPT], path)
+    import_trace("sglang", [GPT], path, ImportOptions(repetition="drop"))
     trace = RoutingTrace.open(path)
     (held_B,) = split_requests([trace], holdout=0.5, holdout_domains=[], seed=0)
     return trace.load(held_B), profile_traces([trace], [~held_B]).load_LE
