@@ -19,6 +19,6 @@ def test_a_killed_command_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["wrong"] == []
-    assert found["points"] == 2 * len(found["cases"]) and found["events"] > 200
+    assert len(found["cases"]) <= found["again"] <= 2 * len(found["cases"]) and found["events"] > 200
     killed = {state for case in found["cases"].values() for state in case["states"]}
     assert killed <= {"old", "absent", "complete", "unfinished"} and len(killed) > 2, found
