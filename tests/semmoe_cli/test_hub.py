@@ -32,7 +32,12 @@ def folder(tmp_path_factory):
 def hub(folder):
     """A stand-in hub, and commands that talk to it from the folder."""
     with stand_in_hub() as (served, address):
-        environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0"}
+        environment = os.environ | {
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(folder / "cache"),
+            "HF_HUB_OFFLINE": "0",
+        }
 
         def semmoe(*words: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "semmoe", *words]
