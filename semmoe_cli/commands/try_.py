@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import Json, Seed, TimedPlacing, given, grouped
+from semmoe.options import Json, Seed, TimedPlacing, given, grouped, replica_rule
 
 if TYPE_CHECKING:
     from semmoe.profiles.trace import RoutingTrace
@@ -64,7 +64,7 @@ def try_(
     topology = Topology(ranks, nodes)
     with TemporaryDirectory(prefix="semmoe-try-") as folder:
         trace = _trace(responses, FORMATS[engine], Path(folder) / "t")
-        phases = [timing.phase.value] if timing.phase else _phases(trace, timed=timing.hardware is not None)
+        phases = _phases(trace, timing.whose, timed=timing.hardware is not None)
         tried: dict[str, Plan] = {}
         for phase in phases:
             plan = _plan(trace, topology, timing, phase, seed)
@@ -96,32 +96,46 @@ def _trace(responses: list[str], kind: str, out: Path) -> "RoutingTrace":
 
     if len(responses) == 1 and (Path(responses[0]).is_dir() or "://" in responses[0]):
         return RoutingTrace.open(responses[0])
-    summary = import_trace(kind, [Path(file) for file in responses], out, ImportOptions())
+    summary = import_trace(kind, [Path(file) for file in responses], out, ImportOptions(repetition="drop"))
     for line in summary.notes:
         note(line)
     note(f"read {summary.requests} requests, {summary.tokens} tokens, {summary.layers} layers")
     return RoutingTrace.open(out)
 
 
-def _phases(trace: "RoutingTrace", *, timed: bool) -> list[str]:
-    """Both phases where times are told apart; by bytes all tokens count alike, once."""
+def _phases(trace: "RoutingTrace", asked: str | None, *, timed: bool) -> list[str]:
+    """Phases to tell apart: the one that was asked for, else both; without times those that the
+    trace holds tokens of."""
+    from semmoe.profiles.split import phase_shares
+
     trace.require_tokens("semmoe try")
-    return ["prompt", "generated"] if timed else ["generated"]
+    if asked not in (None, "all"):
+        return [asked]
+    shares = phase_shares([trace])
+    return [phase for phase in NAMES if timed or shares[phase]]
 
 
 def _plan(trace: "RoutingTrace", topology: "Topology", timing: TimedPlacing, phase: str, seed: int) -> "Plan":
-    """A plan for a phase, with its scores and times on held-out requests."""
+    """A plan for a phase, with its scores and times on held-out requests: what the commands that
+    are told make, but for a quicker search and no second fit."""
     from semmoe.options import Phase
+    from semmoe.profiles.split import counted_phase
     from semmoe.solvers.demands import Demands
     from semmoe.solvers.make_plan import PlanOptions, make_plan
+    from semmoe.solvers.place.replicas import OWN_RULE
     from semmoe.solvers.schedule.simulate import Setting
     from semmoe.terminal.progress import stages
 
-    asked = None
-    if timing.hardware is not None:
-        asked = replace(timing, phase=Phase(phase)).asked_here()
+    timed = timing.hardware is not None
+    options = PlanOptions(
+        holdout=HOLDOUT,
+        refit=False,
+        setting=Setting(seed=seed),
+        time=replace(timing, phase=Phase(phase)).asked_here() if timed else None,
+        phase=counted_phase([trace], phase, timed=timed),
+        replica_choice=replica_rule(None, timing.engine) or OWN_RULE,
+    )
     demands = Demands(seed=seed, effort="fast", processes=os.cpu_count() or 1)
-    options = PlanOptions(holdout=HOLDOUT, refit=False, setting=Setting(seed=seed), time=asked)
     with stages() as show:
         return make_plan([trace], topology, demands, options, progress=show)
 
@@ -138,9 +152,8 @@ def _commands(responses: list[str], ranks: int, nodes: int, timing: TimedPlacing
     for phase in phases:
         words = [f"semmoe place {trace} --ranks {ranks}"]
         words += [f"--nodes {nodes}"] if nodes > 1 else []
-        if timing.hardware is not None:
-            words += [f"--hardware {quoted(timing.hardware)} --engine {timing.engine} --phase {phase}"]
+        words += [f"--hardware {quoted(timing.hardware)}"] if timing.hardware is not None else []
+        words += [f"--engine {timing.engine} --phase {phase}"]
         lines.append(f"{' '.join(words)} -o plan-{NAMES[phase]}")
-        if timing.engine in ("sglang", "vllm", "trtllm", "vllm-ascend"):
-            lines.append(f"semmoe export plan-{NAMES[phase]} --to {timing.engine} -o map-{NAMES[phase]}.json")
+        lines.append(f"semmoe export plan-{NAMES[phase]} --to {timing.engine} -o map-{NAMES[phase]}.json")
     return lines

@@ -175,6 +175,28 @@ def equalize(
     return min((rank_of_E, balanced_E), key=lambda p: rank_load_R(p, load_E, num_ranks).max())
 
 
+def in_linear_shares(
+    rank_of_LE: np.ndarray, profile: RoutingProfile, load_LE: np.ndarray, num_ranks: int, load_cap: float
+) -> np.ndarray:
+    """The placement with one expert more on the first E mod R ranks, as engines without copies
+    split them, int64 [L, E]; renaming ranks may have left others with it.
+
+    Parameters:
+        rank_of_LE: rank of each expert, int [L, E].
+        profile: co-activations, which moves lose least of.
+        load_LE: activations, float [L, E].
+        num_ranks: R.
+        load_cap: most load of a rank over the mean, kept where swaps can.
+    """
+    sizes_R, moved = part_sizes(rank_of_LE.shape[1], num_ranks), []
+    for rank_of_E, affinity_EE, load_E in zip(rank_of_LE, profile.co_activation_LEE, load_LE, strict=True):
+        if (np.bincount(rank_of_E, minlength=num_ranks) != sizes_R).any():
+            rank_of_E = moved_to_sizes(rank_of_E, affinity_EE, sizes_R)
+            rank_of_E = repair_load(rank_of_E, affinity_EE, load_E, num_ranks, load_cap)
+        moved.append(rank_of_E)
+    return np.stack(moved)
+
+
 def best_within_cap(
     partitions: list[np.ndarray], affinity_EE: np.ndarray, load_E: np.ndarray, num_ranks: int, load_cap: float
 ) -> np.ndarray:

@@ -23,7 +23,7 @@ from semmoe.profiles.counts import RoutingProfile, request_rows
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
 from semmoe.solvers.demands import Demands, Solved
-from semmoe.solvers.place.exact_counts import cluster_loads, moved_to_sizes, repair_load
+from semmoe.solvers.place.exact_counts import cluster_loads, in_linear_shares
 from semmoe.solvers.place.joint_layer import (
     Layer,
     Network,
@@ -43,7 +43,7 @@ from semmoe.solvers.place.request_homes import (
     request_usage_LBE,
     usage_shares_BR,
 )
-from semmoe.solvers.placement import Topology, part_sizes
+from semmoe.solvers.placement import Topology
 from semmoe.solvers.schedule.transport import balanced_homes
 from semmoe.solvers.workers import LayerMap, layer_map
 
@@ -92,8 +92,9 @@ def place_semmoe(
         work = Work(profile, topology, demands, load_LJE, run, layer_done)
         for name in names:
             placed = STAGES[name](work, placed)
-            if demands.spare == "empty" and info.num_experts % num_ranks:
-                placed = placed._replace(rank_of_LE=_in_linear_shares(placed.rank_of_LE, work))
+            if demands.spare == "empty":
+                shares = in_linear_shares(placed.rank_of_LE, profile, load_LJE[:, 0], num_ranks, demands.load_cap)
+                placed = placed._replace(rank_of_LE=shares)
     return Solved.from_ranks(placed.rank_of_LE, profile.load_LE, num_ranks, rounds=passes)
 
 
@@ -267,19 +268,6 @@ def take_turn(work: Work, placed: Placed, *, pull: int) -> Placed:
     rank_of_LE = work.solve_layers(from_start, layers, search)
     share_BR = usage_shares_BR(rank_of_LE, requests.usage_LBE, work.topology.num_ranks)
     return Placed(rank_of_LE, balanced_homes(share_BR, requests.weight_B))
-
-
-def _in_linear_shares(rank_of_LE: np.ndarray, work: Work) -> np.ndarray:
-    """The placement with one expert more on the first ranks, as engines without copies split
-    them, int64 [L, E]: renaming ranks may have left others with it."""
-    num_ranks, moved = work.topology.num_ranks, []
-    sizes_R = part_sizes(rank_of_LE.shape[1], num_ranks)
-    for rank_of_E, affinity_EE, load_JE in zip(rank_of_LE, work.profile.co_activation_LEE, work.load_LJE, strict=True):
-        if (np.bincount(rank_of_E, minlength=num_ranks) != sizes_R).any():
-            rank_of_E = moved_to_sizes(rank_of_E, affinity_EE, sizes_R)
-            rank_of_E = repair_load(rank_of_E, affinity_EE, load_JE[0], num_ranks, work.demands.load_cap)
-        moved.append(rank_of_E)
-    return np.stack(moved)
 
 
 LAYER_STAGES: dict[str, Stage] = {  # that pass over the layers

@@ -17,7 +17,7 @@ from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_contiguous, place_load_on_nodes
 from semmoe.solvers.place.copies import SAMPLE_ROWS, CopiedLayer, add_copies
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.exact_counts import cluster_loads, is_within_cap, rank_load_R
+from semmoe.solvers.place.exact_counts import cluster_loads, in_linear_shares, is_within_cap, rank_load_R
 from semmoe.solvers.place.graph import place_metis, place_spectral
 from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.paper import place_paper
@@ -36,7 +36,10 @@ def _ranked(place: Callable[[RoutingProfile, Topology, Demands], np.ndarray]) ->
     """A method from a function that gives the rank of each expert, int [L, E], in one go."""
 
     def solve(profile: RoutingProfile, topology: Topology, demands: Demands, progress: Progress | None) -> Solved:
-        return Solved.from_ranks(place(profile, topology, demands), profile.load_LE, topology.num_ranks)
+        rank_of_LE, num_ranks = place(profile, topology, demands), topology.num_ranks
+        if demands.spare == "empty":
+            rank_of_LE = in_linear_shares(rank_of_LE, profile, profile.load_LE, num_ranks, demands.load_cap)
+        return Solved.from_ranks(rank_of_LE, profile.load_LE, num_ranks)
 
     return solve
 

@@ -22,6 +22,7 @@ from semmoe.profiles.progress import Progress, unshown
 from semmoe.profiles.sample import select_requests
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_load_on_nodes
+from semmoe.solvers.place.exact_counts import in_linear_shares
 from semmoe.solvers.place.graph import place_quickly
 from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
@@ -356,6 +357,8 @@ def place_for_time(
     best = finals[-1] if last < first * (1 - SURE_GAIN) else finals[0]
     placed = np.stack([rank_of_E for rank_of_E, _ in found[finals.index(best) :: len(finals)]])
     rank_of_LE = _labelled(placed, profile, topology, demands)
+    if demands.spare == "empty":
+        rank_of_LE = in_linear_shares(rank_of_LE, profile, profile.load_LE, topology.num_ranks, demands.load_cap)
     solved = Solved.from_ranks(rank_of_LE, profile.load_LE, topology.num_ranks)
     return replace(solved, notes=[f"placed for time: {best}{promised}"])
 

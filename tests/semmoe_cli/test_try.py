@@ -45,8 +45,28 @@ def test_both_phases_of_a_trace_on_one_page(trace, tmp_path):
 
 def test_without_hardware_bytes_alone_are_told(trace, tmp_path):
     page = tmp_path / "try.md"
-    run(trace, "--engine", "sglang", "--ranks", 4, "-o", page)
+    found = json.loads(run(trace, "--engine", "sglang", "--ranks", 4, "-o", page, "--json").stdout)
     assert "add --hardware" in page.read_text(encoding="utf-8")
+    # Each verdict is of its own tokens, and the command that is told counts the same ones.
+    tokens = {name: report["tokens"] for name, report in found.items()}
+    assert {name: report["phase"] for name, report in found.items()} == {"prefill": "prompt", "decode": "generated"}
+    for name, phase in (("prefill", "prompt"), ("decode", "generated")):
+        assert f"--engine sglang --phase {phase}" in page.read_text(encoding="utf-8")
+        words = [
+            "place",
+            str(trace),
+            "--ranks",
+            "4",
+            "--engine",
+            "sglang",
+            "--phase",
+            phase,
+            "--holdout",
+            "0.5",
+            "--json",
+        ]
+        placed = CliRunner().invoke(app, [*words, "-o", str(tmp_path / name)])
+        assert json.loads(placed.stdout)["tokens"] == tokens[name]
 
 
 def test_answers_are_imported(tmp_path):
