@@ -84,7 +84,7 @@ def try_(
         from semmoe.pages.page import write_page
         from semmoe.pages.tried import tried_page
 
-        write_page(tried_page(found, _commands(responses, ranks, nodes, timing, phases)), output)
+        write_page(tried_page(found, _commands(responses, nodes, timing, tried)), output)
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
 
 
@@ -140,20 +140,23 @@ def _plan(trace: "RoutingTrace", topology: "Topology", timing: TimedPlacing, pha
         return make_plan([trace], topology, demands, options, progress=show)
 
 
-def _commands(responses: list[str], ranks: int, nodes: int, timing: TimedPlacing, phases: list[str]) -> list[str]:
+def _commands(responses: list[str], nodes: int, timing: TimedPlacing, tried: dict[str, "Plan"]) -> list[str]:
     """What to type to get the plans themselves."""
+    from semmoe.pages.deployment import ENGINES, export_command
     from semmoe.terminal.text import quoted
 
     assert timing.engine is not None
+    (engine,) = (e for e in ENGINES if e.kind == timing.engine)
     imported = not (len(responses) == 1 and Path(responses[0]).is_dir())
     trace = "t" if imported else quoted(responses[0])
     files = " ".join(quoted(file) for file in responses)
     lines = [f"semmoe trace --from {FORMATS[timing.engine]} {files} -o t"] if imported else []
-    for phase in phases:
-        words = [f"semmoe place {trace} --ranks {ranks}"]
+    for phase, plan in tried.items():
+        words = [f"semmoe place {trace} --ranks {plan.topology.num_ranks}"]
         words += [f"--nodes {nodes}"] if nodes > 1 else []
         words += [f"--hardware {quoted(timing.hardware)}"] if timing.hardware is not None else []
         words += [f"--engine {timing.engine} --phase {phase}"]
         lines.append(f"{' '.join(words)} -o plan-{NAMES[phase]}")
-        lines.append(f"semmoe export plan-{NAMES[phase]} --to {timing.engine} -o map-{NAMES[phase]}.json")
+        name = NAMES[phase]
+        lines.append(export_command(engine, plan.model, f"plan-{name}", f"{name}-{engine.file}"))
     return lines

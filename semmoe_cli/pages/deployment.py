@@ -11,7 +11,7 @@ from semmoe.pages.page import Commands
 from semmoe.terminal.text import quoted
 
 if TYPE_CHECKING:
-    from semmoe.solvers.plan import Plan
+    from semmoe.solvers.plan import ModelFacts, Plan
 
 UNNAMED = ("", "unknown")  # what a trace says of a model that nobody named
 
@@ -42,6 +42,14 @@ def named_model(name: str) -> str:
     return "" if name in UNNAMED else name
 
 
+def export_command(engine: Engine, model: "ModelFacts", plan_path: str, file: str) -> str:
+    """What writes an engine's map. `plan_path`, `file`: as they are typed."""
+    option = f" --format {engine.format}" if engine.format else ""
+    if engine.kind in ("sglang", "trtllm") and not model.num_model_layers:  # they name every layer, dense ones too
+        option += f" --model {quoted(named_model(model.model) or 'CHECKPOINT')}"
+    return f"semmoe export {plan_path} --to {engine.kind}{option} -o {file}"
+
+
 def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
     """Commands for every engine that reads a map, and for those that only split experts in
     checkpoint order."""
@@ -49,13 +57,9 @@ def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
 
     where = quoted(plan_path)
     model = named_model(plan.model.model) or "CHECKPOINT"
-    # A map for SGLang and TensorRT-LLM names every layer of the model, dense ones too.
-    layers = "" if plan.model.num_model_layers else f" --model {quoted(model)}"
     found = []
     for engine in ENGINES:
-        option = f" --format {engine.format}" if engine.format else ""
-        extra = layers if engine.kind in ("sglang", "trtllm") else ""
-        export = f"semmoe export {where} --to {engine.kind}{option}{extra} -o {engine.file}"
+        export = export_command(engine, plan.model, where, engine.file)
         said = launch_lines(plan, engine.kind, Path(engine.file), format=engine.format)
         start, notes = _start(engine, model, plan, said)
         found.append(Commands(engine.name, [export, *map(_wrapped, start)], [_sentence(line) for line in notes]))
