@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """band.py PLAN TRACE: what the band rule gives on requests of a trace that the plan was not fitted
 on: locality and balance, for several bands and numbers of requests under way, against requests in
-turn, the best rank always, and the windows of a report. And what scoring a prompt costs.
+turn, the best rank always, and the windows of a report. And what scoring a prompt costs, of this
+plan and of a large one, against gathering the rows of its ids alone.
 
 Requests arrive in a random order; one that is done makes room for the next. A request lasts one
 step for each generated token, and one for its prompt.
@@ -17,6 +18,7 @@ import numpy as np
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.engines.band import Band
 from semmoe.runtime.engines.chooser import request_tokens
+from semmoe.runtime.engines.plan_files import PlanFacts
 from semmoe.runtime.engines.scorer import PlanScorer
 from semmoe.solvers.make_plan import request_keys
 from semmoe.solvers.plan import Plan
@@ -38,6 +40,38 @@ def served(choose, tokens_B, steps_B, under_way: int, ranks: int) -> np.ndarray:
         load_R[rank] += tokens
         heapq.heappush(running, (now + steps_B[b], int(rank), tokens))
     return rank_of_B
+
+
+def cost_of_a_score(vocabulary: int = 200_000, topics: int = 48, ranks: int = 64, length: int = 8_192) -> dict:
+    """Milliseconds of processor time of a long prompt's scores, least of 30, and of gathering as many
+    rows; ids of a Zipf law, and all alike."""
+    draw = np.random.default_rng(0)
+    tables = {
+        "ids_V": np.arange(vocabulary, dtype=np.int32),
+        "topic_VD": draw.random((vocabulary, topics), np.float32),
+        "topic_DR": draw.random((topics, ranks), np.float32),
+        "mean_V": draw.random(vocabulary, np.float32),
+        "weight_VR": draw.random((vocabulary, ranks), np.float32),
+    }
+    experts_LRS = np.arange(ranks, dtype=np.int32).reshape(1, ranks, 1)
+    facts = PlanFacts("large", "", {"num_experts": ranks}, experts_LRS, np.ones((1, ranks), np.int64), tables)
+    scorer, table_VX = PlanScorer.of(facts), draw.random((vocabulary, topics + ranks), np.float32)
+
+    def least_ms(call, drawn) -> float:
+        seconds = []
+        for _ in range(30):
+            ids = drawn()
+            begin = time.thread_time()
+            call(ids)
+            seconds.append(time.thread_time() - begin)
+        return round(1e3 * min(seconds), 3)
+
+    found: dict = {"ids": length, "vocabulary": vocabulary, "ranks": ranks}
+    zipf = lambda: (draw.zipf(1.2, length) % vocabulary).astype(np.int64)  # noqa: E731
+    for name, drawn in {"zipf": zipf, "alike": lambda: draw.integers(0, vocabulary, length)}.items():
+        found[name] = {"score_ms": least_ms(scorer.scores, drawn)}
+        found[name]["gather_ms"] = least_ms(lambda ids: table_VX.take(np.unique(ids), axis=0), drawn)
+    return found
 
 
 def main(plan_path: str, trace_path: str) -> dict:
@@ -77,6 +111,7 @@ def main(plan_path: str, trace_path: str) -> dict:
         "requests": len(prompts),
         "prompt_tokens": int(sum(map(len, prompts))),
         "microseconds_per_prompt": round(1e6 * seconds / len(prompts), 1),
+        "long_prompt": cost_of_a_score(),
         "rows": rows,
     }
 

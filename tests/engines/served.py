@@ -73,14 +73,14 @@ def table(model: str, folder: Path) -> bool:
     decisions = counted(folder)
     claims = [
         ("requests collected, none left out", f"{plugin.num_requests}", plugin.num_requests == turn.num_requests),
-        ("token-layers with other experts than Transformers", f"{wrong} of {rows}", wrong <= rows // 10_000),
+        ("token-layers with other experts than Transformers", f"{wrong} of {rows}", wrong == 0),
         ("served LAR in turn", f"{in_turn['as-served']['lar']:.3f}", True),
         ("served LAR by the plug-in", f"{lar:.3f}", lar >= 0.64),
         ("tokens max/mean", f"{tokens_R.max() / tokens_R.mean():.3f}", tokens_R.max() / tokens_R.mean() <= 1.10),
         (
             "predicted (dp-scorer, windows of 32)",
             f"{as_served['dp-scorer']['lar']:.3f}",
-            abs(as_served["dp-scorer"]["lar"] - lar) < 0.05,
+            abs(as_served["dp-scorer"]["lar"] - lar) <= 0.03,
         ),
         ("decisions", json.dumps(decisions), decisions["affine"] + decisions["spilled"] == plugin.num_requests),
     ]
