@@ -152,12 +152,18 @@ class RankWatch:
             if beats != self._beats_R[rank]:
                 self._beats_R[rank] = beats
                 self._silence.hear(rank)
+        self._look()
+
+    def _look(self) -> None:
+        """Find the processes of this machine's ranks that have not been seen yet."""
         if len(self._pids) < len(self._local):
-            self._pids = siblings()
+            self._pids |= siblings()
 
     def _lost(self, late_s: float, *, missing: bool = False) -> Failure | None:
         """A rank that is dead, or stopped and silent for `late_s`. `missing`: also one of this
         machine whose process was never seen."""
+        if missing:
+            self._look()  # a rank that has not beaten once has seen nobody yet
         for rank in range(self.size):
             if rank == self.rank:
                 continue
