@@ -255,6 +255,10 @@ AgainstOption = Annotated[
 ]
 
 
+All = Annotated[
+    bool,
+    typer.Option("--all", help="Also print every schedule with its intervals, and what its predicted time is made of."),
+]
 FailUnder = Annotated[
     float | None,
     typer.Option(

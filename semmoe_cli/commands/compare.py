@@ -135,7 +135,21 @@ def compare(
 
         write_page(compare_page(comparison, notes), output)
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
+    _next(comparison, as_json=json_)
     check_saved(fail_under, _saved(comparison))
+
+
+def _next(comparison: "Comparison", *, as_json: bool) -> None:
+    """Deploy the plan that is recommended; stay with the first where no other is."""
+    from semmoe.pages.compare import recommended
+    from semmoe.terminal.decision import next_step
+    from semmoe.terminal.text import quoted
+
+    name = recommended(comparison)
+    stays = name == comparison.plans[0].plan
+    lines = [f"semmoe report {quoted(name)} {quoted(comparison.trace)} -o report.html"]
+    lines += [] if stays else [f"semmoe export {quoted(name)} --to sglang -o map.json"]
+    next_step(*lines, as_json=as_json)
 
 
 def _saved(comparison: "Comparison") -> dict[str, float]:
@@ -153,25 +167,25 @@ def _saved(comparison: "Comparison") -> dict[str, float]:
 
 
 def _print(comparison: "Comparison") -> None:
-    from semmoe.pages.compare import shown_rows
+    from semmoe.pages.compare import compare_verdict, shown_rows
     from semmoe.profiles.errors import visible
     from semmoe.solvers.evaluate.compare import NoMoves
-    from semmoe.terminal.tables import SCORE_CAPTION, layouts, phase_words, print_fitting, wide_console
+    from semmoe.terminal.tables import caption_of, layouts, phase_words, print_fitting, wide_console
 
     console = wide_console()
+    console.print(visible(compare_verdict(comparison)), style="bold")
+    console.print("")
     nodes = max(plan.nodes for plan in comparison.plans)
     title = (
         f"{comparison.model or 'model'}: {comparison.requests} requests that no plan saw, {comparison.tokens:,} tokens"
         f"{phase_words(comparison)}; {comparison.dispatch} dispatch"
     )
     shapes = [(facts, *layout) for layout in layouts(nodes) for facts in (("method", "ranks"), ())]
-    caption = f"{SCORE_CAPTION}; --json holds every schedule"
     alone = {f"\n{p.phase} tokens alone: {p.tokens:,}": p.rows for p in comparison.phases or []}
     for heading, scored in {title: comparison.rows, **alone}.items():
         rows = shown_rows(comparison, scored)
-        print_fitting(
-            console, [_score_table(comparison, rows, *shape) for shape in shapes], title=heading, caption=caption
-        )
+        tables = {_score_table(comparison, rows, *shape): shape[-1] for shape in shapes}
+        print_fitting(console, list(tables), title=heading, caption=caption_of(tables, "; --json holds every schedule"))
     if comparison.differences:
         print_fitting(
             console,

@@ -17,7 +17,8 @@ import typer
 
 from semmoe.options import Json, Seed
 from semmoe.profiles.errors import visible
-from semmoe.terminal.tables import new_table, print_fitting, print_json, print_report, wide_console
+from semmoe.terminal.decision import print_decision
+from semmoe.terminal.tables import new_table, print_fitting, print_json, wide_console
 from semmoe.terminal.text import add_row, quoted
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def demo(
 
     scores = Report.from_json(result["place"])
     if not json_:
-        print_report(scores, as_json=False)
+        print_decision(scores)
     # Its numbers are those that place printed just now:
     _step(context, "report", plan, traced, "--seed", seed, "--tokenizer", "demo", "-o", page)
     result["reshard"] = _step(context, "reshard", "demo", plan, "--force", "-o", placed)
@@ -97,11 +98,12 @@ def _step(context: typer.Context, *words: object) -> dict[str, Any]:
 
 def _print_summary(result: dict[str, Any], scores: "Report", ranks: int) -> None:
     """What every step found, in a table."""
+    from semmoe.solvers.evaluate.decision import deployed_schedule
     from semmoe.solvers.evaluate.report import random_row
-    from semmoe.solvers.evaluate.verdict import best_row
 
     before, after = (random_row(scores.rows, name).rem for name in ("contiguous", "plan"))
-    best = best_row(scores.plan_rows, "per-rank")
+    schedule = deployed_schedule(scores)
+    best = next(row for row in scores.plan_rows if row.schedule == schedule)
     traced, checkpoint, ran = result["trace"], result["reshard"], result["run"]
     same = "equal to" if ran["check"]["ok"] else "NOT equal to"
     table = new_table()
@@ -111,7 +113,11 @@ def _print_summary(result: dict[str, Any], scores: "Report", ranks: int) -> None
         ("trace", f"{traced['requests']:,} requests, {traced['tokens']:,} tokens; {traced['experts']} experts"),
         ("engines' default", f"{before:.3f} remote ranks per token on held-out requests"),
         ("place", f"{after:.3f}, {1 - after / before:.0%} fewer"),
-        (f"with {best.schedule}", f"{best.rem:.3f}, {1 - best.rem / before:.0%} fewer"),
+        *(
+            [(f"with {schedule}", f"{best.rem:.3f}, {1 - best.rem / before:.0%} fewer, by plug-in or router")]
+            if schedule != "random"
+            else []
+        ),
         ("reshard", f"{checkpoint['num_layers']} layers relabelled, {checkpoint['verified']} compared"),
         ("run", f"{ran['check']['compared']:,} answers on {ranks} ranks {same} those of plain Transformers"),
     ):

@@ -31,7 +31,9 @@ def push(
     from semmoe.profiles.hub.publish import push as push_files
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import TABLES, Plan
+    from semmoe.terminal.decision import next_step
     from semmoe.terminal.tables import note, print_json
+    from semmoe.terminal.text import quoted
 
     name = repository(repo)
     if (path / "plan.json").is_file():
@@ -47,6 +49,7 @@ def push(
     if json_:
         print_json({"kind": kind, "url": url, "files": files, "fingerprint": fingerprint})
     note(f"pushed the {kind} {path} to {url} ({len(files)} files)")
+    next_step(f"semmoe show {quoted(url)}", as_json=json_, aside=True)
 
 
 def pull(
@@ -66,7 +69,9 @@ def pull(
     from semmoe.profiles.hub.urls import fetched, holds, is_url, shown
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import TABLES, Plan
+    from semmoe.terminal.decision import next_step
     from semmoe.terminal.tables import note, print_json
+    from semmoe.terminal.text import quoted
 
     refuse_to_replace(output, force=force)
     check_directory_target(output)
@@ -90,6 +95,7 @@ def pull(
     if json_:
         print_json({"kind": kind, "path": str(output), "files": list(files), "fingerprint": fingerprint})
     note(f"wrote {output}: the {kind} of {shown(url)} ({len(files)} files, compared with their hashes)")
+    next_step(f"semmoe show {quoted(str(output))}", as_json=json_, aside=True)
 
 
 def refuse_to_replace(output: Path, *, force: bool) -> None:

@@ -10,6 +10,7 @@ import typer
 from semmoe.commands.replan import Replacing, replace_plan
 from semmoe.options import (
     AgainstOption,
+    All,
     Dispatch,
     Effort,
     Expressible,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from semmoe.solvers.make_plan import PlanOptions
     from semmoe.solvers.placement import Topology
     from semmoe.solvers.plan import Plan
+    from semmoe.terminal.decision import Shown
 
 # What an expert map is scored with too, or that changes no result.
 AUTO = "auto"  # --load-cap
@@ -250,6 +252,7 @@ def place(
         ),
     ] = None,
     written: Written,
+    all_: All = False,
     json_: Json = False,
 ) -> None:
     """Place the experts of a traced model on ranks, and score it on held-out requests.
@@ -264,7 +267,8 @@ def place(
     from semmoe.solvers.evaluate.against import Against, read_against
     from semmoe.solvers.place.replicas import OWN_RULE
     from semmoe.solvers.plan import ModelFacts
-    from semmoe.terminal.tables import note, note_unchecked, print_balance, print_report
+    from semmoe.terminal.decision import Shown
+    from semmoe.terminal.tables import note, note_unchecked
 
     written.check(output)
     if replacing.from_plan is not None:
@@ -272,7 +276,8 @@ def place(
         replan, made_by = replacing.read(written.force), command_line(output, replacing.from_plan, *traces)
         options = placing.options(simulation, timing, Against(), made_by)
         network.refuse_other(replan.old)
-        replace_plan(traces, output, replan, placing.demands(simulation.seed), options, as_json=json_)
+        shown = Shown(everything=all_, as_json=json_)
+        replace_plan(traces, output, replan, placing.demands(simulation.seed), options, shown)
         return
     refuse_mixed("a placement without --from-plan", given(replacing))
     if import_ is not None and (unused := given(placing, but=FINE_WITH_IMPORT)):
@@ -310,16 +315,31 @@ def place(
     timed = plan.scores.time if plan.scores else None
     for line in [*plan.notes, *(timed.notes if timed else [])]:
         note(line)
-    if plan.scores is None:
-        print_balance(plan.options["balance"], {"plan": str(output), "trace": ", ".join(traces)}, as_json=json_)
-    else:
-        print_report(replace(plan.scores, plan=str(output), trace=", ".join(traces)), as_json=json_)
-    if plan.scores and plan.scores.certificate and not json_:
-        from semmoe.pages.on_request import certified
-        from semmoe.pages.page import print_section
-
-        print_section(certified(plan.scores.certificate))
     placement = plan.placement
     note(
         f"wrote {output} ({placement.num_layers} layers x {placement.slots_per_rank} slots on {placement.num_ranks} ranks)"
     )
+    _print(plan, output, traces, timing.engine, Shown(everything=all_, as_json=json_))
+
+
+def _print(plan: "Plan", output: Path, traces: list[str], engine: str | None, shown: "Shown") -> None:
+    """What a plan is worth, and what to do with it."""
+    from semmoe.pages.deployment import deploy_lines
+    from semmoe.solvers.evaluate.decision import decide
+    from semmoe.terminal.decision import next_step
+    from semmoe.terminal.tables import print_balance
+    from semmoe.terminal.text import quoted
+
+    if plan.scores is None:
+        print_balance(plan.options["balance"], {"plan": str(output), "trace": ", ".join(traces)}, as_json=shown.as_json)
+    else:
+        shown.print(replace(plan.scores, plan=str(output), trace=", ".join(traces)))
+    if plan.scores and plan.scores.certificate and not shown.as_json:
+        from semmoe.pages.on_request import certified
+        from semmoe.pages.page import print_section
+
+        print_section(certified(plan.scores.certificate))
+    where = quoted(str(output))
+    report = [f"semmoe report {where} {quoted(traces[0])} -o report.html"] if plan.scores else []
+    useless = plan.scores is not None and decide(plan.scores).level == "bad"
+    next_step(*report, *([] if useless else deploy_lines(plan, where, engine)), as_json=shown.as_json)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from semmoe.solvers.make_plan import PlanOptions
     from semmoe.solvers.plan import Plan
     from semmoe.solvers.replan.replan import ReplanOptions
+    from semmoe.terminal.decision import Shown
 
 OWN = ("seed", "effort", "processes")  # demands that a re-placement may set anew
 
@@ -88,21 +89,25 @@ class Replacing:
 
 
 def replace_plan(
-    traces: list[str], output: Path, replan: From, demands: "Demands", options: "PlanOptions", *, as_json: bool
+    traces: list[str], output: Path, replan: From, demands: "Demands", options: "PlanOptions", shown: "Shown"
 ) -> None:
     """Read, re-place, write and print.
 
     Parameters:
         traces, output: as typed.
         replan: the old plan, and what may move.
+        shown: how it is printed.
         demands, options: as typed; what the placement is asked for is the old plan's.
     """
+    from semmoe.pages.deployment import deploy_lines
     from semmoe.profiles.document import line_per_key
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.replan.delta import DELTA_FILE
     from semmoe.solvers.replan.replan import demands_of, make_replan, note_of
+    from semmoe.terminal.decision import next_step
     from semmoe.terminal.progress import stages
-    from semmoe.terminal.tables import note, note_unchecked, print_json, print_report
+    from semmoe.terminal.tables import note, note_unchecked, print_json
+    from semmoe.terminal.text import quoted
 
     kept = demands_of(replan.old)
     _refuse_other(demands, kept, options.method)
@@ -117,13 +122,14 @@ def replace_plan(
     for line in found.plan.notes:
         note(line)
     report = replace(found.scores, plan=str(output), trace=", ".join(traces)) if found.scores else None
-    if as_json:
+    if shown.as_json:
         told = {key: value for key, value in found.delta.to_json().items() if key != "layers"}
         print_json((report.to_json() if report else {}) | {"replan": told | {"from": str(replan.path)}})
-    elif report:
-        print_report(report, as_json=False)
     note(note_of(found.delta))
     note(f"wrote {output} and its {DELTA_FILE}")
+    if report and not shown.as_json:
+        shown.print(report)
+    next_step(*deploy_lines(found.plan, quoted(str(output)), None), as_json=shown.as_json)
 
 
 def _refuse_other(asked: "Demands", kept: "Demands", method: str) -> None:

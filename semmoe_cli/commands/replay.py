@@ -3,8 +3,10 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
+from semmoe.terminal.decision import next_step
 from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_json
+from semmoe.terminal.text import quoted
 
 if TYPE_CHECKING:
     from semmoe.runtime.replay.cases import ReplayOptions
@@ -46,6 +48,13 @@ def replay(options: "ReplayOptions", nproc: int | None, *, as_json: bool) -> Non
             write_file(options.write_hardware, indented(result["hardware"]))
             note(f"wrote {options.write_hardware}")
         print_rows(result, as_json=as_json)
+        where = options.write_hardware
+        if where is None:
+            next_line = f"semmoe run --replay {quoted(str(options.trace))} --plan {quoted(str(options.plan))}"
+            next_line += f" --hidden-size {options.hidden_size} --write-hardware machine.json"
+        else:
+            next_line = f"semmoe report {quoted(str(options.plan))} {quoted(str(options.trace))} --hardware {quoted(str(where))}"
+        next_step(next_line, as_json=as_json)
 
 
 def print_rows(result: dict[str, Any], *, as_json: bool) -> None:

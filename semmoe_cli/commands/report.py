@@ -9,6 +9,7 @@ import typer
 
 from semmoe.options import (
     AgainstOption,
+    All,
     FailUnder,
     Json,
     ReplicaChoiceOption,
@@ -22,10 +23,11 @@ from semmoe.options import (
 
 if TYPE_CHECKING:
     from semmoe.pages.page import Page
-    from semmoe.pages.plan_report import PlanReportOptions
+    from semmoe.pages.plan_report import PlanReport, PlanReportOptions
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
     from semmoe.solvers.time.hardware import TimeAsked
+    from semmoe.terminal.decision import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,7 @@ def report(
         int, typer.Option(help="Trace alone: ranks of its curves; 0: 8, or what the experts divide over.", min=0)
     ] = 0,
     simulation: Simulation,
+    all_: All = False,
     fail_under: FailUnder = None,
     json_: Json = False,
 ) -> None:
@@ -120,6 +123,7 @@ def report(
     Example: semmoe report p t -o report.html --what-if 2,4,8,16; semmoe report t
     """
     from semmoe.profiles.errors import InputError
+    from semmoe.terminal.decision import Shown
 
     if len(paths) > 2:
         raise typer.BadParameter("a plan and a trace, or a trace alone", param_hint="[PLAN] TRACE")
@@ -132,7 +136,8 @@ def report(
         check_page_target(output)
     if len(paths) == 2:
         options = replace(options, phase=timing.whose, replica_choice=replica_rule(replica_choice, timing.engine))
-        check_saved(fail_under, _report_plan(paths[0], paths[1], options, simulation, output, json_))
+        shown = Shown(everything=all_, as_json=json_)
+        check_saved(fail_under, _report_plan(paths[0], paths[1], options, simulation, output, shown))
     elif given(
         extras,
         but=("dispatch_bytes", *(("hidden_size", "expert_size") if options.time else ())),
@@ -166,7 +171,7 @@ def _report_plan(
     options: "PlanReportOptions",
     simulation: Simulation,
     output: Path | None,
-    as_json: bool,
+    shown: "Shown",
 ) -> dict[str, float]:
     """Print the report, and give back the share that the plan saves by its verdict, for
     --fail-under; none where the trace holds loads only."""
@@ -177,12 +182,12 @@ def _report_plan(
     from semmoe.profiles.split import counted_phase, only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.plan import Plan
-    from semmoe.terminal.tables import note, note_unchecked, print_report, print_times
+    from semmoe.terminal.tables import note, note_unchecked, print_times
 
     placed, traced, phase = Plan.load(plan).with_rule(options.replica_choice), RoutingTrace.open(trace), options.phase
     if traced.info.kind == "counts":
         only_phase(traced, phase or "all")
-        _report_balance(placed, traced, {"plan": plan, "trace": trace}, output, as_json)
+        _report_balance(placed, traced, {"plan": plan, "trace": trace}, output, shown.as_json)
         return {}
     whose, with_prompts = phase or placed.options.get("phase", "all"), simulation.score_from == "prompt"
     whose = counted_phase([traced], whose, timed=options.time is not None)
@@ -191,10 +196,10 @@ def _report_plan(
     note_unchecked(placed, traced)
     for line in [*made.notes, *made.left_out, *(made.report.time.notes if made.report.time else [])]:
         note(line)
-    print_report(replace(made.report, plan=plan, trace=trace), as_json=as_json)
-    if made.report.times and not as_json:
+    shown.print(replace(made.report, plan=plan, trace=trace))
+    if made.report.times and not shown.as_json:
         print_times(made.report.times, made.report.baseline)
-    if not as_json:
+    if not shown.as_json:
         asked = (
             what_if_section,
             tokens_section,
@@ -205,7 +210,22 @@ def _report_plan(
             print_section(section)
     if output is not None:
         _write(plan_page(made), output)
+    _next(made, trace, output, shown)
     return {plan: made.report.verdict.saved} if made.report.verdict else {}
+
+
+def _next(made: "PlanReport", trace: str, output: Path | None, shown: "Shown") -> None:
+    """What to do with the plan: deploy it unless it saves nothing, and look at a page where none
+    was written."""
+    from semmoe.pages.deployment import deploy_lines
+    from semmoe.solvers.evaluate.decision import decide
+    from semmoe.terminal.decision import next_step
+    from semmoe.terminal.text import quoted
+
+    engine = made.report.time.engine if made.report.time else None
+    useless, where = decide(made.report).level == "bad", quoted(made.plan_path)
+    page = [f"semmoe report {where} {quoted(trace)} -o report.html"] if output is None else []
+    next_step(*page, *([] if useless else deploy_lines(made.plan, where, engine)), as_json=shown.as_json)
 
 
 def _report_balance(
@@ -239,8 +259,10 @@ def _report_trace(
     from semmoe.profiles.split import counted_phase, only_phase
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.solvers.health.health import trace_health
+    from semmoe.terminal.decision import next_step
     from semmoe.terminal.progress import steps
     from semmoe.terminal.tables import note, note_unchecked, print_health, print_time
+    from semmoe.terminal.text import quoted
 
     trace = RoutingTrace.open(path)
     trace = only_phase(trace, counted_phase([trace], phase, timed=asked is not None))
@@ -261,6 +283,7 @@ def _report_trace(
         from semmoe.pages.health import health_page
 
         _write(health_page(health), output)
+    next_step(f"semmoe place {quoted(path)} --ranks {health.ranks} -o plan", as_json=as_json)
 
 
 def _write(page: "Page", output: Path) -> None:

@@ -55,23 +55,26 @@ def reshard(
         raise typer.BadParameter(
             "--undo goes with -o, --verify none|bytes, --force and --json only", param_hint="--undo"
         )
+    from semmoe.pages.deployment import serve_line
     from semmoe.profiles.demo.paths import demo_model_path
     from semmoe.runtime.reshard.records import ReshardOptions
     from semmoe.runtime.reshard.reshard import reshard_checkpoint
     from semmoe.runtime.reshard.undo import undo_reshard
     from semmoe.solvers.plan import Plan
+    from semmoe.terminal.decision import next_step
     from semmoe.terminal.progress import gigabytes, stages
     from semmoe.terminal.tables import note, print_json
 
     if checkpoint == Path("demo") and not (checkpoint / "config.json").exists():
         checkpoint = demo_model_path()
+    placed = None if plan is None else Plan.load(plan)
     with stages(gigabytes) as progress:
-        if plan is None:
+        if plan is None or placed is None:
             result = undo_reshard(checkpoint, output, verify=verify.value, force=force, progress=progress)
         else:
             result = reshard_checkpoint(
                 checkpoint,
-                Plan.load(plan),
+                placed,
                 output,
                 ReshardOptions(
                     rewriting.layout.value, rewriting.link, verify.value, force, command_line(checkpoint, plan, output)
@@ -94,3 +97,5 @@ def reshard(
     note(
         f"wrote {output} ({result.num_layers} layers, {result.files} files, {result.bytes_written / 1e9:.2f} GB{linked}; {checked})"
     )
+    ranks = 1 if placed is None else placed.topology.num_ranks
+    next_step(serve_line(str(output), ranks), as_json=json_, aside=True)

@@ -92,7 +92,9 @@ def route(
     """
     require_extra("semmoe route", "starlette", "uvicorn", "httptools", "uvloop", "aiohttp")
     from semmoe.runtime.router.serve import RouteOptions, run
+    from semmoe.terminal.decision import next_step
     from semmoe.terminal.tables import note
+    from semmoe.terminal.text import quoted
 
     if not isfinite(listening.band):
         raise typer.BadParameter("expected a number from 1", param_hint="--band")
@@ -110,3 +112,9 @@ def route(
         record="" if record is None else str(record),
     )
     run(options, note)
+    where = quoted(str(plan))
+    served = "served" if record is None else quoted(str(record))
+    again = (
+        [f"semmoe route {where} --upstream {quoted(upstreams.upstream[0])} --record served"] if record is None else []
+    )
+    next_step(*again, f"semmoe report {where} {served}", as_json=False, aside=True)

@@ -26,8 +26,10 @@ from semmoe.options import (
 from semmoe.profiles.errors import InputError, require_extra
 from semmoe.profiles.files import Lock, check_file_target, lock_beside
 from semmoe.runtime.serving.results import kept_results, partial_path, partial_state
+from semmoe.terminal.decision import next_step
 from semmoe.terminal.progress import steps
 from semmoe.terminal.tables import note, print_facts, print_json
+from semmoe.terminal.text import quoted
 
 if TYPE_CHECKING:
     from semmoe.profiles.capture.requests import RequestSource
@@ -221,6 +223,8 @@ def run(
     result = as_rank(work, note, kept) if under_torchrun() else work()
     if result is not None:
         print_results(result.lines, result.metrics, output=output, as_json=json_)
+        where = quoted(str(plan))
+        next_step(f"semmoe export {where} --to sglang -o map.json", as_json=json_, aside=output is None)
 
 
 def run_and_check(options: "RunOptions", nproc: int | None, kept: Callable[[], str]) -> "RunResult | None":

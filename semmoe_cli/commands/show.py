@@ -37,10 +37,16 @@ def show(
 
     Example: semmoe show t
     """
+    from semmoe.terminal.decision import next_step
     from semmoe.terminal.tables import print_facts
+    from semmoe.terminal.text import quoted
 
     facts = describe_path(path, seed=seed, accept_edits=accept_edits, phase=phase and phase.value)
     print_facts(facts, as_json=json_)
+    where = quoted(path)
+    is_plan = facts["kind"] == "plan"
+    lines = [f"semmoe export {where} --to sglang -o map.json"] if is_plan else [f"semmoe report {where}"]
+    next_step(*lines, *([] if is_plan else [f"semmoe place {where} --ranks 8 -o plan"]), as_json=json_)
 
 
 def describe_path(path: str, *, seed: int, accept_edits: bool = False, phase: str | None = None) -> dict[str, Any]:

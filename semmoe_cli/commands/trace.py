@@ -15,7 +15,9 @@ from semmoe.commands.trace_import import EngineFiles, copy_hash_layers, import_f
 from semmoe.commands.trace_server import RunningServer, trace_running_server
 from semmoe.options import Json, Loading, Seed, Texts, command_line, given, grouped, refuse_mixed
 from semmoe.profiles.errors import InputError, require_extra
+from semmoe.terminal.decision import next_step
 from semmoe.terminal.tables import note, print_json
+from semmoe.terminal.text import quoted
 
 if TYPE_CHECKING:
     from semmoe.profiles.capture.requests import RequestSource
@@ -168,6 +170,10 @@ def trace(
             result, interrupted = _trace(sources[0], output, texts, capture, resume)
     if json_ and result is not None:
         print_json(result)
+    if result is not None:
+        where = quoted(str(output))
+        lines = [f"semmoe report {where}", f"semmoe place {where} --ranks 8 -o plan"] if "trace" in result else []
+        next_step(*lines, as_json=json_, aside=True)
     if interrupted:
         raise typer.Exit(130)
 

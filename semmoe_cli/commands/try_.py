@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import Json, Seed, TimedPlacing, given, grouped, replica_rule
+from semmoe.options import All, Json, Seed, TimedPlacing, given, grouped, replica_rule
 
 if TYPE_CHECKING:
     from semmoe.profiles.trace import RoutingTrace
@@ -20,7 +20,7 @@ NAMES = {"prompt": "prefill", "generated": "decode"}
 HOLDOUT = 0.5
 
 
-@grouped(first=("engine", "ranks", "nodes", "hardware", "output"), last=("seed", "json_"))
+@grouped(first=("engine", "ranks", "nodes", "hardware", "output"), last=("seed", "all_", "json_"))
 def try_(
     responses: Annotated[
         list[str],
@@ -35,6 +35,7 @@ def try_(
         typer.Option("-o", "--output", metavar="FILE", help="Also write a page: .html (one file), .md or .png."),
     ] = None,
     seed: Seed = 0,
+    all_: All = False,
     json_: Json = False,
 ) -> None:
     """Say from a server's answers whether placement is worth it, for prefill and decode apart:
@@ -48,7 +49,8 @@ def try_(
     from semmoe.profiles.errors import InputError
     from semmoe.solvers.placement import Topology
     from semmoe.solvers.time.hardware import table
-    from semmoe.terminal.tables import note, print_json, print_report
+    from semmoe.terminal.decision import Shown, next_step
+    from semmoe.terminal.tables import note, print_json
 
     engine = timing.engine
     if engine is None:
@@ -73,19 +75,21 @@ def try_(
     for name, report in found.items():
         for line in report.time.notes if report.time else []:
             note(f"{name}: {line}")
+    commands = _commands(responses, nodes, timing, tried)
     if json_:
         print_json({name: report.to_json() for name, report in found.items()})
     else:
         for name, report in found.items():
             print(f"{name[0].upper()}{name[1:]}\n")
-            print_report(report, as_json=False)
+            Shown(everything=all_, as_json=False).print(report)
             print()
     if output is not None:
         from semmoe.pages.page import write_page
         from semmoe.pages.tried import tried_page
 
-        write_page(tried_page(found, _commands(responses, nodes, timing, tried)), output)
+        write_page(tried_page(found, commands), output)
         note(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
+    next_step(*commands, as_json=json_)
 
 
 def _trace(responses: list[str], kind: str, out: Path) -> "RoutingTrace":

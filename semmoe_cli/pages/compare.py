@@ -8,9 +8,10 @@ from semmoe.pages.deployment import named_model
 from semmoe.pages.figures.plan import gain_against_moves, score_rows
 from semmoe.pages.on_request import timed
 from semmoe.pages.page import Grid, Page, Picture, Section, Text
+from semmoe.solvers.evaluate.against import BASELINES
 from semmoe.solvers.evaluate.compare import PAIRED, Comparison, CurvePoint, NoMoves, PlanMoves
 from semmoe.solvers.evaluate.report import ScoreRow, random_row
-from semmoe.solvers.evaluate.verdict import best_row
+from semmoe.solvers.evaluate.verdict import best_deployable, traffic_cost
 from semmoe.terminal.tables import COLUMNS, phase_words
 
 
@@ -50,15 +51,16 @@ def compare_page(comparison: Comparison, notes: list[str]) -> Page:
 
 
 def shown_rows(comparison: Comparison, scored: list[ScoreRow]) -> list[ScoreRow]:
-    """Of the scored rows, each plan's at random homes and under its best schedule, oracles left
-    out."""
-    shown = []
+    """Baselines, then each plan at random homes and under its best schedule that can be
+    deployed."""
+    held = comparison.against in BASELINES  # then each plan has its own row of it
+    shown = list(comparison.baselines) if scored is comparison.rows and not held else []
     for plan in comparison.plans:
         rows = [row for row in scored if row.placement == plan.plan]
         shown.append(random_row(rows, plan.plan))
-        best = best_row(rows, "per-rank")
-        if best.schedule != "random":
-            shown.append(best)
+        best = best_deployable(rows, comparison.dispatch)
+        if best != "random":
+            shown.append(next(row for row in rows if row.schedule == best))
     names = {plan.plan for plan in comparison.plans}
     return shown + [row for row in scored if row.placement not in names]
 
@@ -69,24 +71,58 @@ def _times(comparison: Comparison) -> list[Section]:
     return [Section(f"{name}. {section.title}", section.blocks) for name, section in found.items()]
 
 
+def recommended(comparison: Comparison) -> str:
+    """The plan to deploy: the fastest where times are known, else the one that sends least (with
+    gather, whose busiest rank carries least); the first unless another is better by more than
+    chance."""
+    names = [plan.plan for plan in comparison.plans]
+    if comparison.time:
+        least = {name: _microseconds(comparison, name) for name in names}
+    else:
+        gather = comparison.dispatch == "gather"
+        rows = {name: random_row(comparison.rows, name) for name in names}
+        least = {n: row.load_imbalance if gather else traffic_cost(row, comparison.dispatch) for n, row in rows.items()}
+    best, first = min(names, key=lambda name: least[name]), names[0]
+    if comparison.time or len({plan.ranks for plan in comparison.plans}) > 1:
+        return best
+    change = _change(comparison, best)
+    return best if change is None or change[2] < 0 else first
+
+
+def _microseconds(comparison: Comparison, name: str) -> float:
+    rows = (comparison.time or {})[name].rows
+    return min(row.us["total"] for row in rows if row.deployable and row.placement in ("plan", name))
+
+
+def _change(comparison: Comparison, plan: str) -> tuple[float, float, float] | None:
+    """Difference of a plan to what it is held against, with its interval; None where there is
+    none."""
+    metric = "load_imbalance" if comparison.dispatch == "gather" else "rem"
+    return next((getattr(d, metric) for d in comparison.differences if d.plan == plan), None)
+
+
 def compare_verdict(comparison: Comparison) -> str:
-    """Which plan reaches the fewest remote ranks with tokens at random homes, and whether that
-    is more than chance."""
+    """Which plan to deploy, and by how much it is better than what it is held against."""
     ranks = sorted({plan.ranks for plan in comparison.plans})
     if len(ranks) > 1:
         numbers = ", ".join(map(str, ranks))
         return (
             f"Plans for {numbers} ranks side by side: more ranks hold fewer experts each, and more of them are remote."
         )
-    names = {plan.plan for plan in comparison.plans}
-    alone = [row for row in comparison.rows if row.schedule == "random" and row.placement in names]
-    best, first = min(alone, key=lambda row: row.rem), comparison.against or comparison.plans[0].plan
-    sentence = f"{best.placement} reaches the fewest remote ranks per token, {best.rem:.3f} with tokens at random ranks"
-    found = next((d.rem for d in comparison.differences if d.plan == best.placement), None)
-    if found is None:
-        return f"{sentence}."
-    sure = "more than chance" if found[2] < 0 else "no more than chance"
-    return f"{sentence}; the difference to {first} is {sure} ({found[0]:+.3f}, interval {found[1]:+.3f} to {found[2]:+.3f})."
+    first, best = comparison.plans[0].plan, recommended(comparison)
+    held = comparison.against or first
+    opening = f"Deploy {best}" if best != first else f"Stay with {first}"
+    if comparison.time:
+        return f"{opening}: a layer takes {_microseconds(comparison, best):,.1f} us, the least of the plans."
+    row = random_row(comparison.rows, best)
+    said = f"{opening}: {row.rem:.3f} remote ranks per token, the busiest rank carries {row.load_imbalance:.2f} of the mean"
+    others = [(d.plan, _change(comparison, d.plan)) for d in comparison.differences]
+    shown = [(name, change) for name, change in others if change and (best in (first, name))]
+    if not shown:
+        return f"{said}."
+    name, change = min(shown, key=lambda pair: pair[1])
+    sure = "better" if change[2] < 0 else "worse" if change[1] > 0 else "no better by more than chance"
+    return f"{said}; {name} is {sure} than {held} ({change[0]:+.3f}, interval {change[1]:+.3f} to {change[2]:+.3f})."
 
 
 def _quality(comparison: Comparison, scored: list[ScoreRow], title: str, notes: list[str]) -> Section:

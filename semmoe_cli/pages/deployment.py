@@ -50,6 +50,17 @@ def export_command(engine: Engine, model: "ModelFacts", plan_path: str, file: st
     return f"semmoe export {plan_path} --to {engine.kind}{option} -o {file}"
 
 
+def deploy_lines(plan: "Plan", plan_path: str, engine: str | None) -> list[str]:
+    """What brings the plan into an engine: the map that it reads, where one is named; else the two
+    ways there are. `plan_path`: as it is typed."""
+    chosen = [e for e in ENGINES if e.kind == engine]
+    lines = [export_command(e, plan.model, plan_path, e.file) for e in chosen or ENGINES[:1]]
+    if not chosen and not plan.placement.num_replicas:
+        source = named_model(plan.model.model) or "CHECKPOINT"
+        lines.append(f"semmoe reshard {quoted(source)} {plan_path} -o {quoted(Path(source).name + '-placed')}")
+    return lines
+
+
 def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
     """Commands for every engine that reads a map, and for those that only split experts in
     checkpoint order."""
@@ -72,10 +83,7 @@ def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
                 "Any other engine that splits experts in order (vLLM's releases, Transformers, Megatron, torchtitan)",
                 [
                     f"semmoe reshard {source} {where} -o {placed}",
-                    _wrapped(
-                        f"vllm serve {placed} --data-parallel-size {ranks} --enable-expert-parallel "
-                        "--all2all-backend deepep_high_throughput"
-                    ),
+                    _wrapped(serve_line(f"{Path(model).name}-placed", ranks)),
                 ],
                 [
                     f"An ordinary checkpoint: the same model, experts and router relabelled, to be served with expert parallelism over "
@@ -85,6 +93,12 @@ def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
             )
         )
     return found
+
+
+def serve_line(checkpoint: str, ranks: int) -> str:
+    """What serves a rewritten checkpoint with vLLM, on that many ranks of experts."""
+    split = f" --data-parallel-size {ranks} --enable-expert-parallel --all2all-backend deepep_high_throughput"
+    return f"vllm serve {quoted(checkpoint)}{split if ranks > 1 else ''}"
 
 
 def _start(engine: Engine, model: str, plan: "Plan", said: list[str]) -> tuple[list[str], list[str]]:

@@ -108,11 +108,14 @@ def costs_section(about: "PlanReport") -> Section | None:
 
 
 def times_section(about: "PlanReport") -> Section | None:
+    from semmoe.solvers.evaluate.decision import deployed_schedule
+
     times = about.report.times
     if times is None:
         return None
     cells = sorted(times_cells(times, about.report.baseline), key=lambda cell: cell[0] == "plan")
-    after = min(row.ms_per_layer for row in times.rows if row.placement == "plan" and "oracle" not in row.schedule)
+    schedule = deployed_schedule(about.report)
+    after = next(row.ms_per_layer for row in times.rows if (row.placement, row.schedule) == ("plan", schedule))
     before = next(row.ms_per_layer for row in times.rows if row.placement == about.report.baseline)
     text = Text(
         f"Dispatch and combine of a batch of {times.batch_tokens:,} tokens over all ranks, set by the busiest link: {times.network}. "

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from semmoe.pages.deployment import deployment, named_model
 from semmoe.pages.figures import plan as figures_plan
-from semmoe.pages.headline import plan_verdict
 from semmoe.pages.on_request import (
     certificate_section,
     costs_section,
@@ -32,8 +31,11 @@ FITTED = "On the requests that the placement was fitted on: an illustration, not
 
 def plan_page(about: "PlanReport") -> Page:
     """The page. Sections whose numbers are not there are left out."""
+    from semmoe.solvers.evaluate.decision import decide
+
     report, plan = about.report, about.plan
-    level, sentence = plan_verdict(report)
+    decision = decide(report)
+    level, sentence = decision.level, decision.sentence
     makers = (
         time_section,
         _scores,

@@ -1,9 +1,9 @@
 """One page for `semmoe try`: the verdicts for prefill and decode, and the times behind them."""
 
 from semmoe.pages.deployment import named_model
-from semmoe.pages.headline import plan_verdict
 from semmoe.pages.on_request import timed
 from semmoe.pages.page import Commands, Grid, Page, Section
+from semmoe.solvers.evaluate.decision import decide
 from semmoe.solvers.evaluate.report import Report
 from semmoe.terminal.tables import COLUMNS
 
@@ -13,11 +13,12 @@ ORDER = ("good", "watch", "bad")
 
 def tried_page(reports: dict[str, Report], commands: list[str]) -> Page:
     """The page. `reports`: by name of the phase; `commands`: what makes the plans."""
-    said = {name: plan_verdict(report) for name, report in reports.items()}
-    level = min((found for found, _ in said.values()), key=ORDER.index)
+    decided = {name: decide(report) for name, report in reports.items()}
+    said = {name: decision.sentence for name, decision in decided.items()}
+    level = min((decision.level for decision in decided.values()), key=ORDER.index)
     first = next(iter(reports.values()))
     several = len(said) > 1
-    verdict = " ".join(f"{name.capitalize()}: {words}" if several else words for name, (_, words) in said.items())
+    verdict = " ".join(f"{name.capitalize()}: {words}" if several else words for name, words in said.items())
     sections = []
     for name, report in reports.items():
         if report.time is not None:

@@ -5,7 +5,7 @@ inside: `semmoe --help` does not need it.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from semmoe.profiles.errors import visible
@@ -35,7 +35,8 @@ COLUMNS = {
 NARROW_COLUMNS = ("lar", "rem", "node", "link", "load_imbalance")
 LEAST_COLUMNS = ("rem", "load_imbalance")
 PIPE_WIDTH = 220  # columns where stdout is no terminal: a table is then read by a program or a pager
-SCORE_CAPTION = "* best of its column, oracles left out; in brackets: 95% bootstrap interval over requests"
+SCORE_CAPTION = "* best of its column, oracles left out"
+INTERVAL_CAPTION = "; in brackets: 95% bootstrap interval over requests"
 
 
 def note(line: str) -> None:
@@ -61,26 +62,23 @@ def print_json(value: Any) -> None:
     print(text)
 
 
-def print_report(report: "Report", *, as_json: bool) -> None:
-    """A report as JSON, or as a table with the better value of each column marked."""
-    if as_json:
-        print_json(report.to_json())
-        return
+def print_scores(report: "Report") -> None:
+    """Every placement and schedule of a report with the better value of each column marked, and
+    its times."""
     if report.time is not None:
         print_time(report.time)
-    console = wide_console()
-    tables = [_score_table(report, shown, intervals) for shown, intervals in layouts(report.nodes)]
-    print_fitting(console, tables, title=_title(report), caption=SCORE_CAPTION)
-    if verdict := report.verdict:
-        colour = "red" if verdict.level == "bad" else "yellow"  # bytes alone are no reason to deploy
-        console.print(f"\n{visible(verdict.sentence)}", style=colour)
-        more = verdict.with_schedule
-        if more and more.sentence != verdict.sentence and more.schedule != verdict.schedule:
-            console.print(visible(more.sentence))
-    if report.drift is not None:
-        console.print(visible(report.drift.sentence))
+    tables = [(_score_table(report, shown, intervals), intervals) for shown, intervals in layouts(report.nodes)]
+    print_fitting(
+        wide_console(), [table for table, _ in tables], title=_title(report), caption=caption_of(dict(tables))
+    )
     if report.dispatch == "gather":
-        console.print("Placement cannot reduce traffic here, only balance load.")
+        print("Placement cannot reduce traffic here, only balance load.")
+
+
+def caption_of(tables: "dict[Table, bool]", more: str = "") -> Callable[["Table"], str]:
+    """The caption of whichever of the tables fits: intervals are explained where there are some.
+    `tables`: whether each has them."""
+    return lambda table: SCORE_CAPTION + (INTERVAL_CAPTION if tables[table] else "") + more
 
 
 def layouts(num_nodes: int) -> list[tuple[list[str], bool]]:
@@ -99,14 +97,17 @@ def wide_console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, markup=False, emoji=False)
 
 
-def print_fitting(console: "Console", tables: list["Table"], *, title: str, caption: str) -> None:
+def print_fitting(
+    console: "Console", tables: list["Table"], *, title: str, caption: "str | Callable[[Table], str]"
+) -> None:
     """The first table that fits the console, the last where none does, between a title and a
-    caption."""
+    caption, which may be another for each table."""
     unbounded = console.options.update(width=1000)
     fitting = [t for t in tables if console.measure(t, options=unbounded).maximum <= console.width]
     console.print(visible_lines(title), style="bold")
-    console.print((fitting or tables[-1:])[0])
-    console.print(visible_lines(caption), style="dim")
+    shown = (fitting or tables[-1:])[0]
+    console.print(shown)
+    console.print(visible_lines(caption if isinstance(caption, str) else caption(shown)), style="dim")
 
 
 def new_table() -> "Table":
@@ -189,7 +190,7 @@ def print_time(time: "TimeReport", plan: str = "") -> None:
     print_fitting(
         console, [_time_table(time, shown) for shown in (range(9), (3, 4, 5, 7))], title=title, caption=TIME_CAPTION
     )
-    if verdict := time.verdict:
+    if plan and (verdict := time.verdict):  # a report by itself has said it already
         colour = {"good": "green", "bad": "red"}.get(verdict.level, "yellow")
         console.print(f"\n{visible(verdict.sentence)}", style=colour)
     console.print("")

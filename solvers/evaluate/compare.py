@@ -5,7 +5,7 @@ Shape letters: L MoE layers, B requests, G groups of requests, X resamples.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -147,6 +147,7 @@ class Comparison(JsonRecord):
         phases: the same on each phase alone, where plans were made for different ones.
         against: what the plans are held against: the first of them, or as asked.
         rows: metrics of every plan under every schedule; `placement` is the plan's name.
+        baselines: contiguous experts and load packing in the slots of the first plan.
         differences: each plan against that, paired over requests, with 95 % intervals.
         bytes_per_expert: bytes of one expert's weights, 0 where not known.
         moves: copies of experts, and bytes, to get from one plan to another.
@@ -172,6 +173,7 @@ class Comparison(JsonRecord):
     differences: list[Difference]
     bytes_per_expert: int
     moves: list[PlanMoves | NoMoves]
+    baselines: list[ScoreRow] = field(default_factory=list)
     curve: GainCurve | None = None
     time: dict[str, TimeReport] | None = None
 
@@ -241,6 +243,7 @@ def compare_plans(
         rows=rows,
         differences=differences,
         bytes_per_expert=bytes_per_expert,
+        baselines=[row for row in next(iter(reports.values())).rows if row.placement in BASELINES],
         moves=[_moves(a, b, plans, bytes_per_expert) for a, b in combinations(plans, 2)],
     )
     return comparison, notes

@@ -14,12 +14,12 @@ from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.split import request_keys, split_requests
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.decision import deployed_schedule
 from semmoe.solvers.evaluate.metrics import score
 from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.evaluate.report import LayerScores, Report, random_row
 from semmoe.solvers.evaluate.score_plan import scored_batch
 from semmoe.solvers.evaluate.sums import deployment_sums
-from semmoe.solvers.evaluate.verdict import best_schedule
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import Setting, simulate
@@ -100,12 +100,11 @@ def scored_requests(plan: Plan, trace: RoutingTrace, *, scheduled: bool, process
 
 def report_details(trace: RoutingTrace, report: Report, scored: Scored, before: tuple[str, Deployment]) -> Details:
     """Pictures' arrays of a report. `before`: name and deployment of what it holds the plan
-    against. Traffic between ranks is that of the best schedule that the
-    report scored, oracles left out."""
+    against. Traffic between ranks is that of the schedule that the headline is about."""
     deployment = scored.deployment
     layer = _typical_layer(report.layers, before[0])
     batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
-    schedule = best_schedule(report) if deployment.schedule else "random"
+    schedule = deployed_schedule(report) if deployment.schedule else "random"
     rows_RR, load_LR = {}, {}
     for name, deployed in (("before", before[1]), ("after", deployment)):
         homes_TL = simulated_homes_TL(deployed, schedule if deployed.schedule else "random", batch, report.setting)

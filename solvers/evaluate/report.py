@@ -104,9 +104,11 @@ class Judgement(JsonRecord):
 
 @dataclass(frozen=True)
 class Verdict(Judgement):
-    """The judgement on a plan, and on its best schedule without an oracle where that is another."""
+    """The judgement on a plan, on its best schedule without an oracle where that is another, and on
+    the best that a serving engine can run with a plug-in or a router."""
 
     with_schedule: Judgement | None
+    deployable: Judgement | None = None
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,10 @@ class Report(JsonRecord):
 
     @property
     def baseline(self) -> str:
-        """Name of what the plan is held against; of an older report, what its verdict names."""
+        """Name of what the plan is held against: by time, the faster baseline; of an older report,
+        what its verdict names."""
+        if self.time is not None and self.time.saved is not None:
+            return self.time.saved.against
         return self.against or (self.verdict.against if self.verdict else "contiguous")
 
     @property

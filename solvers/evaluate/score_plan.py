@@ -19,7 +19,7 @@ from semmoe.solvers.evaluate.metrics import Scores, score, uniform_scores
 from semmoe.solvers.evaluate.report import DomainScores, Judgement, Key, LayerScores, Report, ScoreRow, Verdict
 from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.sums import TrafficSums, resampling_groups
-from semmoe.solvers.evaluate.verdict import best_row, bytes_only, judge, saving, traffic_cost
+from semmoe.solvers.evaluate.verdict import best_deployable, best_row, bytes_only, judge, saving, traffic_cost
 from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, available_schedules
 
 BETTER = Against()  # of the two baselines
@@ -129,11 +129,11 @@ def _scores(sums: dict[Key, TrafficSums], deployment: Deployment, seed: int) -> 
 def _verdict(
     sums: dict[Key, TrafficSums], scores: dict[Key, Scores], deployment: Deployment, against: str, seed: int
 ) -> Verdict:
-    """Verdict on placement alone, against the placement of that name, and on the best schedule that
-    needs no oracle.
+    """Verdict on placement alone, against the placement of that name, on the best schedule that
+    needs no oracle, and on the best that can be deployed.
 
-    Where rows are per token and expert placement alone saves nothing, so there the schedule
-    decides.
+    Where rows are per token and expert placement alone saves nothing, so there the best that can be
+    deployed decides.
     """
     dispatch, rows = deployment.dispatch, {key: ScoreRow.of(key, found) for key, found in scores.items()}
     before = against, "random"
@@ -149,5 +149,10 @@ def _verdict(
             found = replace(found, sentence=found.sentence + rises)
         return bytes_only(found)
 
-    first = judged(best if dispatch == "per-expert" else "random")
-    return Verdict(**vars(first), with_schedule=judged(best) if best != "random" else None)
+    able = best_deployable([row for (p, _), row in rows.items() if p == "plan"], dispatch)
+    first = judged(able if dispatch == "per-expert" else "random")
+    return Verdict(
+        **vars(first),
+        with_schedule=judged(best) if best != "random" else None,
+        deployable=judged(able) if able != "random" else None,
+    )

@@ -20,6 +20,7 @@ from semmoe.solvers.evaluate.report import Costs, DispatchCost, Judgement, Repor
 from semmoe.solvers.evaluate.sums import TrafficSums
 from semmoe.solvers.placement import Topology
 
+PLUGIN_PAYS = 0.01  # share of the cost; less is no reason to add a part to a deployment
 LEARNING_PAYS = 0.01  # share of the cost; less is noise between orders of arrival
 WORTH = 0.05  # share of bytes that a change of placement has to save
 MIN_REQUESTS = 20  # groups of requests that a bootstrap needs
@@ -28,6 +29,17 @@ MAX_FACTOR = 1_000  # of the tokens at hand: beyond that no trace will decide
 RECOMMEND, NOT_WORTH_IT, INSUFFICIENT = "recommend", "not worth it", "insufficient evidence"
 LEVELS = {RECOMMEND: "good", NOT_WORTH_IT: "bad", INSUFFICIENT: "watch"}
 BYTES_ONLY = "bytes only; time unknown: add --hardware"
+
+# What it takes to run a schedule: headlines come from the first two.
+MAP, PLUGIN, RESEARCH = "today", "with the plug-in or router", "research"
+NO_GAIN = ("dp-roundrobin", "dp-paper")  # what engines do, and what is kept for comparison
+
+
+def tier_of(schedule: str) -> str:
+    """What it takes to run a plan under a schedule: MAP, PLUGIN or RESEARCH."""
+    if schedule in ("random", "dp-roundrobin"):
+        return MAP
+    return PLUGIN if schedule.startswith(("dp-", "as-")) and "oracle" not in schedule else RESEARCH
 
 
 def bytes_only(found: Judgement) -> Judgement:
@@ -39,12 +51,16 @@ def bytes_only(found: Judgement) -> Judgement:
 def beside_time(found: Verdict) -> Verdict:
     """The same beside a verdict by time, which takes the warning's place."""
     more = found.with_schedule
-    said = found.sentence.replace(f"; {BYTES_ONLY}", "; bytes only")
     return replace(
         found,
-        sentence=said,
-        with_schedule=more and replace(more, sentence=more.sentence.replace(f"; {BYTES_ONLY}", "; bytes only")),
+        sentence=_beside(found).sentence,
+        with_schedule=more and _beside(more),
+        deployable=found.deployable and _beside(found.deployable),
     )
+
+
+def _beside(found: Judgement) -> Judgement:
+    return replace(found, sentence=found.sentence.replace(f"; {BYTES_ONLY}", "; bytes only"))
 
 
 def traffic_cost(row: ScoreRow, dispatch: str) -> float:
@@ -62,9 +78,16 @@ def best_row(rows: Iterable[ScoreRow], dispatch: str) -> ScoreRow:
     return next((row for row in learning if traffic_cost(row, dispatch) <= limit), plain)
 
 
-def best_schedule(report: Report) -> str:
-    """The schedule under which the plan sends least (`best_row`)."""
-    return best_row(report.plan_rows, report.dispatch).schedule
+def best_deployable(rows: Iterable[ScoreRow], dispatch: str) -> str:
+    """The schedule of the first two tiers under which a plan sends least. A plug-in has to save
+    PLUGIN_PAYS more than placement alone."""
+    costs = {
+        row.schedule: traffic_cost(row, dispatch)
+        for row in rows
+        if tier_of(row.schedule) != RESEARCH and row.schedule not in (*NO_GAIN, "as-served")
+    }
+    best = min(costs, key=costs.__getitem__)
+    return best if costs[best] <= costs["random"] * (1 - PLUGIN_PAYS) else "random"
 
 
 def rows_per_token(row: ScoreRow, *, top_k: int, num_ranks: int) -> dict[str, float]:
@@ -91,11 +114,11 @@ def dispatch_costs(
     report: Report, *, top_k: int, hidden_size: int, dispatch_bytes: float, assumption: str = ""
 ) -> Costs:
     """Bytes that a token sends and gets back over all layers, by dispatch kind: before, after, and
-    after under the best schedule.
+    after under the best schedule that can be deployed.
 
     `assumption`: a sentence on where the hidden size is from.
     """
-    schedule = best_schedule(report)
+    schedule = best_deployable(report.plan_rows, report.dispatch)
     shown = {name: random_row(report.rows, name) for name in (report.baseline, "plan")}
     if schedule != "random":
         shown[f"plan, {schedule}"] = next(row for row in report.plan_rows if row.schedule == schedule)
@@ -170,7 +193,8 @@ def judge(
         factor = (half_width / max(abs(saved.share - worth), 1e-12)) ** 2
         needed = round(saved.tokens * max(factor, 1.1)) if factor <= MAX_FACTOR else None
     under = "placement alone" if schedule == "random" else f"placement with {schedule}"
-    sentence = f"{decision[0].upper()}{decision[1:]}: {reason}"
+    opening = {MAP: decision, PLUGIN: f"{PLUGIN}, {decision}", RESEARCH: "research only"}[tier_of(schedule)]
+    sentence = f"{opening[0].upper()}{opening[1:]}: {reason}"
     if dispatch != "gather":
         sentence += f" ({under} saves {saved.share:.1%} of the bytes against {words_of(against)}, "
         sentence += f"interval {saved.low:.1%} to {saved.high:.1%})"

@@ -21,13 +21,13 @@ from semmoe.pages.deployment import deployment
 from semmoe.pages.figures.health import load_skew
 from semmoe.pages.figures.plan import saved_share
 from semmoe.pages.figures.style import DARK, LIGHT, png, svg
-from semmoe.pages.headline import plan_verdict
 from semmoe.pages.page import Grid, Page, Picture, Section, Text, check_page_target, write_page
 from semmoe.pages.plan import FITTED
 from semmoe.pages.plan_report import PlanReportOptions, make_plan_report
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
+from semmoe.solvers.evaluate.decision import Decision, decide
 from semmoe.solvers.evaluate.pictures import scored_requests
 from semmoe.solvers.evaluate.predictable import token_predictability
 from semmoe.solvers.evaluate.report import Judgement, LayerScores, Report, ScoreRow, Verdict
@@ -403,26 +403,35 @@ def test_rows_and_bytes_per_dispatch_kind():
     ],
 )
 def test_without_a_verdict_the_intervals_speak(dispatch, rem, width, level, words):
-    found, sentence = plan_verdict(
-        report_of([row("plan", rem, width), row("contiguous", 2.0, width)], dispatch=dispatch)
-    )
-    assert found == level and words in sentence
+    found = decide(report_of([row("plan", rem, width), row("contiguous", 2.0, width)], dispatch=dispatch))
+    assert found.level == level and words in found.sentence
 
 
-def test_a_verdict_is_the_headline():
+def test_the_headline_is_of_what_can_be_deployed():
     rows = [row("plan", 1.5, 0.1), row("contiguous", 2.0, 0.1), row("load", 2.0, 0.1)]
+    scheduled = [replace(rows[0], schedule="dp-scorer", rem=1.2), replace(rows[0], schedule="tp-context", rem=0.9)]
+    judged = Judgement("insufficient evidence", "watch", "More.", 0.02, (0.0, 0.3), "random", 900, 9_000, "load")
+    pays = replace(judged, decision="recommend", saved=0.25, ci=(0.2, 0.3))
 
-    def headline(with_schedule: Judgement | None = None, **facts) -> tuple[str, str]:
-        given = Verdict(**{**vars(judged), **facts}, with_schedule=with_schedule)
-        return plan_verdict(report_of(rows, verdict=given))
+    def headline(first: Judgement, rows: list[ScoreRow] = rows, **more) -> Decision:
+        return decide(report_of(rows, verdict=Verdict(**vars(first), with_schedule=None, **more), against="load"))
 
-    judged = Judgement("insufficient evidence", "watch", "More is needed.", 0.25, (0.2, 0.3), "random", 9, 99, "load")
-    assert headline() == ("watch", "More is needed.")
-    level, sentence = headline(decision="recommend", level="good")
-    assert level == "watch" and "add --hardware" in sentence
-    assert "saves 25% of the bytes (interval 20% to 30%) against experts packed by load" in sentence
-    _, sentence = headline(replace(judged, schedule="tp-context"), decision="recommend", schedule="tp-context")
-    assert sentence.count("25%") == 1  # what was judged alone is not told twice
+    undecided = headline(judged)
+    assert (undecided.level, undecided.saved) == ("watch", 0.02) and undecided.sentence.startswith("Not decided: ")
+    assert "about 9,000 held-out tokens" in undecided.why
+    found = headline(pays)
+    assert found.level == "watch" and "add --hardware" in found.sentence, "bytes alone are no reason to deploy"
+    assert "saves 25.0% of the bytes (interval 20.0% to 30.0%) against experts packed by load" in found.sentence
+    assert "30 held-out requests" in found.sentence
+    better = replace(pays, schedule="dp-scorer", saved=0.4)
+    found = headline(replace(judged, decision="not worth it", level="bad"), [*rows, *scheduled], deployable=better)
+    assert found.sentence.startswith("Worth deploying with the plug-in or router by bytes: placement with dp-scorer")
+    assert [(s.role, s.schedule, s.needs) for s in found.standings] == [
+        ("today", "random", "nothing"),
+        ("EPLB's way", "random", "a map or checkpoint"),
+        ("this plan", "dp-scorer", "the plug-in or router"),
+    ]
+    assert "tp-context" in found.research and "tp-context" not in found.sentence
 
 
 def test_markup_in_names_is_shown_not_obeyed(tmp_path):

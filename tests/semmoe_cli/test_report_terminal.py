@@ -13,7 +13,7 @@ from semmoe.main import app
 from semmoe.pages.compare import size_text
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.solvers.evaluate.report import Report, RowTime, Times
-from semmoe.terminal.tables import print_report, times_cells
+from semmoe.terminal.tables import print_scores, times_cells
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +31,49 @@ def made(tmp_path_factory) -> Path:
 def test_tables_fit_the_terminal(made, capsys, monkeypatch, width, intervals):
     monkeypatch.setattr("semmoe.terminal.tables.PIPE_WIDTH", width)
     report = json.loads(run("report", made / "p", made / "t", "--json"))
-    print_report(Report.from_json(report), as_json=False)
+    print_scores(Report.from_json(report))
     assert Report.from_json(report).to_json() == report
-    lines = capsys.readouterr().out.splitlines()
+    table = capsys.readouterr().out
+    lines = table.splitlines()
     assert max(map(len, lines)) <= width and "on one node" in " ".join(lines[:3])
     start = next(i for i, line in enumerate(lines) if line.startswith("contiguous"))
-    assert ("[" in lines[start]) == intervals and "\x1b" not in "".join(lines)
+    assert ("[" in lines[start]) == intervals == ("interval" in table) and "\x1b" not in "".join(lines)
     assert any("dp-roundrobin" in line for line in lines), "a name is cut"
     values = [re.sub(r"\[.*?\]", lambda m: " " * len(m[0]), line) for line in lines[start - 1 : start + 2]]
     points = [{i for i, c in enumerate(line) if c == "."} for line in values]
     assert points[0] == points[1] == points[2], "digits are not aligned"
+
+
+@pytest.mark.parametrize(
+    ("width", "intervals", "needs"), [(200, True, True), (120, True, True), (80, False, True), (50, False, False)]
+)
+def test_the_decision_fits_the_terminal_and_comes_first(made, monkeypatch, width, intervals, needs):
+    monkeypatch.setattr("semmoe.terminal.tables.PIPE_WIDTH", width)
+    printed = run("report", made / "p", made / "t")
+    lines = printed.splitlines()
+    assert max(len(line) for line in lines if not re.match("Next: |      ", line)) <= width
+    said = " ".join(printed.split())
+    assert re.match(r"(Worth|Not|Do not)[^.]*: placement (alone|with dp-scorer) saves \d+\.\d% of the bytes", said)
+    assert "against" in said and "12 held-out requests" in said
+    rows = [next(line for line in lines if line.startswith(name)) for name in ("today", "EPLB's way", "this plan")]
+    assert all(("[" in row) == intervals for row in rows) and ("95% bootstrap" in said) == intervals
+    assert ("a map or checkpoint" in rows[1]) == needs
+    assert "Load risk: " in said and re.search(r"^Next: semmoe report .* -o report.html$", printed, re.M)
+    assert "dp-roundrobin" not in printed and "dp-roundrobin" in run("report", made / "p", made / "t", "--all")
+
+
+def test_no_line_recommends_what_another_does_not(made, tmp_path):
+    """A plan that packs by load saves nothing alone; what a schedule would save is told apart."""
+    out = tmp_path / "l"
+    printed = run("place", made / "t", "--ranks", 4, "--method", "load", "--holdout", 0.5, "-o", out)
+    assert len(re.findall(r"Not worth|Worth deploying|Not decided|Do not deploy", printed)) == 1
+    assert "Recommend" not in printed
+    verdict = json.loads(run("report", out, made / "t", "--json"))["verdict"]
+    said = [
+        verdict["sentence"],
+        *(verdict[name]["sentence"] for name in ("with_schedule", "deployable") if verdict.get(name)),
+    ]
+    assert said[1].startswith("Research only") and not any(line.startswith("Recommend") for line in said)
 
 
 def test_digits_of_times_are_aligned():

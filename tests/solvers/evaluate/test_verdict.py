@@ -52,11 +52,13 @@ def test_few_requests_are_no_evidence_and_gather_never_pays():
 
 
 def test_the_sentence_names_the_schedule_and_the_numbers():
-    sentence = judge(Saving(0.25, 0.2, 0.3, 100, 1_000), dispatch="per-rank", schedule="tp-context").sentence
-    assert sentence == (
-        "Recommend: at least 5% is saved (placement with tp-context saves 25.0% of the bytes against contiguous experts, "
-        "interval 20.0% to 30.0%)."
-    )
+    for schedule, opening in (
+        ("random", "Recommend: at least 5% is saved (placement alone"),
+        ("dp-scorer", "With the plug-in or router, recommend: at least 5% is saved (placement with dp-scorer"),
+        ("tp-context", "Research only: at least 5% is saved (placement with tp-context"),
+    ):
+        sentence = judge(Saving(0.25, 0.2, 0.3, 100, 1_000), dispatch="per-rank", schedule=schedule).sentence
+        assert sentence == (f"{opening} saves 25.0% of the bytes against contiguous experts, interval 20.0% to 30.0%).")
 
 
 @pytest.mark.parametrize(
