@@ -47,16 +47,48 @@ def what_if_section(about: "PlanReport") -> Section | None:
         f"{label} over numbers of ranks",
         f"A quick METIS placement for each number of ranks, fitted on {what_if.fitted_requests:,} requests, scored on "
         f"{what_if.scored_requests:,} others; bands are 95% intervals.",
+        stacked=2,
     )
     blocks: list[Block] = [
         picture,
         Grid(["ranks", f"{label} contiguous", "load", "placed", "saved", "load max/mean, placed"], rows),
     ]
+    blocks += _trade_off(about)
     if what_if.skipped:
         blocks.append(Text("Left out: " + "; ".join(skipped.why for skipped in what_if.skipped) + ".", hint=True))
     if saved[best] < 0.005:
         return Section("On other numbers of ranks, placement saves nothing", blocks)
     return Section(f"On other numbers of ranks, most is saved at {best}: {saved[best]:.0%}", blocks)
+
+
+def _trade_off(about: "PlanReport") -> list[Block]:
+    """Time, or remote ranks, over the slots of a rank, with the memory that they take."""
+    from semmoe.pages.risks import expert_bytes
+
+    points = about.report.what_if.trade_off if about.report.what_if else []
+    if len(points) < 2:
+        return []
+    timed = all(point.us_per_layer is not None for point in points)
+    metric, label = ("us_per_layer", "microseconds of a layer") if timed else ("rem", "REM")
+    size = expert_bytes(about)
+    cells = []
+    for point in points:
+        memory = f"{point.experts_per_rank * size / 1e9:.2f} GB" if size else f"{point.experts_per_rank:,} experts"
+        us = [f"{point.us_per_layer:,.1f}"] if timed else []
+        cells.append(
+            [f"{point.ranks}", f"{point.slots}", memory, *us, f"{point.rem:.3f}", f"{point.load_imbalance:.3f}"]
+        )
+    headings = [
+        "ranks",
+        "slots of a rank",
+        "memory of a rank",
+        *(["us a layer"] if timed else []),
+        "REM",
+        "load max/mean",
+    ]
+    caption = "The same quick placement with one and two more slots on each rank, filled with copies."
+    picture = Picture(figures_plan.trade_off(points, metric, label), 2.8, f"{label} over slots of a rank", caption)
+    return [picture, Grid(headings, cells)]
 
 
 def tokens_section(about: "PlanReport") -> Section | None:

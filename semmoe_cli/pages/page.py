@@ -1,21 +1,26 @@
 """A report as one file: sections of text, tables, pictures and commands, rendered as HTML, Markdown
 or PNG.
 
-The HTML holds everything it shows: inline SVG, no script, no font and no image from elsewhere;
-light and dark by the reader's setting, and it prints. Matplotlib is imported where a picture is
-drawn.
+The HTML holds everything it shows: inline SVG, no script, font or image from elsewhere; light and
+dark by the reader's setting, narrow drawings on a phone, and it prints. A map of layers has a few
+lines of script of its own (pages/explorer.py) and is complete without them. Matplotlib is imported
+where a picture is drawn.
 """
 
 import html
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-from semmoe.pages.figures.style import DARK, LIGHT, Draw, css_variables, png, svg
+from semmoe.pages.explorer import SCRIPT, LayerMap, layer_map_html
+from semmoe.pages.figures.style import DARK, LIGHT, NARROW, Draw, css_variables, png, svg
+from semmoe.pages.stylesheet import STYLE
 from semmoe.profiles.errors import visible
 from semmoe.terminal.text import visible_lines
 
 ENDINGS = (".html", ".md", ".png")
+NUMBER_LETTERS = 9  # of a tile: more is words
 MOST_INTERVALS = 4  # columns; a wider table sets its intervals below their values
 
 
@@ -41,12 +46,19 @@ class Grid:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing, its height in inches, what it says in words, and a caption."""
+    """A drawing, its height in inches, what it says in words, and a caption. `stacked`: panels that
+    stand below each other where the page is narrow."""
 
     draw: Draw
     height: float
     label: str
     caption: str = ""
+    stacked: int = 1
+
+    @property
+    def narrow_height(self) -> float:
+        """Height in inches on a phone."""
+        return self.height * (0.9 * self.stacked if self.stacked > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -58,21 +70,34 @@ class Commands:
     notes: list[str]
 
 
-Block = Text | Grid | Picture | Commands
+Block = Text | Grid | Picture | Commands | LayerMap
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading that states the finding, and what shows it."""
+    """A heading that states the finding, and what shows it. `part`: of which part of a page it is
+    the beginning."""
 
     title: str
     blocks: list[Block]
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number of the first screen: its name, the number, and what it is beside."""
+
+    name: str
+    value: str
+    note: str
 
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report. `verdict`: one sentence. `level`: "good", "watch" or "bad"; the `badge`
-    says it in words. `facts`: name and value."""
+    """A whole report. `verdict`: a short sentence, and `lead` the whole of it. `level`: "good",
+    "watch" or "bad"; the `badge` says it in words. `facts`: name and value. `tiles`: rows of
+    numbers under a name, and `hero` the picture of the first screen; with them the facts stand at
+    the end."""
 
     title: str
     verdict: str
@@ -81,6 +106,15 @@ class Page:
     facts: list[tuple[str, str]]
     sections: list[Section]
     footer: str
+    lead: str = ""
+    tiles: tuple[tuple[str, list[Tile]], ...] = ()
+    hero: Picture | None = None
+
+    @property
+    def pictures(self) -> list[tuple[str, Picture | LayerMap]]:
+        """Everything that is drawn, under the title of its section."""
+        found: list[tuple[str, Picture | LayerMap]] = [("", self.hero)] if self.hero else []
+        return found + [(s.title, b) for s in self.sections for b in s.blocks if isinstance(b, Picture | LayerMap)]
 
 
 def write_page(page: Page, path: Path) -> None:
@@ -89,7 +123,17 @@ def write_page(page: Page, path: Path) -> None:
     from semmoe.profiles.files import write_file
 
     check_page_target(path)
-    write_file(path, {".html": _html, ".md": _markdown, ".png": _png}[path.suffix](page))
+    if path.suffix == ".md":
+        for number, (_, picture) in enumerate(page.pictures, 1):
+            write_file(_beside(path, number), png([("", picture.draw, picture.height)], title="", subtitle=""))
+        write_file(path, _markdown(page, path))
+        return
+    write_file(path, {".html": _html, ".png": _png}[path.suffix](page))
+
+
+def _beside(path: Path, number: int) -> Path:
+    """File of a picture of a Markdown page."""
+    return path.with_name(f"{path.stem}-{number}.png")
 
 
 def check_page_target(path: Path) -> None:
@@ -106,69 +150,52 @@ def check_page_target(path: Path) -> None:
         raise InputError(f"cannot write {path}: the directory {path.absolute().parent} does not exist")
 
 
-STYLE = """
-:root { %(light)s --soft: #f4f6f8; --good: #00795a; --watch: #9a5b00; --bad: #b3261e; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { %(dark)s --soft: #1d2127; --good: #3cc79a; --watch: #e6b450; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%%; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", "Noto Sans", "Liberation Sans", Arial, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-header { border-bottom: 1px solid var(--grid); padding-bottom: 1.5rem; }
-.kicker { margin: 0 0 .4rem; color: var(--muted); font-size: .9rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; letter-spacing: -.01em; text-wrap: balance; overflow-wrap: anywhere; }
-.level { display: inline-block; font-size: .8rem; font-weight: 600; padding: .12rem .6rem; border: 1px solid currentColor;
-  border-radius: 1rem; margin-bottom: .8rem; }
-.good { color: var(--good); } .watch { color: var(--watch); } .bad { color: var(--bad); }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .8rem 1.5rem; margin: 0; }
-dt { color: var(--muted); font-size: .8rem; }
-dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; unicode-bidi: isolate; }
-section { padding-top: 2.2rem; break-inside: avoid-page; }
-h2 { font-size: 1.2rem; line-height: 1.35; margin: 0 0 .6rem; text-wrap: balance; }
-h3 { font-size: .95rem; margin: 1.4rem 0 .35rem; }
-p { margin: .5rem 0; max-width: 46rem; } .hint, figcaption { color: var(--muted); font-size: .875rem; }
-figure { margin: 1rem 0 .5rem; overflow-x: auto; } figcaption { max-width: 46rem; }
-svg.plot { display: block; width: 100%%; min-width: 36rem; height: auto; }
-svg.plot text { font-family: inherit; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; margin: .8rem 0; min-width: 60%%; }
-th { text-align: right; font-weight: 600; color: var(--muted); font-size: .8rem; border-bottom: 1px solid var(--muted);
-  vertical-align: bottom; }
-td { text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; unicode-bidi: isolate; }
-td.name { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 24rem; }
-td small { color: var(--muted); font-size: .78rem; }
-th, td { padding: .34rem .7rem .34rem 0; } td:last-child, th:last-child { padding-right: 0; }
-th.name, td.name, .words th, .words td { text-align: left; }
-td:not(.name) + .name, th:not(.name) + .name { padding-left: 1.6rem; }
-.stacked td small { display: block; line-height: 1.2; } .stacked td { vertical-align: top; }
-.words td { white-space: normal; vertical-align: top; } .words td:first-child { white-space: nowrap; }
-td.best { font-weight: 650; } td.best::before { content: "\\2022\\00a0"; color: var(--plan); }
-pre { background: var(--soft); border: 1px solid var(--grid); border-radius: 6px; padding: .7rem .9rem; overflow-x: auto;
-  font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid); color: var(--muted); font-size: .85rem; }
-@media (max-width: 56rem) { td small { display: block; line-height: 1.2; } td { vertical-align: top; } }
-@media print { :root { %(light)s --soft: #f4f6f8; } body { font-size: 11pt; } main { max-width: none; padding: 0; }
-  figure, table, pre { break-inside: avoid; } h2, h3 { break-after: avoid; } }
-"""
-
-
 def _html(page: Page) -> bytes:
     style = STYLE % {"light": css_variables(LIGHT), "dark": css_variables(DARK)}
     facts = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in page.facts)
+    facts = f"<dl>{facts}</dl>" if facts else ""
     body = "\n".join(_section(section, i) for i, section in enumerate(page.sections))
+    first = ""
+    if page.tiles:
+        about = '<p class="part" id="about">About</p>' if facts else ""
+        body, facts = f"{body}\n{about}<section>{facts}</section>", ""
+        first = "".join(_tiles(name, tiles) for name, tiles in page.tiles)
+    lead = f'<p class="lead">{_text(page.lead)}</p>' if page.lead else ""
+    hero = _block(page.hero, "hero") if page.hero else ""
+    parts = [section.part for section in page.sections if section.part]
+    links = "".join(f'<a href="#{_anchor(part)}">{_text(part)}</a>' for part in parts)
+    nav = f"<nav>{links}</nav>" if parts else ""
+    mapped = any(isinstance(picture, LayerMap) for _, picture in page.pictures)
+    script = f"<script>{SCRIPT}</script>\n" if mapped else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(page.title)}</title>\n<style>{style}</style></head>\n<body><main>\n"
         f'<header><p class="kicker">{_text(page.title)}</p><h1>{_text(page.verdict)}</h1>\n'
-        f'<span class="level {page.level}">{_text(page.badge)}</span><dl>{facts}</dl></header>\n'
-        f"{body}\n<footer>{_text(page.footer)}</footer>\n</main></body></html>\n"
+        f'<span class="level {page.level}">{_text(page.badge)}</span>{lead}{first}{hero}{facts}{nav}</header>\n'
+        f"{body}\n<footer>{_text(page.footer)}</footer>\n</main>{script}</body></html>\n"
     ).encode()
+
+
+def _tiles(name: str, tiles: list[Tile]) -> str:
+    """A row of numbers; words are set smaller than digits."""
+    cells = "".join(
+        f'<div class="tile"><span>{_text(t.name)}</span><strong{"" if len(t.value) <= NUMBER_LETTERS else " class=words"}>'
+        f"{_text(t.value)}</strong><small>{_text(t.note)}</small></div>"
+        for t in tiles
+    )
+    heading = f"<h3>{_text(name)}</h3>" if name else ""
+    return f'{heading}<div class="tiles">{cells}</div>'
+
+
+def _anchor(part: str) -> str:
+    return re.sub(r"[^a-z]+", "-", part.lower()).strip("-")
 
 
 def _section(section: Section, number: int) -> str:
     blocks = "\n".join(_block(block, f"{number}-{i}") for i, block in enumerate(section.blocks))
-    return f"<section><h2>{_text(section.title)}</h2>\n{blocks}</section>"
+    part = f'<p class="part" id="{_anchor(section.part)}">{_text(section.part)}</p>\n' if section.part else ""
+    return f"{part}<section><h2>{_text(section.title)}</h2>\n{blocks}</section>"
 
 
 def _block(block: Block, key: str) -> str:
@@ -193,7 +220,10 @@ def _block(block: Block, key: str) -> str:
             return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
         case Picture(draw, height, label, caption):
             below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-            return f"<figure>{svg(draw, height, key=key, label=label)}{below}</figure>"
+            narrow = svg(draw, block.narrow_height, key=f"{key}-narrow", label=label, width=NARROW)
+            return f"<figure>{svg(draw, height, key=key, label=label)}{narrow}{below}</figure>"
+        case LayerMap():
+            return layer_map_html(block, _text)
         case Commands(name, lines, notes):
             said = "".join(map(_command_note, notes))
             return f"<h3>{_text(name)}</h3><pre>{chr(10).join(map(_text, lines))}</pre>{said}"
@@ -223,20 +253,38 @@ def _class(name: bool, best: bool) -> str:
     return f' class="{" ".join(kinds)}"' if kinds else ""
 
 
-def _markdown(page: Page) -> bytes:
+def _markdown(page: Page, path: Path) -> bytes:
+    number = 0
+
+    def embedded(picture: Picture | LayerMap) -> list[str]:
+        nonlocal number
+        number += 1
+        return [
+            f"![{as_markdown(picture.label)}]({quote(_beside(path, number).name)})",
+            "",
+            as_markdown(picture.caption),
+        ]
+
     lines = [f"# {as_markdown(page.title)}", "", f"**{as_markdown(page.verdict)}**", ""]
+    lines += [as_markdown(page.lead), ""] if page.lead else []
+    for name, tiles in page.tiles:
+        lines += [f"### {as_markdown(name)}", ""] if name else []
+        rows = [[as_markdown(text) for text in (tile.name, tile.value, tile.note)] for tile in tiles]
+        lines += ["| | | |", "| --- | --- | --- |", *("| " + " | ".join(row) + " |" for row in rows), ""]
+    lines += embedded(page.hero) if page.hero else []
     lines += [f"- {as_markdown(name)}: {as_markdown(value)}" for name, value in page.facts]
     for section in page.sections:
         lines += ["", f"## {as_markdown(section.title)}", ""]
         for block in section.blocks:
-            lines += [*_markdown_block(block), ""]
+            shown = embedded(block) if isinstance(block, Picture | LayerMap) else _markdown_block(block)
+            lines += [*shown, ""]
     text = "\n".join([*lines, "", "---", as_markdown(page.footer), ""])
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text.encode()
 
 
-def _markdown_block(block: Block) -> list[str]:
+def _markdown_block(block: Text | Grid | Commands) -> list[str]:
     match block:
         case Text(text):
             return [as_markdown(text)]
@@ -246,8 +294,6 @@ def _markdown_block(block: Block) -> list[str]:
             cells = [[f"**{c}**" if (i, j) in marked else c for j, c in enumerate(row)] for i, row in enumerate(texts)]
             heads = [as_markdown(heading) for heading in headings]
             return ["| " + " | ".join(row) + " |" for row in [heads, rule, *cells]]
-        case Picture(_, _, label, caption):
-            return [f"*{as_markdown(label)}.* {as_markdown(caption)}".strip()]
         case Commands(name, lines, notes):
             return [f"### {as_markdown(name)}", "", *_fence(lines), *(line for note in notes for line in _noted(note))]
 
@@ -276,8 +322,8 @@ def _noted(note: str) -> list[str]:
 
 
 def _png(page: Page) -> bytes:
-    pictures = [(s.title, b.draw, b.height) for s in page.sections for b in s.blocks if isinstance(b, Picture)]
-    return png(pictures, title=page.verdict, subtitle=page.title)
+    pictures = [(title, picture.draw, picture.height) for title, picture in page.pictures]
+    return png(pictures, title=page.lead or page.verdict, subtitle=page.title)
 
 
 def print_section(section: Section) -> None:

@@ -6,8 +6,10 @@ Heavy modules are imported inside.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from semmoe.pages.deployment import deployment, named_model
+from semmoe.pages.deployment import named_model
+from semmoe.pages.explorer import LayerMap
 from semmoe.pages.figures import plan as figures_plan
+from semmoe.pages.first_screen import BADGES, headline, hero, tiles
 from semmoe.pages.on_request import (
     certificate_section,
     costs_section,
@@ -17,6 +19,7 @@ from semmoe.pages.on_request import (
     what_if_section,
 )
 from semmoe.pages.page import Block, Grid, Page, Picture, Section, Text
+from semmoe.pages.risks import EVIDENCE, next_section, other_engines, risk_section
 from semmoe.terminal.tables import COLUMNS
 
 if TYPE_CHECKING:
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
     from semmoe.solvers.evaluate.report import Report
     from semmoe.solvers.plan import Plan
 
-BADGES = {"good": "worth it", "watch": "look closer", "bad": "not worth it"}
 FITTED = "On the requests that the placement was fitted on: an illustration, not evidence."
 
 
@@ -40,6 +42,8 @@ def plan_page(about: "PlanReport") -> Page:
         time_section,
         _scores,
         _layers,
+        _layer_map,
+        _requests,
         _co_activation,
         _traffic,
         _loads,
@@ -51,8 +55,9 @@ def plan_page(about: "PlanReport") -> Page:
         times_section,
         certificate_section,
     )
-    sections = [section for make in makers if (section := make(about)) is not None]
-    sections.append(Section("How to deploy it", list(deployment(plan, about.plan_path))))
+    evidence = [section for make in makers if (section := make(about)) is not None]
+    evidence[0] = replace(evidence[0], part=EVIDENCE)
+    sections = [next_section(about, decision), risk_section(about, decision), *evidence, other_engines(about)]
     model = named_model(report.model or plan.model.model)
     facts = [
         (
@@ -67,9 +72,12 @@ def plan_page(about: "PlanReport") -> Page:
     ]
     return Page(
         title=f"Expert placement{f' for {model}' if model else ''} on {report.ranks} ranks",
-        verdict=sentence,
+        verdict=headline(report, decision),
         level=level,
         badge=BADGES[level],
+        lead=f"{sentence} {_sentence(decision.why)}".strip(),
+        tiles=(("", tiles(report, decision)),),
+        hero=hero(report, decision),
         facts=facts,
         sections=sections,
         footer=_footer(about),
@@ -176,6 +184,7 @@ def _scores(about: "PlanReport") -> Section:
         "Scores of every placement and schedule with their intervals",
         "Dots: mean over layers. Bars: 95% interval over requests. "
         "Dotted line: what experts without any structure would give at a random home.",
+        stacked=2,
     )
     node = "NODE: other nodes that it must reach. " if about.report.nodes > 1 else ""
     words = Text(
@@ -204,12 +213,62 @@ def _layers(about: "PlanReport") -> Section:
         figures_plan.layer_lines(about.report, _details(about).schedule),
         2.7,
         "REM and load imbalance of every layer, before and after",
+        stacked=2,
     )
     return Section(title, [picture])
 
 
 def _fewer(saved: float) -> str:
     return f"{saved:.0%} fewer" if saved >= 0 else f"{-saved:.0%} more"
+
+
+def _layer_map(about: "PlanReport") -> Section:
+    from semmoe.solvers.evaluate.report import random_row
+
+    details, report = _details(about), about.report
+    said = []
+    for layer in report.layers:
+        before, after = (random_row(layer.rows, name) for name in (report.baseline, "plan"))
+        said.append(
+            f"Layer {layer.model_layer}: REM {before.rem:.2f} before, {after.rem:.2f} after; busiest rank "
+            f"{before.load_imbalance:.2f} before, {after.load_imbalance:.2f} after."
+        )
+    shown = LayerMap(
+        domains=details.domains,
+        load_LDE=details.load_LDE,
+        rank_LE=details.home_of_LE,
+        numbers=[layer.model_layer for layer in report.layers],
+        said=said,
+        shown=details.layer,
+        label=f"Which experts each domain chooses at layer {report.layers[details.layer].model_layer}",
+        caption="Experts in the order of their ranks under the plan; the bluer, the more of the domain's tokens choose the expert.",
+    )
+    busiest = float(details.load_LDE[details.layer].max())
+    title = f"Domains choose different experts: up to {busiest:.1f} times the mean at the layer of median saving"
+    return Section(title, [*_not_evidence(about), shown])
+
+
+def _requests(about: "PlanReport") -> Section:
+    import numpy as np
+
+    rem_G = _details(about).rem_G
+    saved_G = 1 - rem_G["after"] / np.maximum(rem_G["before"], 1e-12)
+    gaining = float((saved_G > 0).mean())
+    low, high = np.quantile(saved_G, [0.1, 0.9])
+    picture = Picture(
+        figures_plan.requests_histogram(rem_G, _details(about).against),
+        2.5,
+        "Histogram of requests by remote ranks per token, before and after",
+        "Of very many requests, groups of some are counted.",
+    )
+    title = (
+        f"{gaining:.0%} of requests gain; the middle eight of ten reach {_fewer(low)} to {_fewer(high)} remote ranks"
+    )
+    return Section(title, [*_not_evidence(about), picture])
+
+
+def _sentence(why: str) -> str:
+    return f"{why[0].upper()}{why[1:]}." if why else ""
 
 
 def _co_activation(about: "PlanReport") -> Section:
@@ -228,6 +287,7 @@ def _co_activation(about: "PlanReport") -> Section:
         f"Co-activation of the experts of layer {number}, in checkpoint order and grouped by rank",
         f"Layer {number}, the layer of median saving. A cell is a pair of experts: the bluer, the more often they serve one token, "
         "against what their loads alone would give. Boxes are ranks.",
+        stacked=2,
     )
     title = f"Experts that work together now share a rank: {after:.0%} of their pairs, {before:.0%} before"
     return Section(title, [*_not_evidence(about), picture])
@@ -255,6 +315,7 @@ def _traffic(about: "PlanReport") -> Section | None:
         4.0 if ranks <= 16 else 4.4,
         "Rows from every rank to every other rank, before and after",
         f"Rows (pairs of {unit}) per thousand tokens and layer. Before: every token lives at a random rank; after: {live}.",
+        stacked=2,
     )
     return Section(f"{abs(change):.0%} {verb} rows between ranks", [*_not_evidence(about), picture])
 
@@ -265,9 +326,8 @@ def _loads(about: "PlanReport") -> Section:
     title = (
         f"Load: the busiest rank of any layer carries {worst['after']:.2f} times the mean, {worst['before']:.2f} before"
     )
-    picture = Picture(
-        figures_plan.rank_loads(_details(about)), 2.7, "Load of every rank and layer over the mean, before and after"
-    )
+    label = "Load of every rank and layer over the mean, before and after"
+    picture = Picture(figures_plan.rank_loads(_details(about)), 2.7, label, stacked=2)
     return Section(title, [*_not_evidence(about), picture])
 
 

@@ -1,45 +1,61 @@
 """One page for `semmoe try`: the verdicts for prefill and decode, and the times behind them."""
 
+from dataclasses import replace
+
 from semmoe.pages.deployment import named_model
+from semmoe.pages.first_screen import BADGES, headline, hero, tiles
 from semmoe.pages.on_request import timed
-from semmoe.pages.page import Commands, Grid, Page, Section
-from semmoe.solvers.evaluate.decision import decide
+from semmoe.pages.page import Block, Commands, Grid, Page, Section, Text
+from semmoe.pages.risks import EVIDENCE, NEXT, RISKS
+from semmoe.solvers.evaluate.decision import Decision, decide
 from semmoe.solvers.evaluate.report import Report
 from semmoe.terminal.tables import COLUMNS
 
-BADGES = {"good": "worth it", "watch": "look closer", "bad": "not worth it"}
 ORDER = ("good", "watch", "bad")
 
 
 def tried_page(reports: dict[str, Report], commands: list[str]) -> Page:
     """The page. `reports`: by name of the phase; `commands`: what makes the plans."""
     decided = {name: decide(report) for name, report in reports.items()}
-    said = {name: decision.sentence for name, decision in decided.items()}
-    level = min((decision.level for decision in decided.values()), key=ORDER.index)
-    first = next(iter(reports.values()))
-    several = len(said) > 1
-    verdict = " ".join(f"{name.capitalize()}: {words}" if several else words for name, words in said.items())
-    sections = []
+    best = min(decided, key=lambda name: ORDER.index(decided[name].level))
+    first, several = reports[best], len(reports) > 1
+    sections = [
+        Section("Make the plans, and bring them into the engine", [Commands("step by step", commands, [])], part=NEXT),
+        Section("The busiest rank, and other traffic", list(_risks(decided)), part=RISKS),
+    ]
+    evidence = []
     for name, report in reports.items():
         if report.time is not None:
             section = timed(report.time)
-            sections.append(Section(f"{name.capitalize()}. {section.title}", section.blocks))
-    sections.append(_bytes(first))
-    sections.append(Section("How to get the plans", [Commands("the same, step by step", commands, [])]))
+            evidence.append(Section(f"{name.capitalize()}. {section.title}", section.blocks))
+    evidence.append(_bytes(first))
+    evidence[0] = replace(evidence[0], part=EVIDENCE)
     model = named_model(first.model)
     return Page(
         title=f"Is placement worth it{f' for {model}' if model else ''} on {first.ranks} ranks?",
-        verdict=verdict,
-        level=level,
-        badge=BADGES[level],
+        verdict=(f"{best.capitalize()}: " if several else "") + headline(first, decided[best]),
+        level=decided[best].level,
+        badge=BADGES[decided[best].level],
         facts=[
             ("Read", first.trace),
             ("Scored on", f"{first.requests:,} held-out requests, {first.tokens:,} tokens"),
             ("Group", f"{first.ranks} ranks" + (f" on {first.nodes} nodes" if first.nodes > 1 else " on one node")),
         ],
-        sections=sections,
+        sections=[*sections, *evidence],
         footer="Placed at a fast effort on half of the requests, timed and scored on the other half.",
+        lead=" ".join((f"{n.capitalize()}: " if several else "") + d.sentence for n, d in decided.items()),
+        tiles=tuple((n.capitalize() if several else "", tiles(r, decided[n])) for n, r in reports.items()),
+        hero=hero(first, decided[best], best.capitalize()),
     )
+
+
+def _risks(decided: dict[str, Decision]) -> list[Block]:
+    loads = [[name, f"{decision.risk[0].upper()}{decision.risk[1:]}."] for name, decision in decided.items()]
+    words = (
+        "The quick placement keeps every expert once: no memory, and nothing to roll back until you deploy. Whether it holds on other "
+        "traffic: trace another day and report the plan on it."
+    )
+    return [Grid(["phase", "load"], loads, words=True), Text(words)]
 
 
 def _bytes(report: Report) -> Section:
@@ -50,6 +66,6 @@ def _bytes(report: Report) -> Section:
         for row in report.rows
         if not row.is_oracle
     ]
-    words = report.verdict.sentence if report.verdict else "What it moves"
     headings = [COLUMNS[metric][0] for metric in metrics]
-    return Section(words, [Grid(["placement", "schedule", *headings], rows, names_at=frozenset((0, 1)))])
+    grid = Grid(["placement", "schedule", *headings], rows, names_at=frozenset((0, 1)))
+    return Section("What the plan moves, under every schedule", [grid])

@@ -1,7 +1,8 @@
 """What a report shows beside its rows: matrices of one layer, traffic between ranks, and load of
 each rank, of the placement that was scored.
 
-Shape letters: L MoE layers, T tokens, E experts, R ranks, B requests.
+Shape letters: L MoE layers, T tokens, E experts, R ranks, B requests, G groups of
+requests, D domains.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import numpy as np
 
 from semmoe.profiles.counts import co_activation_EE, profile_traces
 from semmoe.profiles.embedding import input_embedding
-from semmoe.profiles.split import request_keys, split_requests
+from semmoe.profiles.split import domain_groups, request_keys, split_requests
 from semmoe.profiles.trace import RoutingTrace, TraceBatch
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.decision import deployed_schedule
@@ -19,7 +20,7 @@ from semmoe.solvers.evaluate.metrics import score
 from semmoe.solvers.evaluate.reached import rank_rows_LRR
 from semmoe.solvers.evaluate.report import LayerScores, Report, random_row
 from semmoe.solvers.evaluate.score_plan import scored_batch
-from semmoe.solvers.evaluate.sums import deployment_sums
+from semmoe.solvers.evaluate.sums import deployment_sums, resampling_groups
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.simulate import Setting, simulate
@@ -51,6 +52,10 @@ class Details:
     against: str  # name of what is before
     rows_RR: dict[str, np.ndarray]  # rows per token from rank to rank, mean over layers, by placement, float64
     load_LR: dict[str, np.ndarray]  # load of each rank over the mean, by placement, float64
+    rem_G: dict[str, np.ndarray]  # remote ranks per token of each group of requests at random homes, float64
+    domains: list[str]  # of the requests
+    load_LDE: np.ndarray  # load of each expert over the mean of its layer and domain, float64
+    home_of_LE: np.ndarray  # first rank that hosts each expert under the plan, int64
 
 
 def scored_requests(plan: Plan, trace: RoutingTrace, *, scheduled: bool, processes: int = 1) -> Scored:
@@ -105,14 +110,19 @@ def report_details(trace: RoutingTrace, report: Report, scored: Scored, before: 
     layer = _typical_layer(report.layers, before[0])
     batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
     schedule = deployed_schedule(report) if deployment.schedule else "random"
-    rows_RR, load_LR = {}, {}
+    rows_RR, load_LR, rem_G = {}, {}, {}
+    names, domain_of_B = domain_groups(batch.domains)
+    group_of_B, _ = resampling_groups(domain_of_B)
     for name, deployed in (("before", before[1]), ("after", deployment)):
         homes_TL = simulated_homes_TL(deployed, schedule if deployed.schedule else "random", batch, report.setting)
         rows_LRR = rank_rows_LRR(
             batch, deployed.serving_LRE, dispatch=deployed.dispatch, homes_TL=homes_TL, moving=deployed.moving
         )
         rows_RR[name] = rows_LRR.mean(0)
-        load = deployment_sums(deployed, batch).load_GLR.sum(0)
+        sums = deployment_sums(deployed, batch, group_of_B=group_of_B)
+        told_G = sums.tokens_G > 0
+        rem_G[name] = sums.remote_ranks_GL[told_G].mean(1) / sums.tokens_G[told_G]
+        load = sums.load_GLR.sum(0)
         load_LR[name] = load / np.maximum(load.mean(1, keepdims=True), 1e-12)
     return Details(
         scored=scored,
@@ -124,7 +134,24 @@ def report_details(trace: RoutingTrace, report: Report, scored: Scored, before: 
         schedule=schedule,
         rows_RR=rows_RR,
         load_LR=load_LR,
+        rem_G=rem_G,
+        domains=names,
+        load_LDE=_loads_by_domain(batch, domain_of_B, len(names), trace.info.num_experts),
+        home_of_LE=deployment.placement.hosts_LER.argmax(2),
     )
+
+
+def _loads_by_domain(batch: TraceBatch, domain_of_B: np.ndarray, num_domains: int, num_experts: int) -> np.ndarray:
+    """Load of each expert over the mean expert of its layer and domain, float64 [L, D, E]; 0 for a
+    domain without a token. `domain_of_B`: int64 [B]."""
+    domain_of_T = np.repeat(domain_of_B, np.diff(batch.starts_B1))
+    num_layers = batch.expert_ids_TLK.shape[1]
+    cell_of_T1 = domain_of_T[:, None] * num_experts
+    load_LDE = np.empty((num_layers, num_domains, num_experts))
+    for layer in range(num_layers):
+        cells = (cell_of_T1 + batch.expert_ids_TLK[:, layer]).ravel()
+        load_LDE[layer] = np.bincount(cells, minlength=num_domains * num_experts).reshape(num_domains, num_experts)
+    return load_LDE / np.maximum(load_LDE.mean(2, keepdims=True), 1e-12)
 
 
 def simulated_homes_TL(deployment: Deployment, name: str, batch: TraceBatch, setting: Setting) -> np.ndarray | None:

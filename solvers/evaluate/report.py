@@ -132,6 +132,23 @@ class WhatIfRow(JsonRecord):
 
 
 @dataclass(frozen=True)
+class TradeOff(JsonRecord):
+    """A quick placement on a number of ranks with a number of expert slots, copies in the spare
+    ones."""
+
+    ranks: int
+    slots: int  # of a rank and layer
+    experts_per_rank: int  # over all layers: what its memory holds
+    rem: float
+    load_imbalance: float
+    us_per_layer: float | None = None
+
+    def value(self, metric: str) -> float:
+        """One of its metrics by name."""
+        return getattr(self, metric)
+
+
+@dataclass(frozen=True)
 class Skipped(JsonRecord):
     """A number of ranks that was asked for and cannot be."""
 
@@ -147,6 +164,7 @@ class WhatIf(JsonRecord):
     scored_requests: int
     rows: list[WhatIfRow]
     skipped: list[Skipped]
+    trade_off: list[TradeOff] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

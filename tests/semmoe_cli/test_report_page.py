@@ -62,7 +62,7 @@ def html(made) -> Path:
 class Outline(HTMLParser):
     """Tags with their attributes, and a check that every element is closed in order."""
 
-    VOID = {"meta", "br", "path", "image", "use", "rect"}
+    VOID = {"meta", "br", "path", "image", "use", "rect", "input"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,10 +88,14 @@ def test_the_page_is_one_file_without_anything_from_elsewhere(html):
     outline.feed(text)
     assert outline.open == []
     tags = {tag for tag, _ in outline.seen}
-    assert not tags & {"script", "link", "iframe", "object"}
+    assert not tags & {"link", "iframe", "object", "img"}
+    assert [attributes for tag, attributes in outline.seen if tag == "script"] == [{"type": "application/json"}, {}]
     for _, attributes in outline.seen:
         for name in ("src", "href", "xlink:href"):
             assert attributes.get(name, "#").startswith(("#", "data:")), attributes
+    anchors = {a["href"] for tag, a in outline.seen if tag == "a"}
+    assert anchors == {"#do-this-next", "#what-do-i-risk", "#evidence", "#other-engines"}
+    assert anchors <= {f"#{a['id']}" for _, a in outline.seen if "id" in a}
     assert "url(http" not in text and "@import" not in text
     ids = [
         a["id"]

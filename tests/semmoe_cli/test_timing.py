@@ -81,7 +81,7 @@ def test_without_hardware_nothing_is_green(trace, tmp_path):
     assert "time" not in report
     page = tmp_path / "r.md"
     run("report", tmp_path / "p", trace, "-o", page)
-    assert "add --hardware" in page.read_text(encoding="utf-8").split("\n\n")[1]
+    assert "add --hardware" in page.read_text(encoding="utf-8").split("\n\n")[2]
 
 
 def test_reports_of_plans_of_traces_and_of_other_ranks_have_times(trace, tmp_path):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from semmoe.pages.figures.style import Draw, Palette, name_rows, plain_axes
+from semmoe.pages.figures.style import Draw, Palette, name_rows, panels, plain_axes
 
 if TYPE_CHECKING:
     from semmoe.solvers.health.record import (
@@ -116,7 +116,7 @@ def load_skew(load: "LoadFacts") -> Draw:
     share = load.share_by_popularity
 
     def draw(figure: Any, palette: Palette) -> None:
-        left, right = figure.subplots(1, 2)
+        left, right = panels(figure, [1, 1])
         left.bar(range(1, len(share) + 1), [100 * s for s in share], color=palette.load, width=0.8)
         left.axhline(100 / len(share), color=palette.muted, linewidth=0.9)
         left.annotate(

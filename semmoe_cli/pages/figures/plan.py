@@ -6,14 +6,117 @@ Matplotlib is imported inside `figures`; here are only drawings on what it is gi
 
 from typing import TYPE_CHECKING, Any
 
-from semmoe.pages.figures.style import Draw, Palette, heat, name_rows, plain_axes, shade
+from semmoe.pages.figures.style import (
+    HEAT,
+    Draw,
+    Palette,
+    heat,
+    is_narrow,
+    name_rows,
+    panels,
+    panels_with_key,
+    plain_axes,
+    shade,
+)
 
 if TYPE_CHECKING:
-    from semmoe.solvers.evaluate.compare import GainCurve
-    from semmoe.solvers.evaluate.pictures import Details
-    from semmoe.solvers.evaluate.report import Report, ScoreRow, WhatIfRow
+    import numpy as np
 
-HEAT = "#1581c8"  # a tone of blue that reads on both papers
+    from semmoe.solvers.evaluate.compare import GainCurve
+    from semmoe.solvers.evaluate.decision import Standing
+    from semmoe.solvers.evaluate.pictures import Details
+    from semmoe.solvers.evaluate.report import Report, ScoreRow, TradeOff, WhatIfRow
+
+
+def standings(rows: "list[Standing]", metric: str) -> Draw:
+    """Today, EPLB's way and the plan as bars: microseconds by what they are made of where they are
+    known, else `metric` with its interval; and the load of the busiest rank."""
+    timed = all(standing.time for standing in rows)
+    titles = {"rem": "remote ranks per token", "lar": "local activations", "node": "remote nodes per token"}
+
+    def draw(figure: Any, palette: Palette) -> None:
+        left, right = panels(figure, [1.7, 1], share="y")
+        colours = {"today": palette.contiguous, "EPLB's way": palette.load, "this plan": palette.plan}
+        for y, standing in enumerate(rows):
+            colour = colours.get(standing.role, palette.third)
+            if standing.time:
+                _time_bar(left, y, standing.time.us, colour)
+            else:
+                _value_bar(left, y, standing.score, metric, colour)
+            _value_bar(right, y, standing.score, "load_imbalance", colour)
+        left.set_title(
+            "microseconds of a MoE layer: experts, then exchanges (lighter)" if timed else titles.get(metric, "load")
+        )
+        right.set_title("busiest rank / mean load")
+        for axes in (left, right):
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.set_xlim(left=0)
+            axes.margins(x=0.16)
+            plain_axes(axes, palette, grid="x")
+            if axes is left or is_narrow(figure):
+                name_rows(axes, [standing.name for standing in rows])
+
+    return draw
+
+
+def _time_bar(axes: Any, y: int, us: dict[str, float], colour: str) -> None:
+    exchanges = us["dispatch"] + us["combine"]
+    axes.barh(y, us["experts"], color=colour, height=0.55)
+    axes.barh(y, exchanges, left=us["experts"], color=colour, height=0.55, alpha=0.45)
+    note = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+    axes.annotate(f"{us['total']:,.1f}", (us["experts"] + exchanges, y), (5, 0), **note)
+
+
+def _value_bar(axes: Any, y: int, row: "ScoreRow", metric: str, colour: str) -> None:
+    value, (low, high) = row.value(metric), row.interval(metric)
+    axes.barh(y, value, color=colour, height=0.55)
+    axes.plot([low, high], [y, y], color=colour, linewidth=1.6, alpha=0.7)
+    note = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+    axes.annotate(f"{value:.2f}", (max(value, high), y), (5, 0), **note)
+
+
+def requests_histogram(rem_G: "dict[str, np.ndarray]", against: str) -> Draw:
+    """How many requests reach how many remote ranks per token, before and after."""
+    import numpy as np
+
+    values = np.concatenate(list(rem_G.values()))
+    bins = np.linspace(float(values.min()), float(values.max()) + 1e-9, 25)
+
+    def draw(figure: Any, palette: Palette) -> None:
+        axes = figure.subplots()
+        for name, colour in (("before", palette.contiguous), ("after", palette.plan)):
+            label = f"before: {against}" if name == "before" else "after: plan"
+            axes.hist(rem_G[name], bins=bins, color=colour, alpha=0.6, label=label)
+        axes.set_xlabel("remote ranks per token of a request, mean over layers, tokens at random homes")
+        axes.set_ylabel("requests")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        plain_axes(axes, palette)
+        figure.legend(loc="outside upper right", ncols=2)
+
+    return draw
+
+
+def trade_off(points: "list[TradeOff]", metric: str, label: str) -> Draw:
+    """Time (or the metric) over the experts that a rank holds: a line for each number of ranks, a
+    point for each number of slots."""
+    ranks = sorted({point.ranks for point in points})
+
+    def draw(figure: Any, palette: Palette) -> None:
+        axes = figure.subplots()
+        colours = [palette.plan, palette.load, palette.third, palette.fourth, palette.contiguous]
+        for number, count in enumerate(ranks):
+            line = sorted((p for p in points if p.ranks == count), key=lambda p: p.slots)
+            values = [point.value(metric) for point in line]
+            colour = colours[number % len(colours)]
+            axes.plot([p.slots for p in line], values, "o-", color=colour, markersize=5, linewidth=1.8)
+            place = {"textcoords": "offset points", "fontsize": 8.5, "color": colour}
+            axes.annotate(f"{count} ranks", (line[-1].slots, values[-1]), (7, -3), **place)
+        axes.set_xlabel("expert slots of a rank and layer: what a rank's memory holds")
+        axes.set_ylabel(label)
+        axes.margins(x=0.12, y=0.15)
+        plain_axes(axes, palette)
+
+    return draw
 
 
 def score_rows(rows: "list[ScoreRow]", metric: str, uniform: float | None = None) -> Draw:
@@ -27,7 +130,7 @@ def score_rows(rows: "list[ScoreRow]", metric: str, uniform: float | None = None
     metric = metric if metric in names else "rem"
 
     def draw(figure: Any, palette: Palette) -> None:
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.5, 1])
+        left, right = panels(figure, [1.5, 1], share="y")
         labels = [_row_label(*row.key) for row in rows]
         for axes, name, title in ((left, metric, names[metric]), (right, "load_imbalance", "busiest rank / mean load")):
             for y, row in enumerate(rows):
@@ -52,7 +155,8 @@ def score_rows(rows: "list[ScoreRow]", metric: str, uniform: float | None = None
                 color=palette.muted,
                 fontsize=7.5,
             )
-        name_rows(left, labels)
+        for axes in (left, right) if is_narrow(figure) else (left,):
+            name_rows(axes, labels)
 
     return draw
 
@@ -100,8 +204,8 @@ def layer_lines(report: "Report", best: str) -> Draw:
     metrics += [("load_imbalance", "busiest rank / mean load")]
 
     def draw(figure: Any, palette: Palette) -> None:
-        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-        for axes, (metric, title) in zip(panels, metrics, strict=True):
+        shown = panels(figure, [1] * len(metrics))
+        for axes, (metric, title) in zip(shown, metrics, strict=True):
             for index, (placement, schedule) in enumerate(row.key for row in report.rows):
                 if schedule not in ("random", best) or (schedule != "random" and placement != "plan"):
                     continue
@@ -121,8 +225,8 @@ def layer_lines(report: "Report", best: str) -> Draw:
             axes.set_xlabel("layer of the model")
             axes.xaxis.get_major_locator().set_params(integer=True)
             plain_axes(axes, palette)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=5)
+        handles, labels = shown[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=2 if is_narrow(figure) else 5)
 
     return draw
 
@@ -146,7 +250,7 @@ def co_activation(details: "Details", num_ranks: int) -> Draw:
     top = max(2.0, float(np.quantile(lift_EE, 0.99)))
 
     def draw(figure: Any, palette: Palette) -> None:
-        left, right, key = figure.subplots(1, 3, width_ratios=[1, 1, 0.045])
+        left, right, key = panels_with_key(figure, 2)
         shown = (
             (left, lift_EE, pairs_EE, before_E, "before: checkpoint order"),
             (right, lift_EE[order_E][:, order_E], pairs_EE[order_E][:, order_E], after_E, "after: grouped by rank"),
@@ -195,9 +299,9 @@ def rank_traffic(details: "Details") -> Draw:
     top = max(float(m[off].max()) for m in matrices.values()) if num_ranks > 1 else 1.0
 
     def draw(figure: Any, palette: Palette) -> None:
-        panels = figure.subplots(1, 3, width_ratios=[1, 1, 0.045])
+        shown = panels_with_key(figure, 2)
         titles = _titles(details)
-        for axes, (name, matrix) in zip(panels, matrices.items(), strict=False):
+        for axes, (name, matrix) in zip(shown, matrices.items(), strict=False):
             away = np.where(off, matrix, np.nan)
             heat(axes, shade(HEAT, np.nan_to_num(away), 0, top), palette, title=titles[name])
             axes.set_xticks(range(num_ranks), [f"{r}" for r in range(num_ranks)])
@@ -218,7 +322,7 @@ def rank_traffic(details: "Details") -> Draw:
                 )
             for i in range(num_ranks) if num_ranks <= 8 else ():
                 axes.text(i, i, "stays", ha="center", va="center", fontsize=7, color=palette.muted)
-        _colour_key(panels[2], palette, 0, top, "rows per 1000 tokens")
+        _colour_key(shown[2], palette, 0, top, "rows per 1000 tokens")
 
     return draw
 
@@ -236,8 +340,8 @@ def rank_loads(details: "Details") -> Draw:
     high = max(float(load.max()) for load in details.load_LR.values())
 
     def draw(figure: Any, palette: Palette) -> None:
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, (name, load_LR) in zip(panels, details.load_LR.items(), strict=True):
+        shown = panels(figure, [1, 1], share="y")
+        for axes, (name, load_LR) in zip(shown, details.load_LR.items(), strict=True):
             colour = palette.plan if name == "after" else palette.contiguous
             num_layers, num_ranks = load_LR.shape
             spread_L = (np.arange(num_layers) / max(num_layers - 1, 1) - 0.5) * 0.6
@@ -252,7 +356,7 @@ def rank_loads(details: "Details") -> Draw:
             axes.set_xlabel("rank; a dot is a layer, the bar their mean")
             axes.set_ylim(min(low, 0.9) - 0.03, high + 0.03)
             plain_axes(axes, palette)
-        panels[0].set_ylabel("load over mean")
+        shown[0].set_ylabel("load over mean")
 
     return draw
 
@@ -304,7 +408,7 @@ def what_if_lines(rows: "list[WhatIfRow]", metric: str, *, label: str) -> Draw:
     names = {"contiguous": "contiguous", "load": "load", "metis": "placed"}
 
     def draw(figure: Any, palette: Palette) -> None:
-        left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+        left, right = panels(figure, [1.25, 1])
         where = range(len(ranks))
         for placement, name in names.items():
             rows_here = [found[r, placement] for r in ranks]

@@ -11,7 +11,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 NAME_LETTERS = 44  # of a name beside an axis: longer ones leave no room to the drawing
 SUBTITLE_LETTERS, MOST_TITLE = 110, 400
+HEAT = "#1581c8"  # a tone of blue that reads on both papers
 WIDTH = 8.6  # inches; 72 points each, drawn about 1.35 times as large in a page
+NARROW = 4.4  # inches, on a phone: panels stand below each other
 TITLE_LETTERS, HEADING_LETTERS = 74, 88  # of a line across a PNG, bold in 12.5 and 10.5 points
 
 
@@ -83,6 +85,28 @@ def name_rows(axes: "Axes", names: list[str]) -> None:
     axes.set_yticks(range(len(names)), [shortened(name, NAME_LETTERS) for name in names])
 
 
+def is_narrow(figure: "Figure | SubFigure") -> bool:
+    """Whether panels have to stand below each other."""
+    return figure.bbox.width / figure.dpi < (NARROW + WIDTH) / 2
+
+
+def panels(figure: "Figure | SubFigure", ratios: Sequence[float], *, share: Literal["x", "y", ""] = "") -> "list[Axes]":
+    """Axes side by side in widths of these ratios, or below each other where the figure is narrow.
+    `share`: the axis that they have in common, where they stand side by side."""
+    if is_narrow(figure):
+        return list(figure.subplots(len(ratios), 1, squeeze=False)[:, 0])
+    shared: Any = {f"share{share}": True} if share else {}
+    return list(figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios, **shared)[0])
+
+
+def panels_with_key(figure: "Figure | SubFigure", number: int) -> "list[Axes]":
+    """Square panels and, behind them, a thin one for the key of their colours."""
+    if not is_narrow(figure):
+        return list(figure.subplots(1, number + 1, width_ratios=[1] * number + [0.045]))
+    grid = figure.add_gridspec(number, 2, width_ratios=[1, 0.06])
+    return [*(figure.add_subplot(grid[row, 0]) for row in range(number)), figure.add_subplot(grid[:, 1])]
+
+
 @contextmanager
 def _glyphs_may_lack() -> Iterator[None]:
     """A name in a script that the font lacks is drawn as boxes, and not told on stderr."""
@@ -111,7 +135,7 @@ def _context(palette: Palette) -> dict[Any, Any]:
     }
 
 
-def svg(draw: Draw, height: float, *, key: str, label: str) -> str:
+def svg(draw: Draw, height: float, *, key: str, label: str, width: float = WIDTH) -> str:
     """The drawing as inline SVG in CSS variables. `key`: makes ids unique in a page. `label`:
     what it says, for those who cannot see it."""
     import matplotlib as mpl
@@ -119,7 +143,7 @@ def svg(draw: Draw, height: float, *, key: str, label: str) -> str:
 
     settings: dict[Any, Any] = {**_context(MARKERS), "svg.hashsalt": key}
     with mpl.rc_context(settings), _glyphs_may_lack():
-        figure = Figure(figsize=(WIDTH, height))
+        figure = Figure(figsize=(width, height))
         draw(figure, MARKERS)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -128,8 +152,11 @@ def svg(draw: Draw, height: float, *, key: str, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<[^>]*>", lambda tag: _of_the_page(tag[0]), text)  # names between tags stay as they are
     text = re.sub(r"\n\s*", "\n", text)
+    kind = "narrow" if width < WIDTH else "broad"
     head = f'<svg role="img" aria-label="{html.escape(visible(label))}" '
-    return re.sub(r'<svg (?:xmlns:xlink="[^"]*" )?width="[^"]*" height="[^"]*" ', head + 'class="plot" ', text, count=1)
+    return re.sub(
+        r'<svg (?:xmlns:xlink="[^"]*" )?width="[^"]*" height="[^"]*" ', head + f'class="plot {kind}" ', text, count=1
+    )
 
 
 def _of_the_page(tag: str) -> str:
@@ -153,22 +180,19 @@ def png(draws: list[tuple[str, Draw, float]], *, title: str, subtitle: str) -> b
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with mpl.rc_context(_context(LIGHT)), _glyphs_may_lack():
-        heights = [height + 0.45 for _, _, height in draws]
+        heights = [height + (0.45 if heading else 0) for heading, _, height in draws]
         lines = textwrap.wrap(shortened(title, MOST_TITLE), TITLE_LETTERS)
-        head = 0.55 + 0.22 * len(lines)
+        head = 0.55 + 0.22 * len(lines) if lines else 0.05
         apart = ConstrainedLayoutEngine(h_pad=0.09)  # inches: titles of panels stay off the heading
         figure = Figure(figsize=(WIDTH, sum(heights) + head), facecolor=LIGHT.paper, layout=apart)
         parts: Any = figure.subfigures(len(draws) + 1, 1, height_ratios=[head, *heights])
-        parts[0].text(0.02, 1 - 0.1 / head, "\n".join(lines), va="top", fontsize=12.5, fontweight="bold")
-        parts[0].text(0.02, 0.12 / head, shortened(subtitle, SUBTITLE_LETTERS), va="bottom", color=LIGHT.muted)
+        if lines:
+            parts[0].text(0.02, 1 - 0.1 / head, "\n".join(lines), va="top", fontsize=12.5, fontweight="bold")
+            parts[0].text(0.02, 0.12 / head, shortened(subtitle, SUBTITLE_LETTERS), va="bottom", color=LIGHT.muted)
         for part, (heading, draw, _) in zip(parts[1:], draws, strict=True):
-            part.suptitle(
-                "\n".join(textwrap.wrap(shortened(heading, MOST_TITLE), HEADING_LETTERS)),
-                x=0.02,
-                ha="left",
-                fontsize=10.5,
-                fontweight="bold",
-            )
+            lines = textwrap.wrap(shortened(heading, MOST_TITLE), HEADING_LETTERS)
+            if lines:
+                part.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=10.5, fontweight="bold")
             draw(part, LIGHT)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
