@@ -196,7 +196,8 @@ def _report_plan(
     note_unchecked(placed, traced)
     for line in [*made.notes, *made.left_out, *(made.report.time.notes if made.report.time else [])]:
         note(line)
-    shown.print(replace(made.report, plan=plan, trace=trace))
+    made = replace(made, report=replace(made.report, plan=plan, trace=trace))
+    shown.print(made.report)
     if made.report.times and not shown.as_json:
         print_times(made.report.times, made.report.baseline)
     if not shown.as_json:

@@ -14,14 +14,17 @@ from semmoe.solvers.evaluate.report import ScoreRow, random_row
 from semmoe.solvers.evaluate.verdict import best_deployable, traffic_cost
 from semmoe.terminal.tables import COLUMNS, phase_words
 
+SELDOM = ("load_imbalance_median", "token_imbalance")  # not worth a column on paper
+
 
 def compare_page(comparison: Comparison, notes: list[str]) -> Page:
     """The page of a comparison."""
     model = named_model(comparison.model)
     return Page(
         title=f"Plans for {model}" if model else "Plans side by side",
-        verdict=compare_verdict(comparison),
-        level="good",
+        verdict=compare_verdict(comparison).partition(";")[0].removesuffix("."),
+        lead=compare_verdict(comparison),
+        level="good" if recommended(comparison) != comparison.plans[0].plan else "watch",
         badge=f"{len(comparison.plans)} plans",
         facts=[
             ("Trace", comparison.trace),
@@ -41,6 +44,7 @@ def compare_page(comparison: Comparison, notes: list[str]) -> Page:
                     for p in comparison.phases or []
                 ),
                 _differences(comparison),
+                _memory(comparison),
                 _moves(comparison),
                 _curve(comparison),
             )
@@ -128,7 +132,7 @@ def compare_verdict(comparison: Comparison) -> str:
 def _quality(comparison: Comparison, scored: list[ScoreRow], title: str, notes: list[str]) -> Section:
     rows = shown_rows(comparison, scored)
     nodes = max(plan.nodes for plan in comparison.plans)
-    metrics = [metric for metric in COLUMNS if metric != "node" or nodes > 1]
+    metrics = [metric for metric in COLUMNS if metric not in SELDOM and (metric != "node" or nodes > 1)]
     plans = {plan.plan: plan for plan in comparison.plans}
     cells, marked = [], set()
     for y, row in enumerate(rows):
@@ -149,6 +153,7 @@ def _quality(comparison: Comparison, scored: list[ScoreRow], title: str, notes: 
         score_rows(rows, "rem"),
         0.75 + 0.28 * len(rows),
         "Remote ranks per token and load of the busiest rank of each plan, with intervals",
+        stacked=2,
     )
     return Section(title, [grid, picture, *(Text(f"{note}.") for note in notes), Text(hint, hint=True)])
 
@@ -164,6 +169,23 @@ def _differences(comparison: Comparison) -> Section | None:
     hint = "In brackets: 95 % paired bootstrap interval; below 0 is better, and where it holds 0 the plans are alike."
     held = comparison.against or comparison.plans[0].plan
     return Section(f"Difference to {held}, on the same requests", [grid, Text(hint, hint=True)])
+
+
+def _memory(comparison: Comparison) -> Section:
+    """Slots of a rank beyond one for each expert, and their bytes where an expert's are known."""
+    layers = next((len(moves.layers) for moves in comparison.moves if isinstance(moves, PlanMoves)), 0)
+    rows = []
+    for plan in comparison.plans:
+        cells = [plan.plan, f"{plan.ranks}", f"{plan.replicas}"]
+        if comparison.bytes_per_expert and layers:
+            cells.append(size_text(plan.replicas * layers * comparison.bytes_per_expert))
+        rows.append(cells)
+    sized = ["more memory of a rank"] if len(rows[0]) > 3 else []
+    words = Text(
+        "Spare slots hold copies of experts; without any, a plan takes the memory that contiguous experts take.",
+        hint=True,
+    )
+    return Section("Memory", [Grid(["plan", "ranks", "spare slots of a rank and layer", *sized], rows), words])
 
 
 def _moves(comparison: Comparison) -> Section:

@@ -6,7 +6,6 @@ Heavy modules are imported inside.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from semmoe.pages.deployment import named_model
 from semmoe.pages.explorer import LayerMap
 from semmoe.pages.figures import plan as figures_plan
 from semmoe.pages.first_screen import BADGES, headline, hero, tiles
@@ -33,7 +32,7 @@ FITTED = "On the requests that the placement was fitted on: an illustration, not
 
 def plan_page(about: "PlanReport") -> Page:
     """The page. Sections whose numbers are not there are left out."""
-    from semmoe.solvers.evaluate.decision import decide
+    from semmoe.solvers.evaluate.decision import decide, model_words
 
     report, plan = about.report, about.plan
     decision = decide(report)
@@ -58,7 +57,7 @@ def plan_page(about: "PlanReport") -> Page:
     evidence = [section for make in makers if (section := make(about)) is not None]
     evidence[0] = replace(evidence[0], part=EVIDENCE)
     sections = [next_section(about, decision), risk_section(about, decision), *evidence, other_engines(about)]
-    model = named_model(report.model or plan.model.model)
+    model = model_words(report)
     facts = [
         (
             "Model",

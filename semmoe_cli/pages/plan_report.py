@@ -65,6 +65,7 @@ def make_plan_report(
     """The report of the plan on the trace. Raises InputError where there is nothing to score
     honestly."""
     from semmoe.solvers.evaluate.against import deployments_beside, read_against
+    from semmoe.solvers.evaluate.decision import deployed_schedule
     from semmoe.solvers.evaluate.pictures import report_details, scored_requests
     from semmoe.solvers.evaluate.verdict import dispatch_costs
     from semmoe.solvers.make_plan import score_plan
@@ -84,8 +85,11 @@ def make_plan_report(
         report = replace(report, drift=drift_of(plan, trace, plan_path=plan_path, seed=setting.seed))
         progress(1, 4)
         if options.pictures or options.what_if or options.tokenizer or apart or options.time:
-            scheduled = bool(options.pictures or apart or options.time)
-            scored = scored_requests(plan, trace, scheduled=scheduled, processes=os.cpu_count() or 1)
+            needs_all = bool(apart or options.time)  # pictures show the schedule that the headline is about
+            scheduled = needs_all or (options.pictures and deployed_schedule(report) != "random")
+            scored = scored_requests(
+                plan, trace, scheduled=scheduled, requests_only=not needs_all, processes=os.cpu_count() or 1
+            )
             beside = deployments_beside(scored.deployment, plan.model.n_group, against)
             progress(2, 4)
             if options.pictures:

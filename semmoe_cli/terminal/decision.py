@@ -130,7 +130,9 @@ def _values(standings: "list[Standing]", metric: str, *, intervals: bool) -> lis
 
 def _title(report: "Report") -> str:
     nodes = "one node" if report.nodes == 1 else f"{report.nodes} nodes"
-    said = f"{report.model or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
+    from semmoe.solvers.evaluate.decision import model_words
+
+    said = f"{model_words(report) or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
     said += f"{report.requests:,} held-out requests, {report.tokens:,} tokens{phase_words(report)}"
     if report.time is not None:
         time = report.time

@@ -23,6 +23,7 @@ from semmoe.solvers.evaluate.score_plan import scored_batch
 from semmoe.solvers.evaluate.sums import deployment_sums, resampling_groups
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.request_scorer import fit_request_scorer
 from semmoe.solvers.schedule.simulate import Setting, simulate
 
 ILLUSTRATION = "the pictures show the requests that the placement was fitted on: an illustration, not evidence"
@@ -58,7 +59,9 @@ class Details:
     home_of_LE: np.ndarray  # first rank that hosts each expert under the plan, int64
 
 
-def scored_requests(plan: Plan, trace: RoutingTrace, *, scheduled: bool, processes: int = 1) -> Scored:
+def scored_requests(
+    plan: Plan, trace: RoutingTrace, *, scheduled: bool, requests_only: bool = False, processes: int = 1
+) -> Scored:
     """Which placement and requests stand behind `score_plan` on this trace.
 
     A plan that was fitted on the whole trace after scoring keeps the placement that was scored, so
@@ -70,6 +73,8 @@ def scored_requests(plan: Plan, trace: RoutingTrace, *, scheduled: bool, process
         plan, trace: of one model.
         scheduled: whether the schedule is looked at. That of a scored placement is not kept (it
             would double the plan), so it is fitted again, on the training requests.
+        requests_only: whether of the schedule only the scorer of requests is looked at, which is
+            fitted in a moment; the rest is then that of the plan.
         processes: worker processes of that fit.
     """
     requests = trace.requests()
@@ -94,10 +99,14 @@ def scored_requests(plan: Plan, trace: RoutingTrace, *, scheduled: bool, process
         return fallback
     if scheduled and plan.deployment.schedule:
         profile = profile_traces([trace], [~held_out_B], seed=plan.seed)
-        embedding_VD = input_embedding(trace.info.embedding)
-        fitted = fit_schedule(
-            profile.sample, deployment.placement, seed=plan.seed, embedding_VD=embedding_VD, processes=processes
-        )
+        if requests_only:
+            scorer = fit_request_scorer(profile.sample, deployment.placement.hosts_LER, seed=plan.seed)
+            fitted = replace(plan.deployment.schedule, request=scorer)
+        else:
+            embedding_VD = input_embedding(trace.info.embedding)
+            fitted = fit_schedule(
+                profile.sample, deployment.placement, seed=plan.seed, embedding_VD=embedding_VD, processes=processes
+            )
         deployment = replace(deployment, schedule=fitted)
     note = "the pictures show the placement that was scored, fitted on the training requests alone"
     return Scored(deployment, ~held_out_B, held_out_B, True, note)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -153,6 +154,8 @@ def test_markdown_and_png(made):
     run("report", made / "p", made / "t", "-o", made / "r.md")
     text = (made / "r.md").read_text(encoding="utf-8")
     assert text.startswith("# Expert placement for synthetic on 4 ranks") and "| contiguous | random |" in text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(pictures) >= 7 and all(Image.open(made / name).width > 1000 for name in pictures)
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
     assert tables and all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
     run("report", made / "p", made / "t", "-o", made / "r.png")
@@ -217,6 +220,53 @@ def test_a_browser_prints_it(html, tmp_path):
     printed = (tmp_path / "r.pdf").read_bytes()
     pages = len(re.findall(rb"/Type\s*/Page\b", printed))
     assert printed.startswith(b"%PDF") and 3 <= pages <= 20
+
+
+MEASURE = """
+addEventListener("load", () => setTimeout(() => {
+  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+  const ids = [...page.querySelectorAll("a")].map(link => link.getAttribute("href").slice(1));
+  const select = page.querySelector(".explorer select"), before = page.querySelector(".explorer output").textContent;
+  select.value = 1 - select.value % 2; select.onchange();
+  const strip = page.querySelectorAll("svg.strip")[1], box = strip.getBoundingClientRect();
+  const after = page.querySelector(".explorer output").textContent;
+  strip.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + 3}));
+  document.title = JSON.stringify({
+    wide: root.scrollWidth, broken: ids.filter(id => !page.getElementById(id)), changed: before != after,
+    under: page.querySelector(".explorer output").textContent, asked: performance.getEntriesByType("resource").length
+      + document.querySelector("iframe").contentWindow.performance.getEntriesByType("resource").length,
+    tall: page.querySelector("h1").getBoundingClientRect().height / parseFloat(getComputedStyle(page.querySelector("h1")).lineHeight),
+    broad: getComputedStyle(page.querySelector("svg.broad")).display, narrow: getComputedStyle(page.querySelector("svg.narrow")).display,
+  });
+}, 200));
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_finds_no_overflow_no_broken_anchor_and_no_request(html, tmp_path, width):
+    """The page in a frame of that width: a browser's own window is no narrower than 500 pixels."""
+    inside = escape(html.read_text(encoding="utf-8"))
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<script>{MEASURE}</script><iframe style="width:{width}px;height:800px;border:0" srcdoc="{inside}"></iframe>',
+        encoding="utf-8",
+    )
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1400,900"]
+    words += [
+        "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=5000",
+    ]
+    done = subprocess.run([*words, "--dump-dom", frame.as_uri()], capture_output=True, timeout=120, check=True)
+    title = re.search(r"<title>(\{.*?)</title>", done.stdout.decode())
+    assert title, "the page was not measured"
+    seen = json.loads(unescape(title[1]))
+    assert seen["wide"] <= width and seen["broken"] == [] and seen["asked"] == 0
+    assert seen["changed"], "the selector of layers changes nothing"
+    assert re.match(r"expert \d+ on rank \d, .*: about [\d.]+ times the mean expert", seen["under"])
+    assert (seen["broad"] == "none", seen["narrow"] == "none") == (width == 400, width == 1280)
+    assert seen["tall"] < (2.5 if width == 1280 else 5.5)
 
 
 @pytest.mark.parametrize(("columns", "kind"), [(4, "plain"), (5, "stacked")])

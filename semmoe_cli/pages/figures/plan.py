@@ -44,9 +44,9 @@ def standings(rows: "list[Standing]", metric: str) -> Draw:
             else:
                 _value_bar(left, y, standing.score, metric, colour)
             _value_bar(right, y, standing.score, "load_imbalance", colour)
-        left.set_title(
-            "microseconds of a MoE layer: experts, then exchanges (lighter)" if timed else titles.get(metric, "load")
-        )
+        short = "us of a layer: experts, exchanges (lighter)"
+        full = "microseconds of a MoE layer: experts, then exchanges (lighter)"
+        left.set_title((short if is_narrow(figure) else full) if timed else titles.get(metric, "load"))
         right.set_title("busiest rank / mean load")
         for axes in (left, right):
             axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -87,7 +87,7 @@ def requests_histogram(rem_G: "dict[str, np.ndarray]", against: str) -> Draw:
         for name, colour in (("before", palette.contiguous), ("after", palette.plan)):
             label = f"before: {against}" if name == "before" else "after: plan"
             axes.hist(rem_G[name], bins=bins, color=colour, alpha=0.6, label=label)
-        axes.set_xlabel("remote ranks per token of a request, mean over layers, tokens at random homes")
+        axes.set_xlabel("remote ranks per token of a request, at random homes")
         axes.set_ylabel("requests")
         axes.yaxis.get_major_locator().set_params(integer=True)
         plain_axes(axes, palette)
@@ -265,7 +265,11 @@ def co_activation(details: "Details", num_ranks: int) -> Draw:
             if len(edges) <= 17:
                 middles = [(a + b - 1) / 2 for a, b in zip(edges, edges[1:], strict=False)]
                 axes.set_xticks(
-                    middles, [f"rank {rank_E[int(a)]}" if num_ranks <= 8 else f"{rank_E[int(a)]}" for a in edges[:-1]]
+                    middles,
+                    [
+                        f"rank {rank_E[int(a)]}" if num_ranks <= 8 and not is_narrow(figure) else f"{rank_E[int(a)]}"
+                        for a in edges[:-1]
+                    ],
                 )
             axes.tick_params(length=0)
             inside = float(counts_EE[rank_E[:, None] == rank_E[None, :]].sum() / max(counts_EE.sum(), 1e-12))
