@@ -255,6 +255,7 @@ AgainstOption = Annotated[
 ]
 
 
+Force = Annotated[bool, typer.Option("--force", help="Replace what -o names where it is there already.")]
 All = Annotated[
     bool,
     typer.Option("--all", help="Also print every schedule with its intervals, and what its predicted time is made of."),
@@ -268,6 +269,16 @@ FailUnder = Annotated[
         show_default=False,
     ),
 ]
+
+
+def refuse_to_replace(output: Path, *, force: bool) -> None:
+    """The one rule of every command: raise InputError where a file, or a directory with something
+    in it, is there already and --force is not given, before anything is computed. What is neither
+    (a pipe, /dev/stdout) is written to."""
+    from semmoe.profiles.errors import InputError
+
+    if not force and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+        raise InputError(f"{output} is there already: choose another name, or replace it with --force")
 
 
 def check_saved(limit: float | None, saved: Mapping[str, float]) -> None:

@@ -11,12 +11,14 @@ import typer
 from semmoe.options import (
     AgainstOption,
     FailUnder,
+    Force,
     Json,
     ReplicaChoiceOption,
     Simulation,
     Timing,
     check_saved,
     grouped,
+    refuse_to_replace,
     replica_rule,
 )
 
@@ -68,6 +70,7 @@ def compare(
     against: AgainstOption = None,
     simulation: Simulation,
     timing: Timing,
+    force: Force = False,
     fail_under: FailUnder = None,
     json_: Json = False,
 ) -> None:
@@ -95,6 +98,7 @@ def compare(
         from semmoe.pages.page import check_page_target
 
         check_page_target(output)
+        refuse_to_replace(output, force=force)
     rule = replica_rule(replica_choice, timing.engine)
     plans, traced = {path: Plan.load(path).with_rule(rule) for path in plan_paths}, RoutingTrace.open(trace)
     held = [read_against(against, plan.model, plan.topology) for plan in plans.values()][0]

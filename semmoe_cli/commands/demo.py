@@ -64,9 +64,9 @@ def demo(
     if not json_:
         print_decision(scores)
     # Its numbers are those that place printed just now:
-    _step(context, "report", plan, traced, "--seed", seed, "--tokenizer", "demo", "-o", page)
+    _step(context, "report", plan, traced, "--seed", seed, "--tokenizer", "demo", "--force", "-o", page)
     result["reshard"] = _step(context, "reshard", "demo", plan, "--force", "-o", placed)
-    ran = ("--prompts", "demo", "--dtype", "float32", "--max-new-tokens", 4, "--check", "-o", answers)
+    ran = ("--prompts", "demo", "--dtype", "float32", "--max-new-tokens", 4, "--check", "--force", "-o", answers)
     result["run"] = _step(context, "run", placed, "--plan", plan, *ran)
     seconds = time.monotonic() - start
     if json_:

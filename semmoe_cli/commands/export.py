@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import ExportKind, Json, VllmFormat, command_line, given, grouped, refuse_mixed
+from semmoe.options import (
+    ExportKind,
+    Force,
+    Json,
+    VllmFormat,
+    command_line,
+    given,
+    grouped,
+    refuse_mixed,
+    refuse_to_replace,
+)
 
 if TYPE_CHECKING:
     from semmoe.solvers.plan import Plan
@@ -60,6 +70,7 @@ def export(
     ],
     *,
     facts: MapFacts,
+    force: Force = False,
     json_: Json = False,
 ) -> None:
     """Write a placement as the expert map of SGLang, TensorRT-LLM, vLLM, vLLM-Ascend or EPLB, or
@@ -77,12 +88,14 @@ def export(
     if kind in KINDS:
         refuse_mixed(f"--to {kind}", given(facts))
         check_plugin_target(output)
+        refuse_to_replace(output, force=force)
         placed = Plan.load(plan)
         lines = write_plugin_directory(placed, kind, output, made_by=command_line(output, plan))
         _tell(placed, kind, output, lines, json_)
         _next(plan, json_)
         return
     check_export_target(output, kind)
+    refuse_to_replace(output, force=force)
     if kind == "vllm" and not vllm_format:
         raise InputError(
             f"--to vllm needs --format, the pull request of your build: {', '.join(VllmFormat)}; vLLM 0.33 reads no map"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from semmoe.options import Json
+from semmoe.options import Json, refuse_to_replace
 from semmoe.profiles.errors import InputError
 
 Force = Annotated[bool, typer.Option("--force", help="Replace a trace or plan that is there.")]
@@ -73,7 +73,7 @@ def pull(
     from semmoe.terminal.tables import note, print_json
     from semmoe.terminal.text import quoted
 
-    refuse_to_replace(output, force=force)
+    _refuse_other(output, force=force)
     check_directory_target(output)
     url = repo if is_url(repo) else f"hf://datasets/{repository(repo)}"
     kind = "plan" if holds(url, "plan.json") else "trace"
@@ -98,12 +98,11 @@ def pull(
     next_step(f"semmoe show {quoted(str(output))}", as_json=json_, aside=True)
 
 
-def refuse_to_replace(output: Path, *, force: bool) -> None:
+def _refuse_other(output: Path, *, force: bool) -> None:
     """Raise InputError where a directory that is there is no trace or plan, or is one and --force
     is not given."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not any((output / name).is_file() for name in ("trace.json", "plan.json")):
         raise InputError(f"{output} is there and is no trace or plan: choose another name")
-    if not force:
-        raise InputError(f"{output} is there already: choose another name, or replace it with --force")
+    refuse_to_replace(output, force=force)

@@ -27,6 +27,7 @@ from semmoe.options import (
     given,
     grouped,
     refuse_mixed,
+    refuse_to_replace,
     replica_rule,
 )
 
@@ -206,12 +207,10 @@ class Written:
 
     def check(self, output: Path) -> None:
         """Raise InputError where the plan cannot be written, before anything is computed."""
-        from semmoe.profiles.errors import InputError
         from semmoe.solvers.plan import check_plan_target
 
         check_plan_target(output)
-        if (output / "plan.json").exists() and not self.force:
-            raise InputError(f"{output} is there already: choose another name, or replace it with --force")
+        refuse_to_replace(output, force=self.force)
 
     def check_name(self, known: str) -> None:
         """Raise InputError where the trace knows another name of its model."""

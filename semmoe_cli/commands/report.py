@@ -11,6 +11,7 @@ from semmoe.options import (
     AgainstOption,
     All,
     FailUnder,
+    Force,
     Json,
     ReplicaChoiceOption,
     Simulation,
@@ -18,6 +19,7 @@ from semmoe.options import (
     check_saved,
     given,
     grouped,
+    refuse_to_replace,
     replica_rule,
 )
 
@@ -113,6 +115,7 @@ def report(
         int, typer.Option(help="Trace alone: ranks of its curves; 0: 8, or what the experts divide over.", min=0)
     ] = 0,
     simulation: Simulation,
+    force: Force = False,
     all_: All = False,
     fail_under: FailUnder = None,
     json_: Json = False,
@@ -134,6 +137,7 @@ def report(
         from semmoe.pages.page import check_page_target
 
         check_page_target(output)
+        refuse_to_replace(output, force=force)
     if len(paths) == 2:
         options = replace(options, phase=timing.whose, replica_choice=replica_rule(replica_choice, timing.engine))
         shown = Shown(everything=all_, as_json=json_)

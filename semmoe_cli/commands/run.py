@@ -13,6 +13,7 @@ import typer
 from semmoe.commands.replay import replay as replay_trace
 from semmoe.options import (
     EngineOption,
+    Force,
     Json,
     Loading,
     ReplicaChoiceOption,
@@ -21,6 +22,7 @@ from semmoe.options import (
     given,
     grouped,
     refuse_mixed,
+    refuse_to_replace,
     replica_rule,
 )
 from semmoe.profiles.errors import InputError, require_extra
@@ -169,6 +171,7 @@ def run(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="OUT.jsonl", help="Completions, one JSON line per request.")
     ] = None,
+    force: Force = False,
     json_: Json = False,
 ) -> None:
     """Run a placed model: every rank holds its experts and serves its own requests. Or replay a
@@ -180,6 +183,9 @@ def run(
     from semmoe.profiles.capture.requests import RequestSource
 
     texts, everywhere, replaying = prompts.source(), running.everywhere(plan), running.replaying
+    for written in filter(None, (output, replaying.write_hardware)):
+        if os.environ.get("RANK", "0") == "0":
+            refuse_to_replace(written, force=force)
     if replaying.replay is not None:
         if replaying.hidden_size is None or checkpoint is not None or texts != RequestSource():
             raise typer.BadParameter("--replay needs --hidden-size, and takes neither CHECKPOINT nor prompts")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semmoe.options import All, Json, Seed, TimedPlacing, given, grouped, replica_rule
+from semmoe.options import All, Force, Json, Seed, TimedPlacing, given, grouped, refuse_to_replace, replica_rule
 
 if TYPE_CHECKING:
     from semmoe.profiles.trace import RoutingTrace
@@ -20,7 +20,7 @@ NAMES = {"prompt": "prefill", "generated": "decode"}
 HOLDOUT = 0.5
 
 
-@grouped(first=("engine", "ranks", "nodes", "hardware", "output"), last=("seed", "all_", "json_"))
+@grouped(first=("engine", "ranks", "nodes", "hardware", "output"), last=("seed", "force", "all_", "json_"))
 def try_(
     responses: Annotated[
         list[str],
@@ -35,6 +35,7 @@ def try_(
         typer.Option("-o", "--output", metavar="FILE", help="Also write a page: .html (one file), .md or .png."),
     ] = None,
     seed: Seed = 0,
+    force: Force = False,
     all_: All = False,
     json_: Json = False,
 ) -> None:
@@ -63,6 +64,7 @@ def try_(
         from semmoe.pages.page import check_page_target
 
         check_page_target(output)
+        refuse_to_replace(output, force=force)
     topology = Topology(ranks, nodes)
     with TemporaryDirectory(prefix="semmoe-try-") as folder:
         trace = _trace(responses, FORMATS[engine], Path(folder) / "t")

@@ -11,7 +11,7 @@ from typing import Any
 
 from semmoe.profiles.config import moe_facts, read_config, text_config
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.families import NUM_MTP_LAYERS
+from semmoe.profiles.families import NUM_MTP_LAYERS, find_family
 from semmoe.profiles.files import check_file_target
 from semmoe.solvers.maps.engine import Wanted, num_extra_slots
 from semmoe.solvers.maps.kinds import KINDS, engine_of
@@ -56,7 +56,9 @@ def write_map(plan: Plan, kind: str, output: Path, options: MapOptions = MapOpti
     check_export_target(output, kind)
     depth, num_mtp_layers = options.num_hidden_layers, options.num_mtp_layers
     if options.model is not None:
-        depth, from_config = check_config(plan, read_config(options.model))
+        config = read_config(options.model)
+        check_family(plan, kind, config)
+        depth, from_config = check_config(plan, config)
         num_mtp_layers = from_config if num_mtp_layers is None else num_mtp_layers
     value = export_map(
         plan,
@@ -124,6 +126,18 @@ def _model_depth(model: ModelFacts, given: int) -> int:
             f"the plan's MoE layers {min(layers)}..{max(layers)} do not fit a model of {depth or 'unknown'} layers"
         )
     return depth
+
+
+def check_family(plan: Plan, kind: str, config: dict[str, Any]) -> None:
+    """Raise InputError where a model's config.json is of another family than the plan, or of one
+    whose experts the engine cannot move."""
+    types = [str(found["model_type"]) for found in (config, text_config(config)) if found.get("model_type")]
+    own, bare = plan.model.model_type, [found.removesuffix("_text") for found in types]
+    if own and types and own.removesuffix("_text") not in bare:
+        raise InputError(f"the model is of type {types[0]}, the plan is for {own}")
+    for found in types:
+        if kind in find_family(found).unmoved_by:
+            raise InputError(f"the class that {kind} has for {found} moves no experts: use semmoe reshard instead")
 
 
 def check_config(plan: Plan, config: dict[str, Any]) -> tuple[int, int]:

@@ -63,17 +63,23 @@ CASES = (
     Case("import", "trace --from sglang sglang.jsonl -o out --resume", "out", trace=True),
     Case("place", "place t --ranks 2 --method load --effort fast --processes 1 --force -o out", "out"),
     Case("place, again", "place t --ranks 2 --method load --effort fast --processes 1 --force -o q", "q", old=True),
-    Case("export", "export p --to sglang -o map.json", "map.json", ("map.json.semmoe.json",)),
-    Case("export, again", "export q --to sglang -o sglang.json", "sglang.json", ("sglang.json.semmoe.json",), old=True),
-    Case("report", "report p t -o out.html", "out.html"),
-    Case("report, again", "report q t -o page.html", "page.html", old=True),
+    Case("export", "export p --to sglang --force -o map.json", "map.json", ("map.json.semmoe.json",)),
+    Case(
+        "export, again",
+        "export q --to sglang --force -o sglang.json",
+        "sglang.json",
+        ("sglang.json.semmoe.json",),
+        old=True,
+    ),
+    Case("report", "report p t --force -o out.html", "out.html"),
+    Case("report, again", "report q t --force -o page.html", "page.html", old=True),
     Case("reshard", "reshard m p -o out", "out"),
     Case("reshard ranks", "reshard m p --layout ranks -o out", "out"),
     Case("reshard, again", "reshard m q -o placed --force", "placed", old=True),
     Case("reshard ranks, again", "reshard m q --layout ranks -o split --force", "split", old=True),
     Case("undo", "reshard --undo placed -o out", "out"),
     Case("undo ranks", "reshard --undo split -o out", "out"),
-    Case("run", "run m --plan one --prompts few.jsonl --max-new-tokens 3 -o out.jsonl", "out.jsonl", rank=True),
+    Case("run", "run m --plan one --prompts few.jsonl --max-new-tokens 3 --force -o out.jsonl", "out.jsonl", rank=True),
 )
 
 

@@ -47,7 +47,9 @@ def test_the_command_writes_what_the_plan_says(saved, tmp_path, kind):
         "tables.safetensors",
         "vectors.json",
     ]
-    assert export(saved / "p", "--to", kind, "-o", tmp_path / "x").exit_code == 0  # its own is replaced
+    refused = export(saved / "p", "--to", kind, "-o", tmp_path / "x")
+    assert "replace it with --force" in str(refused.exception)
+    assert export(saved / "p", "--to", kind, "-o", tmp_path / "x", "--force").exit_code == 0
 
 
 def test_the_vectors_are_those_of_the_page(saved, tmp_path):

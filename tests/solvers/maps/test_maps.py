@@ -8,6 +8,7 @@ eplb/core/eplb_utils.py, and eplb.py.
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from semmoe.solvers.maps.launch import launch_lines
 from semmoe.solvers.maps.origin import exported_from, sidecar_path
 from semmoe.solvers.maps.read import import_placement
 from semmoe.solvers.maps.vllm import FORMATS as VLLM_FORMATS
-from semmoe.solvers.maps.write import check_config, export_map, render, write_export
+from semmoe.solvers.maps.write import MapOptions, check_config, export_map, render, write_export, write_map
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.plan import ModelFacts, Plan
 from semmoe.solvers.schedule.simulate import Setting
@@ -450,11 +451,23 @@ def test_a_config_checks_the_layers_and_counts_mtp():
             check_config(plan_of(), {**CONFIG, **change})
 
 
+def test_a_family_that_the_engine_cannot_move_is_refused_before_anything_is_written(tmp_path):
+    plan = plan_of()
+    for model_type, message in (("qwen3_moe", "the model is of type qwen3_moe"), ("mixtral", "moves no experts")):
+        config = tmp_path / f"{model_type}.json"
+        config.write_text(json.dumps({**CONFIG, "model_type": model_type}), encoding="utf-8")
+        named = replace(plan, model=replace(plan.model, model_type="mixtral"))
+        with pytest.raises(InputError, match=message):
+            write_map(named, "sglang", tmp_path / "map.json", MapOptions(model=str(config)))
+        assert not (tmp_path / "map.json").exists()
+
+
 # The command.
 
 
 def run(*arguments: object) -> object:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    """The result of a command; what it writes is written again."""
+    return CliRunner().invoke(app, [*(str(a) for a in arguments), "--force"])
 
 
 def failure(*arguments: object) -> str:
