@@ -90,7 +90,7 @@ def is_narrow(figure: "Figure | SubFigure") -> bool:
     return figure.bbox.width / figure.dpi < (NARROW + WIDTH) / 2
 
 
-def panels(figure: "Figure | SubFigure", ratios: Sequence[float], *, share: Literal["x", "y", ""] = "") -> "list[Axes]":
+def panels(figure: "Figure | SubFigure", ratios: Sequence[float], *, share: Literal["x", "y", ""] = "") -> list[Any]:
     """Axes side by side in widths of these ratios, or below each other where the figure is narrow.
     `share`: the axis that they have in common, where they stand side by side."""
     if is_narrow(figure):
