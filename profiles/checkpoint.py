@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from semmoe.profiles.config import read_config, text_config
-from semmoe.profiles.document import SHA256, integer, null_or, record, text
+from semmoe.profiles.document import SHA256, integer, null_or, read_bounded, record, text
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.families import LAYER, ROUTER_ROWS, VECTOR
 from semmoe.profiles.files import inside
@@ -33,11 +33,15 @@ def checkpoint_identity(folder: Path) -> dict[str, Any] | None:
         return None
     config = text_config(read_config(folder))
     index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    try:
+        index_bytes = read_bounded(index) if index else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{index} cannot be read: {error}") from None
     return {
         "config": {"model_type": str(config.get("model_type") or "")}
         | {key: config[key] for key in SIZES if type(config.get(key)) is int and config[key] >= 0},
         "router_sha256": router_sha256(folder),
-        "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest() if index else None,
+        "index_sha256": None if index_bytes is None else hashlib.sha256(index_bytes).hexdigest(),
     }
 
 

@@ -54,20 +54,22 @@ def which_layers(value: Any, at: str) -> None:
         raise Wrong(f"{at} is {shortened(value)}, expected numbers of layers")
 
 
-STATED_TYPE = null_or(text(200, r"[^\x00-\x1f\x7f]*", "the name of a model type"))
+STATED_TYPE = null_or(text(200, r"[^\x00-\x1f\x7f/\\]*", "the name of a model type"))
 # What is read with a default where a family does not state it: a wrong type would be silence.
 STATED = record(
     {},
     {
         "model_type": STATED_TYPE,
-        **dict.fromkeys(("vocab_size", *ZERO_EXPERTS, "n_group", "num_expert_group", "topk_group"), whole(0)),
+        **dict.fromkeys(("vocab_size", *ZERO_EXPERTS), null_or(integer(0, 10**9))),
+        **dict.fromkeys(("n_group", "num_expert_group", "topk_group"), null_or(integer(0, 10**9))),
         **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "dense_mlp_idx"), whole(0)),
         **dict.fromkeys(("moe_layer_num_skipped", "moe_layer_start_index", "expert_layer_offset"), whole(0)),
         **dict.fromkeys(("moe_layer_interval", "interleave_moe_layer_step", "moe_layer_freq"), whole(0)),
         **dict.fromkeys(("decoder_sparse_step", "expert_layer_period"), whole(1)),
         "moe_layer_end_index": whole(-1),
         **dict.fromkeys(("enable_moe_block", "is_moe"), null_or(boolean)),
-        **dict.fromkeys(("mlp_only_layers", "moe_layers", "moe_layers_enum"), null_or(which_layers)),
+        "mlp_only_layers": null_or(list_of(integer(0, 10**9))),
+        **dict.fromkeys(("moe_layers", "moe_layers_enum"), null_or(which_layers)),
         **dict.fromkeys(("mlp_layer_types", "layers_block_type"), null_or(list_of(text(100)))),
         "hybrid_override_pattern": null_or(text()),
     },
@@ -267,10 +269,9 @@ def _is_moe_layer(facts: dict[str, Any], layer: int, num_layers: int) -> bool:
     if isinstance(kinds, list):
         return layer < len(kinds) and kinds[layer] != "dense"
     listed = facts.get("moe_layers", facts.get("moe_layers_enum"))
-    if isinstance(listed, str):
-        listed = [int(i) for i in listed.split(",") if i.strip()]
-    if isinstance(listed, list):
-        return layer in listed
+    if isinstance(listed, str | list):
+        numbers = listed.split(",") if isinstance(listed, str) else listed
+        return layer in [int(i) for i in numbers if str(i).strip()]
     frequency = facts.get("moe_layer_freq")
     if isinstance(frequency, list):
         return layer < len(frequency) and bool(frequency[layer])

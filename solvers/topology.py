@@ -72,12 +72,14 @@ def number_array(value: Any) -> np.ndarray:
     def is_number(item: Any) -> bool:
         return all(map(is_number, item)) if isinstance(item, list) else type(item) in (int, float)
 
-    if not is_number(value):
-        raise ValueError("expected numbers")
     try:
+        if not is_number(value):
+            raise ValueError("expected numbers")
         return np.array(value, np.float64)
     except OverflowError:
         raise ValueError("a number is too large") from None
+    except RecursionError:
+        raise ValueError("lists nest too deep") from None
 
 
 def _smi_costs(text: str, path: str | Path) -> np.ndarray:

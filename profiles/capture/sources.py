@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def _file_records(root: Path, files: list[Path], progress: ReadProgress) -> Iter
                     for number, row in readers[_suffix(file)](stream, str(file)):
                         progress.done = before + raw.tell()
                         yield Record(row, f"{name}:{number}", name, domain)
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise InputError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
         before += file.stat().st_size
         progress.done = before
@@ -205,7 +206,7 @@ def _json_document(stream: BinaryIO, where: str) -> Iterator[tuple[int, Any]]:
 def _csv_rows(stream: Iterable[bytes], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(MAX_CSV_FIELD)
     lines = (_decode(line, where, number) for number, line in enumerate(stream, 1))
-    rows = csv.DictReader(lines)
+    rows = csv.DictReader(lines, strict=True)
     try:
         for row in rows:
             if None in row:
@@ -219,5 +220,5 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
             yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{file} cannot be read as Parquet: {_reason(error)}") from None

@@ -1,6 +1,7 @@
 """What a file is, told by its first bytes: names end in whatever their writers liked."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 from semmoe.profiles.engines.records import open_input
@@ -17,7 +18,7 @@ def container_of(path: Path) -> str:
     try:
         with open_input(path) as file:
             head = file.read(512)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if head.startswith(b"PK\x03\x04"):
         return _kind_of_zip(path)

@@ -25,6 +25,7 @@ from semmoe.profiles.engines.load_rows import counted_rows, load_of
 from semmoe.profiles.engines.recorder import array_of, load_pt
 from semmoe.profiles.engines.records import EngineLoad, LeftOut, input_lines, integer
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import shortened
 from semmoe.profiles.safetensors_file import INTEGERS, read_shard
 
 
@@ -42,8 +43,8 @@ def read_trtllm(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOu
             if not counts:
                 raise InputError(f"{file} holds no counts: loads add up over all ranks")
             for key, count_E in counts:
-                where = f"{file}, {key}"
-                match = re.fullmatch(r"(\d+)_(\d+)", key)
+                where = f"{file}, {shortened(key)}"
+                match = re.fullmatch(r"(\d{1,9})_(\d{1,9})", key)
                 if match is None:
                     raise InputError(f"{where}: expected a key of the form iteration_layer")
                 if count_E.shape != (meta["num_experts"],) or count_E.min() < 0:
@@ -119,7 +120,10 @@ def read_eplb(files: list[Path], facts: dict[str, Any] | None, dropped: LeftOut)
             if "logical_count" not in value:
                 raise InputError(f"{file}: keys {sorted(map(str, value))[:5]}, expected logical_count")
             value = value["logical_count"]
-        ndim = np.ndim(_nested(value) if isinstance(value, list) else value)
+        try:
+            ndim = np.ndim(_nested(value) if isinstance(value, list) else value)
+        except (ValueError, RecursionError):
+            raise InputError(f"{file}: the lists of the load matrix nest too deep") from None
         if ndim not in (2, 3):
             raise InputError(
                 f"{file}: a matrix with {ndim} axes, expected [layers, experts] or [windows, layers, experts]"

@@ -240,8 +240,8 @@ def integer(where: str, record: dict[str, Any], *keys: str) -> int | None:
     if key is None:
         return None
     value = record[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{where}: {key} is {_short(value)}, expected a whole number from 0")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise InputError(f"{where}: {key} is {_short(value)}, expected a whole number from 0 to {2**31 - 1}")
     return value
 
 

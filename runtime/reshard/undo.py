@@ -25,6 +25,7 @@ from semmoe.runtime.reshard.ranks import SHARED, lay, rank_directory
 from semmoe.runtime.reshard.records import ReshardOptions, ReshardResult, size_facts
 from semmoe.runtime.reshard.sidecar import (
     SIDECAR,
+    SOURCE_FILE,
     check_unchanged,
     header_notes,
     read_sidecar,
@@ -83,6 +84,9 @@ def undo_ranks(
     """Put the source of the layout together again."""
     headers = read_source_headers(checkpoint, facts)
     layers, experts_LRS = facts["model_layers"], np.asarray(facts["placement"], np.int64)
+    there = {split_key(tensor[0])[1] for entry in headers["files"].values() for tensor in entry["tensors"]}
+    if strangers := sorted(set(layers) - there):
+        raise InputError(f"{checkpoint / SIDECAR}: model_layers names layer {strangers[0]}, which has no tensors")
     if options.compares:
         check_unchanged(checkpoint, facts, progress)
     homes = {
@@ -135,6 +139,8 @@ def joined_file(
         for directory in directories
         if (shard := written.get(f"{directory}/{name}"))
     }
+    if lost := sorted({stray for found in index.values() for stray in found} - {tensor.name for tensor in tensors}):
+        raise InputError(f"{lost[0]} is in a part of {name}, and {SOURCE_FILE} does not name it there")
     parts: list[Part] = []
     for tensor in tensors:
         parts += lay(joined_parts(tensor, index, homes), len(header) + tensor.begin)

@@ -5,6 +5,7 @@ first, and tells of the new map and of the one that it replaces until the map ha
 anywhere, a map is there with its own origin or not at all, and the old one keeps its own.
 """
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def exported_from(file: Path) -> dict[str, Any] | None:
     """What FILE.semmoe.json says of where the file came from, with a trace that is empty where
     there is none; None where it is about other bytes. Raises InputError where it is damaged."""
     sidecar = sidecar_path(file)
-    if not sidecar.exists():
+    if not os.path.lexists(sidecar):  # a link to nothing is damage
         return {"trace": {}}
     origin = read_document(
         lambda: read_bounded(sidecar),

@@ -46,7 +46,7 @@ OTHERS = {
     "num_experts_per_tok": ("null", '"3"', "true", "-1", "[]", "17", "1000000"),
     "num_hidden_layers": ("null", '"5"', "true", "-1", "0", "[]", "1000000000", "4"),
     "first_k_dense_replace": ('"1"', "-1", "1.5", "true", "[]", "{}", "5", "1000000"),
-    "n_group": ('"8"', "-1", "1.5", "true", "[]", "{}", "3", "1000000"),
+    "n_group": ('"8"', "-1", "1.5", "true", "[]", "{}"),  # how many decides nothing: this model's router is greedy
     "topk_group": ('"8"', "-1", "1.5", "true", "[]", "{}"),
     "moe_layer_freq": ('"1"', "-1", "1.5", "true", "{}", "[0, 1]", '["x"]'),
     "mlp_layer_types": (
