@@ -25,7 +25,7 @@ PANELS = {
     "Engine files": "dense_layers repetition domain strict api",
     "Requests learned from": "holdout holdout_domain refit",
     "Search": "minimize load_cap objective lar_weight robust expressible effort processes certify",
-    "Re-placement": "from_plan moves moves_per_layer move_cost horizon_tokens",
+    "Re-placement": "from_plan moves moves_per_layer move_cost horizon_tokens replan after",
     "Slots": "slots replicas redundant spare replica_choice mtp_layers",
     "Time": "backend tokens_per_rank weights rows overlap other_us step_ms gpu_hour measured",
     "Sizes and links": "hidden_size dispatch_bytes topology_bandwidth latency expert_bytes expert_size dtype_bytes",

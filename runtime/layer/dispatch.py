@@ -127,6 +127,8 @@ def run_layer(
     `weight_TK` in float32."""
     tables, watch = layer.tables, layer.state.stopwatch
     layer.state.chosen_TK = expert_ids_TK
+    if layer.state.unmoved is not None:
+        layer.state.unmoved(tables.layer, expert_ids_TK)
     # 1. Who serves what.
     to = find_destinations(*chosen_copies(tables, expert_ids_TK), layer.group.size)
     watch.mark("dispatch")

@@ -54,6 +54,9 @@ class RankState:
     valid_T: torch.Tensor | None = None  # int64 indices of rows that are not padding; None: all are
     empty_T: torch.Tensor | None = None  # bool: rows that no expert serves
     chosen_TK: torch.Tensor = field(default_factory=lambda: torch.zeros((0, 0)))  # choices of the layer that ran last
+    unmoved: "Callable[[int, torch.Tensor], None] | None" = (
+        None  # hears the choices of each layer once experts have moved
+    )
     instead: "ServeTokens | None" = None  # what runs expert layers in place of the exchange, while a run is probed
 
     @classmethod
@@ -67,9 +70,9 @@ class RankState:
         self.stopwatch.restart()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ExpertLayer:
-    """One expert layer of one rank."""
+    """One expert layer of one rank; it gets other tables when experts have moved."""
 
     tables: LayerTables
     group: Group

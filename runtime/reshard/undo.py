@@ -116,19 +116,24 @@ def undo_ranks(
     )
 
 
-def first_home(experts_RS: np.ndarray, expert: int) -> tuple[int, int]:
-    """The first rank and slot that hold an expert."""
-    rank, slot = np.argwhere(experts_RS == expert)[0]
+def first_home(experts_RS: np.ndarray, expert: int, nearest: int = 0) -> tuple[int, int]:
+    """The first rank and slot that hold an expert; rank `nearest` where it does."""
+    homes = np.argwhere(experts_RS == expert)
+    rank, slot = next((home for home in homes if home[0] == nearest), homes[0])
     return int(rank), int(slot)
 
 
-def joined_file(name: str, entry: dict[str, Any], written: Mapping[str, Shard], homes: Homes) -> FilePlan:
-    """A file of the source from the files of `shared` and the ranks."""
+def joined_file(
+    name: str, entry: dict[str, Any], written: Mapping[str, Shard], homes: Homes, *, first: str = SHARED
+) -> FilePlan:
+    """A file of the source from the files of `shared` and the ranks; `first`: the directory that
+    is looked at before others."""
     tensors = tuple(Tensor(n, dtype, tuple(shape), begin, end) for n, dtype, shape, begin, end in entry["tensors"])
     header = make_header(tensors, entry["metadata"], header_bytes=entry["header_bytes"])
     size = len(header) + (tensors[-1].end if tensors else 0)
     check_offsets(Shard(Path(name), len(header), size, entry["metadata"], tensors))
-    directories = [SHARED, *(rank_directory(r) for r in range(1 + max(r for home in homes.values() for r, _ in home)))]
+    ranks = range(1 + max(r for home in homes.values() for r, _ in home))
+    directories = dict.fromkeys([SHARED, first, *map(rank_directory, ranks)])
     index = {
         directory: {t.name: (shard, t) for t in shard.tensors}
         for directory in directories

@@ -36,6 +36,7 @@ from semmoe.runtime.serving.batch import (
     retire,
     take_prompts,
 )
+from semmoe.runtime.serving.replan import LiveReplan
 from semmoe.runtime.serving.tensor_parallel import ShuffledModel
 from semmoe.runtime.transformers.forward import last_logits
 from semmoe.runtime.transformers.placed_model import PlacedModel
@@ -64,6 +65,7 @@ def serve(
     *,
     deliver: Callable[[list[Completion]], None],
     shuffled: ShuffledModel | None = None,
+    live: LiveReplan | None = None,
 ) -> PhaseTimes:
     """Serve this rank's prompts in step with the other ranks; every rank calls it.
 
@@ -71,6 +73,7 @@ def serve(
         prompts: those of this rank; with `shuffled`, all ranks have the same.
         deliver: gets the completions of all ranks on rank 0, soon after they are there.
         shuffled: Attention-TP around `placed`; rank 0 then speaks for all.
+        live: a re-placement between two of the steps.
 
     Returns:
         Seconds and tokens of this rank. Raises ExchangeError where a collective fails, InputError
@@ -92,6 +95,9 @@ def serve(
         # 2. One phase for all: prompts are read wherever somebody can.
         if not any(wants.reads or wants.runs for wants in wants_R):
             return times
+        if live is not None and live.due:
+            pending = live.move(pending)
+            continue
         begun = time.perf_counter()
         phase = "prefill" if any(wants.reads for wants in wants_R) else "decode"
         chosen = take_prompts(pending, batch, limits) if phase == "prefill" and reads else []
@@ -110,9 +116,12 @@ def serve(
         steps.forget([completion.index for completion in stopped])
         finished += stopped if speaks else []
         watch.mark("attention")
-        times.seconds[phase] += time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        times.seconds[phase] += seconds
         if speaks:
             times.tokens[phase] += sum(len(p.token_ids) for p in chosen) if phase == "prefill" else running
+        if live is not None:
+            live.took(phase, seconds)
 
 
 def agree(wants: Wants, group: Group) -> list[Wants]:

@@ -24,4 +24,6 @@ class RunOptions:
     timeout_s: float = 300.0
     check: bool = False
     reference: str | None = None  # what check compares with; None: the checkpoint itself
+    replan: str | None = None  # a plan to go on with
+    after: int = 0  # steps before it
     verify: bool = True  # compare a reshard with the checksums of its semmoe.json

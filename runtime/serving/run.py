@@ -32,14 +32,17 @@ from semmoe.runtime.serving.engine import PhaseTimes, serve
 from semmoe.runtime.serving.metrics import rate, traffic_metrics
 from semmoe.runtime.serving.options import RunOptions
 from semmoe.runtime.serving.probe import check_exchange
+from semmoe.runtime.serving.replan import Done, LiveReplan, ReplanTask, replan_metrics, replan_task
 from semmoe.runtime.serving.results import ResultKeeper
 from semmoe.runtime.serving.schedulers import assign
 from semmoe.runtime.serving.tensor_parallel import ShuffledModel, install_tensor_parallel
 from semmoe.runtime.serving.token_homes import find_schedule, make_homes
 from semmoe.runtime.serving.verify import Entries, entries_to_verify, my_share, verifying
+from semmoe.runtime.transformers.expert_moves import check_movable
 from semmoe.runtime.transformers.placed_model import PlacedModel, load_placed
 from semmoe.runtime.transformers.rank_parts import RankCheckpoint, rank_checkpoints
 from semmoe.solvers.plan import Plan
+from semmoe.solvers.replan.delta import Delta
 
 MOST_TOLD = 10  # requests that cannot be served, a line each
 
@@ -57,6 +60,7 @@ class RankTask:
     entries: Entries  # files that it may compare
     verified: bool | None  # whether they are all of the checkpoint
     same_checkpoint: bool | None  # as the plan was traced on; None where that is not known
+    replan: ReplanTask | None = None
 
 
 class LoadedRank(NamedTuple):
@@ -95,9 +99,16 @@ def find_source(checkpoint: str) -> tuple[ModelSource, Path]:
 
 
 def prepare(
-    options: RunOptions, plan: Plan, requests: list[TextRequest], num_ranks: int, tell: Callable[[str], None]
+    options: RunOptions,
+    plan: Plan,
+    requests: list[TextRequest],
+    num_ranks: int,
+    tell: Callable[[str], None],
+    *,
+    replan: tuple[Plan, Delta] | None = None,
 ) -> list[RankTask]:
-    """All that can be refused before weights are read, and the task of each rank.
+    """All that can be refused before weights are read, and the task of each rank. `replan`: the
+    plan to go on with, and what leads there from `plan`.
 
     Raises InputError where plan, ranks, checkpoint and requests do not fit each other.
     """
@@ -125,12 +136,38 @@ def prepare(
     else:
         ids = [prompt.token_ids for prompt in prompts]
         rank_of_B = assign(scheduler, ids, plan, max_new_tokens=options.max_new_tokens)
-    tables = plan.tables if scheduler == "tp" else {}
-    told = replace(plan, tables=tables, fitted_keys=plan.fitted_keys[:0], trace={}, split={}, scores=None, notes=[])
+    told, moving = for_ranks(plan, tables=scheduler == "tp"), None
+    if replan is not None:
+        moving = prepare_replan(options, plan, *replan, checkpoints[0], scheduler, tell)
     return [
-        RankTask(scheduler, told, checkpoint, prompts, skipped, rank_of_B, entries[rank], verified, same)
+        RankTask(scheduler, told, checkpoint, prompts, skipped, rank_of_B, entries[rank], verified, same, moving)
         for rank, checkpoint in enumerate(checkpoints)
     ]
+
+
+def for_ranks(plan: Plan, *, tables: bool) -> Plan:
+    """The plan without what no rank needs."""
+    kept = plan.tables if tables else {}
+    return replace(plan, tables=kept, fitted_keys=plan.fitted_keys[:0], trace={}, split={}, scores=None, notes=[])
+
+
+def prepare_replan(
+    options: RunOptions,
+    old: Plan,
+    new: Plan,
+    delta: Delta,
+    checkpoint: RankCheckpoint,
+    scheduler: str,
+    tell: Callable[[str], None],
+) -> ReplanTask:
+    """What ranks are told of the plan to go on with. Raises InputError where it lacks what the
+    scheduler needs."""
+    if scheduler == "tp":
+        find_schedule(options.predict, new)
+    elif scheduler == "dp" and new.request_scorer is None:
+        tell(f"{options.replan} scores no requests: those that wait stay where they are")
+    told = for_ranks(new, tables=scheduler != "none")
+    return replan_task(old, told, delta, checkpoint, after=options.after, scheduler=scheduler)
 
 
 def check_ranks(name: str, plan: Plan, num_ranks: int) -> None:
@@ -251,14 +288,18 @@ def run_rank(
                 keeper.add(completions)
                 progress(keeper.finished, len(task.prompts))
 
-            times = serve(placed, mine, limits, deliver=deliver, shuffled=shuffled)
+            live = live_replan(options, task, placed, shuffled, tell)
+            times = serve(placed, mine, limits, deliver=deliver, shuffled=shuffled, live=live)
         # 3. What all ranks did.
         metrics = collect_metrics(placed, times, task.plan.model.model_layers)
+        moved = None if live is None else gather_to_first(live.done(), group)
         if metrics is None:
             return None
-        asked = {"scheduler": task.scheduler, "replica_choice": task.plan.replica_choice}
+        asked: dict[str, Any] = {"scheduler": task.scheduler, "replica_choice": task.plan.replica_choice}
         asked |= {"ranks": group.size, "requests": len(task.prompts)}
         asked |= {"skipped": task.skipped, "verified": task.verified, "same_checkpoint": task.same_checkpoint}
+        if moved is not None and task.replan is not None:
+            asked["replan"] = told_of_replan(task, moved, metrics, tell)
         return RunResult(keeper.finish(), asked | metrics, task.prompts, limits)
 
 
@@ -270,6 +311,33 @@ def load_rank(options: RunOptions, task: RankTask, group: Group) -> LoadedRank:
         placed = load_placed(source, folder, task.checkpoint, task.plan, group, dtype=options.dtype)
         tokenizer = load_tokenizer(source) if group.rank == 0 else None
         return LoadedRank(source.name, placed, stop_token_ids(source), tokenizer)
+
+
+def live_replan(
+    options: RunOptions,
+    task: RankTask,
+    placed: PlacedModel,
+    shuffled: ShuffledModel | None,
+    tell: Callable[[str], None],
+) -> LiveReplan | None:
+    """The re-placement that was asked for, before the first step. Raises InputError, alike on all
+    ranks, for a model whose experts cannot move."""
+    if task.replan is None:
+        return None
+    together(lambda: check_movable(placed, options.checkpoint), placed.group)
+    homes = None if shuffled is None else shuffled.homes
+    return LiveReplan(task.replan, placed, task.prompts, options.max_new_tokens, homes, tell)
+
+
+def told_of_replan(
+    task: RankTask, done_R: list[Done], metrics: dict[str, Any], tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """The metrics of a re-placement; `tell` hears of one that the run was too short for."""
+    assert task.replan is not None
+    if done_R[0].moved_after is None:
+        tell(f"the run ended after {len(done_R[0].steps)} steps: no expert moved (--after {task.replan.after})")
+    row_bytes = metrics["bytes_sent"] // max(metrics["rows_sent"], 1)
+    return replan_metrics(task.replan, done_R, row_bytes, task.plan.model.model_layers)
 
 
 def share_out_heads(options: RunOptions, task: RankTask, placed: PlacedModel, name: str) -> ShuffledModel:

@@ -167,6 +167,15 @@ class TokenHomes:
             token_id, position, num_prompt_tokens = what
             self.memory[request] = LastToken(token_id, experts_LK, position, num_prompt_tokens)
 
+    def follow(self, schedule: Schedule | None, placement: Placement) -> None:
+        """Predict for another placement of the same experts from the next batch on; what is known
+        of running requests stays, what weights have learned does not."""
+        self._placement = placement
+        self._tables = None if schedule is None else HomeTables.of(schedule, placement, self._top_k, self._device)
+        if self._learner is not None:
+            assert self._tables is not None, "weights to start from"
+            self._learner = WeightLearner(self._tables, self._learner.group)
+
     def forget(self, requests: list[int]) -> None:
         """Finished requests."""
         for request in requests:

@@ -46,7 +46,7 @@ class WeightLearner:
 
     def __init__(self, tables: HomeTables, group: Group) -> None:
         num_layers, num_ranks, places = tables.num_layers, tables.num_ranks, tables.places
-        self._tables, self._group = tables, group
+        self._tables, self.group = tables, group
         self._learned = Places(learned_depth(places.depth, places.num_experts), places.num_experts)
         self._features = self._learned.num_features
         self._layers = list(range(group.rank, num_layers, group.size))
@@ -110,7 +110,7 @@ class WeightLearner:
 
     def _learn(self) -> None:
         """Solve this rank's layers and bring the weights of all layers to all ranks."""
-        num_layers, size = self._tables.num_layers, self._group.size
+        num_layers, size = self._tables.num_layers, self.group.size
         trust_N = (self._agreed_N / self._corrected_N).clamp(0, MOST_TRUST)
         self._trust_N = torch.where(self._corrected_N > 0, trust_N, 1.0)
         weight_NFR = self._plan_NFR.new_zeros((self._places, *self._plan_NFR.shape[1:]))
@@ -122,7 +122,7 @@ class WeightLearner:
             self._learned_NFR[place] = torch.cholesky_solve(self._right_NFR[place], factor_FF)
             weight_NFR[place] = self._plan_NFR[place] + self._trust_N[place] * self._learned_NFR[place]
         gathered = [torch.empty_like(weight_NFR) for _ in range(size)]
-        with naming(self._group.rank, "the exchange of learned weights"):
-            dist.all_gather(gathered, weight_NFR, group=self._group.handle)
+        with naming(self.group.rank, "the exchange of learned weights"):
+            dist.all_gather(gathered, weight_NFR, group=self.group.handle)
         weight_LFR = torch.stack(gathered, 1).flatten(0, 1)[:num_layers]  # rank r learns layers r, r + R, ...
         self._tables.weight_LFR[:, -self._features :] = weight_LFR

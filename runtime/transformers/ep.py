@@ -11,7 +11,7 @@ Shape letters: T tokens of this rank, K top-k, E experts, S slots per rank, D hi
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,12 +25,20 @@ from semmoe.runtime.layer.tables import ExpertLayer, RunExperts
 COUNTS = ("num_experts", "num_routed_experts", "total_experts")  # what experts modules call how many they hold
 
 
-def hold_slots(layer: MoeLayer, num_experts: int, slots: int, name: str) -> None:
+class SlotAxis(NamedTuple):
+    """How a tensor of an experts module holds its experts."""
+
+    name: str  # below the module
+    rows: int  # of its first axis for each slot; 0: it belongs to no expert
+    slots: int
+
+
+def hold_slots(layer: MoeLayer, num_experts: int, slots: int, name: str) -> list[SlotAxis]:
     """Make room for `slots` experts instead of all: every parameter with an expert axis shrinks.
-    Raises InputError where there is none."""
+    Returns what every tensor of the module holds. Raises InputError where there is no such axis."""
     module: Any = layer.module
-    found = False
-    for owner in module.modules():
+    rows_of = {key: 0 for key in module.state_dict()}
+    for path, owner in module.named_modules():
         # DBRX keeps all experts' rows in matrices one module further down.
         in_rows = owner is not module and getattr(owner, "moe_num_experts", None) == num_experts
         for key, parameter in list(owner.named_parameters(recurse=False)):
@@ -40,12 +48,13 @@ def hold_slots(layer: MoeLayer, num_experts: int, slots: int, name: str) -> None
             if (owner is module or in_rows) and parameter.shape[0] in sizes:
                 smaller = parameter.new_empty((sizes[parameter.shape[0]], *parameter.shape[1:]))
                 setattr(owner, key, nn.Parameter(smaller, requires_grad=False))
-                found = True
-    if not found:
+                rows_of[f"{path}.{key}" if path else key] = parameter.shape[0] // num_experts if in_rows else 1
+    if not any(rows_of.values()):
         raise InputError(f"{name}: {layer.name} holds no tensor with {num_experts} experts on its first axis")
     for count in COUNTS:
         if count == "num_experts" or hasattr(module, count):
             setattr(module, count, slots)
+    return [SlotAxis(key, rows, slots) for key, rows in rows_of.items()]
 
 
 def row_width(experts: nn.Module) -> int:

@@ -22,13 +22,14 @@ from semmoe.profiles.capture.layers import MoeLayer, find_moe_layers
 from semmoe.profiles.capture.loading import ModelSource, model_class, refusals
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.layer.dispatch import join_empty
-from semmoe.runtime.layer.tables import ExpertLayer, RankState, RunExperts, layer_tables
+from semmoe.runtime.layer.tables import ExpertLayer, LayerTables, RankState, RunExperts, layer_tables
 from semmoe.runtime.ranks.group import Group
-from semmoe.runtime.transformers.ep import exchange_around, hold_slots, row_width
+from semmoe.runtime.transformers.ep import SlotAxis, exchange_around, hold_slots, row_width
 from semmoe.runtime.transformers.families import choose_explicitly, leave_out_empty_slots, local_experts
 from semmoe.runtime.transformers.rank_parts import RankCheckpoint
 from semmoe.runtime.transformers.rank_weights import held_experts, rank_tensors
 from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import Plan
 
 
@@ -40,6 +41,7 @@ class PlacedModel:
     modules: tuple[nn.Module, ...]  # the experts modules
     layers: tuple[ExpertLayer, ...]
     run_experts: tuple[RunExperts, ...]
+    axes_L: tuple[list[SlotAxis], ...]  # how the tensors of each experts module hold its slots
     held_LS: np.ndarray  # int64, the expert that was read into each slot; -1 where the checkpoint does not say
     state: RankState
     group: Group
@@ -78,12 +80,13 @@ def load_placed(
     chosen, placement = generating_class(source), checkpoint.placement
 
     without: list[str] = []  # experts modules of which this rank holds none
+    axes: dict[int, list[SlotAxis]] = {}
 
     def shrink(model: nn.Module) -> None:
         choose_explicitly(model)
         for number, layer in enumerate(placed_layers(model, plan, source.name)):
             held = len(placement.held(number, group.rank))
-            hold_slots(layer, placement.num_experts, held, source.name)
+            axes[number] = hold_slots(layer, placement.num_experts, held, source.name)
             if not held:
                 without.append(f"{layer.name}.")
 
@@ -101,7 +104,7 @@ def load_placed(
         raise InputError(
             f"{source.name}: the checkpoint lacks {len(missing)} tensors of the model, {missing[0]} among them"
         )
-    return install(model.eval(), checkpoint, plan, group, source.name)
+    return install(model.eval(), checkpoint, plan, group, source.name, tuple(axes.values()))
 
 
 def generating_class(source: ModelSource) -> Any:
@@ -157,13 +160,14 @@ def placed_layers(model: nn.Module, plan: Plan, name: str) -> list[MoeLayer]:
     return chosen
 
 
-def install(model: Any, checkpoint: RankCheckpoint, plan: Plan, group: Group, name: str) -> PlacedModel:
+def install(
+    model: Any, checkpoint: RankCheckpoint, plan: Plan, group: Group, name: str, axes_L: tuple[list[SlotAxis], ...]
+) -> PlacedModel:
     """Put the exchange around the experts modules of a model whose weights are there."""
     placement, state = checkpoint.placement, RankState.fresh(plan.placement.num_layers, group)
     found = placed_layers(model, plan, name)
     names = [f"layer {layer.model_layer} ({layer.name})" for layer in found]
-    serves = Deployment(placement, plan.load_LE, plan.topology, replica_choice=plan.replica_choice)
-    tables_L = layer_tables(placement, serves.serving_LRE, group.rank, names, group.device, moving=serves.moving)
+    tables_L = placed_tables(placement, plan, names, group)
     layers, runs = [], []
     for moe, tables in zip(found, tables_L, strict=True):
         layer = ExpertLayer(tables, group, state, row_width(moe.module), model.dtype, plan.model.top_k)
@@ -175,4 +179,11 @@ def install(model: Any, checkpoint: RankCheckpoint, plan: Plan, group: Group, na
         runs.append(run_experts)
     held_LS = held_experts(checkpoint, plan.model.model_layers)
     modules = tuple(moe.module for moe in found)
-    return PlacedModel(model, modules, tuple(layers), tuple(runs), held_LS, state, group)
+    return PlacedModel(model, modules, tuple(layers), tuple(runs), axes_L, held_LS, state, group)
+
+
+def placed_tables(placement: Placement, plan: Plan, names: list[str], group: Group) -> list[LayerTables]:
+    """Where experts are served for this rank's tokens, layer by layer. `placement`: the plan's, in
+    the checkpoint's own expert numbers."""
+    serves = Deployment(placement, plan.load_LE, plan.topology, replica_choice=plan.replica_choice)
+    return layer_tables(placement, serves.serving_LRE, group.rank, names, group.device, moving=serves.moving)

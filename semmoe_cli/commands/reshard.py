@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from semmoe.options import Json, Layout, Verify, command_line, given, grouped
+from semmoe.options import Json, Layout, Verify, command_line, given, grouped, refuse_mixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,13 @@ class Rewriting:
     undo: Annotated[bool, typer.Option("--undo", help="Give back the checkpoint that CHECKPOINT was made from.")] = (
         False
     )
+    from_plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OLD",
+            help="CHECKPOINT is a reshard for this plan: write what changes for PLAN and link the rest, or copy it where links cannot be.",
+        ),
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is a reshard already.")] = False
 
 
@@ -55,9 +62,12 @@ def reshard(
         raise typer.BadParameter(
             "--undo goes with -o, --verify none|bytes, --force and --json only", param_hint="--undo"
         )
+    if rewriting.from_plan is not None:
+        refuse_mixed("--from-plan, which takes the reshard's", given(rewriting, but=("from_plan", "verify", "force")))
     from semmoe.pages.deployment import serve_line
     from semmoe.profiles.demo.paths import demo_model_path
     from semmoe.runtime.reshard.records import ReshardOptions
+    from semmoe.runtime.reshard.replan.replan import replan_reshard
     from semmoe.runtime.reshard.reshard import reshard_checkpoint
     from semmoe.runtime.reshard.undo import undo_reshard
     from semmoe.solvers.plan import Plan
@@ -72,15 +82,13 @@ def reshard(
         if plan is None or placed is None:
             result = undo_reshard(checkpoint, output, verify=verify.value, force=force, progress=progress)
         else:
-            result = reshard_checkpoint(
-                checkpoint,
-                placed,
-                output,
-                ReshardOptions(
-                    rewriting.layout.value, rewriting.link, verify.value, force, command_line(checkpoint, plan, output)
-                ),
-                progress=progress,
-            )
+            made_by = command_line(checkpoint, plan, output)
+            options = ReshardOptions(rewriting.layout.value, rewriting.link, verify.value, force, made_by)
+            if rewriting.from_plan is None:
+                result = reshard_checkpoint(checkpoint, placed, output, options, progress=progress)
+            else:
+                old = Plan.load(rewriting.from_plan)
+                result = replan_reshard(checkpoint, old, placed, output, options, progress=progress)
     for name in result.left_out:
         note(
             f"left out {name}: weights in another format or place, links to directories or out of the checkpoint, "

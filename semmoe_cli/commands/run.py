@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from semmoe.profiles.capture.requests import RequestSource
     from semmoe.runtime.serving.options import RunOptions
     from semmoe.runtime.serving.run import RankTask, RunResult
+    from semmoe.solvers.plan import Plan
+    from semmoe.solvers.replan.delta import Delta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,15 @@ class Running:
             metavar="S", help="Seconds that a rank waits for the others before the run fails.", min=1, max=1e9
         ),
     ] = 300.0
+    replan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NEW",
+            help="With --after: go on with this plan of `semmoe place --from-plan PLAN`; ranks exchange the experts that move, "
+            "between two steps.",
+        ),
+    ] = None
+    after: Annotated[int | None, typer.Option(metavar="N", help="With --replan: steps before it.", min=0)] = None
     check: Annotated[
         bool, typer.Option("--check", help="Run the same prompts through plain Transformers too: tokens must be equal.")
     ] = False
@@ -190,6 +201,7 @@ def run(
         if replaying.hidden_size is None or checkpoint is not None or texts != RequestSource():
             raise typer.BadParameter("--replay needs --hidden-size, and takes neither CHECKPOINT nor prompts")
         refused = given(output=output, check=running.check, reference=running.reference, predict=running.predict)
+        refused += given(replan=running.replan) + ([] if running.after is None else ["--after"])
         refuse_mixed("--replay", refused)
         from semmoe.runtime.replay.cases import ReplayOptions
 
@@ -208,6 +220,9 @@ def run(
         raise typer.BadParameter("needs --check", param_hint="--reference")
     if running.scheduler != "tp":
         refuse_mixed("another scheduler than --scheduler tp", given(predict=running.predict))
+    if (running.replan is None) != (running.after is None):
+        lacks = ("--replan", "--after N") if running.after is None else ("--after", "--replan NEW")
+        raise typer.BadParameter(f"needs {lacks[1]}", param_hint=lacks[0])
     require_extra("running a model", "torch", "transformers")
     from semmoe.runtime.serving.options import RunOptions
 
@@ -220,6 +235,8 @@ def run(
         check=running.check,
         reference=running.reference,
         verify=running.verify,
+        replan=running.replan,
+        after=running.after or 0,
         **everywhere,
     )
     from semmoe.runtime.ranks.launch import as_rank, under_torchrun
@@ -256,29 +273,40 @@ def run_ranks(options: "RunOptions", nproc: int | None, kept: Callable[[], str])
     """
     from semmoe.profiles.capture.requests import read_all
     from semmoe.runtime.ranks.launch import launch, under_torchrun
-    from semmoe.solvers.plan import Plan
 
     if under_torchrun():
         from semmoe.runtime.serving.run import prepare, run_rank
 
         def read(num_ranks: int) -> "list[RankTask]":
-            plan = Plan.load(options.plan).with_rule(options.replica_choice)
-            return prepare(options, plan, read_all(options.prompts, tell=note), num_ranks, note)
+            plan, replan = read_plans(options)
+            return prepare(options, plan, read_all(options.prompts, tell=note), num_ranks, note, replan=replan)
 
         return run_rank(options, note, steps, read=read)
     # Before PyTorch is imported: a plan or prompts that are not there are told at once.
-    plan = Plan.load(options.plan).with_rule(options.replica_choice)
+    plan, replan = read_plans(options)
     requests = read_all(options.prompts, tell=note)
     from semmoe.runtime.ranks.group import check_group
     from semmoe.runtime.serving.run import prepare, run_rank
 
     ranks = plan.topology.num_ranks
     check_group(options.device, options.backend, ranks)
-    tasks = prepare(options, plan, requests, nproc or ranks, note)
+    tasks = prepare(options, plan, requests, nproc or ranks, note, replan=replan)
     try:
         return launch(run_rank, (options, note, steps), ranks, tasks=tasks)
     except InputError as error:
         raise InputError(f"{error}{kept()}") from None
+
+
+def read_plans(options: "RunOptions") -> "tuple[Plan, tuple[Plan, Delta] | None]":
+    """The plan, and the one to go on with beside what leads there."""
+    from semmoe.solvers.plan import Plan
+    from semmoe.solvers.replan.delta import read_step
+
+    plan, rule = Plan.load(options.plan), options.replica_choice
+    if options.replan is None:
+        return plan.with_rule(rule), None
+    new, delta = read_step(Path(options.replan), plan)
+    return plan.with_rule(rule), (new.with_rule(rule), delta)
 
 
 def check_output(output: Path) -> None:
@@ -301,8 +329,11 @@ def print_results(lines: list[dict[str, Any]], metrics: dict[str, Any], *, outpu
     if output is None:
         for line in lines:
             print_json(line)
-    facts = {k: v for k, v in metrics.items() if k not in ("layers", "time", "check")}
+    facts = {k: v for k, v in metrics.items() if k not in ("layers", "time", "check", "replan")}
     facts |= {f"time_{phase}": seconds for phase, seconds in metrics["time"].items()}
+    if "replan" in metrics:
+        moved = metrics["replan"]
+        facts |= {f"replan_{name}": moved[name] for name in ("experts_moved", "seconds", "bytes", "bytes_saved")}
     if "check" in metrics:
         found = metrics["check"]
         facts["check"] = f"{'ok' if found['ok'] else 'MISMATCH'}, {found['compared']} compared"

@@ -16,6 +16,7 @@ from semmoe.profiles.document import parse_json, read_bounded
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.placement import Placement
+from semmoe.solvers.plan import Plan
 from semmoe.solvers.replan.decision import Decision
 from semmoe.solvers.replan.steps import NONE, Move, apply_moves, inverse_moves
 
@@ -185,6 +186,21 @@ def read_delta(path: Path) -> Delta:
             if move.kind not in KINDS or min(numbers) < 0 or (move.to_rank is None) != (move.kind == "drop"):
                 raise InputError(f"{file} is damaged: layer {layer.layer}, step {move.step}: {move.kind!r} cannot be")
     return delta
+
+
+def read_step(path: Path, old: Plan) -> tuple[Plan, Delta]:
+    """The plan at `path` and its delta, which leads there from `old`. Raises InputError where it
+    starts from another plan, or leads to another one."""
+    new, delta = Plan.load(path), read_delta(path)
+    if delta.old != old.fingerprint:
+        raise InputError(f"the delta of {path} starts from plan {delta.old}, this plan is {old.fingerprint}")
+    try:
+        led = delta.applied(old.placement).experts_LRS
+    except (InputError, IndexError) as error:
+        raise InputError(f"{path / DELTA_FILE} is damaged: {error}") from None
+    if delta.new != new.fingerprint or not np.array_equal(led, new.placement.experts_LRS):
+        raise InputError(f"the delta of {path} leads to plan {delta.new}, the plan there is {new.fingerprint}")
+    return new, delta
 
 
 def _format(facts: object) -> object:

@@ -150,6 +150,47 @@ def _cycle(waiting: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     return path[[move[1] for move in path].index(rank) :]
 
 
+class Transfer(NamedTuple):
+    """One expert's weights on their way, from a slot into a slot."""
+
+    expert: int
+    from_rank: int
+    from_slot: int
+    to_rank: int
+    to_slot: int
+
+
+def transfers_of(old_RS: np.ndarray, moves: list[Move]) -> list[list[Transfer]]:
+    """What ranks send each other in each step, read from the nearest holder; drops send nothing.
+
+    Raises InputError for a step that no rank could take with one spare slot, or in which an expert
+    is read where it is not.
+    """
+    slots_RS, steps = np.array(old_RS, np.int32), list[list[Transfer]]()
+    for step in sorted({move.step for move in moves}):
+        now = [move for move in moves if move.step == step]
+        sent = list[Transfer]()
+        for move in now:
+            if move.kind == "drop":
+                continue
+            found = np.flatnonzero(slots_RS[move.nearest_holder] == move.expert)
+            if not len(found):
+                raise InputError(
+                    f"step {step} reads expert {move.expert} from rank {move.nearest_holder}, which lacks it"
+                )
+            sent.append(Transfer(move.expert, move.nearest_holder, int(found[0]), move.to_rank, move.to_slot))
+        to = [transfer.to_rank for transfer in sent]
+        if len(set(to)) < len(to):
+            raise InputError(f"step {step} brings rank {max(to, key=to.count)} more than one expert at once")
+        slots_RS = apply_moves(slots_RS, now)
+        for transfer in sent:
+            if slots_RS[transfer.to_rank, transfer.to_slot] != transfer.expert:
+                raise InputError(f"step {step} brings two experts into one slot of rank {transfer.to_rank}")
+        if sent:
+            steps.append(sent)
+    return steps
+
+
 def apply_moves(old_RS: np.ndarray, moves: list[Move]) -> np.ndarray:
     """The placement after the moves, int32 [R, S]."""
     slots_RS = np.array(old_RS, np.int32)

@@ -1,7 +1,9 @@
 """What the ranks of a runtime test do: real processes with gloo, each with a tiny model of its
 own, compared with Transformers alone."""
 
+from collections import deque
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,63 @@ def compare_layouts(root: str, families: list[str]) -> dict[str, float]:
                     (model(input_ids=ids, use_cache=False).logits - expected).abs().max()
                 )
     return found
+
+
+def compare_moved(root: str, families: dict[str, list[str]]) -> dict[str, float]:
+    """Logits after a re-placement of what runs, from a plain checkpoint and both layouts of a
+    reshard, against Transformers on rank 0; the probe before a run has passed on what moved."""
+    import torch
+    from tiny_models import tiny_input_ids
+
+    from semmoe.profiles.capture.loading import find_model, load_model
+    from semmoe.runtime.ranks.group import open_group
+    from semmoe.runtime.serving.probe import check_exchange
+    from semmoe.runtime.serving.replan import LiveReplan, replan_task
+    from semmoe.runtime.serving.run import find_source
+    from semmoe.runtime.transformers.expert_moves import check_movable
+    from semmoe.runtime.transformers.placed_model import load_placed
+    from semmoe.runtime.transformers.rank_parts import rank_checkpoints
+    from semmoe.solvers.replan.delta import read_step
+
+    found = {}
+    with open_group(timeout_s=TIMEOUT_S) as group, torch.inference_mode():
+        for family in families:
+            reference = load_model(find_model(f"{root}/{family}"), dtype="float32", device=group.device)
+            ids = tiny_input_ids(family, seed=group.rank)
+            expected = reference(input_ids=ids, use_cache=False).logits
+            plan = Plan.load(f"{root}/{family}-old")
+            new, delta = read_step(Path(f"{root}/{family}-new"), plan)
+            for layout in families[family]:
+                source, folder = find_source(f"{root}/{family}{layout}")
+                checkpoint = rank_checkpoints(folder, plan)[group.rank]
+                placed = load_placed(source, folder, checkpoint, plan, group, dtype="float32")
+                check_movable(placed, family)
+                task = replan_task(plan, new, delta, checkpoint, after=0, scheduler="none")
+                LiveReplan(task, placed, [], 1, None, lambda line: None).move(deque())
+                placed.state.unmoved = None
+                check_exchange(placed, family)
+                logits = placed.model(input_ids=ids, use_cache=False).logits
+                found[f"{family}{layout}"] = float((logits - expected).abs().max())
+    return found
+
+
+def killed_while_experts_move(*arguments: Any) -> Any:
+    """Rank 1 of a run is killed with the third expert on its way."""
+    import os
+    import signal
+
+    from semmoe.runtime.serving.run import run_rank
+    from semmoe.runtime.transformers import expert_moves
+
+    wait_for, number = expert_moves.wait_for, count()
+
+    def wait(work: list[Any]) -> None:
+        if next(number) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait_for(work)
+
+    expert_moves.wait_for = wait
+    return run_rank(*arguments)
 
 
 def exchange_forever(group: Any, before: Any) -> None:
