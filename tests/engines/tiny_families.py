@@ -27,9 +27,9 @@ SIZES = {
 }
 
 
-# What published checkpoints say and Transformers does not ask for: vLLM has the bias of the router
-# only with it.
-SAID = {"deepseek_v3": {"topk_method": "noaux_tc"}}
+# What published checkpoints say and Transformers does not ask for, or leaves out where it is the
+# default: vLLM has DeepSeek-V3's bias of the router only with it, and reads GLM's head size there.
+SAID = {"deepseek_v3": {"topk_method": "noaux_tc"}, "glm4_moe": {"head_dim": 32}}
 
 
 def write(folder: Path, family: str) -> None:
