@@ -6,7 +6,7 @@ import pytest
 
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.placement import Topology
-from semmoe.solvers.replan.steps import NONE, apply_moves, inverse_moves, steps_between
+from semmoe.solvers.replan.steps import NONE, apply_moves, inverse_moves, steps_between, transfers_of
 
 CASES = [(8, 4, 2, 1), (12, 4, 3, 2), (12, 4, 4, 2), (16, 4, 7, 1), (7, 3, 3, 1), (6, 8, 1, 4), (9, 5, 2, 1)]
 
@@ -49,6 +49,20 @@ def test_every_prefix_serves_and_the_end_is_what_was_asked(case, seed):
     assert np.array_equal(apply_moves(new_RS, back), old_RS)
     for start_RS, way in ((old_RS, moves), (new_RS, back)):
         check_prefixes(start_RS, way, num_experts, topology)
+        check_transfers(start_RS, way)
+
+
+def check_transfers(start_RS: np.ndarray, moves: list) -> None:
+    """Weights that travel as told, into slots that nothing clears, end where they are to."""
+    weights_RS = start_RS.copy()
+    for sent in transfers_of(start_RS, moves):
+        assert len({transfer.to_rank for transfer in sent}) == len(sent), "one spare a rank"
+        spare = [weights_RS[transfer.from_rank, transfer.from_slot] for transfer in sent]
+        for transfer, weight in zip(sent, spare, strict=True):
+            assert weight == transfer.expert
+            weights_RS[transfer.to_rank, transfer.to_slot] = weight
+    end_RS = apply_moves(start_RS, moves)
+    assert (weights_RS == end_RS)[end_RS >= 0].all()
 
 
 def check_prefixes(start_RS: np.ndarray, moves: list, num_experts: int, topology: Topology) -> None:
