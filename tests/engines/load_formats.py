@@ -23,6 +23,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+NEAR_TIES = 0.01  # of the token-layers, in bfloat16: a wrong table changes nearly all
 BFLOAT16 = ("gpt_oss", "deepseek_v2", "deepseek_v3")
 PROMPTS = [[(7 * i + 3 * n) % 100 + 3 for i in range(5 + 6 * n)] for n in range(6)]
 
@@ -98,7 +99,9 @@ if __name__ == "__main__":
         try:
             result = check(sys.argv[1], name)
             good = "left_out" in result or (
-                result["equal"] == len(PROMPTS) and not result["differ"] and result["experts_moved"]
+                result["equal"] == len(PROMPTS)
+                and result["differ"] <= (NEAR_TIES * result["token_layers"] if name in BFLOAT16 else 0)
+                and result["experts_moved"]
             )
         except Exception as error:
             result, good = {"family": name, "error": f"{type(error).__name__}: {error}"[:300]}, False
