@@ -39,7 +39,6 @@ REQUEST_SHARE = 0.5  # of the fitted requests that a batch is resampled from
 MOST_TOKENS = 40_000  # of a layer that swaps are counted on
 # Where only activations count, batches are cheap: so many times as many of them, and of tokens.
 MORE_BATCHES, MORE_TOKENS = 4, 8
-SURE_GAIN = 0.01  # of the time on fitted requests, which promise more than others keep
 BATCHES = {"fast": 32, "default": 64, "max": 128}
 KICKS = {"fast": 0, "default": 1, "max": 8}
 COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
@@ -354,7 +353,7 @@ def place_for_time(
             show(len(found), info.num_layers * len(finals))
     times_LF = np.array([time for _, time in found]).reshape(info.num_layers, -1)
     first, last = times_LF.mean(0)[[0, -1]]
-    best = finals[-1] if last < first * (1 - SURE_GAIN) else finals[0]
+    best = finals[-1] if last < first else finals[0]
     placed = np.stack([rank_of_E for rank_of_E, _ in found[finals.index(best) :: len(finals)]])
     rank_of_LE = _labelled(placed, profile, topology, demands)
     if demands.spare == "empty":
