@@ -145,6 +145,8 @@ def test_the_installed_wheel_runs_the_demo(with_models, tmp_path):
     done = outside(with_models, "semmoe", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"today \(contiguous\) +2\.\d{3} .*\n.*\nthis plan, dp-scorer +1\.\d{3} ", done.stdout)
-    assert "answers on 4 ranks equal to those of plain Transformers" in done.stdout and "semmoe-demo/plan" in done.stderr
+    assert (
+        "answers on 4 ranks equal to those of plain Transformers" in done.stdout and "semmoe-demo/plan" in done.stderr
+    )
     for name in ("trace/trace.json", "plan/plan.json", "report.html", "checkpoint/model.safetensors", "answers.jsonl"):
         assert (tmp_path / "semmoe-demo" / name).is_file()
