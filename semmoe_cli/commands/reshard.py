@@ -74,6 +74,7 @@ def reshard(
     from semmoe.terminal.decision import next_step
     from semmoe.terminal.progress import gigabytes, stages
     from semmoe.terminal.tables import note, print_json
+    from semmoe.terminal.text import quoted
 
     if checkpoint == Path("demo") and not (checkpoint / "config.json").exists():
         checkpoint = demo_model_path()
@@ -105,5 +106,7 @@ def reshard(
     note(
         f"wrote {output} ({result.num_layers} layers, {result.files} files, {result.bytes_written / 1e9:.2f} GB{linked}; {checked})"
     )
-    ranks = 1 if placed is None else placed.topology.num_ranks
-    next_step(serve_line(str(output), ranks), as_json=json_, aside=True)
+    line = serve_line(str(output), 1 if placed is None else placed.topology.num_ranks)
+    if placed is not None and result.layout == "ranks":  # which no serving engine reads
+        line = f"semmoe run {quoted(str(output))} --plan {quoted(str(plan))} --prompts prompts.jsonl"
+    next_step(line, as_json=json_, aside=True)
