@@ -110,7 +110,7 @@ def find_ranks(process: "subprocess.Popen[str]", partial: Path) -> list[int]:
     while not (partial.exists() and partial.stat().st_size) and process.poll() is None:
         assert time.monotonic() < deadline, "no request was finished"
         time.sleep(0.05)
-    ranks = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid) or "semmoe" in command_of(pid)]
+    ranks = [pid for pid in children(process.pid) if "resource_tracker" not in command_of(pid)]
     assert len(ranks) == 2, [command_of(pid) for pid in children(process.pid)]
     return ranks
 
