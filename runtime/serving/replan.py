@@ -145,7 +145,6 @@ class LiveReplan:
         for number, steps in task.layers:
             begun = time.perf_counter()
             received = move_experts(placed, number, steps)
-            placed.layers[number].tables = tables_L[number]
             self.layers.append((time.perf_counter() - begun, received))
         # Which copy serves follows the new plan's loads, also where no expert moved.
         for layer, tables in zip(placed.layers, tables_L, strict=True):

@@ -92,7 +92,7 @@ def export(
         placed = Plan.load(plan)
         lines = write_plugin_directory(placed, kind, output, made_by=command_line(output, plan))
         _tell(placed, kind, output, lines, json_)
-        _next(plan, json_)
+        _next(plan, kind, json_)
         return
     check_export_target(output, kind)
     refuse_to_replace(output, force=force)
@@ -111,7 +111,7 @@ def export(
     options = MapOptions(vllm_format, facts.model, facts.num_hidden_layers, facts.mtp_layers, facts.redundant, made_by)
     lines = write_map(placed, kind, output, options)
     _tell(placed, kind, output, lines, json_, _write_delta(Path(plan), placed, output))
-    _next(plan, json_)
+    _next(plan, kind, json_)
 
 
 def _write_delta(plan: Path, placed: "Plan", output: Path) -> str | None:
@@ -148,10 +148,16 @@ def _tell(placed: "Plan", kind: str, output: Path, lines: list[str], as_json: bo
         print_json({"kind": kind, "file": str(output), "plan": placed.fingerprint, "delta": delta, "notes": lines})
 
 
-def _next(plan: str, as_json: bool) -> None:
+def _next(plan: str, kind: str, as_json: bool) -> None:
     """What shows that a server does with the plan what was promised."""
     from semmoe.terminal.decision import next_step
     from semmoe.terminal.text import quoted
 
-    ask = "semmoe trace --server http://localhost:30000 --data prompts.jsonl -o served"
-    next_step(ask, f"semmoe report {quoted(plan)} served", as_json=as_json, aside=True)
+    source = quoted(plan)
+    if kind == "trtllm":  # it tells no client which experts it chose
+        lines = [f"semmoe route {source} --upstream http://localhost:8000 --engine trtllm"]
+    else:
+        port = 8000 if kind.startswith("vllm") else 30000
+        lines = [f"semmoe trace --server http://localhost:{port} --data prompts.jsonl -o served"]
+        lines.append(f"semmoe report {source} served")
+    next_step(*lines, as_json=as_json, aside=True)

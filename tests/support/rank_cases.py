@@ -235,9 +235,7 @@ def compare_layouts(root: str, families: list[str]) -> dict[str, float]:
     """Logits of `permuted` and `ranks` reshards on this rank against Transformers on the
     original, on rank 0."""
     import torch
-    from tiny_models import tiny_input_ids
 
-    from semmoe.profiles.capture.loading import find_model, load_model
     from semmoe.runtime.ranks.group import open_group
     from semmoe.runtime.serving.probe import check_exchange
     from semmoe.runtime.serving.run import find_source
@@ -247,9 +245,7 @@ def compare_layouts(root: str, families: list[str]) -> dict[str, float]:
     found = {}
     with open_group(timeout_s=TIMEOUT_S) as group, torch.inference_mode():
         for family in families:
-            reference = load_model(find_model(f"{root}/{family}"), dtype="float32", device=group.device)
-            ids = tiny_input_ids(family, seed=group.rank)
-            expected = reference(input_ids=ids, use_cache=False).logits
+            ids, expected = logits_of_original(f"{root}/{family}", group)
             for layout, plan_name in (("permuted", f"{family}-plan"), ("ranks", f"{family}-ranks-plan")):
                 source, folder = find_source(f"{root}/{family}-{layout}")
                 plan = Plan.load(f"{root}/{plan_name}")
@@ -264,13 +260,22 @@ def compare_layouts(root: str, families: list[str]) -> dict[str, float]:
     return found
 
 
+def logits_of_original(folder: str, group: Any) -> tuple[Any, Any]:
+    """Token ids of this rank, and the logits of Transformers for them."""
+    from tiny_models import tiny_input_ids
+
+    from semmoe.profiles.capture.loading import find_model, load_model
+
+    model = load_model(find_model(folder), dtype="float32", device=group.device)
+    ids = tiny_input_ids(Path(folder).name, seed=group.rank)
+    return ids, model(input_ids=ids, use_cache=False).logits
+
+
 def compare_moved(root: str, families: dict[str, list[str]]) -> dict[str, float]:
     """Logits after a re-placement of what runs, from a plain checkpoint and both layouts of a
     reshard, against Transformers on rank 0; the probe before a run has passed on what moved."""
     import torch
-    from tiny_models import tiny_input_ids
 
-    from semmoe.profiles.capture.loading import find_model, load_model
     from semmoe.runtime.ranks.group import open_group
     from semmoe.runtime.serving.probe import check_exchange
     from semmoe.runtime.serving.replan import LiveReplan, replan_task
@@ -283,9 +288,7 @@ def compare_moved(root: str, families: dict[str, list[str]]) -> dict[str, float]
     found = {}
     with open_group(timeout_s=TIMEOUT_S) as group, torch.inference_mode():
         for family in families:
-            reference = load_model(find_model(f"{root}/{family}"), dtype="float32", device=group.device)
-            ids = tiny_input_ids(family, seed=group.rank)
-            expected = reference(input_ids=ids, use_cache=False).logits
+            ids, expected = logits_of_original(f"{root}/{family}", group)
             plan = Plan.load(f"{root}/{family}-old")
             new, delta = read_step(Path(f"{root}/{family}-new"), plan)
             for layout in families[family]:

@@ -79,6 +79,7 @@ def test_ranks(tiny: Path, tmp_path: Path) -> None:
     result = run(tiny / "model", tiny / "plan", "-o", tmp_path / "out", "--layout", "ranks", "--verify", "none")
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["rank-000", "rank-001", "shared"]
+    assert "next: semmoe run " in result.stderr and "vllm" not in result.stderr  # no engine reads this layout
 
 
 def test_usage(tiny: Path, tmp_path: Path) -> None:

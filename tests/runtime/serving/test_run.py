@@ -47,12 +47,6 @@ METRICS = {
 RUN = ["run", "demo", "--dtype", "float32", "--max-new-tokens", "4", "--batch-tokens", "600"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with trace `t`, plan `p` with replicas and a schedule, plan `bare` without a

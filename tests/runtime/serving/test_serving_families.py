@@ -43,12 +43,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 # One rank; more requests than ranks, no replicas, unusual families too; fewer requests than ranks,
 # and replicas.
 CASES = [(1, 0, [5, 30], []), (2, 0, [1, 500, 7, 33, 20], UNUSUAL), (4, 1, [70, 1, 500], [])]
