@@ -96,6 +96,8 @@ def main_of(command: Callable[[], object]) -> None:
         if isinstance(cause, KeyboardInterrupt):
             show_traceback(cause)
             print("semmoe: interrupted", file=sys.stderr)
+        if isinstance(cause, EOFError):  # no command asks on a terminal: it is a bug, which Typer calls "Aborted!"
+            raise cause from None
         raise
     except BrokenPipeError:
         sys.stderr.close()

@@ -284,12 +284,19 @@ def test_a_page_that_the_disk_cannot_hold_leaves_nothing(trace, tmp_path):
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); from semmoe.main import main; main()"
     )
-    words = [sys.executable, "-c", code, "report", str(trace), "-o", str(tmp_path / "h.html")]
+    # -B: else byte code that is cut short stays in the interpreter's cache for other tests.
+    words = [sys.executable, "-B", "-c", code, "report", str(trace), "-o", str(tmp_path / "h.html")]
     # A measurement of coverage could not write its own file there either.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     result = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 1 and "h.html: File too large" in result.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_ends_too_soon_for_the_interpreter_is_a_traceback():
+    code = "import semmoe.main as m\n@m.app.command()\ndef broken(): raise EOFError('marshal data too short')\nm.main()"
+    result = subprocess.run([sys.executable, "-c", code, "broken"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == "EOFError: marshal data too short"
 
 
 def test_what_a_report_would_pass_over_or_print_as_infinity_is_refused():
