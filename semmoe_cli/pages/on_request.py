@@ -63,14 +63,14 @@ def what_if_section(about: "PlanReport") -> Section | None:
 
 def _trade_off(about: "PlanReport") -> list[Block]:
     """Time, or remote ranks, over the slots of a rank, with the memory that they take."""
-    from semmoe.pages.risks import expert_bytes
+    from semmoe.pages.risks import bytes_of_expert
 
     points = about.report.what_if.trade_off if about.report.what_if else []
     if len(points) < 2:
         return []
     timed = all(point.us_per_layer is not None for point in points)
     metric, label = ("us_per_layer", "microseconds of a layer") if timed else ("rem", "REM")
-    size = expert_bytes(about)
+    size = bytes_of_expert(about)
     cells = []
     for point in points:
         memory = f"{point.experts_per_rank * size / 1e9:.2f} GB" if size else f"{point.experts_per_rank:,} experts"

@@ -118,17 +118,19 @@ def _memory(about: "PlanReport") -> str:
         return "No copies: every expert lies on one rank, as without a plan."
     each = placement.num_replicas * placement.num_layers
     said = f"{copies} copies a layer over all ranks, {each} more experts on a rank over all layers"
-    size = expert_bytes(about)
+    size = bytes_of_expert(about)
     return f"{said}, {each * size / 1e9:.2f} GB." if size else f"{said}."
 
 
-def expert_bytes(about: "PlanReport") -> float:
-    """Bytes of one expert by the sizes that times were predicted for, 16 bits a weight; 0 where
+def bytes_of_expert(about: "PlanReport") -> int:
+    """Bytes of one expert by the sizes and the number type that times were predicted for; 0 where
     none are known."""
+    from semmoe.solvers.place.moves import expert_bytes
+
     if about.report.time is None:
-        return 0.0
-    sizes = {p["name"]: p["value"] for p in about.report.time.parameters if p["name"].startswith("model.")}
-    return 3 * 2.0 * sizes.get("model.hidden", 0) * sizes.get("model.expert", 0)
+        return 0
+    values = {parameter["name"]: parameter["value"] for parameter in about.report.time.parameters}
+    return expert_bytes(values["model.hidden"], values["model.expert"], values["experts.w"])
 
 
 def _moves(about: "PlanReport") -> str:
