@@ -300,13 +300,13 @@ def place(
             made_by=command_line(output, file, *named, *traces),
         )
     else:
-        from semmoe.solvers.make_plan import make_plan
+        from semmoe.solvers.make_plan import make_plan, usual_stages
         from semmoe.terminal.progress import stages
 
         files = (output, network.topology or output, *named, *traces)
         options = placing.options(simulation, timing, held, command_line(*files))
         options = replace(options, phase=whose, replica_choice=rule)
-        with stages() as show:
+        with stages(usual=usual_stages(options)) as show:
             plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
     plan = written.named(plan)
     plan.save(output)

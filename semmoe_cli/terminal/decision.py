@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semmoe.profiles.errors import visible
+from semmoe.terminal.loudness import is_quiet
 from semmoe.terminal.tables import (
     COLUMNS,
     new_table,
@@ -73,8 +74,8 @@ def print_decision(report: "Report") -> None:
 
 def next_step(*commands: str, as_json: bool, aside: bool = False) -> None:
     """The commands that come next: on stdout below what people read there, `aside` on stderr, where
-    stdout is empty or other text. A program that asked for JSON is told none."""
-    if as_json:
+    stdout is empty or other text. Who asked for JSON or quiet is told none."""
+    if as_json or is_quiet():
         return
     if aside:
         for command in commands:

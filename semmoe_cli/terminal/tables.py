@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from semmoe.profiles.errors import visible
+from semmoe.terminal.loudness import say
 from semmoe.terminal.text import add_row, json_line, visible_lines
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ INTERVAL_CAPTION = "; in brackets: 95% bootstrap interval over requests"
 
 
 def note(line: str) -> None:
-    """A line for people on stderr."""
-    print(f"semmoe: {visible(line)}", file=sys.stderr)
+    """A line of ours for people on stderr, unless they asked for quiet."""
+    say(f"semmoe: {visible(line)}")
 
 
 def note_unchecked(*inputs: "RoutingTrace | Plan") -> None:
