@@ -214,10 +214,9 @@ class Written:
 
     def check_name(self, known: str) -> None:
         """Raise InputError where the trace knows another name of its model."""
-        from semmoe.pages.deployment import UNNAMED
-        from semmoe.profiles.errors import InputError
+        from semmoe.profiles.errors import InputError, model_name
 
-        if self.name and known not in (*UNNAMED, self.name):
+        if self.name and model_name(known) not in ("", self.name):
             raise InputError(f"--name {self.name}: the trace is of {known}")
 
     def named(self, plan: "Plan") -> "Plan":

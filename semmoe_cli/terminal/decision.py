@@ -131,9 +131,9 @@ def _values(standings: "list[Standing]", metric: str, *, intervals: bool) -> lis
 
 def _title(report: "Report") -> str:
     nodes = "one node" if report.nodes == 1 else f"{report.nodes} nodes"
-    from semmoe.solvers.evaluate.decision import model_words
+    from semmoe.profiles.errors import model_name
 
-    said = f"{model_words(report) or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
+    said = f"{model_name(report.model, report.trace) or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
     said += f"{report.requests:,} held-out requests, {report.tokens:,} tokens{phase_words(report)}"
     if report.time is not None:
         time = report.time

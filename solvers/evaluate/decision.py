@@ -6,7 +6,6 @@ first two, because no serving engine runs the third.
 """
 
 from dataclasses import dataclass
-from pathlib import PurePath
 
 from semmoe.solvers.evaluate.against import BASELINES, words_of
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
@@ -31,7 +30,6 @@ TIERS = {
     PLUGIN: "requests sent to ranks by semmoe's plug-in or router",
     RESEARCH: "it needs shuffled collectives, which no serving engine has (today: semmoe run)",
 }
-UNNAMED = ("", "unknown")  # what a trace says of a model that nobody named
 TODAY, EPLB_WAY, PLAN_ROW = "today", "EPLB's way", "this plan"
 NEEDS = {MAP: "a map or checkpoint", PLUGIN: "the plug-in or router", RESEARCH: "semmoe run"}
 PHASE_WORDS = {"prompt": "prefill", "generated": "decode", "all": "prefill and decode"}
@@ -130,13 +128,6 @@ def decide(report: Report) -> Decision:
         research=_research(report),
         confidence=confidence,
     )
-
-
-def model_words(report: Report) -> str:
-    """Name of the model, or whose it is where nobody named it; "" where nothing tells."""
-    if report.model not in UNNAMED:
-        return report.model
-    return f"the model of {PurePath(report.trace).name}" if report.trace else ""
 
 
 def deployed_schedule(report: Report) -> str:
