@@ -71,10 +71,10 @@ def test_a_model_without_a_name_gets_one(folder, tmp_path):
     (tmp_path / "t" / "trace.json").write_text(json.dumps(facts | {"model": "unknown"}))  # as an import writes it
     nameless = ["place", tmp_path / "t", "--ranks", 4, "--method", "contiguous", "-o", tmp_path / "r"]
     shown = [nameless, ["show", tmp_path / "t"], ["show", tmp_path / "r"], ["report", tmp_path / "r", tmp_path / "t"]]
-    shown += [["report", tmp_path / "t"], ["compare", tmp_path / "r", tmp_path / "p", tmp_path / "t"]]
+    shown.append(["report", tmp_path / "t"])
     for command in shown:
         told = semmoe(*command)
-        assert told.exit_code == 0 and not re.search(r"(?i)model +unknown|unknown:|None:", told.output), command
+        assert told.exit_code == 0 and not re.search(r"(?m)model +unknown|^unknown: |None:", told.output), command
     other = semmoe("place", folder / "t", "--ranks", 4, "-o", tmp_path / "q", "--name", "mine")
     assert isinstance(other.exception, InputError) and "the trace is of synthetic" in str(other.exception)
 
