@@ -11,8 +11,8 @@ import asyncio
 import io
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -32,6 +32,7 @@ CONNECT_SECONDS = 20.0  # health is what finds a dead server; a burst of connect
 IDLE_SECONDS = 4.0  # of a connection that is kept: engines close theirs after 5
 BUSY, GATEWAY = 503, 502
 SAFE = ("GET", "HEAD", "OPTIONS")
+CONNECTION = "semmoe.connection"  # in a scope: the client's
 NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 LARGE_BODY = 1 << 20  # from there on aiohttp sends a body in pieces
 
@@ -65,6 +66,35 @@ class ClientGone(Exception):
 
 class UpstreamCut(Exception):
     """The upstream's answer ended before its end."""
+
+
+@dataclass(eq=False)
+class Connection:
+    """A client's connection, which the server puts into the scope of each of its requests: the task
+    that works for it ends when it is lost."""
+
+    task: asyncio.Task[None] | None = None
+    is_lost: bool = False
+
+    def lost(self) -> None:
+        self.is_lost = True
+        if self.task is not None:
+            self.task.cancel()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A block that ends with ClientGone as soon as the client goes."""
+        if self.is_lost:
+            raise ClientGone
+        task = self.task = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.is_lost or task is None or task.uncancel():
+                raise
+            raise ClientGone from None
+        finally:
+            self.task = None
 
 
 class Passing(Protocol):
@@ -135,7 +165,8 @@ class Proxy:
             self.metrics.refused[refused.kind] += 1
             await answer.refuse(refused)
         except ClientGone:
-            self.metrics.ends["client_gone"] += 1
+            # A client may also close its connection because it has all that it wanted.
+            self.metrics.ends["finished" if answer.complete else "client_gone"] += 1
         except UpstreamCut:
             # The client must not take half an answer for a whole one: left without its end, the
             # server closes the connection.
@@ -155,7 +186,7 @@ class Proxy:
             kept = end_to_end(headers, REWRITTEN)
             asked = await self.scheduler.read(exchange.method, scope["path"], kept, data)
             del data
-            async with _while_there(receive, answer):
+            with scope[CONNECTION].watched():
                 await self._work(exchange, asked, answer)
         finally:
             self._release(exchange)
@@ -178,8 +209,9 @@ class Proxy:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGone
-                    slow.reschedule(loop.time() + self.limits.body_seconds)
                     part, more = message.get("body", b""), message.get("more_body", False)
+                    if more:
+                        slow.reschedule(loop.time() + self.limits.body_seconds)
                     parts.append(part)
                     size += len(part)
                     self.buffered += len(part)
@@ -204,7 +236,8 @@ class Proxy:
         failed: set[str] = set()
         for left in reversed(range(self.limits.tries)):
             chosen = self.scheduler.choose(asked, failed)
-            with self.fleet.hold(chosen.upstream, chosen.rank, asked.tokens):
+            self.fleet.hold(chosen.upstream, chosen.rank, asked.tokens)
+            try:
                 response = await self._open(exchange, asked, chosen, again=left > 0)
                 if response is not None:
                     self._opened(asked, chosen)
@@ -217,6 +250,8 @@ class Proxy:
                             await pass_on(response, answer)
                     self.metrics.ends["finished"] += 1
                     return
+            finally:
+                self.fleet.hold(chosen.upstream, chosen.rank, asked.tokens, times=-1)
             await self._pause(chosen, failed)
             failed.add(chosen.upstream.url)
 
@@ -320,31 +355,6 @@ async def pass_on(response: aiohttp.ClientResponse, answer: Answer) -> None:
 
 def answer_headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
     return end_to_end([(name.lower(), value) for name, value in response.raw_headers], HOP_BY_HOP)
-
-
-@asynccontextmanager
-async def _while_there(receive: Receive, answer: Answer) -> AsyncIterator[None]:
-    """A block that ends with ClientGone as soon as the client goes."""
-    task, left = asyncio.current_task(), False
-
-    async def watch() -> None:
-        nonlocal left
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        # A server also says so after the last byte of an answer.
-        if not answer.complete and task is not None:
-            left = True
-            task.cancel()
-
-    watching = asyncio.ensure_future(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not left or task is None or task.uncancel():
-            raise
-        raise ClientGone from None
-    finally:
-        watching.cancel()
 
 
 @lru_cache(4096)

@@ -23,7 +23,7 @@ from semmoe.runtime.engines.scorer import PlanScorer
 from semmoe.runtime.router.app import App, health_pages, number_pages
 from semmoe.runtime.router.fleet import PROBE_SECONDS, Fleet, keep_probing, probe_all
 from semmoe.runtime.router.metrics import Metrics
-from semmoe.runtime.router.proxy import Limits, Proxy, open_session
+from semmoe.runtime.router.proxy import CONNECTION, Connection, Limits, Proxy, open_session
 from semmoe.runtime.router.record import Recorder, open_recorder
 from semmoe.runtime.router.scheduler import Scheduler
 from semmoe.runtime.router.status import Status
@@ -120,14 +120,24 @@ async def recording(
         await asyncio.get_running_loop().run_in_executor(None, recorder.close)
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """A connection on which the head of a request has a bound: the parser itself has none."""
+class ClientProtocol(HttpToolsProtocol):
+    """A client's connection: the head of a request has a bound, since the parser itself has none,
+    and who works for the client hears at once that it has gone."""
 
     in_head, head = True, 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.line = Connection()
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.line.lost()
 
     def on_message_begin(self) -> None:
         self.in_head, self.head = True, 0
         super().on_message_begin()
+        self.scope[CONNECTION] = self.line  # pyright: ignore
 
     def on_headers_complete(self) -> None:
         self.in_head = False
@@ -152,7 +162,7 @@ class Server(uvicorn.Server):
 def make_server(app: App) -> Server:
     config = uvicorn.Config(
         app,  # pyright: ignore[reportArgumentType]
-        http=BoundedProtocol,
+        http=ClientProtocol,
         lifespan="off",
         ws="none",
         log_config=None,
