@@ -123,7 +123,12 @@ class Placing:
         Spare, typer.Option(help="Slots beyond one for each expert: filled with copies, or left empty.")
     ] = Spare.copies
     robust: Annotated[
-        int, typer.Option(metavar="K", help="Keep the load cap within each of K clusters of requests.", min=0)
+        int,
+        typer.Option(
+            metavar="K",
+            help="Keep the load cap in each of K resamples of the requests too, so that more of it stays on others.",
+            min=0,
+        ),
     ] = 0
     expressible: Annotated[
         Expressible | None,

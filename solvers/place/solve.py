@@ -17,7 +17,7 @@ from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_contiguous, place_load_on_nodes
 from semmoe.solvers.place.copies import SAMPLE_ROWS, CopiedLayer, add_copies
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.exact_counts import cluster_loads, in_linear_shares, is_within_cap, rank_load_R
+from semmoe.solvers.place.exact_counts import in_linear_shares, is_within_cap, rank_load_R, resampled_loads
 from semmoe.solvers.place.graph import place_metis, place_spectral
 from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.paper import place_paper
@@ -192,12 +192,12 @@ def _served_LR(placement: Placement, profile: RoutingProfile, topology: Topology
 
 
 def _cap_notes(placement: Placement, profile: RoutingProfile, topology: Topology, demands: Demands) -> list[str]:
-    """Where the load cap is exceeded on the fitted requests, and within clusters of them where
-    that was asked for."""
-    load_LJE = cluster_loads(profile, demands.robust, demands.seed)
+    """Where the load cap is exceeded on the fitted requests, and in resamples of them where that
+    was asked for."""
+    load_LJE = resampled_loads(profile, demands.robust, demands.seed)
     loads = {"load": load_LJE[:, :1]}
     if load_LJE.shape[1] > 1:
-        loads[f"within {load_LJE.shape[1] - 1} clusters of requests, load"] = load_LJE[:, 1:]
+        loads[f"in {load_LJE.shape[1] - 1} resamples of the requests, load"] = load_LJE[:, 1:]
     notes = []
     for whose, load_LCE in loads.items():
         if placement.num_copies:
@@ -231,7 +231,7 @@ def load_notes(
 ) -> list[str]:
     """One line where layers exceed the load cap on the fitted requests; nothing otherwise.
 
-    `load_LE`: or one vector per cluster of requests, [L, J, E], of which the worst counts.
+    `load_LE`: or more vectors, [L, J, E], of which the worst counts.
     """
     load_LJE = load_LE.reshape(len(load_LE), -1, load_LE.shape[-1])
     over = [
