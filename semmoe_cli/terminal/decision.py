@@ -92,10 +92,12 @@ def _fits(table: "Table") -> bool:
 
 def _table(report: "Report", decision: "Decision", *, intervals: bool, needs: bool) -> "Table":
     """The standings as rows. `needs`: with what it takes to run each."""
-    from semmoe.solvers.evaluate.decision import KIND_METRIC
+    from semmoe.solvers.evaluate.decision import KIND_METRIC, SERVED
 
     metric = KIND_METRIC[report.dispatch]
     metrics = [metric, "load_imbalance"] if metric != "load_imbalance" else [metric]
+    if "lar" not in metrics and any(standing.role == SERVED for standing in decision.standings):
+        metrics.insert(0, "lar")  # which is what a server's own counters tell
     timed = any(standing.time for standing in decision.standings)
     table = new_table()
     table.add_column("", overflow="fold")
