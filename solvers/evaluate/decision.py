@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from semmoe.solvers.evaluate.against import BASELINES, words_of
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Interval, Judgement, Report, ScoreRow, random_row
-from semmoe.solvers.evaluate.time_report import TimedRow
+from semmoe.solvers.evaluate.time_report import TimedRow, TimeReport
 from semmoe.solvers.evaluate.verdict import (
     BYTES_ONLY,
     INSUFFICIENT,
@@ -211,7 +211,17 @@ def _by_time(report: Report, plan: Standing) -> tuple[str, str, str]:
         parts.append(f"{saved.share_of_step:.1%} of the step")
     if saved.usd_per_hour is not None:
         parts.append(f"{saved.usd_per_hour:.2f} USD an hour")
+    parts += _by_domain(time)
     return verdict.level, sentence, "; ".join([*parts, *verdict.cannot_help])
+
+
+def _by_domain(time: TimeReport) -> list[str]:
+    """What placement alone saves in the domains where that is most and least."""
+    if len(time.domains) < 2:
+        return []
+    least, most = (choose(time.domains, key=lambda domain: domain.saved) for choose in (min, max))
+    ends = " to ".join(f"{end.saved:.1%} ({end.domain}, busiest rank {end.imbalance:.2f})" for end in (least, most))
+    return [f"placement alone saves, by domain, {ends}"]
 
 
 def _parts(before: TimedRow, after: TimedRow) -> tuple[float, float]:

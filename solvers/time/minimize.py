@@ -28,46 +28,43 @@ from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
 from semmoe.solvers.place.solve import solve_placement, with_copies
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.time.batches import Pool, pool_of, random_homes
+from semmoe.solvers.time.batches import Pool, pool_of
 from semmoe.solvers.time.copies import CopyTask, place_copies
 from semmoe.solvers.time.hardware import WAYS, Costing, TimeAsked, costing_of, nodes_of_ranks
 from semmoe.solvers.time.moe_layer import batch_tokens, experts_us, way_us
 from semmoe.solvers.time.swaps import LayerBatches, Prices, mean_imbalance, mean_time, swap_layer
 from semmoe.solvers.workers import layer_map
 
-MOST_TOKENS = 40_000  # of a layer that swaps are counted on
-# Where only activations count, batches are cheap: so many times as many of them, and of tokens.
-MORE_BATCHES, MORE_TOKENS = 4, 8
-BATCHES = {"fast": 32, "default": 64, "max": 128}
+MOST_TOKENS = {"fast": 16_000, "default": 40_000, "max": 80_000}  # of a layer that swaps are counted on
+LEAST_TOKENS = 16  # of a request: more requests than that leaves are not looked at
+MORE_BATCHES = 4  # times as many where only activations count, which is cheap
+BATCHES = {"fast": 48, "default": 128, "max": 512}
 KICKS = {"fast": 0, "default": 1, "max": 8}
 COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
 CAPS = (1.02, 1.05, 1.1, 1.2)  # that --load-cap auto tries
 LEARNED_SHARE = 0.7  # of the requests that it places by; the others are timed
-TRIED_LAYERS = 8  # that recipes are compared on
+TRIED_LAYERS = {"fast": 4, "default": 8, "max": 8}  # that recipes are compared on
 LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
 
 
 def batches_to_fit(
-    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int, most_tokens: int = MOST_TOKENS
+    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int, most_tokens: int = 40_000
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of a trace, int64 [T], the group of each, int64 [T], and batches as sums of groups,
-    float64 [M, G].
-
-    Small batches of generated tokens are drawn token by token, each a group of its own; in others
-    every request is a group, and counts as often as its tokens are in a batch.
-    """
+    """Rows of a trace, int64 [T], the request of each, int64 [T], and batches as sums of requests,
+    float64 [M, G]: each counts as often as its tokens are in a batch, whole in prefill, by its
+    length in decode. Of more rows than `most_tokens` every second, third ... of a request stands
+    for the others."""
     rng = np.random.default_rng([seed, 23])
     size = num_ranks * batch_tokens(costing)
-    few = max(1, round(REQUEST_SHARE * pool.num_requests))
-    drawn_MB = rng.integers(0, pool.num_requests, (num_batches, few))
-    if costing.phase == "generated" and size * num_batches <= most_tokens:
-        shape = (num_ranks, batch_tokens(costing))
-        rows = np.concatenate([random_homes(pool, drawn, shape, costing.phase, rng) for drawn in drawn_MB])
-        return rows, np.repeat(np.arange(num_batches), size), np.eye(num_batches)
-    kept = _bounded(pool, rng)
+    kept = np.sort(rng.permutation(pool.num_requests)[: max(1, most_tokens // LEAST_TOKENS)])
     tokens_B = np.array([len(pool.rows_B[b]) for b in kept], np.float64)
+    step = max(1, int(np.ceil(tokens_B.sum() / most_tokens)))
+    rows_B = [pool.rows_B[b][::step] for b in kept]
+    counted_B = np.array([len(rows) for rows in rows_B])
+    few = max(1, round(REQUEST_SHARE * pool.num_requests))
     weight_MB = np.zeros((num_batches, len(kept)))
-    for weight_B, drawn in zip(weight_MB, drawn_MB % len(kept), strict=True):
+    for weight_B in weight_MB:
+        drawn = rng.integers(0, len(kept), few)
         if costing.phase == "generated":
             np.add.at(weight_B, drawn, size / tokens_B[drawn].sum())
             continue
@@ -77,15 +74,7 @@ def batches_to_fit(
             part = min(1.0, left / tokens_B[request])
             weight_B[request] += part
             left -= part * tokens_B[request]
-    rows = np.concatenate([pool.rows_B[b] for b in kept])
-    return rows, np.repeat(np.arange(len(kept)), tokens_B.astype(np.int64)), weight_MB
-
-
-def _bounded(pool: Pool, rng: np.random.Generator) -> np.ndarray:
-    """Requests of the pool with MOST_TOKENS tokens at most, ascending; one at least."""
-    order = rng.permutation(pool.num_requests)
-    tokens = np.cumsum([len(pool.rows_B[b]) for b in order])
-    return np.sort(order[: max(1, int(np.searchsorted(tokens, MOST_TOKENS, side="right")))])
+    return np.concatenate(rows_B), np.repeat(np.arange(len(kept)), counted_B), weight_MB * (tokens_B / counted_B)
 
 
 class Links(NamedTuple):
@@ -328,7 +317,9 @@ def place_for_time(
     shape = links_of(costing, topology)
     prices, tile = prices_of(costing, topology), int(costing.values["experts.tile"])
     recipes = list(RECIPES) if shape.levels_UR else BALANCE_ONLY
-    tried = np.unique(np.linspace(0, info.num_layers - 1, min(info.num_layers, TRIED_LAYERS)).astype(int))
+    tried = np.unique(
+        np.linspace(0, info.num_layers - 1, min(info.num_layers, TRIED_LAYERS[demands.effort])).astype(int)
+    )
 
     def batches(fit: _Fit, number: int) -> LayerBatches:
         ids_TK = profile.sample.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
@@ -374,15 +365,10 @@ def _halves(pool: Pool, seed: int) -> list[Pool]:
 
 
 def _fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> _Fit:
-    more = not links_of(costing, topology).levels_UR
-    fitted = batches_to_fit(
-        pool,
-        costing,
-        topology.num_ranks,
-        num_batches=BATCHES[demands.effort] * (MORE_BATCHES if more else 1),
-        seed=demands.seed,
-        most_tokens=MOST_TOKENS * (MORE_TOKENS if more else 1),
-    )
+    more = 1 if links_of(costing, topology).levels_UR else MORE_BATCHES
+    num_batches = BATCHES[demands.effort] * more
+    options = {"num_batches": num_batches, "most_tokens": MOST_TOKENS[demands.effort]}
+    fitted = batches_to_fit(pool, costing, topology.num_ranks, **options, seed=demands.seed)
     return _Fit(*fitted, np.concatenate(pool.rows_B))
 
 
