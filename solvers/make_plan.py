@@ -18,7 +18,7 @@ from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Progress, Stages, unshown_stages
+from semmoe.profiles.progress import Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import one_sided, only_phase, phase_of, phase_shares, request_keys, split_requests
 from semmoe.profiles.trace import RoutingTrace
@@ -136,7 +136,7 @@ def read_traffic(traces: list[RoutingTrace], options: PlanOptions, seed: int, pr
     return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting))
 
 
-Solve = Callable[[RoutingProfile, Progress], Solved]
+Solve = Callable[[RoutingProfile, Stages], Solved]
 
 
 class Asked(NamedTuple):
@@ -229,7 +229,7 @@ class _Fitted(NamedTuple):
 
 
 def _placed(
-    profile: RoutingProfile, progress: Progress, *, topology: Topology, demands: Demands, options: PlanOptions
+    profile: RoutingProfile, progress: Stages, *, topology: Topology, demands: Demands, options: PlanOptions
 ) -> Solved:
     if options.for_time and options.time is not None:
         return solve_for_time(profile, topology, demands, options.time, progress=progress)
@@ -240,14 +240,19 @@ def _fit(
     profile: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages, again: str = ""
 ) -> _Fitted:
     demands = asked.demands
-    solved = asked.solve(profile, partial(progress, f"placing layers{again}"))
+
+    def named(stage: str, done: int, total: int) -> None:
+        what, colon, unit = stage.partition(":")
+        progress(f"{what}{again}{colon}{unit}", done, total)
+
+    solved = asked.solve(profile, named)
     schedule = fit_schedule(
         profile.sample,
         solved.placement,
         seed=demands.seed,
         embedding_VD=embedding_VD,
         processes=demands.processes,
-        progress=partial(progress, f"fitting schedules{again}: layers"),
+        progress=partial(named, "fitting schedules: layers"),
     )
     return _Fitted(profile, solved, schedule)
 
