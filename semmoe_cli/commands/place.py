@@ -310,8 +310,10 @@ def place(
         files = (output, network.topology or output, *named, *traces)
         options = placing.options(simulation, timing, held, command_line(*files))
         options = replace(options, phase=whose, replica_choice=rule)
-        with stages(usual=usual_stages(options)) as show:
-            plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
+        demands = placing.demands(simulation.seed)
+        usual = usual_stages(options, demands, opened[0].info.num_experts, links.num_ranks)
+        with stages(usual=usual) as show:
+            plan = make_plan(opened, links, demands, options, progress=show)
     plan = written.named(plan)
     plan.save(output)
     note_unchecked(*opened)
