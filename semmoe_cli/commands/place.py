@@ -275,7 +275,9 @@ def place(
 
     written.check(output)
     if replacing.from_plan is not None:
-        refuse_mixed("--from-plan", given(timing, import_=import_, replica_choice=replica_choice, against=against))
+        refuse_mixed("--from-plan", given(import_=import_, replica_choice=replica_choice, against=against))
+        if timing.hardware is None:
+            refuse_mixed("--from-plan without --hardware", given(timing))
         replan, made_by = replacing.read(written.force), command_line(output, replacing.from_plan, *traces)
         options = placing.options(simulation, timing, Against(), made_by)
         network.refuse_other(replan.old)
