@@ -304,6 +304,7 @@ class Client:
         if not (line.reusable and line.complete and sent):
             line.transport.abort()
             return
+        line.take()  # what nobody wanted, and reading goes on
         line.asked, line.reusable, line.idle_since = False, False, time.monotonic()
         self.idle[url].append(line)
 

@@ -148,6 +148,10 @@ class ClientProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self.line.whole = True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.in_head:  # what stands behind the body is no header: it would be one to whom we send it
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self.in_head = False
         super().on_headers_complete()

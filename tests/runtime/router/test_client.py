@@ -12,7 +12,7 @@ import pytest
 from routers import in_loop, until
 
 from semmoe.runtime.router import client as client_module
-from semmoe.runtime.router.client import Client, NoHttp, NotConnected, UpstreamError, address_of
+from semmoe.runtime.router.client import Client, Line, NoHttp, NotConnected, UpstreamError, address_of
 
 
 @dataclass(eq=False)
@@ -89,6 +89,35 @@ async def test_an_answer_is_read_to_its_end_and_its_connection_kept_where_it_may
         )
         assert server.bodies == [b"body"] * 3
         await until(lambda: server.open == (1 if kept else 0))
+
+
+class Nowhere(asyncio.Transport):
+    """Takes what is sent."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        pass
+
+
+@pytest.mark.parametrize("answer", [answer for answer, _ in list(WHOLE.values())[:5]])
+def test_an_answer_may_come_in_any_pieces(answer):
+    for step in (1, 2, 7, len(answer)):
+        line = Line()
+        line.connection_made(Nowhere())
+        line.ask(b"GET / HTTP/1.1\r\n\r\n", b"", only_head=False)
+        for first in range(0, len(answer), step):
+            assert not line.complete
+            line.data_received(answer[first : first + step])
+        assert (line.status, line.take(), line.complete, line.error) == (200, b"abc", True, None)
+
+
+@in_loop
+async def test_an_answer_that_nobody_takes_leaves_its_connection_readable():
+    async with script(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(100_000)) as (server, client):
+        for _ in range(3):
+            response = await client.request(server.url, "GET", b"/")
+            await asyncio.sleep(0.1)
+            response.close()
+        assert len((await asyncio.wait_for(client.fetch(server.url, "GET", b"/"), 2))[1]) == 100_000
 
 
 @in_loop
