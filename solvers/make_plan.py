@@ -18,7 +18,7 @@ from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Progress, Stages, unshown_stages
+from semmoe.profiles.progress import AGAIN, Progress, Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import one_sided, only_phase, phase_of, phase_shares, request_keys, split_requests
 from semmoe.profiles.trace import RoutingTrace
@@ -43,6 +43,10 @@ from semmoe.solvers.time.hardware import TimeAsked, costing_of
 from semmoe.solvers.time.minimize import cap_by_time, check_for_time, solve_for_time
 from semmoe.solvers.time.predict import timed_report
 
+# Stages as they are told.
+READING, PLACING, FITTING = "reading tokens", "placing layers", "fitting schedules of layers"
+SCORING, TIMING = "scoring on held-out requests: rows", "predicting times"
+BOUNDING = "bounding what any placement could reach: layers"
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
 
 
@@ -119,6 +123,14 @@ def make_plan(
     return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
 
 
+def usual_stages(options: PlanOptions) -> dict[str, float]:
+    """The stages of `make_plan` in their order, each with its usual share of the time."""
+    shares = {READING: 1.0, PLACING: 6.0, FITTING: 4.0, SCORING: 7.0}
+    shares |= {TIMING: 9.0} if options.time is not None else {}
+    shares |= {BOUNDING: 2.0} if options.certify else {}
+    return shares | ({PLACING + AGAIN: 7.0, FITTING + AGAIN: 5.0} if options.refit else {})
+
+
 class Traffic(NamedTuple):
     """Requests of traces, counted: those to learn from, those held out, and all."""
 
@@ -132,7 +144,7 @@ def read_traffic(traces: list[RoutingTrace], options: PlanOptions, seed: int, pr
     """The traces' requests in one reading. Raises InputError where they cannot be split."""
     holdout = {"holdout": options.holdout, "holdout_domains": options.holdout_domains}
     held_out = split_requests(traces, **holdout, seed=seed)
-    counting = partial(progress, "reading tokens")
+    counting = partial(progress, READING)
     return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting))
 
 
@@ -163,7 +175,7 @@ def plan_of_traffic(
     scores = replace(score_held_out(deployment, traffic, options, demands.processes, progress), phase_shares=shares)
     # Step 3: bound what any placement could reach on the requests that were fitted.
     if options.certify:
-        bounding = partial(progress, "bounding what any placement could reach: layers")
+        bounding = partial(progress, BOUNDING)
         placement = fitted.solved.placement
         certificate = certificate_of(profile, placement, load_cap=demands.load_cap, progress=bounding)
         scores = replace(scores, certificate=certificate)
@@ -171,7 +183,7 @@ def plan_of_traffic(
     scored = None
     if options.refit:
         scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
-        fitted = _fit(whole, asked, embedding_VD, progress, again=" again")
+        fitted = _fit(whole, asked, embedding_VD, progress, again=AGAIN)
     keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
     return Plan(
         placement=fitted.solved.placement,
@@ -240,14 +252,14 @@ def _fit(
     profile: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages, again: str = ""
 ) -> _Fitted:
     demands = asked.demands
-    solved = asked.solve(profile, partial(progress, f"placing layers{again}"))
+    solved = asked.solve(profile, partial(progress, PLACING + again))
     schedule = fit_schedule(
         profile.sample,
         solved.placement,
         seed=demands.seed,
         embedding_VD=embedding_VD,
         processes=demands.processes,
-        progress=partial(progress, f"fitting schedules{again}: layers"),
+        progress=partial(progress, FITTING + again),
     )
     return _Fitted(profile, solved, schedule)
 
@@ -308,12 +320,13 @@ def score_held_out(
     most = SCORED_IDS // (info.num_layers * info.top_k)
     # Where a server ran them under an earlier plan says nothing of this one.
     batch = replace(bounded_requests(traffic.rest.sample, max_tokens=most, seed=setting.seed), rank_of_B=None)
-    scoring = partial(progress, "scoring on held-out requests: rows")
+    scoring = partial(progress, SCORING)
     scored = {"against": against, "setting": setting, "processes": processes, "progress": scoring}
     report = replace(score_batch(deployment, batch, info, **scored), phase=options.phase)
     if options.time is None:
         return report
     beside = deployments_beside(deployment, info.n_group, against)
+    progress(TIMING, 0, 1)
     return timed_report(report, deployment, beside, batch, options.time, against.name)
 
 

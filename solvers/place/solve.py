@@ -17,7 +17,7 @@ from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_contiguous, place_load_on_nodes
 from semmoe.solvers.place.copies import SAMPLE_ROWS, CopiedLayer, add_copies
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.exact_counts import cluster_loads, in_linear_shares, is_within_cap, rank_load_R
+from semmoe.solvers.place.exact_counts import in_linear_shares, is_within_cap, rank_load_R, resampled_loads
 from semmoe.solvers.place.graph import place_metis, place_spectral
 from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.paper import place_paper
@@ -27,6 +27,7 @@ from semmoe.solvers.slots import Slots
 from semmoe.solvers.workers import layer_map
 
 COPY_TURNS = {"fast": 0, "default": 2, "max": 4}
+COPY_SWAPS = {"fast": 0, "default": 300, "max": 1_200}
 LARGEST_TURNS = 128  # experts of a layer: a swap costs their square, and the search of the placement has had its share
 
 Method = Callable[[RoutingProfile, Topology, Demands, Progress | None], Solved]
@@ -137,21 +138,22 @@ def solve_placement(
         if filled:
             options = {"load_cap": demands.load_cap, "processes": demands.processes}
             if method == "semmoe":
-                options["turns"] = _copy_turns(profile.info, topology, demands)
+                options |= _copy_search(profile.info, topology, demands)
             placement = with_copies(solved.placement, profile, topology, slots, **options)
             solved = replace(solved, placement=placement, loads_LR=_served_LR(placement, profile, topology))
     # Step 3: say what was not kept.
     return replace(solved, notes=solved.notes + _cap_notes(solved.placement, profile, topology, demands))
 
 
-def _copy_turns(info: TraceInfo, topology: Topology, demands: Demands) -> int:
-    """Turns of experts and copies: where tokens of a layer choose their homes by themselves, and
-    layers are small enough for a second search."""
+def _copy_search(info: TraceInfo, topology: Topology, demands: Demands) -> dict[str, int]:
+    """How experts move for the sake of copies, as `add_copies` has it: where tokens of a layer
+    choose their homes by themselves; in turns where layers are small enough for a second search."""
     by_request = demands.objective == "dp" or demands.dispatch == "per-expert"
     by_network = topology.num_nodes > 1 or topology.cost_RR is not None
-    if by_request or by_network or info.num_experts > LARGEST_TURNS:
-        return 0
-    return COPY_TURNS[demands.effort]
+    if by_request or by_network:
+        return {}
+    turns = COPY_TURNS[demands.effort] if info.num_experts <= LARGEST_TURNS else 0
+    return {"turns": turns, "swaps": COPY_SWAPS[demands.effort]}
 
 
 def with_copies(
@@ -162,7 +164,7 @@ def with_copies(
     *,
     load_cap: float,
     processes: int = 1,
-    turns: int = 0,
+    **search: int,
 ) -> Placement:
     """A placement without copies with its spare slots filled, layer by layer in worker processes.
 
@@ -173,14 +175,14 @@ def with_copies(
         slots: of each rank.
         load_cap: most load of a rank over the mean, where copies can keep it.
         processes: worker processes; the result does not depend on them.
-        turns: of experts and copies (`add_copies`).
+        search: turns and swaps of experts and copies (`add_copies`); none where not said.
     """
     ids_TLK = profile.sample.expert_ids_TLK[:: max(1, profile.sample.num_tokens // SAMPLE_ROWS)]
     layers = (
-        CopiedLayer(rank_of_E, ids_TLK[:, number], profile.load_LE[number])
+        CopiedLayer(rank_of_E, ids_TLK[:, number], profile.load_LE[number], profile.co_activation_LEE[number])
         for number, rank_of_E in enumerate(placement.rank_of_LE)
     )
-    fill = partial(add_copies, topology=topology, slots=slots.per_rank, load_cap=load_cap, turns=turns)
+    fill = partial(add_copies, topology=topology, slots=slots.per_rank, load_cap=load_cap, **search)
     with layer_map(processes, profile.info.num_experts) as run:
         return Placement(np.stack(list(run(fill, layers))), profile.info.num_experts)
 
@@ -192,12 +194,12 @@ def _served_LR(placement: Placement, profile: RoutingProfile, topology: Topology
 
 
 def _cap_notes(placement: Placement, profile: RoutingProfile, topology: Topology, demands: Demands) -> list[str]:
-    """Where the load cap is exceeded on the fitted requests, and within clusters of them where
-    that was asked for."""
-    load_LJE = cluster_loads(profile, demands.robust, demands.seed)
+    """Where the load cap is exceeded on the fitted requests, and in resamples of them where that
+    was asked for."""
+    load_LJE = resampled_loads(profile, demands.robust, demands.seed)
     loads = {"load": load_LJE[:, :1]}
     if load_LJE.shape[1] > 1:
-        loads[f"within {load_LJE.shape[1] - 1} clusters of requests, load"] = load_LJE[:, 1:]
+        loads[f"in {load_LJE.shape[1] - 1} resamples of the requests, load"] = load_LJE[:, 1:]
     notes = []
     for whose, load_LCE in loads.items():
         if placement.num_copies:
@@ -231,7 +233,7 @@ def load_notes(
 ) -> list[str]:
     """One line where layers exceed the load cap on the fitted requests; nothing otherwise.
 
-    `load_LE`: or one vector per cluster of requests, [L, J, E], of which the worst counts.
+    `load_LE`: or more vectors, [L, J, E], of which the worst counts.
     """
     load_LJE = load_LE.reshape(len(load_LE), -1, load_LE.shape[-1])
     over = [
