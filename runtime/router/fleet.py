@@ -15,16 +15,15 @@ from dataclasses import dataclass, field
 from math import inf
 from urllib.parse import urlsplit
 
-import aiohttp
-
 from semmoe.profiles.errors import InputError
+from semmoe.runtime.router.client import Client, UpstreamError
 from semmoe.runtime.router.refusals import Refused
 
 FAILURES_OUT = 3  # in a row
 PROBE_SECONDS = 2.0
 PROBE_TIMEOUT = 5.0
 BUSY_SECONDS = 30.0  # since a server was heard of, in which its timeouts mean that it is busy
-HEALTH = "/health"  # of vLLM, SGLang and TensorRT-LLM alike
+HEALTH = b"/health"  # of vLLM, SGLang and TensorRT-LLM alike
 
 
 @dataclass(eq=False)
@@ -162,25 +161,25 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-async def probe(session: aiohttp.ClientSession, upstream: Upstream) -> None:
+async def probe(client: Client, upstream: Upstream) -> None:
     """Ask an upstream for its health: it is in service after one good answer."""
-    timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT)
     try:
-        async with session.get(upstream.url + HEALTH, timeout=timeout, allow_redirects=False) as response:
-            if response.status == 200:
-                upstream.answered()
-            else:
-                upstream.failed(f"health_{response.status}")
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        async with asyncio.timeout(PROBE_TIMEOUT):
+            status, _ = await client.fetch(upstream.url, "GET", HEALTH)
+        if status == 200:
+            upstream.answered()
+        else:
+            upstream.failed(f"health_{status}")
+    except (UpstreamError, TimeoutError) as error:
         upstream.failed("health_unreachable", error)
 
 
-async def probe_all(session: aiohttp.ClientSession, fleet: Fleet) -> None:
-    await asyncio.gather(*(probe(session, upstream) for upstream in fleet.upstreams))
+async def probe_all(client: Client, fleet: Fleet) -> None:
+    await asyncio.gather(*(probe(client, upstream) for upstream in fleet.upstreams))
 
 
-async def keep_probing(session: aiohttp.ClientSession, fleet: Fleet, seconds: float = PROBE_SECONDS) -> None:
+async def keep_probing(client: Client, fleet: Fleet, seconds: float = PROBE_SECONDS) -> None:
     """Probe all upstreams every so many seconds, for ever."""
     while True:
         await asyncio.sleep(seconds)
-        await probe_all(session, fleet)
+        await probe_all(client, fleet)

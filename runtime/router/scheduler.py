@@ -17,7 +17,7 @@ from semmoe.runtime.engines.scorer import PlanScorer
 from semmoe.runtime.router.fleet import Fleet, Upstream, full
 from semmoe.runtime.router.pins import HeaderList, client_pin
 from semmoe.runtime.router.prompts import ROUTES, Prompt, answer_limits, read_body, read_prompt
-from semmoe.runtime.router.sessions import HEADER, Sessions
+from semmoe.runtime.router.sessions import HEADER, Key, Sessions
 from semmoe.runtime.router.tokens import Tokenizer, Untokenised
 
 SESSION, PASSED = "session", "passed"  # stayed with its conversation; no generation at all
@@ -49,7 +49,7 @@ class Asked:
     scores_G: Sequence[float] = ()
     tokens: int = 0
     pin: int | None = None
-    sessions: list[bytes] = field(default_factory=list)
+    sessions: Sequence[Key] = ()
 
     def forget(self) -> None:
         """Let go of what was sent: an answer has begun, and may take minutes."""

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import statistics
@@ -98,7 +99,7 @@ async def drive(url: str, seconds: float, *, stream: bool, kind: str) -> tuple[l
     async def client(number: int) -> None:
         reader, writer = await asyncio.open_connection(host, int(port))
         if stream:
-            await asyncio.sleep(number * TOKENS * INTERVAL / STREAMS)  # not all at once
+            await asyncio.sleep(TOKENS * INTERVAL * random.Random(number).random())  # each at a time of its own
         while time.perf_counter() - begin < seconds:
             at = time.perf_counter()
             writer.write(sent)
