@@ -99,7 +99,9 @@ def add_copies(
     if np.isfinite(load_cap):
         for copies in found:
             copies.level(load_cap)
-    best = found[0] if len(found) == 1 else min(found, key=lambda copies: copies.cost(load_cap))
+    over = [copies.over(load_cap) for copies in found]
+    found = [copies for copies, beyond in zip(found, over, strict=True) if beyond == min(over)]
+    best = found[0] if len(found) == 1 else min(found, key=lambda copies: copies.remote())
     return np.array(best.held_RS, np.int32)
 
 
@@ -309,12 +311,11 @@ class _Copies:
             self.serving_RE[rank, expert] = rank
         return changed
 
-    def cost(self, load_cap: float) -> tuple[float, int]:
-        """Load over the cap in units of it, and remote ranks: what choices are judged by."""
+    def over(self, load_cap: float) -> float:
+        """Load over the cap in units of it, which comes first where choices are judged."""
         load_R = served_load_R(self.serving_RE[:, :-1], self.load_E)
         limit = min(load_cap, 1e9) * float(load_R.mean())
-        over = float(np.maximum(load_R - limit, 0).sum()) / max(limit, 1e-300)
-        return round(over, 3), self.remote()
+        return round(float(np.maximum(load_R - limit, 0).sum()) / max(limit, 1e-300), 3)
 
     def swapped_E(self, slack: float, *, seed: int) -> np.ndarray:
         """Rank of each expert's first place after swaps that save most remote ranks of the tokens,
