@@ -42,6 +42,8 @@ LEVEL_STEPS = 4  # exchanges of copies per rank, at most
 LEVEL_TRIALS = 12  # exchanges tried at each
 SWAP_ROWS = 16_384  # tokens by which remote ranks are counted there; pairs are counted over all
 MOST_SLOTS = 1_024  # of all ranks, where experts and copies are swapped alike: a swap costs their square
+ROOMS = 1.0, 1.2  # over the cap, one after the other: the second where the first is not kept
+SPARED_SHARE = 0.02  # of the remote ranks, that less load over the cap is worth
 APART = 10.0  # pairs of the closest experts that two copies of one expert on a rank cost
 
 
@@ -93,14 +95,33 @@ def add_copies(
                 break
             copies, fewest = again, fewer
         found += [copies] if copies is not first else []
-    if swaps and slots * topology.num_ranks <= MOST_SLOTS:
-        held_RS = _swapped_slots(layer, topology.num_ranks, slots, load_cap, swaps)
-        found += [] if held_RS is None else [_Copies.of(held_RS, first, layer.rank_of_E)]
     if np.isfinite(load_cap):
         for copies in found:
             copies.level(load_cap)
-    best = found[0] if len(found) == 1 else min(found, key=lambda copies: copies.cost(load_cap))
+    for room in ROOMS if swaps and slots * topology.num_ranks <= MOST_SLOTS else ():
+        held_RS = _swapped_slots(layer, topology.num_ranks, slots, load_cap * room, swaps)
+        if held_RS is None:
+            break
+        copies = _Copies.of(held_RS, first, layer.rank_of_E)
+        copies.level(load_cap * room)
+        found.append(copies)
+        if copies.over(load_cap) <= 0:
+            break
+    best = found[0] if len(found) == 1 else _best(found, load_cap)
     return np.array(best.held_RS, np.int32)
+
+
+def _best(found: list["_Copies"], load_cap: float) -> "_Copies":
+    """What needs fewest remote ranks within the cap. Where nothing keeps it: the least load over it
+    among what needs few more than the fewest."""
+    over = [copies.over(load_cap) for copies in found]
+    found = [copies for copies, beyond in zip(found, over, strict=True) if beyond <= 0] or found
+    if len(found) == 1:
+        return found[0]
+    remote = [copies.remote() for copies in found]
+    most = min(remote) * (1 if min(over) <= 0 else 1 + SPARED_SHARE)
+    near = [copies for copies, ranks in zip(found, remote, strict=True) if ranks <= most]
+    return min(near, key=lambda copies: copies.over(load_cap))
 
 
 def _filled(
@@ -309,12 +330,11 @@ class _Copies:
             self.serving_RE[rank, expert] = rank
         return changed
 
-    def cost(self, load_cap: float) -> tuple[float, int]:
-        """Load over the cap in units of it, and remote ranks: what choices are judged by."""
+    def over(self, load_cap: float) -> float:
+        """Load over the cap in units of it, which comes first where choices are judged."""
         load_R = served_load_R(self.serving_RE[:, :-1], self.load_E)
         limit = min(load_cap, 1e9) * float(load_R.mean())
-        over = float(np.maximum(load_R - limit, 0).sum()) / max(limit, 1e-300)
-        return round(over, 3), self.remote()
+        return round(float(np.maximum(load_R - limit, 0).sum()) / max(limit, 1e-300), 3)
 
     def swapped_E(self, slack: float, *, seed: int) -> np.ndarray:
         """Rank of each expert's first place after swaps that save most remote ranks of the tokens,

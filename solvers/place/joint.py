@@ -35,7 +35,7 @@ from semmoe.solvers.place.joint_layer import (
     ranks_then_nodes,
 )
 from semmoe.solvers.place.nodes import label_ranks
-from semmoe.solvers.place.partition import EFFORTS, load_limits
+from semmoe.solvers.place.partition import EFFORTS, MANY_RANKS, load_limits
 from semmoe.solvers.place.request_homes import (
     align_labels,
     anneal_requests,
@@ -51,6 +51,7 @@ OBJECTIVES = ("tp", "dp", "both")
 # Weight of local activations, at first and later: a strong pull makes layers agree on which
 # requests go where.
 LOCAL_PULL = {"dp": (4.0, 2.0), "both": (0.0, 0.0)}
+LEAST_ROWS = 4_096  # that the exact objective looks at over very many ranks
 # Random starts of the request map.
 STARTS = {"dp": {"fast": 2, "default": 8, "max": 32}, "both": {"fast": 4, "default": 16, "max": 16}}
 
@@ -183,10 +184,10 @@ class Work:
 
     def bounded_rows(self, num_tokens: int) -> np.ndarray:
         """As many of these rows as the effort looks at, ascending int64."""
-        info = self.profile.info
-        return sample_rows(
-            num_tokens, comb(info.num_experts, info.top_k), self.search.effort.token_rows, self.demands.seed
-        )
+        info, most = self.profile.info, self.search.effort.token_rows
+        # Every rank costs as much as every row, and fewer rows decide as well over many ranks.
+        most = max(most * MANY_RANKS // max(self.topology.num_ranks, MANY_RANKS), min(most, LEAST_ROWS))
+        return sample_rows(num_tokens, comb(info.num_experts, info.top_k), most, self.demands.seed)
 
     def layer(self, number: int, rows_T: np.ndarray) -> Layer:
         """One layer with the given rows of the sample, int64 [T]."""

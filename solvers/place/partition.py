@@ -30,7 +30,7 @@ PAIR_WORTH = 0.15
 
 
 # Into many parts METIS's runs differ most: twice the seeds left .1 % fewer remote ranks at 64
-# ranks, and not fewer at 8 and 32.
+# ranks, and not fewer at 8 and 32. Tokens that the exact objective looks at are fewer there.
 MANY_RANKS = 32
 
 
