@@ -87,6 +87,7 @@ def test_no_shift_writes_the_old_plan_to_the_byte(made):
         ("--import", "eplb", "map.json"),
         ("--topology", "links.json"),
         ("--minimize", "bytes"),
+        ("--lar-weight", "auto"),
         ("--hardware", "h100"),
     ],
 )
