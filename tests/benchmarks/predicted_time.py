@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from few_layers import few_layers
 from run import RANKS, SEMMOE, make, run_ranks, split_trace
 from scipy.stats import kendalltau
 from shaped_network import close_network, open_network, shape_network
@@ -108,7 +109,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        split_trace(options.trace, work, options.layers)
+        few_layers(options.trace, work / "few", options.layers)
+        split_trace(str(work / "few"), work)
         open_network(RANKS)
         try:
             size = Sizes(options.expert_size, options.tokens)

@@ -31,7 +31,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,22 +182,19 @@ def contiguous_plan(path: Path, out: Path) -> None:
     replace(plan, placement=Placement.from_ranks(rank_of_LE, RANKS), tables={}).save(out)
 
 
-def split_trace(trace: str, work: Path, num_layers: int = 0) -> None:
-    """Every other request of a trace to `replay-fit`, the rest to `replay-held`; `num_layers` of its layers, 0: all."""
+def split_trace(trace: str, work: Path) -> None:
+    """Every other request of a trace to `replay-fit`, the rest to `replay-held`."""
     from semmoe.profiles.trace import RoutingTrace
     from semmoe.profiles.trace_writer import TraceWriter
 
     whole = RoutingTrace.open(trace)
-    layers = np.unique(np.linspace(0, whole.info.num_layers - 1, num_layers or whole.info.num_layers).astype(int))
-    numbers = tuple(whole.info.model_layers[layer] for layer in layers)
-    info = replace(whole.info, num_layers=len(layers), model_layers=numbers)
-    with TraceWriter(work / "replay-fit", info) as fit, TraceWriter(work / "replay-held", info) as held:
+    with TraceWriter(work / "replay-fit", whole.info) as fit, TraceWriter(work / "replay-held", whole.info) as held:
         number = 0
         for batch in whole.batches():
             for b in range(batch.num_requests):
                 (fit if number % 2 == 0 else held).add(
                     batch.request_ids[b],
-                    batch.expert_ids_TLK[batch.starts_B1[b] : batch.starts_B1[b + 1], layers],
+                    batch.expert_ids_TLK[batch.starts_B1[b] : batch.starts_B1[b + 1]],
                     domain=batch.domains[b],
                     token_ids=batch.sequence(b) if len(batch.sequence(b)) else None,
                     num_prompt_tokens=int(batch.num_prompt_tokens_B[b]),
