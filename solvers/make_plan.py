@@ -39,8 +39,9 @@ from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.slots import Slots
+from semmoe.solvers.time.chosen import chosen_by_time
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
-from semmoe.solvers.time.minimize import cap_by_time, check_for_time, solve_for_time
+from semmoe.solvers.time.minimize import check_for_time, solve_for_time
 from semmoe.solvers.time.predict import timed_report
 
 # Stages as they are told.
@@ -67,7 +68,8 @@ class PlanOptions:
         against: what the verdict holds the plan against.
         made_by: the command, for plan.json.
         time: the machine and batches that times are predicted for; None: none are.
-        auto_cap: the load cap is chosen by predicted time on requests that a trial did not see.
+        auto: demands, of `solvers.time.chosen.CHOICES`, that are chosen by predicted time on
+            requests that a trial did not see.
         minimize: "time" or "bytes"; "": time where `time` is given and the method is "semmoe".
 
     Source: solvers/make_plan.py; `semmoe place --help` names the same.
@@ -85,7 +87,7 @@ class PlanOptions:
     made_by: str = ""
     time: TimeAsked | None = None
     minimize: str = ""
-    auto_cap: bool = False
+    auto: tuple[str, ...] = ()
 
     @property
     def for_time(self) -> bool:
@@ -116,9 +118,8 @@ def make_plan(
     # Step 2: hold requests out and count both sides, in one reading.
     traffic = read_traffic(traces, options, demands.seed, progress)
     # Step 3: the plan for the counts.
-    if options.auto_cap and options.time is not None:
-        cap = cap_by_time(traffic.profile, topology, demands, options.time, options.method)
-        demands = replace(demands, load_cap=cap)
+    if options.auto and options.time is not None:
+        demands = chosen_by_time(traffic.profile, topology, demands, options.time, options.method, options.auto)
     solve = partial(_placed, topology=topology, demands=demands, options=options)
     return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
 
@@ -229,8 +230,9 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
         raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
     if options.for_time:
         check_for_time(options.time, options.method, demands)
-    if options.auto_cap and (options.time is None or options.for_time):
-        raise InputError("--load-cap auto needs --hardware, and --minimize bytes: time has no cap")
+    if options.auto and (options.time is None or options.for_time):
+        asked = ", ".join(f"--{name.replace('_', '-')} auto" for name in options.auto)
+        raise InputError(f"{asked} needs --hardware, and --minimize bytes: --minimize time asks for neither")
     if options.time is not None:
         costing_of(options.time, traces[0].info, topology)
 

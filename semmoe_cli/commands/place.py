@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from semmoe.terminal.decision import Shown
 
 # What an expert map is scored with too, or that changes no result.
-AUTO = "auto"  # --load-cap
+AUTO = "auto"  # --load-cap, --lar-weight
 FINE_WITH_IMPORT = ("dispatch", "effort", "processes")
 
 
@@ -108,8 +108,12 @@ class Placing:
         Objective, typer.Option(help="Schedules to place for: tokens (tp), requests (dp), or both.")
     ] = Objective.both
     lar_weight: Annotated[
-        float, typer.Option(help="Remote ranks that one more local activation per token is worth.", min=0)
-    ] = 0.0
+        str,
+        typer.Option(
+            metavar="W|auto",
+            help="Remote ranks that one more local activation per token is worth; auto: by predicted time, with --minimize bytes.",
+        ),
+    ] = "0.0"
     slots: Annotated[
         int,
         typer.Option(metavar="S", help="Expert slots of each rank; ceil(E / R) otherwise.", min=0, show_default=False),
@@ -153,11 +157,11 @@ class Placing:
         from semmoe.solvers.demands import Demands
 
         return Demands(
-            load_cap=self._load_cap(),
+            load_cap=self._number("load_cap", 1.05),
             seed=seed,
             dispatch=self.dispatch.value,
             objective=self.objective.value,
-            lar_weight=self.lar_weight,
+            lar_weight=self._number("lar_weight", 0.0),
             replicas=self.replicas,
             slots=self.slots,
             redundant=self.redundant,
@@ -168,14 +172,16 @@ class Placing:
             processes=self.processes or os.cpu_count() or 1,
         )
 
-    def _load_cap(self) -> float:
-        """The cap; a first one where it is chosen later."""
-        if self.load_cap == AUTO:
-            return 1.05
+    def _number(self, name: str, first: float) -> float:
+        """The number of an option; `first` where it is chosen later."""
+        text = getattr(self, name)
+        if text == AUTO:
+            return first
         try:
-            return float(self.load_cap)
+            return float(text)
         except ValueError:
-            raise typer.BadParameter(f"{self.load_cap!r} is no number, nor auto", param_hint="--load-cap") from None
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{text!r} is no number, nor auto", param_hint=option) from None
 
     def options(self, simulation: Simulation, timing: TimedPlacing, against: "Against", made_by: str) -> "PlanOptions":
         """The rest, as solvers read it."""
@@ -192,7 +198,7 @@ class Placing:
             made_by=made_by,
             time=timing.asked_here(),
             minimize=self.minimize.value if self.minimize else "",
-            auto_cap=self.load_cap == AUTO,
+            auto=tuple(name for name in ("load_cap", "lar_weight") if getattr(self, name) == AUTO),
         )
 
 

@@ -119,6 +119,8 @@ def replace_plan(
     _refuse_other(demands, kept, options.method)
     if options.minimize and not (options.minimize == "time" and options.time is not None):
         refuse_mixed("--from-plan", [f"--minimize {options.minimize}"])
+    if options.auto:
+        refuse_mixed("--from-plan", [f"--{options.auto[0].replace('_', '-')} auto"])
     opened = [RoutingTrace.open(path) for path in traces]
     kept = replace(kept, **{name: getattr(demands, name) for name in OWN})
     with stages() as show:

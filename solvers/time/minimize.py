@@ -19,14 +19,13 @@ import numpy as np
 from semmoe.profiles.counts import RoutingProfile, co_activation_EE
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, Stages, unshown, unshown_stages
-from semmoe.profiles.sample import select_requests
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_load_on_nodes
 from semmoe.solvers.place.exact_counts import LEAST_REQUESTS, REQUEST_SHARE, in_linear_shares
 from semmoe.solvers.place.graph import place_quickly
 from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
-from semmoe.solvers.place.solve import FILLING, PLACING, Filling, solve_placement, with_copies
+from semmoe.solvers.place.solve import FILLING, PLACING, Filling, with_copies
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.time.batches import Pool, pool_of
 from semmoe.solvers.time.copies import CopyTask, place_copies
@@ -41,8 +40,6 @@ MORE_BATCHES = 4  # times as many where only activations count, which is cheap
 BATCHES = {"fast": 48, "default": 128, "max": 512}
 KICKS = {"fast": 0, "default": 1, "max": 8}
 COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
-CAPS = (1.02, 1.05, 1.1, 1.2)  # that --load-cap auto tries
-LEARNED_SHARE = 0.7  # of the requests that it places by; the others are timed
 TRIED_LAYERS = {"fast": 4, "default": 8, "max": 8}  # that recipes are compared on
 LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
 
@@ -136,7 +133,7 @@ def _total_us(links: np.ndarray, experts: np.ndarray, *, overlap: str, other_us:
     return links + experts if overlap == "none" else 2 * np.maximum(links, experts + other_us / 2)
 
 
-class _Fit(NamedTuple):
+class Fit(NamedTuple):
     """Requests to place by, as batches of one layer are made of them."""
 
     rows_T: np.ndarray  # of the sample
@@ -270,38 +267,6 @@ def solve_for_time(
     return replace(copied, notes=solved.notes)
 
 
-def cap_by_time(profile: RoutingProfile, topology: Topology, demands: Demands, asked: TimeAsked, method: str) -> float:
-    """The load cap of CAPS at which a quick placement by one part of the requests takes least
-    predicted time on the others. Raises InputError where there are too few requests."""
-    sample, info = profile.sample, profile.info
-    if sample.num_requests < LEAST_REQUESTS:
-        raise InputError(f"--load-cap auto needs {LEAST_REQUESTS} requests, not {sample.num_requests}: give a number")
-    keep_B = np.random.default_rng([demands.seed, 41]).random(sample.num_requests) < LEARNED_SHARE
-    keep_B[0], keep_B[-1] = True, False
-    learned = select_requests(sample, keep_B)
-    rest = select_requests(sample, ~keep_B)
-    costing = costing_of(asked, info, topology, prompts=float(sample.is_prompt_T.mean()))
-    fit = _fit_of(pool_of(rest, costing.phase), costing, topology, demands)
-    pairs_LEE = np.stack(
-        [co_activation_EE(ids_TK, info.num_experts) for ids_TK in learned.expert_ids_TLK.swapaxes(0, 1)]
-    )
-    load_LE = np.diagonal(pairs_LEE, axis1=1, axis2=2).copy()
-    part = RoutingProfile(info, learned.num_tokens, load_LE, pairs_LEE, learned)
-    once = replace(demands, effort="fast", slots=0, replicas=0, redundant=None, spare="empty")
-    levels_UR, prices = links_of(costing, topology).levels_UR, prices_of(costing, topology)
-    times = {}
-    for cap in CAPS:
-        placed = solve_placement(part, topology, replace(once, load_cap=cap), method=method).placement.rank_of_LE
-        total = 0.0
-        for number, rank_of_E in enumerate(placed):
-            ids_TK = rest.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
-            tile = int(costing.values["experts.tile"])
-            batches = LayerBatches(ids_TK, fit.group_T, fit.weight_MG, info.num_experts, tile)
-            total += mean_time(batches, rank_of_E, levels_UR, prices, num_ranks=topology.num_ranks)
-        times[cap] = total
-    return min(times, key=lambda cap: times[cap])
-
-
 def place_for_time(
     profile: RoutingProfile, topology: Topology, demands: Demands, costing: Costing, progress: Progress | None = None
 ) -> Solved:
@@ -319,7 +284,7 @@ def place_for_time(
     """
     info, show = profile.info, progress or unshown
     pool = pool_of(profile.sample, costing.phase)
-    whole, *halves = (_fit_of(part, costing, topology, demands) for part in (pool, *_halves(pool, demands.seed)))
+    whole, *halves = (fit_of(part, costing, topology, demands) for part in (pool, *_halves(pool, demands.seed)))
     shape = links_of(costing, topology)
     prices, tile = prices_of(costing, topology), int(costing.values["experts.tile"])
     recipes = list(RECIPES) if shape.levels_UR else BALANCE_ONLY
@@ -327,11 +292,11 @@ def place_for_time(
         np.linspace(0, info.num_layers - 1, min(info.num_layers, TRIED_LAYERS[demands.effort])).astype(int)
     )
 
-    def batches(fit: _Fit, number: int) -> LayerBatches:
+    def batches(fit: Fit, number: int) -> LayerBatches:
         ids_TK = profile.sample.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
         return LayerBatches(ids_TK, fit.group_T, fit.weight_MG, info.num_experts, tile)
 
-    def layer(fit: _Fit, number: int, kicks: int) -> _Layer:
+    def layer(fit: Fit, number: int, kicks: int) -> _Layer:
         ids_TK = profile.sample.expert_ids_TLK[:, number][fit.counted_T]
         options = (shape.levels_UR, prices, demands.seed, kicks)
         return _Layer(batches(fit, number), ids_TK, topology, info.n_group, *options)
@@ -370,12 +335,12 @@ def _halves(pool: Pool, seed: int) -> list[Pool]:
     return [Pool([pool.rows_B[b] for b in part], pool.request_of_pool[part], pool.note) for part in parts]
 
 
-def _fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> _Fit:
+def fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> Fit:
     more = 1 if links_of(costing, topology).levels_UR else MORE_BATCHES
     num_batches = BATCHES[demands.effort] * more
     options = {"num_batches": num_batches, "most_tokens": MOST_TOKENS[demands.effort]}
     fitted = batches_to_fit(pool, costing, topology.num_ranks, **options, seed=demands.seed)
-    return _Fit(*fitted, np.concatenate(pool.rows_B))
+    return Fit(*fitted, np.concatenate(pool.rows_B))
 
 
 def copies_for_time(

@@ -19,7 +19,7 @@ from semmoe.solvers.evaluate.report import Key, Report
 from semmoe.solvers.evaluate.time_report import DomainTime, TimedRow, TimeReport
 from semmoe.solvers.evaluate.verdict import beside_time
 from semmoe.solvers.place.replicas import MovingRule
-from semmoe.solvers.placement import Placement
+from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import DP_SCHEDULES, TP_SCHEDULES, Setting, available_schedules, simulate
 from semmoe.solvers.schedule.slices import assign_equal_slices
@@ -88,12 +88,9 @@ def predict(
 
     Raises InputError where the time cannot be known.
     """
-    first = next(iter(deployments.values()))
-    topology, placement = first.topology, first.placement
-    facts = (model, placement.num_layers, placement.num_experts, batch.expert_ids_TLK.shape[2])
-    prompts = float(batch.is_prompt_T.mean()) if batch.num_tokens else 0.0
-    costing = resolve(asked, facts, num_ranks=topology.num_ranks, num_nodes=topology.num_nodes, prompts=prompts)
-    sampled = sample(batch, costing, (topology.num_ranks, placement.num_experts), setting.seed)
+    costing, topology, sizes = _costing(deployments, batch, model, asked)
+    num_layers = batch.expert_ids_TLK.shape[1]
+    sampled = sample(batch, costing, sizes, setting.seed)
     counted: dict[Key, Counted] = {}
     resampled: dict[Key, Counted] = {}
     for name, deployed in deployments.items():
@@ -117,7 +114,7 @@ def predict(
         overlap=asked.overlap,
         engine=asked.engine,
         parameters=[*(p.to_json() for p in costing.parameters.values()), *_said(costing)],
-        rows=[_with_share(row, asked, placement.num_layers) for row in rows],
+        rows=[_with_share(row, asked, num_layers) for row in rows],
         saved=None,
         break_even_imbalance=None,
         sensitivity=None,
@@ -129,8 +126,7 @@ def predict(
     )
     if PLAN not in deployments or len(deployments) < 2:
         return report
-    sizes = (topology.num_ranks, placement.num_layers)
-    judged = compare_times(report, counted, resampled, costing, sizes, against)
+    judged = compare_times(report, counted, resampled, costing, (topology.num_ranks, num_layers), against)
     return replace(judged, domains=_by_domain(judged, deployments, sampled, costing, setting.seed))
 
 
@@ -171,9 +167,25 @@ def total_us(
     deployments: dict[str, Deployment], batch: TraceBatch, *, model: str, asked: TimeAsked, setting: Setting
 ) -> dict[str, float]:
     """Microseconds per layer of deployments at random homes, by name."""
-    bare = {name: replace(deployed, schedule=None) for name, deployed in deployments.items()}
-    rows = predict(bare, batch, model, asked, setting=setting).rows
-    return {row.placement: row.us["total"] for row in rows}
+    costing, topology, sizes = _costing(deployments, batch, model, asked)
+    sampled = sample(batch, costing, sizes, setting.seed, intervals=False)
+    found = {}
+    for name, deployed in deployments.items():
+        counts = count_drawn(served(deployed, sampled, costing), sampled.drawn)
+        found[name] = float(layer_times(counts, costing, costing.values, topology.num_ranks).total_ML.mean())
+    return found
+
+
+def _costing(
+    deployments: dict[str, Deployment], batch: TraceBatch, model: str, asked: TimeAsked
+) -> tuple[Costing, Topology, tuple[int, int]]:
+    """What turns counts into time, the ranks, and their number and that of experts."""
+    first = next(iter(deployments.values()))
+    topology, placement = first.topology, first.placement
+    facts = (model, placement.num_layers, placement.num_experts, batch.expert_ids_TLK.shape[2])
+    prompts = float(batch.is_prompt_T.mean()) if batch.num_tokens else 0.0
+    costing = resolve(asked, facts, num_ranks=topology.num_ranks, num_nodes=topology.num_nodes, prompts=prompts)
+    return costing, topology, (topology.num_ranks, placement.num_experts)
 
 
 def _said(costing: Costing) -> list[dict[str, object]]:
@@ -186,9 +198,11 @@ def _said(costing: Costing) -> list[dict[str, object]]:
     ]
 
 
-def sample(batch: TraceBatch, costing: Costing, sizes: tuple[int, int], seed: int) -> Sampled:
-    """Batches of the phase at random homes, and of resampled requests. `sizes`: ranks and experts.
-    Raises InputError where there is no token."""
+def sample(
+    batch: TraceBatch, costing: Costing, sizes: tuple[int, int], seed: int, *, intervals: bool = True
+) -> Sampled:
+    """Batches of the phase at random homes, and of resampled requests, of one where no `intervals`
+    are asked for. `sizes`: ranks and experts. Raises InputError where there is no token."""
     pool = pool_of(batch, costing.phase)
     if pool.num_requests == 0:
         raise InputError("no token is left to time a batch of")
@@ -202,8 +216,8 @@ def sample(batch: TraceBatch, costing: Costing, sizes: tuple[int, int], seed: in
     num_batches = int(np.clip(BATCH_IDS // ids, LEAST_BATCHES, MOST_BATCHES))
     everyone = np.arange(pool.num_requests)
     rows_MJ = np.stack([random_homes(pool, everyone, size, costing.phase, rng) for _ in range(num_batches)])
-    num_resamples = int(np.clip(RESAMPLED_IDS // ids, LEAST_RESAMPLES, MOST_RESAMPLES))
-    per_resample = int(np.clip(RESAMPLED_IDS // (ids * num_resamples), 1, PER_RESAMPLE))
+    num_resamples = int(np.clip(RESAMPLED_IDS // ids, LEAST_RESAMPLES, MOST_RESAMPLES)) if intervals else 1
+    per_resample = int(np.clip(RESAMPLED_IDS // (ids * num_resamples), 1, PER_RESAMPLE)) if intervals else 1
     drawn_XB = [rng.integers(0, pool.num_requests, pool.num_requests) for _ in range(num_resamples)]
     resampled = [random_homes(pool, drawn, size, costing.phase, rng) for drawn in drawn_XB for _ in range(per_resample)]
     ids_LTK = np.ascontiguousarray(batch.expert_ids_TLK[:, layers].transpose(1, 0, 2))

@@ -103,6 +103,7 @@ def test_with_hardware_gain_and_price_are_microseconds(made):
         ("--hardware", "h100", "--minimize", "bytes"),
         ("--phase", "prompt"),
         ("--engine", "vllm"),
+        ("--lar-weight", "auto"),
     ],
 )
 def test_options_that_do_not_go_together_are_a_wrong_use(made, words):
