@@ -123,7 +123,12 @@ class Placing:
         Spare, typer.Option(help="Slots beyond one for each expert: filled with copies, or left empty.")
     ] = Spare.copies
     robust: Annotated[
-        int, typer.Option(metavar="K", help="Keep the load cap within each of K clusters of requests.", min=0)
+        int,
+        typer.Option(
+            metavar="K",
+            help="Keep the load cap in each of K resamples of the requests too, so that more of it stays on others.",
+            min=0,
+        ),
     ] = 0
     expressible: Annotated[
         Expressible | None,
@@ -214,10 +219,9 @@ class Written:
 
     def check_name(self, known: str) -> None:
         """Raise InputError where the trace knows another name of its model."""
-        from semmoe.pages.deployment import UNNAMED
-        from semmoe.profiles.errors import InputError
+        from semmoe.profiles.errors import InputError, model_name
 
-        if self.name and known not in (*UNNAMED, self.name):
+        if self.name and model_name(known) not in ("", self.name):
             raise InputError(f"--name {self.name}: the trace is of {known}")
 
     def named(self, plan: "Plan") -> "Plan":
@@ -302,14 +306,16 @@ def place(
             made_by=command_line(output, file, *named, *traces),
         )
     else:
-        from semmoe.solvers.make_plan import make_plan
+        from semmoe.solvers.make_plan import make_plan, usual_stages
         from semmoe.terminal.progress import stages
 
         files = (output, network.topology or output, *named, *traces)
         options = placing.options(simulation, timing, held, command_line(*files))
         options = replace(options, phase=whose, replica_choice=rule)
-        with stages() as show:
-            plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
+        demands = placing.demands(simulation.seed)
+        usual = usual_stages(options, demands, opened[0].info.num_experts, links.num_ranks)
+        with stages(usual=usual) as show:
+            plan = make_plan(opened, links, demands, options, progress=show)
     plan = written.named(plan)
     plan.save(output)
     note_unchecked(*opened)

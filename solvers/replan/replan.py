@@ -23,6 +23,7 @@ from semmoe.solvers.evaluate.sums import deployment_sums
 from semmoe.solvers.make_plan import Asked, PlanOptions, plan_of_traffic, read_traffic, score_held_out
 from semmoe.solvers.place.moves import expert_bytes
 from semmoe.solvers.place.replicas import served_load_R
+from semmoe.solvers.place.solve import PLACING
 from semmoe.solvers.plan import Plan
 from semmoe.solvers.replan.decision import DECIDING_IDS, LEAST_REQUESTS, Decision, decide
 from semmoe.solvers.replan.delta import Delta, ExpertMove, LayerDelta, Moved, Ranks
@@ -202,9 +203,9 @@ class Solver:
         budget = replace(self.budget, price=self.budget.price / unit)
         return search_frontiers(traffic, self.run, progress).within(budget)
 
-    def solve(self, profile: RoutingProfile, progress: Progress) -> Solved:
+    def solve(self, profile: RoutingProfile, progress: Stages) -> Solved:
         """The same as a method of placement gives it."""
-        placement = self.replaced(profile, progress).placement
+        placement = self.replaced(profile, partial(progress, PLACING)).placement
         deployed = replace(self.old.deployment, placement=placement, load_LE=profile.load_LE)
         served = zip(deployed.serving_LRE, profile.load_LE, strict=True)
         return Solved(placement, np.stack([served_load_R(serving_RE, load_E) for serving_RE, load_E in served]))

@@ -4,7 +4,8 @@
 
 Settings are those of docs/experiments.md, "Time": h100, 4096 prompt tokens a rank inside one node, on as many nodes as --nodes says, or
 with two batches that overlap; 64 or 128 generated tokens, in DeepEP's normal and low-latency modes. `ratio`: over load packing with as
-many slots, in the same batches. `excess`: activations of the busiest rank over the mean, less 1. --bytes also places at cap 1.05.
+many slots, in the same batches. `excess`: activations of the busiest rank over the mean, less 1; `excess_ratio`: over load packing's.
+--bytes also places at cap 1.05.
 """
 
 import argparse
@@ -48,22 +49,26 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--replicas", type=int, default=0)
     parser.add_argument("--bytes", action="store_true")
+    parser.add_argument("--effort", default="default")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     trace = RoutingTrace.open(options.trace)
     (held_B,) = split_requests([trace], holdout=0.5, holdout_domains=[], seed=options.seed)
     profile, batch = profile_traces([trace], [~held_B]), trace.load(held_B)
+    found_by_bytes = {}
+    if options.bytes:
+        demands = Demands(replicas=options.replicas, seed=options.seed)
+        found_by_bytes["bytes"] = solve_placement(profile, Topology(options.ranks), demands, method="semmoe").placement
     rows = []
     for name in options.settings.split(","):
         topology = Topology(options.ranks, options.nodes if name == "nics" else 1)
         asked = TimeAsked(hardware="h100", **SETTINGS[name])
-        demands, begun = Demands(replicas=options.replicas, seed=options.seed), time.process_time()
+        demands = Demands(replicas=options.replicas, seed=options.seed, effort=options.effort)
+        begun = time.process_time()
         solved = solve_for_time(profile, topology, demands, asked)
         seconds = time.process_time() - begun
         beside = baselines(profile.load_LE, topology, profile.info.n_group, slots=Slots.of(solved.placement))
-        if options.bytes:
-            beside["bytes"] = solve_placement(profile, topology, demands, method="semmoe").placement
-        placements = {"plan": solved.placement, **beside}
+        placements = {"plan": solved.placement, **beside, **found_by_bytes}
         deployed = {key: Deployment(placed, profile.load_LE, topology) for key, placed in placements.items()}
         report = predict(deployed, batch, trace.info.model, asked, setting=Setting(), against="load")
         load = report.row("load").us["total"]
@@ -72,10 +77,11 @@ def main() -> None:
             for key, r in ((key, report.row(key)) for key in placements)
         }
         assert report.saved is not None
+        rest = {"saved": report.saved.to_json(), "cpu_s": seconds, "notes": solved.notes}
         rows.append(
-            {"setting": name, **found, "saved": report.saved.to_json(), "cpu_s": seconds, "notes": solved.notes}
+            {"setting": name, "excess_ratio": found["plan"]["excess"] / found["load"]["excess"], **found, **rest}
         )
-        print(rows[-1], file=sys.stderr)
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     print(json.dumps({"ranks": options.ranks, "replicas": options.replicas, "seed": options.seed, "settings": rows}))
 
 
