@@ -53,11 +53,11 @@ class TimeGain:
     def gains_XL(self, batch: TraceBatch, old: Deployment, new: Deployment) -> np.ndarray:
         """Microseconds that the new placement saves at some layers, spread over all, mean over
         batches: of all requests, and of resamples of them, float64 [1 + X, some layers]."""
-        drawn = sample(batch, self.costing, self.topology.num_ranks, self.seed)
+        drawn = self._sample(batch, old)
         times = []
         per = min(drawn.per_resample, PER_RESAMPLE)
-        resampled_MJ = drawn.resampled_MJ.reshape(len(drawn.drawn_XB), drawn.per_resample, -1)[:, :per]
-        batches = (drawn.rows_MJ[:MOST_BATCHES], resampled_MJ.reshape(-1, drawn.rows_MJ.shape[1]))
+        resampled_MJ = drawn.resampled.rows_MJ.reshape(len(drawn.drawn_XB), drawn.per_resample, -1)[:, :per]
+        batches = (drawn.drawn.rows_MJ[:MOST_BATCHES], resampled_MJ.reshape(-1, drawn.drawn.rows_MJ.shape[1]))
         for deployed in (old, new):
             all_ML, some_ML = (self._counted(deployed, drawn, rows_MJ) for rows_MJ in batches)
             some_XL = some_ML.reshape(len(drawn.drawn_XB), per, -1).mean(axis=1)
@@ -67,19 +67,21 @@ class TimeGain:
     def times_L(self, batch: TraceBatch, deployed: Deployment) -> np.ndarray:
         """Microseconds of every layer under a placement, mean over batches of all requests,
         float64 [L]."""
-        drawn = sample(batch, self.costing, self.topology.num_ranks, self.seed)
+        drawn = self._sample(batch, deployed)
         layers = np.arange(batch.expert_ids_TLK.shape[1])
-        part = max(2, min(len(drawn.rows_MJ) * len(drawn.layers) // len(layers), MOST_BATCHES))
+        part = max(2, min(len(drawn.drawn.rows_MJ) * len(drawn.layers) // len(layers), MOST_BATCHES))
         ids_LTK = np.ascontiguousarray(batch.expert_ids_TLK.transpose(1, 0, 2))
-        return self._counted(deployed, replace(drawn, ids_LTK=ids_LTK, layers=layers), drawn.rows_MJ[:part]).mean(
+        return self._counted(deployed, replace(drawn, ids_LTK=ids_LTK, layers=layers), drawn.drawn.rows_MJ[:part]).mean(
             axis=0
         )
 
     def slopes(self, batch: TraceBatch, old: Deployment) -> tuple[Worth, float]:
         """What rows and load cost to the search, in remote rows per token, and the microseconds per
         layer of one such row."""
-        drawn = sample(batch, self.costing, self.topology.num_ranks, self.seed)
-        counted = count_batches(served(replace(old, schedule=None), drawn, self.costing), drawn.rows_MJ[:SLOPE_BATCHES])
+        drawn = self._sample(batch, old)
+        counted = count_batches(
+            served(replace(old, schedule=None), drawn, self.costing), drawn.drawn.rows_MJ[:SLOPE_BATCHES]
+        )
         tokens = batch_tokens(self.costing)
         rows = [float(part.mean()) / tokens for part in (counted.nvl_mean_ML, counted.nic_mean_ML)]
         costs = [self._slope(partial(_with_rows, counted, name)) for name in ("nvl_ML", "nic_ML")]
@@ -113,6 +115,10 @@ class TimeGain:
     def steps(self, tokens: int) -> float:
         """Steps in which so many tokens go through a layer."""
         return tokens / (self.costing.tokens_per_rank * self.topology.num_ranks)
+
+    def _sample(self, batch: TraceBatch, deployed: Deployment) -> Sampled:
+        """Batches of the requests."""
+        return sample(batch, self.costing, (self.topology.num_ranks, deployed.placement.num_experts), self.seed)
 
     def _counted(self, deployed: Deployment, drawn: Sampled, rows_MJ: np.ndarray) -> np.ndarray:
         """Microseconds by batch and layer, float64 [M, L]."""

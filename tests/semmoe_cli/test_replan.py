@@ -2,6 +2,7 @@
 commands say of it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,18 @@ def test_a_plan_a_delta_and_what_other_commands_say(made):
         assert plans[1]["placement"][layer][move["to_rank"]][move["to_slot"]] == move["expert"]
     slots = sum(a != b for a, b in zip(*(str(p["placement"]).split() for p in plans), strict=True))
     assert slots == delta["budget"]["used"], "no other slot changed"
-    exported = json.loads(run("export", made / "n", "--to", "sglang", "-o", made / "map.json", "--json"))
-    assert json.loads(Path(exported["delta"]).read_text()) == delta
+    for kind, name in (
+        (("sglang",), "map.json"),
+        (("vllm", "--format", "pr41141"), "vllm.json"),
+        (("vllm-ascend",), "ascend.json"),
+        (("trtllm",), "map.yaml"),
+    ):
+        numbers = []
+        for plan in ("p", "n"):
+            exported = json.loads(run("export", made / plan, "--to", *kind, "-o", made / f"{plan}-{name}", "--json"))
+            numbers.append(re.findall(r"-?\d+", (made / f"{plan}-{name}").read_text()))
+        assert json.loads(Path(exported["delta"]).read_text()) == delta
+        assert sum(a != b for a, b in zip(*numbers, strict=True)) == delta["budget"]["used"], f"{kind}: no other slot"
     compared = json.loads(run("compare", made / "p", made / "n", made / "t1", "--json"))
     assert compared["requests"] == 10 and "curve" not in compared, "10 held-out requests are too few for a curve"
 
