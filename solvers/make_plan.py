@@ -18,7 +18,7 @@ from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import AGAIN, Progress, Stages, unshown_stages
+from semmoe.profiles.progress import AGAIN, Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import one_sided, only_phase, phase_of, phase_shares, request_keys, split_requests
 from semmoe.profiles.trace import RoutingTrace
@@ -31,7 +31,7 @@ from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, score_batch, scored_batch
 from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
 from semmoe.solvers.place.replicas import OWN_RULE, check_rule
-from semmoe.solvers.place.solve import check_demands, solve_placement
+from semmoe.solvers.place.solve import FILLING, PLACING, check_demands, solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
 from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
@@ -44,7 +44,7 @@ from semmoe.solvers.time.minimize import cap_by_time, check_for_time, solve_for_
 from semmoe.solvers.time.predict import timed_report
 
 # Stages as they are told.
-READING, PLACING, FITTING = "reading tokens", "placing layers", "fitting schedules of layers"
+READING, FITTING = "reading tokens", "fitting schedules of layers"
 SCORING, TIMING = "scoring on held-out requests: rows", "predicting times"
 BOUNDING = "bounding what any placement could reach: layers"
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
@@ -123,12 +123,15 @@ def make_plan(
     return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
 
 
-def usual_stages(options: PlanOptions) -> dict[str, float]:
-    """The stages of `make_plan` in their order, each with its usual share of the time."""
-    shares = {READING: 1.0, PLACING: 6.0, FITTING: 4.0, SCORING: 7.0}
+def usual_stages(options: PlanOptions, demands: Demands, num_experts: int, num_ranks: int) -> dict[str, float]:
+    """The stages of `make_plan` in their order, each with its usual share of the time. Raises
+    InputError where the slots do not fit."""
+    spare = demands.slots_of(num_experts, num_ranks).has_spare(num_experts, num_ranks)
+    fitted = {PLACING: 6.0} | ({FILLING: 20.0} if spare else {}) | {FITTING: 4.0}
+    shares = {READING: 1.0, **fitted, SCORING: 7.0}
     shares |= {TIMING: 9.0} if options.time is not None else {}
     shares |= {BOUNDING: 2.0} if options.certify else {}
-    return shares | ({PLACING + AGAIN: 7.0, FITTING + AGAIN: 5.0} if options.refit else {})
+    return shares | ({stage + AGAIN: share for stage, share in fitted.items()} if options.refit else {})
 
 
 class Traffic(NamedTuple):
@@ -148,7 +151,7 @@ def read_traffic(traces: list[RoutingTrace], options: PlanOptions, seed: int, pr
     return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting))
 
 
-Solve = Callable[[RoutingProfile, Progress], Solved]
+Solve = Callable[[RoutingProfile, Stages], Solved]
 
 
 class Asked(NamedTuple):
@@ -241,7 +244,7 @@ class _Fitted(NamedTuple):
 
 
 def _placed(
-    profile: RoutingProfile, progress: Progress, *, topology: Topology, demands: Demands, options: PlanOptions
+    profile: RoutingProfile, progress: Stages, *, topology: Topology, demands: Demands, options: PlanOptions
 ) -> Solved:
     if options.for_time and options.time is not None:
         return solve_for_time(profile, topology, demands, options.time, progress=progress)
@@ -252,14 +255,18 @@ def _fit(
     profile: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages, again: str = ""
 ) -> _Fitted:
     demands = asked.demands
-    solved = asked.solve(profile, partial(progress, PLACING + again))
+
+    def told(stage: str, done: int, total: int) -> None:
+        progress(stage + again, done, total)
+
+    solved = asked.solve(profile, told)
     schedule = fit_schedule(
         profile.sample,
         solved.placement,
         seed=demands.seed,
         embedding_VD=embedding_VD,
         processes=demands.processes,
-        progress=partial(progress, FITTING + again),
+        progress=partial(told, FITTING),
     )
     return _Fitted(profile, solved, schedule)
 

@@ -275,7 +275,9 @@ def place(
 
     written.check(output)
     if replacing.from_plan is not None:
-        refuse_mixed("--from-plan", given(timing, import_=import_, replica_choice=replica_choice, against=against))
+        refuse_mixed("--from-plan", given(import_=import_, replica_choice=replica_choice, against=against))
+        if timing.hardware is None:
+            refuse_mixed("--from-plan without --hardware", given(timing))
         replan, made_by = replacing.read(written.force), command_line(output, replacing.from_plan, *traces)
         options = placing.options(simulation, timing, Against(), made_by)
         network.refuse_other(replan.old)
@@ -310,8 +312,10 @@ def place(
         files = (output, network.topology or output, *named, *traces)
         options = placing.options(simulation, timing, held, command_line(*files))
         options = replace(options, phase=whose, replica_choice=rule)
-        with stages(usual=usual_stages(options)) as show:
-            plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
+        demands = placing.demands(simulation.seed)
+        usual = usual_stages(options, demands, opened[0].info.num_experts, links.num_ranks)
+        with stages(usual=usual) as show:
+            plan = make_plan(opened, links, demands, options, progress=show)
     plan = written.named(plan)
     plan.save(output)
     note_unchecked(*opened)

@@ -149,7 +149,8 @@ def _plans(
 
     (seed,) = {asked.setting.seed for asked in options.values()}
     demands = Demands(seed=seed, effort="fast", processes=os.cpu_count() or 1)
-    usual = {f"{phase}: {stage}": n for phase, asked in options.items() for stage, n in usual_stages(asked).items()}
+    shape = demands, trace.info.num_experts, topology.num_ranks
+    usual = {f"{phase}: {stage}": n for phase, o in options.items() for stage, n in usual_stages(o, *shape).items()}
     tried: dict[str, Plan] = {}
     with stages(usual=usual) as show:
         for phase, asked in options.items():

@@ -6,12 +6,13 @@ Shape letters: L MoE layers, E experts, R ranks, J load vectors.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Progress
+from semmoe.profiles.progress import Progress, Stages, unshown, unshown_stages
 from semmoe.profiles.trace import TraceInfo
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_contiguous, place_load_on_nodes
@@ -26,6 +27,7 @@ from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.slots import Slots
 from semmoe.solvers.workers import layer_map
 
+PLACING, FILLING = "placing layers", "filling spare slots of layers"  # stages, as progress tells them
 COPY_TURNS = {"fast": 0, "default": 2, "max": 4}
 COPY_SWAPS = {"fast": 0, "default": 300, "max": 1_200}
 LARGEST_TURNS = 128  # experts of a layer: a swap costs their square, and the search of the placement has had its share
@@ -109,7 +111,12 @@ def check_demands(info: TraceInfo, topology: Topology, demands: Demands, *, meth
 
 
 def solve_placement(
-    profile: RoutingProfile, topology: Topology, demands: Demands, *, method: str, progress: Progress | None = None
+    profile: RoutingProfile,
+    topology: Topology,
+    demands: Demands,
+    *,
+    method: str,
+    progress: Stages = unshown_stages,
 ) -> Solved:
     """Placement of the profile's experts by one of METHODS, its loads, and notes on what it could
     not keep.
@@ -119,7 +126,8 @@ def solve_placement(
         topology: ranks, nodes and, where known, costs between ranks.
         demands: what is asked of the placement.
         method: a name of METHODS.
-        progress: told of every layer that is done, over all passes over the layers.
+        progress: told of every layer that is placed, over all passes over the layers, and of every
+            layer whose spare slots are filled.
 
     Raises InputError where the slots do not hold the experts, or a demand cannot be met by the
     method.
@@ -134,12 +142,12 @@ def solve_placement(
         placement = baselines(profile.load_LE, topology, profile.info.n_group, slots=slots)[method]
         solved = Solved(placement, _served_LR(placement, profile, topology))
     else:
-        solved = METHODS[method](profile, topology, demands, progress)
+        solved = METHODS[method](profile, topology, demands, partial(progress, PLACING))
         if filled:
-            options = {"load_cap": demands.load_cap, "processes": demands.processes}
+            filling = Filling(demands.load_cap, demands.processes, partial(progress, FILLING))
             if method == "semmoe":
-                options |= _copy_search(profile.info, topology, demands)
-            placement = with_copies(solved.placement, profile, topology, slots, **options)
+                filling = filling._replace(**_copy_search(profile.info, topology, demands))
+            placement = with_copies(solved.placement, profile, topology, slots, filling)
             solved = replace(solved, placement=placement, loads_LR=_served_LR(placement, profile, topology))
     # Step 3: say what was not kept.
     return replace(solved, notes=solved.notes + _cap_notes(solved.placement, profile, topology, demands))
@@ -156,15 +164,18 @@ def _copy_search(info: TraceInfo, topology: Topology, demands: Demands) -> dict[
     return {"turns": turns, "swaps": COPY_SWAPS[demands.effort]}
 
 
+class Filling(NamedTuple):
+    """How spare slots are filled. The result does not depend on `processes`."""
+
+    load_cap: float  # most load of a rank over the mean, where copies can keep it
+    processes: int = 1
+    progress: Progress = unshown  # told of every layer
+    turns: int = 0  # of experts and copies, and swaps of both (`add_copies`)
+    swaps: int = 0
+
+
 def with_copies(
-    placement: Placement,
-    profile: RoutingProfile,
-    topology: Topology,
-    slots: Slots,
-    *,
-    load_cap: float,
-    processes: int = 1,
-    **search: int,
+    placement: Placement, profile: RoutingProfile, topology: Topology, slots: Slots, filling: Filling
 ) -> Placement:
     """A placement without copies with its spare slots filled, layer by layer in worker processes.
 
@@ -173,18 +184,21 @@ def with_copies(
         profile: counts, and a sample of tokens, that copies are chosen by (`add_copies`).
         topology: ranks and nodes.
         slots: of each rank.
-        load_cap: most load of a rank over the mean, where copies can keep it.
-        processes: worker processes; the result does not depend on them.
-        search: turns and swaps of experts and copies (`add_copies`); none where not said.
+        filling: under which cap, and how long it may search.
     """
     ids_TLK = profile.sample.expert_ids_TLK[:: max(1, profile.sample.num_tokens // SAMPLE_ROWS)]
+    num_layers, options = profile.info.num_layers, {"turns": filling.turns, "swaps": filling.swaps}
     layers = (
         CopiedLayer(rank_of_E, ids_TLK[:, number], profile.load_LE[number], profile.co_activation_LEE[number])
         for number, rank_of_E in enumerate(placement.rank_of_LE)
     )
-    fill = partial(add_copies, topology=topology, slots=slots.per_rank, load_cap=load_cap, **search)
-    with layer_map(processes, profile.info.num_experts) as run:
-        return Placement(np.stack(list(run(fill, layers))), profile.info.num_experts)
+    fill = partial(add_copies, topology=topology, slots=slots.per_rank, load_cap=filling.load_cap, **options)
+    filled = []
+    with layer_map(filling.processes, profile.info.num_experts) as run:
+        for experts_RS in run(fill, layers):
+            filled.append(experts_RS)
+            filling.progress(len(filled), num_layers)
+    return Placement(np.stack(filled), profile.info.num_experts)
 
 
 def _served_LR(placement: Placement, profile: RoutingProfile, topology: Topology) -> np.ndarray:
