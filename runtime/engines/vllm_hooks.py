@@ -127,11 +127,11 @@ class Plugin:
         chooser: RankChooser | None = getattr(client, CHOOSER, None)
         try:
             place = client.core_engines.index(engine)
-            if chooser is not None and place < len(chooser.ranks):
-                chooser.add(request.request_id, place, _tokens(request))
             if self.recorder is not None:
                 rank = chooser.ranks[place] if chooser is not None and place < len(chooser.ranks) else place
                 self.recorder.sent(_public_name(request), rank)
+            if chooser is not None and place < len(chooser.ranks):
+                chooser.add(request.request_id, place, _tokens(request))
         except Exception:
             if chooser is not None:
                 chooser.fail()
