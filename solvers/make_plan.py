@@ -18,7 +18,7 @@ from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Progress, Stages, unshown_stages
+from semmoe.profiles.progress import AGAIN, Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import one_sided, only_phase, phase_of, phase_shares, request_keys, split_requests
 from semmoe.profiles.trace import RoutingTrace
@@ -31,7 +31,7 @@ from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, score_batch, scored_batch
 from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
 from semmoe.solvers.place.replicas import OWN_RULE, check_rule
-from semmoe.solvers.place.solve import check_demands, solve_placement
+from semmoe.solvers.place.solve import FILLING, PLACING, check_demands, solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
 from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
@@ -44,6 +44,10 @@ from semmoe.solvers.time.hardware import TimeAsked, costing_of
 from semmoe.solvers.time.minimize import check_for_time, solve_for_time
 from semmoe.solvers.time.predict import timed_report
 
+# Stages as they are told.
+READING, FITTING = "reading tokens", "fitting schedules of layers"
+SCORING, TIMING = "scoring on held-out requests: rows", "predicting times"
+BOUNDING = "bounding what any placement could reach: layers"
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
 
 
@@ -120,6 +124,17 @@ def make_plan(
     return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
 
 
+def usual_stages(options: PlanOptions, demands: Demands, num_experts: int, num_ranks: int) -> dict[str, float]:
+    """The stages of `make_plan` in their order, each with its usual share of the time. Raises
+    InputError where the slots do not fit."""
+    spare = demands.slots_of(num_experts, num_ranks).has_spare(num_experts, num_ranks)
+    fitted = {PLACING: 6.0} | ({FILLING: 20.0} if spare else {}) | {FITTING: 4.0}
+    shares = {READING: 1.0, **fitted, SCORING: 7.0}
+    shares |= {TIMING: 9.0} if options.time is not None else {}
+    shares |= {BOUNDING: 2.0} if options.certify else {}
+    return shares | ({stage + AGAIN: share for stage, share in fitted.items()} if options.refit else {})
+
+
 class Traffic(NamedTuple):
     """Requests of traces, counted: those to learn from, those held out, and all."""
 
@@ -133,11 +148,11 @@ def read_traffic(traces: list[RoutingTrace], options: PlanOptions, seed: int, pr
     """The traces' requests in one reading. Raises InputError where they cannot be split."""
     holdout = {"holdout": options.holdout, "holdout_domains": options.holdout_domains}
     held_out = split_requests(traces, **holdout, seed=seed)
-    counting = partial(progress, "reading tokens")
+    counting = partial(progress, READING)
     return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting))
 
 
-Solve = Callable[[RoutingProfile, Progress], Solved]
+Solve = Callable[[RoutingProfile, Stages], Solved]
 
 
 class Asked(NamedTuple):
@@ -164,7 +179,7 @@ def plan_of_traffic(
     scores = replace(score_held_out(deployment, traffic, options, demands.processes, progress), phase_shares=shares)
     # Step 3: bound what any placement could reach on the requests that were fitted.
     if options.certify:
-        bounding = partial(progress, "bounding what any placement could reach: layers")
+        bounding = partial(progress, BOUNDING)
         placement = fitted.solved.placement
         certificate = certificate_of(profile, placement, load_cap=demands.load_cap, progress=bounding)
         scores = replace(scores, certificate=certificate)
@@ -172,7 +187,7 @@ def plan_of_traffic(
     scored = None
     if options.refit:
         scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
-        fitted = _fit(whole, asked, embedding_VD, progress, again=" again")
+        fitted = _fit(whole, asked, embedding_VD, progress, again=AGAIN)
     keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
     return Plan(
         placement=fitted.solved.placement,
@@ -231,7 +246,7 @@ class _Fitted(NamedTuple):
 
 
 def _placed(
-    profile: RoutingProfile, progress: Progress, *, topology: Topology, demands: Demands, options: PlanOptions
+    profile: RoutingProfile, progress: Stages, *, topology: Topology, demands: Demands, options: PlanOptions
 ) -> Solved:
     if options.for_time and options.time is not None:
         return solve_for_time(profile, topology, demands, options.time, progress=progress)
@@ -242,14 +257,18 @@ def _fit(
     profile: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages, again: str = ""
 ) -> _Fitted:
     demands = asked.demands
-    solved = asked.solve(profile, partial(progress, f"placing layers{again}"))
+
+    def told(stage: str, done: int, total: int) -> None:
+        progress(stage + again, done, total)
+
+    solved = asked.solve(profile, told)
     schedule = fit_schedule(
         profile.sample,
         solved.placement,
         seed=demands.seed,
         embedding_VD=embedding_VD,
         processes=demands.processes,
-        progress=partial(progress, f"fitting schedules{again}: layers"),
+        progress=partial(told, FITTING),
     )
     return _Fitted(profile, solved, schedule)
 
@@ -310,12 +329,13 @@ def score_held_out(
     most = SCORED_IDS // (info.num_layers * info.top_k)
     # Where a server ran them under an earlier plan says nothing of this one.
     batch = replace(bounded_requests(traffic.rest.sample, max_tokens=most, seed=setting.seed), rank_of_B=None)
-    scoring = partial(progress, "scoring on held-out requests: rows")
+    scoring = partial(progress, SCORING)
     scored = {"against": against, "setting": setting, "processes": processes, "progress": scoring}
     report = replace(score_batch(deployment, batch, info, **scored), phase=options.phase)
     if options.time is None:
         return report
     beside = deployments_beside(deployment, info.n_group, against)
+    progress(TIMING, 0, 1)
     return timed_report(report, deployment, beside, batch, options.time, against.name)
 
 

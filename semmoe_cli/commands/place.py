@@ -225,10 +225,9 @@ class Written:
 
     def check_name(self, known: str) -> None:
         """Raise InputError where the trace knows another name of its model."""
-        from semmoe.pages.deployment import UNNAMED
-        from semmoe.profiles.errors import InputError
+        from semmoe.profiles.errors import InputError, model_name
 
-        if self.name and known not in (*UNNAMED, self.name):
+        if self.name and model_name(known) not in ("", self.name):
             raise InputError(f"--name {self.name}: the trace is of {known}")
 
     def named(self, plan: "Plan") -> "Plan":
@@ -282,7 +281,9 @@ def place(
 
     written.check(output)
     if replacing.from_plan is not None:
-        refuse_mixed("--from-plan", given(timing, import_=import_, replica_choice=replica_choice, against=against))
+        refuse_mixed("--from-plan", given(import_=import_, replica_choice=replica_choice, against=against))
+        if timing.hardware is None:
+            refuse_mixed("--from-plan without --hardware", given(timing))
         replan, made_by = replacing.read(written.force), command_line(output, replacing.from_plan, *traces)
         options = placing.options(simulation, timing, Against(), made_by)
         network.refuse_other(replan.old)
@@ -311,14 +312,16 @@ def place(
             made_by=command_line(output, file, *named, *traces),
         )
     else:
-        from semmoe.solvers.make_plan import make_plan
+        from semmoe.solvers.make_plan import make_plan, usual_stages
         from semmoe.terminal.progress import stages
 
         files = (output, network.topology or output, *named, *traces)
         options = placing.options(simulation, timing, held, command_line(*files))
         options = replace(options, phase=whose, replica_choice=rule)
-        with stages() as show:
-            plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
+        demands = placing.demands(simulation.seed)
+        usual = usual_stages(options, demands, opened[0].info.num_experts, links.num_ranks)
+        with stages(usual=usual) as show:
+            plan = make_plan(opened, links, demands, options, progress=show)
     plan = written.named(plan)
     plan.save(output)
     note_unchecked(*opened)

@@ -18,7 +18,7 @@ from semmoe.solvers.evaluate.score_plan import scored_batch
 from semmoe.solvers.evaluate.sums import deployment_sums
 from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.graph import QUICK_CAP, place_quickly
-from semmoe.solvers.place.solve import with_copies
+from semmoe.solvers.place.solve import Filling, with_copies
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.slots import Slots
 
@@ -59,7 +59,7 @@ def what_if(
         placed = once
         if placed.num_empty:
             slots = Slots.least(trace.info.num_experts, num_ranks)
-            placed = with_copies(placed, profile, topology, slots, load_cap=QUICK_CAP)
+            placed = with_copies(placed, profile, topology, slots, Filling(QUICK_CAP))
         placements = {"metis": placed, **baselines(profile.load_LE, topology, profile.info.n_group)}
         deployments = {
             name: Deployment(placement, profile.load_LE, topology, dispatch) for name, placement in placements.items()
@@ -88,5 +88,5 @@ def _with_more_slots(placed: Placement, profile: RoutingProfile, topology: Topol
     found, least = {}, placed.slots_per_rank
     for extra in EXTRA_SLOTS:
         if least + extra <= profile.info.num_experts and topology.num_ranks > 1:
-            found[extra] = with_copies(placed, profile, topology, Slots(least + extra), load_cap=QUICK_CAP)
+            found[extra] = with_copies(placed, profile, topology, Slots(least + extra), Filling(QUICK_CAP))
     return found

@@ -5,10 +5,16 @@ token that lives there a remote rank where the expert is the only one that the t
 rank (and is worth a part of one where there are two). Copies are taken one at a time at each rank,
 the best first; tokens then choose their homes again, and every copy is reconsidered. Where a search
 is asked for, experts take turns with copies: swaps of two experts for what tokens still need from
-other ranks, then copies anew. At last copies are exchanged where a rank would serve more than the
-load cap: the exchange that loses fewest saved ranks for the load that it relieves comes first.
+other ranks, then copies anew. Copies are exchanged where a rank would serve more than the load cap:
+the exchange that loses fewest saved ranks for the load that it relieves comes first.
 
-Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, S slots per rank.
+Over many ranks few tokens live beside a copy, and what it does to the others decides: they are
+served where the experts that they use too may not be. So a search starts from copies of the hottest
+experts too, and swaps experts and copies alike. What keeps the cap best, then needs fewest remote
+ranks, stays.
+
+Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, S slots per rank, I slots of all
+ranks.
 """
 
 from typing import NamedTuple
@@ -16,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.counts import co_activation_EE
-from semmoe.solvers.place.partition import PAIR_WORTH
-from semmoe.solvers.place.remote_gains import RemoteGains
+from semmoe.solvers.place.baselines import replicate
+from semmoe.solvers.place.partition import PAIR_WORTH, Problem, load_limits, polish, search_pairs
+from semmoe.solvers.place.remote_gains import RemoteGains, token_kinds
 from semmoe.solvers.place.replicas import serve_RE, served_load_R
 from semmoe.solvers.place.swap import rank_loads, swap_search
 from semmoe.solvers.placement import Topology
@@ -33,6 +40,9 @@ TURN_SLACK = 1.10  # load over the mean that swaps may leave, tried beside the c
 FORBIDDEN = -1e5  # tokens that a swap is worth where its expert is on the rank already
 LEVEL_STEPS = 4  # exchanges of copies per rank, at most
 LEVEL_TRIALS = 12  # exchanges tried at each
+SWAP_ROWS = 16_384  # tokens by which remote ranks are counted there; pairs are counted over all
+MOST_SLOTS = 1_024  # of all ranks, where experts and copies are swapped alike: a swap costs their square
+APART = 10.0  # pairs of the closest experts that two copies of one expert on a rank cost
 
 
 class CopiedLayer(NamedTuple):
@@ -41,10 +51,17 @@ class CopiedLayer(NamedTuple):
     rank_of_E: np.ndarray  # the placement of every expert once, int [E]
     expert_ids_TK: np.ndarray  # a sample of tokens; E stands for an empty slot
     load_E: np.ndarray  # activations
+    affinity_EE: np.ndarray | None = None  # co-activation, int64; only looked at where slots are searched
 
 
 def add_copies(
-    layer: CopiedLayer, topology: Topology, *, slots: int, load_cap: float = np.inf, turns: int = 0
+    layer: CopiedLayer,
+    topology: Topology,
+    *,
+    slots: int,
+    load_cap: float = np.inf,
+    turns: int = 0,
+    swaps: int = 0,
 ) -> np.ndarray:
     """Experts of every rank in slot order: its own in ascending order, then copies until the slots
     are full.
@@ -56,6 +73,8 @@ def add_copies(
         load_cap: copies are exchanged while a rank serves more than this times the mean, where that
             helps.
         turns: of experts and copies, until one brings no fewer remote ranks; 0: experts stay.
+        swaps: of experts and copies of the hottest on co-activation, and a third of them on remote
+            ranks; 0: not tried.
 
     Returns:
         int32 [R, S], no expert twice on one rank.
@@ -74,6 +93,9 @@ def add_copies(
                 break
             copies, fewest = again, fewer
         found += [copies] if copies is not first else []
+    if swaps and slots * topology.num_ranks <= MOST_SLOTS:
+        held_RS = _swapped_slots(layer, topology.num_ranks, slots, load_cap, swaps)
+        found += [] if held_RS is None else [_Copies.of(held_RS, first, layer.rank_of_E)]
     if np.isfinite(load_cap):
         for copies in found:
             copies.level(load_cap)
@@ -103,6 +125,71 @@ def _filled(
     return copies, best[0]
 
 
+def _swapped_slots(
+    layer: CopiedLayer, num_ranks: int, slots: int, load_cap: float, swaps: int
+) -> list[list[int]] | None:
+    """Experts of each rank after swaps of experts and of copies of the hottest, as if the copies of
+    an expert shared its tokens evenly; None where an expert would be twice on a rank."""
+    load_E, num_experts = layer.load_E.astype(np.float64), len(layer.load_E)
+    # Step 1: copies of the hottest, each on the rank with room that carries least.
+    expert_I, copies_E = replicate(load_E, slots * num_ranks, num_ranks)
+    share_E = load_E / copies_E
+    added = expert_I[num_experts:]
+    expert_I = np.append(np.arange(num_experts), added[np.argsort(-share_E[added], kind="stable")])
+    rank_of_I = layer.rank_of_E.tolist()
+    held_R = [set(np.flatnonzero(layer.rank_of_E == rank).tolist()) for rank in range(num_ranks)]
+    carried_R = np.bincount(layer.rank_of_E, share_E, num_ranks)
+    for expert in expert_I[num_experts:].tolist():
+        free_R = np.array([len(held) < slots and expert not in held for held in held_R])
+        if not free_R.any():
+            return None
+        rank = int(np.where(free_R, carried_R, np.inf).argmin())
+        rank_of_I.append(rank)
+        held_R[rank].add(expert)
+        carried_R[rank] += share_E[expert]
+    # Step 2: swaps, on pairs and then on remote ranks.
+    problem = _problem_of_slots(layer, expert_I, copies_E, num_ranks, load_cap)
+    rank_of_I = search_pairs(np.array(rank_of_I), problem, swaps, seed=0)
+    rank_of_I = polish(rank_of_I, problem, swaps // 3, seed=0)
+    held_RS = [expert_I[rank_of_I == rank].tolist() for rank in range(num_ranks)]
+    return held_RS if all(len(set(held)) == slots for held in held_RS) else None
+
+
+def _problem_of_slots(
+    layer: CopiedLayer, expert_I: np.ndarray, copies_E: np.ndarray, num_ranks: int, load_cap: float
+) -> Problem:
+    """Experts and copies as experts of their own, which tokens choose alike."""
+    step = max(1, -(-len(layer.expert_ids_TK) // SWAP_ROWS))
+    ids_TK, num_slots = layer.expert_ids_TK[::step].astype(np.int64), len(expert_I)
+    affinity_EE = layer.affinity_EE
+    if affinity_EE is None:
+        affinity_EE = co_activation_EE(ids_TK, len(copies_E))
+    # Step 1: slots of each expert, and of each choice of a token one of them.
+    slot_EC = np.full((len(copies_E) + 1, copies_E.max()), num_slots)
+    order = np.argsort(expert_I, kind="stable")
+    place = np.arange(num_slots) - np.searchsorted(expert_I[order], expert_I[order])
+    slot_EC[expert_I[order], place] = order
+    turn_TK = np.random.default_rng(0).integers(0, 2**30, ids_TK.shape) % np.append(copies_E, 1)[ids_TK]
+    kinds_XK, kind_T = token_kinds(slot_EC[ids_TK, turn_TK], num_slots)
+    weight_X = np.bincount(kind_T, minlength=len(kinds_XK)).astype(np.float64)
+    # Step 2: pairs, in tokens of these rows; copies of one expert keep apart.
+    rows_share = ids_TK.size / max(float(np.trace(affinity_EE)), 1.0)
+    pairs_EE = rows_share * affinity_EE / np.outer(copies_E, copies_E)
+    pairs_II = pairs_EE[np.ix_(expert_I, expert_I)]
+    is_same_II = (expert_I[:, None] == expert_I) & ~np.eye(num_slots, dtype=bool)
+    pairs_II[is_same_II] = -APART * max(float(pairs_EE.max()), 1.0)
+    load_JI = (layer.load_E / copies_E)[expert_I][None]
+    return Problem(
+        affinity_EE=pairs_II,
+        expert_ids_XK=kinds_XK,
+        cost_XR=np.repeat(weight_X[:, None], num_ranks, axis=1),
+        home_ER=np.zeros((num_slots, num_ranks)),
+        closeness_RR=np.eye(num_ranks),
+        load_JE=load_JI,
+        limit_J=load_limits(load_JI, num_ranks, load_cap),
+    )
+
+
 class _Copies:
     """Experts of each rank of one layer, where the tokens live, and what each copy saves them."""
 
@@ -115,6 +202,22 @@ class _Copies:
         self.held_RS = [np.flatnonzero(rank_of_E == rank).tolist() for rank in range(num_ranks)]
         self.own_R = np.array([len(held) for held in self.held_RS])  # slots of the ranks' own experts
         self.hold(self.held_RS)
+
+    @classmethod
+    def of(cls, held_RS: list[list[int]], like: "_Copies", rank_of_E: np.ndarray) -> "_Copies":
+        """Slots with these experts; each is at home on its rank of before, where that still holds
+        it."""
+        hosts_ER = np.zeros((like.num_experts, like.num_ranks), bool)
+        for rank, held in enumerate(held_RS):
+            hosts_ER[held, rank] = True
+        stays_E = hosts_ER[np.arange(len(hosts_ER)), rank_of_E]
+        copies = cls(
+            np.where(stays_E, rank_of_E, hosts_ER.argmax(axis=1)), like.ids_TK, like.load_E, like.topology, like.slots
+        )
+        own_RS = copies.held_RS
+        copies.hold([own + sorted(set(held) - set(own)) for own, held in zip(own_RS, held_RS, strict=True)])
+        copies.settle()
+        return copies
 
     def hold(self, held_RS: list[list[int]]) -> None:
         """These experts on the ranks."""

@@ -106,17 +106,24 @@ def partition(problem: Problem, num_ranks: int, effort: Effort, *, seed: int, co
     # Step 1: a short search on co-activation from every start.
     more = int(np.clip(256 // num_experts, 1, 4))
     starts = _starts(problem, num_ranks, effort, more, seed, contiguous)
-    no_home_ER = np.zeros_like(problem.home_ER)
-    found = [_search(start, problem, no_home_ER, effort.steps, seed + i) for i, start in enumerate(starts)]
+    found = [search_pairs(start, problem, effort.steps, seed + i) for i, start in enumerate(starts)]
     found = _best(found, problem, num_ranks, effort.finalists * more)
     # Step 2: a longer one from the better half.
-    longer = [_search(rank_of_E, problem, no_home_ER, 3 * effort.steps, seed + i) for i, rank_of_E in enumerate(found)]
+    longer = [search_pairs(rank_of_E, problem, 3 * effort.steps, seed + i) for i, rank_of_E in enumerate(found)]
     found = _best(found + longer, problem, num_ranks, effort.finalists * min(more, 2))
     if len(problem.expert_ids_XK) == 0:
         return found[0]
     # Step 3: the exact objective for the best few.
     steps = effort.polish_steps
     return best_polished([polish(f, problem, steps, seed + i) for i, f in enumerate(found)], problem, num_ranks)
+
+
+def search_pairs(rank_of_E: np.ndarray, problem: Problem, steps: int, seed: int) -> np.ndarray:
+    """The placement improved on pairs of experts alone. Arguments and result as of `polish`."""
+    no_home_ER = np.zeros_like(problem.home_ER)
+    gains = AffinityGains(rank_of_E, problem.affinity_EE, no_home_ER, problem.closeness_RR)
+    options = {"num_ranks": problem.home_ER.shape[1], "steps": steps, "patience": steps // 2, "seed": seed}
+    return swap_search(gains, problem.load_JE, problem.limit_J, **options)[0]
 
 
 def polish(rank_of_E: np.ndarray, problem: Problem, steps: int, seed: int) -> np.ndarray:
@@ -150,12 +157,6 @@ def best_polished(candidates: list[np.ndarray], problem: Problem, num_ranks: int
     """The candidate with least overload, then the highest exact value; the first among equals."""
     scores = [(-overload(c, problem.load_JE, problem.limit_J, num_ranks), exact_value(c, problem)) for c in candidates]
     return candidates[scores.index(max(scores))]
-
-
-def _search(rank_of_E: np.ndarray, problem: Problem, home_ER: np.ndarray, steps: int, seed: int) -> np.ndarray:
-    gains = AffinityGains(rank_of_E, problem.affinity_EE, home_ER, problem.closeness_RR)
-    options = {"num_ranks": home_ER.shape[1], "steps": steps, "patience": steps // 2, "seed": seed}
-    return swap_search(gains, problem.load_JE, problem.limit_J, **options)[0]
 
 
 def _best(candidates: list[np.ndarray], problem: Problem, num_ranks: int, count: int) -> list[np.ndarray]:

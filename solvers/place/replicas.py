@@ -197,24 +197,19 @@ def serve_RE(hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) -> np
     """`serving_LRE` of one layer, int32 [R, E]."""
     num_experts, num_ranks = hosts_ER.shape
     node_of_R = topology.node_of_R.tolist()
-    serving_RE = np.empty((num_ranks, num_experts), np.int32)
-    carried_R = np.zeros(num_ranks)
-    copies_E = hosts_ER.sum(axis=1)
-    # Every source rank sends an equal share. Experts with one copy leave no choice, so their load
-    # is laid first.
+    # Every source rank sends an equal share. At first the hosts that may serve a source share it
+    # evenly, so that who comes early leaves room for who comes late.
     share_E = load_E / num_ranks
-    single = copies_E == 1
-    serving_RE[:, single] = hosts_ER[single].argmax(axis=1)
-    np.add.at(carried_R, serving_RE[0, single], load_E[single])
-    several = np.flatnonzero(~single)
-    for e in several:
-        hosts = np.flatnonzero(hosts_ER[e])
-        serving_RE[hosts, e] = hosts
-        carried_R[hosts] += share_E[e]
+    waiting_ER = _even_shares_ER(hosts_ER, topology) * share_E[:, None]
+    carried_R = (hosts_ER * share_E[:, None] + waiting_ER).sum(axis=0)
+    serving_RE = np.repeat(hosts_ER.argmax(axis=1)[None].astype(np.int32), num_ranks, axis=0)
+    several = np.flatnonzero(hosts_ER.sum(axis=1) > 1)
     # Few hosts and many ranks: plain numbers are faster than arrays here.
     carried = carried_R.tolist()
     for e in several[np.argsort(-load_E[several], kind="stable")]:
         hosts, share = np.flatnonzero(hosts_ER[e]).tolist(), float(share_E[e])
+        for host in hosts:
+            carried[host] -= float(waiting_ER[e, host])
         chosen_R = list(range(num_ranks))
         near_N = {node: [host for host in hosts if node_of_R[host] == node] for node in set(node_of_R)}
         for rank in np.flatnonzero(~hosts_ER[e]).tolist():
@@ -223,6 +218,16 @@ def serve_RE(hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) -> np
             carried[chosen] += share
         serving_RE[:, e] = chosen_R
     return serving_RE
+
+
+def _even_shares_ER(hosts_ER: np.ndarray, topology: Topology) -> np.ndarray:
+    """Ranks without the expert that each host would serve if those of its node shared the ranks
+    beside them evenly, and all hosts those of nodes without one, float64 [E, R]."""
+    node_of_R, per_node = topology.node_of_R, topology.ranks_per_node
+    hosts_EN = hosts_ER.reshape(len(hosts_ER), topology.num_nodes, per_node).sum(axis=2)
+    near_EN = (per_node - hosts_EN) / np.maximum(hosts_EN, 1)
+    far_E = per_node * (hosts_EN == 0).sum(axis=1) / hosts_EN.sum(axis=1)
+    return hosts_ER * (near_EN[:, node_of_R] + far_E[:, None])
 
 
 def served_load_R(serving_RE: np.ndarray, load_E: np.ndarray) -> np.ndarray:

@@ -6,12 +6,13 @@ Shape letters: L MoE layers, E experts, R ranks, J load vectors.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Progress
+from semmoe.profiles.progress import Progress, Stages, unshown, unshown_stages
 from semmoe.profiles.trace import TraceInfo
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_contiguous, place_load_on_nodes
@@ -26,7 +27,9 @@ from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.slots import Slots
 from semmoe.solvers.workers import layer_map
 
+PLACING, FILLING = "placing layers", "filling spare slots of layers"  # stages, as progress tells them
 COPY_TURNS = {"fast": 0, "default": 2, "max": 4}
+COPY_SWAPS = {"fast": 0, "default": 300, "max": 1_200}
 LARGEST_TURNS = 128  # experts of a layer: a swap costs their square, and the search of the placement has had its share
 
 Method = Callable[[RoutingProfile, Topology, Demands, Progress | None], Solved]
@@ -108,7 +111,12 @@ def check_demands(info: TraceInfo, topology: Topology, demands: Demands, *, meth
 
 
 def solve_placement(
-    profile: RoutingProfile, topology: Topology, demands: Demands, *, method: str, progress: Progress | None = None
+    profile: RoutingProfile,
+    topology: Topology,
+    demands: Demands,
+    *,
+    method: str,
+    progress: Stages = unshown_stages,
 ) -> Solved:
     """Placement of the profile's experts by one of METHODS, its loads, and notes on what it could
     not keep.
@@ -118,7 +126,8 @@ def solve_placement(
         topology: ranks, nodes and, where known, costs between ranks.
         demands: what is asked of the placement.
         method: a name of METHODS.
-        progress: told of every layer that is done, over all passes over the layers.
+        progress: told of every layer that is placed, over all passes over the layers, and of every
+            layer whose spare slots are filled.
 
     Raises InputError where the slots do not hold the experts, or a demand cannot be met by the
     method.
@@ -133,36 +142,40 @@ def solve_placement(
         placement = baselines(profile.load_LE, topology, profile.info.n_group, slots=slots)[method]
         solved = Solved(placement, _served_LR(placement, profile, topology))
     else:
-        solved = METHODS[method](profile, topology, demands, progress)
+        solved = METHODS[method](profile, topology, demands, partial(progress, PLACING))
         if filled:
-            options = {"load_cap": demands.load_cap, "processes": demands.processes}
+            filling = Filling(demands.load_cap, demands.processes, partial(progress, FILLING))
             if method == "semmoe":
-                options["turns"] = _copy_turns(profile.info, topology, demands)
-            placement = with_copies(solved.placement, profile, topology, slots, **options)
+                filling = filling._replace(**_copy_search(profile.info, topology, demands))
+            placement = with_copies(solved.placement, profile, topology, slots, filling)
             solved = replace(solved, placement=placement, loads_LR=_served_LR(placement, profile, topology))
     # Step 3: say what was not kept.
     return replace(solved, notes=solved.notes + _cap_notes(solved.placement, profile, topology, demands))
 
 
-def _copy_turns(info: TraceInfo, topology: Topology, demands: Demands) -> int:
-    """Turns of experts and copies: where tokens of a layer choose their homes by themselves, and
-    layers are small enough for a second search."""
+def _copy_search(info: TraceInfo, topology: Topology, demands: Demands) -> dict[str, int]:
+    """How experts move for the sake of copies, as `add_copies` has it: where tokens of a layer
+    choose their homes by themselves; in turns where layers are small enough for a second search."""
     by_request = demands.objective == "dp" or demands.dispatch == "per-expert"
     by_network = topology.num_nodes > 1 or topology.cost_RR is not None
-    if by_request or by_network or info.num_experts > LARGEST_TURNS:
-        return 0
-    return COPY_TURNS[demands.effort]
+    if by_request or by_network:
+        return {}
+    turns = COPY_TURNS[demands.effort] if info.num_experts <= LARGEST_TURNS else 0
+    return {"turns": turns, "swaps": COPY_SWAPS[demands.effort]}
+
+
+class Filling(NamedTuple):
+    """How spare slots are filled. The result does not depend on `processes`."""
+
+    load_cap: float  # most load of a rank over the mean, where copies can keep it
+    processes: int = 1
+    progress: Progress = unshown  # told of every layer
+    turns: int = 0  # of experts and copies, and swaps of both (`add_copies`)
+    swaps: int = 0
 
 
 def with_copies(
-    placement: Placement,
-    profile: RoutingProfile,
-    topology: Topology,
-    slots: Slots,
-    *,
-    load_cap: float,
-    processes: int = 1,
-    turns: int = 0,
+    placement: Placement, profile: RoutingProfile, topology: Topology, slots: Slots, filling: Filling
 ) -> Placement:
     """A placement without copies with its spare slots filled, layer by layer in worker processes.
 
@@ -171,18 +184,21 @@ def with_copies(
         profile: counts, and a sample of tokens, that copies are chosen by (`add_copies`).
         topology: ranks and nodes.
         slots: of each rank.
-        load_cap: most load of a rank over the mean, where copies can keep it.
-        processes: worker processes; the result does not depend on them.
-        turns: of experts and copies (`add_copies`).
+        filling: under which cap, and how long it may search.
     """
     ids_TLK = profile.sample.expert_ids_TLK[:: max(1, profile.sample.num_tokens // SAMPLE_ROWS)]
+    num_layers, options = profile.info.num_layers, {"turns": filling.turns, "swaps": filling.swaps}
     layers = (
-        CopiedLayer(rank_of_E, ids_TLK[:, number], profile.load_LE[number])
+        CopiedLayer(rank_of_E, ids_TLK[:, number], profile.load_LE[number], profile.co_activation_LEE[number])
         for number, rank_of_E in enumerate(placement.rank_of_LE)
     )
-    fill = partial(add_copies, topology=topology, slots=slots.per_rank, load_cap=load_cap, turns=turns)
-    with layer_map(processes, profile.info.num_experts) as run:
-        return Placement(np.stack(list(run(fill, layers))), profile.info.num_experts)
+    fill = partial(add_copies, topology=topology, slots=slots.per_rank, load_cap=filling.load_cap, **options)
+    filled = []
+    with layer_map(filling.processes, profile.info.num_experts) as run:
+        for experts_RS in run(fill, layers):
+            filled.append(experts_RS)
+            filling.progress(len(filled), num_layers)
+    return Placement(np.stack(filled), profile.info.num_experts)
 
 
 def _served_LR(placement: Placement, profile: RoutingProfile, topology: Topology) -> np.ndarray:

@@ -18,14 +18,14 @@ import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile, co_activation_EE
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Progress, unshown
+from semmoe.profiles.progress import Progress, Stages, unshown, unshown_stages
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_load_on_nodes
 from semmoe.solvers.place.exact_counts import LEAST_REQUESTS, REQUEST_SHARE, in_linear_shares
 from semmoe.solvers.place.graph import place_quickly
 from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
-from semmoe.solvers.place.solve import with_copies
+from semmoe.solvers.place.solve import FILLING, PLACING, Filling, with_copies
 from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.time.batches import Pool, pool_of
 from semmoe.solvers.time.copies import CopyTask, place_copies
@@ -246,18 +246,24 @@ def check_for_time(asked: TimeAsked | None, method: str, demands: Demands) -> No
 
 
 def solve_for_time(
-    profile: RoutingProfile, topology: Topology, demands: Demands, asked: TimeAsked, *, progress: Progress | None = None
+    profile: RoutingProfile,
+    topology: Topology,
+    demands: Demands,
+    asked: TimeAsked,
+    *,
+    progress: Stages = unshown_stages,
 ) -> Solved:
     """The placement of least predicted time that is found from packing by load and from the fewest
     rows under the load cap."""
     info = profile.info
     prompts = float(profile.sample.is_prompt_T.mean()) if profile.sample.num_tokens else 0.0
     costing = costing_of(asked, info, topology, prompts=prompts)
-    solved = place_for_time(profile, topology, demands, costing, progress)
+    solved = place_for_time(profile, topology, demands, costing, partial(progress, PLACING))
     slots = demands.slots_of(info.num_experts, topology.num_ranks)
     if not slots.copies or slots.per_rank * topology.num_ranks == info.num_experts:
         return solved
-    copied = copies_for_time(profile, topology, demands, costing, solved.placement)
+    filling = partial(progress, FILLING)
+    copied = copies_for_time(profile, topology, demands, costing, solved.placement, progress=filling)
     return replace(copied, notes=solved.notes)
 
 
@@ -338,7 +344,13 @@ def fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -
 
 
 def copies_for_time(
-    profile: RoutingProfile, topology: Topology, demands: Demands, costing: Costing, placement: Placement
+    profile: RoutingProfile,
+    topology: Topology,
+    demands: Demands,
+    costing: Costing,
+    placement: Placement,
+    *,
+    progress: Progress = unshown,
 ) -> Solved:
     """The placement with its spare slots filled for the predicted time: from what load packing
     copies and from what affinity does, whichever becomes faster at a layer.
@@ -347,9 +359,7 @@ def copies_for_time(
     """
     info, num_ranks = profile.info, topology.num_ranks
     slots = demands.slots_of(info.num_experts, num_ranks)
-    by_affinity = with_copies(
-        placement, profile, topology, slots, load_cap=demands.load_cap, processes=demands.processes
-    )
+    by_affinity = with_copies(placement, profile, topology, slots, Filling(demands.load_cap, demands.processes))
     by_load = baselines(profile.load_LE, topology, info.n_group, slots=slots)["load"]
     pool = pool_of(profile.sample, costing.phase)
     fitted = batches_to_fit(pool, costing, num_ranks, num_batches=BATCHES[demands.effort], seed=demands.seed)
@@ -365,7 +375,10 @@ def copies_for_time(
             yield task, [by_load.hosts_LER[layer], by_affinity.hosts_LER[layer]]
 
     with layer_map(demands.processes, info.num_experts) as run:
-        hosts = list(run(_solve_copies, tasks()))
+        hosts = []
+        for hosts_ER in run(_solve_copies, tasks()):
+            hosts.append(hosts_ER)
+            progress(len(hosts), info.num_layers)
     experts_LRS = np.array([[np.flatnonzero(hosts_ER[:, r]) for r in range(num_ranks)] for hosts_ER in hosts])
     copied = Placement(experts_LRS.astype(np.int32), info.num_experts)
     serving = serving_LRE(copied.hosts_LER, profile.load_LE, topology)

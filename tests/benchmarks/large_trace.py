@@ -59,7 +59,7 @@ def main() -> None:
                     np.ascontiguousarray(ids_LTK[:, rows].transpose(1, 0, 2)),
                     domain=f"topic {tokens.topic_T[start] % 3}",
                     token_ids=tokens.token_ids_T[rows],
-                    num_prompt_tokens=PROMPT_TOKENS,
+                    num_prompt_tokens=min(PROMPT_TOKENS, rows.stop - start),
                 )
 
 

@@ -73,6 +73,18 @@ def test_no_shift_writes_the_old_plan_to_the_byte(made):
     assert json.loads((made / "same" / "delta.json").read_text())["decision"]["move"] is False
 
 
+def test_with_hardware_gain_and_price_are_microseconds(made):
+    machine = ("--hardware", "h100", "--hidden-size", 2048, "--expert-size", 768, "--tokens-per-rank", 64)
+    words = ("place", made / "t1", "--from-plan", made / "p", *machine, "--phase", "generated", "--processes", 1)
+    printed = run(*words, "--force", "--moves", "50%", "--horizon-tokens", 10**9, "-o", made / "timed", "--json")
+    told, delta = json.loads(printed), json.loads((made / "timed" / "delta.json").read_text())
+    assert delta["decision"]["unit"] == told["replan"]["decision"]["unit"] == "us per layer"
+    assert told["time"]["hardware"] == "h100" and 0 < delta["decision"]["cost"] < delta["decision"]["gain"]
+    assert delta["budget"]["used"] > 0 and sum(layer["gain"] for layer in delta["layers"]) > 0
+    dear = json.loads(run(*words, "--force", "--move-cost", 1e6, "-o", made / "dear", "--json"))["replan"]
+    assert dear["budget"]["used"] == 0
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -88,7 +100,10 @@ def test_no_shift_writes_the_old_plan_to_the_byte(made):
         ("--topology", "links.json"),
         ("--minimize", "bytes"),
         ("--lar-weight", "auto"),
-        ("--hardware", "h100"),
+        ("--minimize", "time"),
+        ("--hardware", "h100", "--minimize", "bytes"),
+        ("--phase", "prompt"),
+        ("--engine", "vllm"),
     ],
 )
 def test_options_that_do_not_go_together_are_a_wrong_use(made, words):
@@ -108,6 +123,7 @@ def test_options_without_a_plan_are_a_wrong_use(made):
         (("--ranks", "8"), "the old plan is for 4"),
         (("--nodes", "2"), "the old plan is for 1"),
         (("--horizon-tokens", "1000"), "needs the size of an expert"),
+        (("--hardware", "h100"), "sizes of 2 layers of 16 experts, top-3, are not known"),
     ],
 )
 def test_what_the_old_plan_cannot_be_is_one_line(made, words, said):

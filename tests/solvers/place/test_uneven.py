@@ -15,7 +15,7 @@ from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.sums import deployment_sums
 from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.bounds import certificate_of
-from semmoe.solvers.place.solve import METHODS, solve_placement
+from semmoe.solvers.place.solve import FILLING, METHODS, solve_placement
 from semmoe.solvers.placement import EMPTY, Placement, Topology, part_sizes
 from semmoe.solvers.slots import Slots
 
@@ -108,3 +108,13 @@ def test_bounds_hold_for_uneven_shares():
     filled = solve_placement(profile, topology, Demands(load_cap=1.3), method="semmoe").placement
     with pytest.raises(InputError, match="add --spare empty"):
         certificate_of(profile, filled, load_cap=1.3)
+
+
+def test_progress_names_the_stage_of_copies():
+    profile = profile_of(random_rows(np.random.default_rng(5), 10, 60), 10, layers=2)
+    told: list[tuple[str, int, int]] = []
+    solve_placement(profile, Topology(4), Demands(objective="tp"), method="semmoe", progress=lambda *x: told.append(x))
+    assert told == [
+        *[("placing layers", done, 2) for done in (1, 2)],
+        *[(FILLING, done, 2) for done in (1, 2)],
+    ]
