@@ -52,6 +52,14 @@ class Sampled:
     per_resample: int
     resampled: Drawn  # their batches, resample by resample
 
+    @property
+    def rows_MJ(self) -> np.ndarray:
+        return self.drawn.rows_MJ
+
+    @property
+    def resampled_MJ(self) -> np.ndarray:
+        return self.resampled.rows_MJ
+
 
 def timed_report(
     report: Report,
@@ -119,7 +127,7 @@ def predict(
         break_even_imbalance=None,
         sensitivity=None,
         verdict=None,
-        batches=len(sampled.drawn.rows_MJ),
+        batches=len(sampled.rows_MJ),
         resamples=len(sampled.drawn_XB),
         layers=len(sampled.layers),
         notes=[note for note in (*costing.notes, sampled.pool.note) if note],
@@ -261,11 +269,11 @@ def _scheduled(
             rows_MJ = np.stack([homes_of_requests(sampled.pool, requests, *options) for requests in requests_MB])
             return count_drawn(found, Drawn.of(rows_MJ, sampled.ids_LTK, size[0], found.serving_LRE.shape[2]))
 
-        everyone = [np.arange(len(homes_B))] * len(sampled.drawn.rows_MJ)
+        everyone = [np.arange(len(homes_B))] * len(sampled.rows_MJ)
         if not costing.deployable(name):
             return counts(everyone), None
         return counts(everyone), counts([b for b in sampled.drawn_XB for _ in range(sampled.per_resample)])
-    rows_MJ = sampled.drawn.rows_MJ[:SCHEDULED_BATCHES]
+    rows_MJ = sampled.rows_MJ[:SCHEDULED_BATCHES]
     homes = _sliced(name, sampled, deployed.placement, schedule, rows_MJ, rng)
     return count_batches(found, rows_MJ, homes), None
 
