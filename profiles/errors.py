@@ -1,20 +1,24 @@
 """InputError: input that cannot be used. The command line prints it as one line and exits with 1.
 
-Text of users on that line is made visible. And the one such line that asks for an install: the
-base package runs without PyTorch, and what needs a package of an extra says which.
+Text of users on that line is made visible, lists are cut, and models have a name. And the one such
+line that asks for an install: the base package runs without PyTorch, and what needs a package of an
+extra says which.
 """
 
 import os
 from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import PurePath
 from unicodedata import category
 
 # Packages that the base install lacks, by the extra of pyproject.toml that brings them.
 EXTRAS = {
     "models": ("torch", "transformers", "datasets", "accelerate", "tokenizers", "huggingface_hub"),
-    "route": ("starlette", "uvicorn", "httptools", "uvloop", "aiohttp"),
+    "route": ("starlette", "uvicorn", "httptools", "uvloop"),
 }
 DEBUG = "SEMMOE_DEBUG"  # environment variable; `semmoe --debug` sets it, for ranks and workers too
+
+UNNAMED = ("", "unknown")  # what a trace says of a model that nobody named
 
 # Characters that nobody sees: control, format, half a character, ends of line and of paragraph;
 # but words and emoji are made with the two joiners.
@@ -35,6 +39,14 @@ def listed(names: Iterable[object], most: int = 12) -> str:
     shown = [str(name) for name in names]
     more = len(shown) - most
     return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def model_name(model: str, where: str = "") -> str:
+    """Name of a model for people. One that nobody named is that of the trace or plan `where`, or
+    ""."""
+    if model not in UNNAMED:
+        return model
+    return f"the model of {PurePath(where).name}" if where else ""
 
 
 def require_extra(what: str, *packages: str) -> None:

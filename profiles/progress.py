@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 Stages = Callable[[str, int, int], None]  # name of a stage, steps done in it, its steps in all
+AGAIN = " again"  # in the name of a stage that does what an earlier one did
 
 
 def unshown(done: int, total: int) -> None:

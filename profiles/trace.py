@@ -467,7 +467,7 @@ COLUMN_TYPES = {
     "rank": ("int32",),
 }
 LISTS = ("token_ids", "expert_ids", "load")
-MAY_BE_NULL = ("token_ids",)  # the list, not a value of it
+MAY_BE_NULL = ("token_ids", "rank")  # the list, not a value of it; a rank that nobody knows
 
 
 def _read(file: pq.ParquetFile, name: str, columns: list[str], group: int | None = None) -> pa.Table:

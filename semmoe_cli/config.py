@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from semmoe.profiles.errors import InputError, visible
+from semmoe.terminal.loudness import Quiet, Verbose
 
 FILE = "semmoe.toml"
 NAMED = "semmoe --config"  # where a context keeps the file that was named before the command
@@ -30,11 +31,11 @@ HELP = f"File with defaults of {', '.join(KEYS)}; ./{FILE} where there is one. T
 _used: list[str] = []  # by the command that was parsed last
 
 
-def takes_config(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with --config beside its own options."""
+def takes_common(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with --config, --quiet and --verbose beside its own options."""
 
     @wraps(command)
-    def with_config(*, config: Path | None = None, **values: Any) -> None:
+    def with_common(*, config: Path | None = None, quiet: bool = False, verbose: bool = False, **values: Any) -> None:
         command(**values)
 
     option = Annotated[
@@ -48,9 +49,13 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
         ),
     ]
     of_command = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in signature(command).parameters.values()]
-    added = Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=option)
-    with_config.__signature__ = signature(command).replace(parameters=[*of_command, added])  # pyright: ignore[reportAttributeAccessIssue]
-    return with_config
+    added = [
+        Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=option),
+        Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
+        Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=Verbose),
+    ]
+    with_common.__signature__ = signature(command).replace(parameters=[*of_command, *added])  # pyright: ignore[reportAttributeAccessIssue]
+    return with_common
 
 
 def read_config(path: Path) -> dict[str, Any]:

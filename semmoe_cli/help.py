@@ -33,7 +33,7 @@ PANELS = {
     "Server": "tokenizer host port metrics_port band max_inflight record",
     "Replay": "replay",
     "Checks": "check verify timeout accept_edits",
-    OUTPUT: "all_ fail_under output name link force json_ config version debug install_completion show_completion help",
+    OUTPUT: "all_ fail_under output name link force json_ config quiet verbose version debug install_completion show_completion help",
 }
 # Options of one name that are about something else in a command.
 PANELS_OF = {

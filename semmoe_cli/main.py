@@ -8,7 +8,9 @@ import errno
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -26,10 +28,11 @@ from semmoe.commands.run import run
 from semmoe.commands.show import show
 from semmoe.commands.trace import trace
 from semmoe.commands.try_ import try_
-from semmoe.config import HELP, NAMED, takes_config
+from semmoe.config import HELP, NAMED, takes_common
 from semmoe.help import Command, Group
 from semmoe.profiles.errors import DEBUG, InputError, show_traceback, visible
 from semmoe.profiles.hub.urls import is_network_failure, why
+from semmoe.terminal.loudness import USUAL, Quiet, Verbose, detail, set_loudness
 
 app = typer.Typer(
     name="semmoe",
@@ -42,8 +45,8 @@ app = typer.Typer(
     epilog="Example: semmoe trace --from sglang responses.jsonl.gz -o t; semmoe place t --ranks 4 -o p; semmoe report p t",
 )
 for command in (demo, trace, place, report, compare, show, reshard, export, run, route, push, pull):
-    app.command(cls=Command)(takes_config(command))
-app.command("try", cls=Command)(takes_config(try_))
+    app.command(cls=Command)(takes_common(command))
+app.command("try", cls=Command)(takes_common(try_))
 
 
 def _print_version(asked: bool) -> None:
@@ -67,10 +70,24 @@ def _options(
         ),
     ] = False,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help=HELP)] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     context.meta[NAMED] = config
+    if not quiet and not verbose:
+        set_loudness(USUAL)
+    context.call_on_close(partial(_tell_cost, time.monotonic()))
     if debug:
         os.environ[DEBUG] = "1"
+
+
+def _tell_cost(started: float) -> None:
+    """What the command took, in this process and in those that it started."""
+    import resource
+
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    unit = 1 if sys.platform == "darwin" else 1024
+    detail(f"{time.monotonic() - started:.1f} s, at most {peak * unit / 1e9:.2f} GB in a process")
 
 
 def main() -> None:

@@ -204,6 +204,7 @@ class Verify(enum.StrEnum):
 
 
 UNDER = 3  # exit code: 1 is bad input, 2 a wrong command line
+UNTOLD_FLAGS = ("--json", "--debug", "-q", "--quiet", "-v", "--verbose")
 UNTOLD = ("--output", "--processes", "--config")  # of a command line, where it is recorded
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
@@ -499,7 +500,7 @@ def command_line(*path_values: Path | str) -> str:
             skip = False
         elif word in ("-o", *UNTOLD):
             skip = True
-        elif word in ("--json", "--debug") or word.partition("=")[0] in UNTOLD or re.match("-o.", word):
+        elif word in UNTOLD_FLAGS or word.partition("=")[0] in UNTOLD or re.match("-o.", word):
             continue
         elif (value := word.partition("=")[2]) and value in hidden:
             words.append(word.partition("=")[0])  # an option that names a file, as where a space stands between the two

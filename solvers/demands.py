@@ -28,7 +28,7 @@ class Demands:
         slots: expert slots of a rank in all; 0: ceil(E / R) and `replicas`.
         redundant: copies of experts on all ranks together, in place of `slots` and `replicas`.
         spare: what slots beyond one for each expert hold: "copies" or "empty" (every expert once).
-        robust: clusters of requests that each keep the cap; 0 = only all together.
+        robust: resamples of the requests that each keep the cap; 0: only all of them.
         expressible: "permutation": only what a permuted checkpoint of a grouped model can express.
         effort: how long to search: "fast", "default" or "max".
         processes: worker processes; the result does not depend on it.

@@ -18,7 +18,7 @@ from semmoe.profiles.checkpoint import same_routers
 from semmoe.profiles.counts import RoutingProfile, profile_split
 from semmoe.profiles.embedding import input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.progress import Stages, unshown_stages
+from semmoe.profiles.progress import AGAIN, Stages, unshown_stages
 from semmoe.profiles.sample import bounded_requests
 from semmoe.profiles.split import one_sided, only_phase, phase_of, phase_shares, request_keys, split_requests
 from semmoe.profiles.trace import RoutingTrace
@@ -31,7 +31,7 @@ from semmoe.solvers.evaluate.report import Report
 from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, score_batch, scored_batch
 from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
 from semmoe.solvers.place.replicas import OWN_RULE, check_rule
-from semmoe.solvers.place.solve import check_demands, solve_placement
+from semmoe.solvers.place.solve import FILLING, PLACING, check_demands, solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
 from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
@@ -39,10 +39,15 @@ from semmoe.solvers.schedule.fit import fit_schedule
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.slots import Slots
+from semmoe.solvers.time.chosen import chosen_by_time
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
-from semmoe.solvers.time.minimize import cap_by_time, check_for_time, solve_for_time
+from semmoe.solvers.time.minimize import check_for_time, solve_for_time
 from semmoe.solvers.time.predict import timed_report
 
+# Stages as they are told.
+READING, FITTING = "reading tokens", "fitting schedules of layers"
+SCORING, TIMING = "scoring on held-out requests: rows", "predicting times"
+BOUNDING = "bounding what any placement could reach: layers"
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
 
 
@@ -63,7 +68,8 @@ class PlanOptions:
         against: what the verdict holds the plan against.
         made_by: the command, for plan.json.
         time: the machine and batches that times are predicted for; None: none are.
-        auto_cap: the load cap is chosen by predicted time on requests that a trial did not see.
+        auto: demands, of `solvers.time.chosen.CHOICES`, that are chosen by predicted time on
+            requests that a trial did not see.
         minimize: "time" or "bytes"; "": time where `time` is given and the method is "semmoe".
 
     Source: solvers/make_plan.py; `semmoe place --help` names the same.
@@ -81,7 +87,7 @@ class PlanOptions:
     made_by: str = ""
     time: TimeAsked | None = None
     minimize: str = ""
-    auto_cap: bool = False
+    auto: tuple[str, ...] = ()
 
     @property
     def for_time(self) -> bool:
@@ -112,11 +118,21 @@ def make_plan(
     # Step 2: hold requests out and count both sides, in one reading.
     traffic = read_traffic(traces, options, demands.seed, progress)
     # Step 3: the plan for the counts.
-    if options.auto_cap and options.time is not None:
-        cap = cap_by_time(traffic.profile, topology, demands, options.time, options.method)
-        demands = replace(demands, load_cap=cap)
+    if options.auto and options.time is not None:
+        demands = chosen_by_time(traffic.profile, topology, demands, options.time, options.method, options.auto)
     solve = partial(_placed, topology=topology, demands=demands, options=options)
     return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
+
+
+def usual_stages(options: PlanOptions, demands: Demands, num_experts: int, num_ranks: int) -> dict[str, float]:
+    """The stages of `make_plan` in their order, each with its usual share of the time. Raises
+    InputError where the slots do not fit."""
+    spare = demands.slots_of(num_experts, num_ranks).has_spare(num_experts, num_ranks)
+    fitted = {PLACING: 6.0} | ({FILLING: 20.0} if spare else {}) | {FITTING: 4.0}
+    shares = {READING: 1.0, **fitted, SCORING: 7.0}
+    shares |= {TIMING: 9.0} if options.time is not None else {}
+    shares |= {BOUNDING: 2.0} if options.certify else {}
+    return shares | ({stage + AGAIN: share for stage, share in fitted.items()} if options.refit else {})
 
 
 class Traffic(NamedTuple):
@@ -132,7 +148,7 @@ def read_traffic(traces: list[RoutingTrace], options: PlanOptions, seed: int, pr
     """The traces' requests in one reading. Raises InputError where they cannot be split."""
     holdout = {"holdout": options.holdout, "holdout_domains": options.holdout_domains}
     held_out = split_requests(traces, **holdout, seed=seed)
-    counting = partial(progress, "reading tokens")
+    counting = partial(progress, READING)
     return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting))
 
 
@@ -163,7 +179,7 @@ def plan_of_traffic(
     scores = replace(score_held_out(deployment, traffic, options, demands.processes, progress), phase_shares=shares)
     # Step 3: bound what any placement could reach on the requests that were fitted.
     if options.certify:
-        bounding = partial(progress, "bounding what any placement could reach: layers")
+        bounding = partial(progress, BOUNDING)
         placement = fitted.solved.placement
         certificate = certificate_of(profile, placement, load_cap=demands.load_cap, progress=bounding)
         scores = replace(scores, certificate=certificate)
@@ -171,7 +187,7 @@ def plan_of_traffic(
     scored = None
     if options.refit:
         scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
-        fitted = _fit(whole, asked, embedding_VD, progress, again=" again")
+        fitted = _fit(whole, asked, embedding_VD, progress, again=AGAIN)
     keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
     return Plan(
         placement=fitted.solved.placement,
@@ -214,8 +230,9 @@ def _check(traces: list[RoutingTrace], topology: Topology, demands: Demands, opt
         raise InputError(NO_BOUND_UNEVEN if least else NO_BOUND)
     if options.for_time:
         check_for_time(options.time, options.method, demands)
-    if options.auto_cap and (options.time is None or options.for_time):
-        raise InputError("--load-cap auto needs --hardware, and --minimize bytes: time has no cap")
+    if options.auto and (options.time is None or options.for_time):
+        asked = ", ".join(f"--{name.replace('_', '-')} auto" for name in options.auto)
+        raise InputError(f"{asked} needs --hardware, and --minimize bytes: --minimize time asks for neither")
     if options.time is not None:
         costing_of(options.time, traces[0].info, topology)
 
@@ -241,18 +258,17 @@ def _fit(
 ) -> _Fitted:
     demands = asked.demands
 
-    def named(stage: str, done: int, total: int) -> None:
-        what, colon, unit = stage.partition(":")
-        progress(f"{what}{again}{colon}{unit}", done, total)
+    def told(stage: str, done: int, total: int) -> None:
+        progress(stage + again, done, total)
 
-    solved = asked.solve(profile, named)
+    solved = asked.solve(profile, told)
     schedule = fit_schedule(
         profile.sample,
         solved.placement,
         seed=demands.seed,
         embedding_VD=embedding_VD,
         processes=demands.processes,
-        progress=partial(named, "fitting schedules: layers"),
+        progress=partial(told, FITTING),
     )
     return _Fitted(profile, solved, schedule)
 
@@ -313,12 +329,13 @@ def score_held_out(
     most = SCORED_IDS // (info.num_layers * info.top_k)
     # Where a server ran them under an earlier plan says nothing of this one.
     batch = replace(bounded_requests(traffic.rest.sample, max_tokens=most, seed=setting.seed), rank_of_B=None)
-    scoring = partial(progress, "scoring on held-out requests: rows")
+    scoring = partial(progress, SCORING)
     scored = {"against": against, "setting": setting, "processes": processes, "progress": scoring}
     report = replace(score_batch(deployment, batch, info, **scored), phase=options.phase)
     if options.time is None:
         return report
     beside = deployments_beside(deployment, info.n_group, against)
+    progress(TIMING, 0, 1)
     return timed_report(report, deployment, beside, batch, options.time, against.name)
 
 

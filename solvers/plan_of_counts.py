@@ -50,7 +50,7 @@ def check_method(traces: list[RoutingTrace], method: str, demands: Demands, *, c
         )
     if demands.dispatch not in DISPATCH_KINDS:
         raise InputError(f"dispatch {demands.dispatch!r} is none of {', '.join(DISPATCH_KINDS)}")
-    asked = {"--certify": certify, "--robust": demands.robust > 1}
+    asked = {"--certify": certify, "--robust": demands.robust > 0}
     if unmet := [option for option, is_set in asked.items() if is_set]:
         raise InputError(f"{unmet[0]} needs routing per token, {traces[0].path} holds only expert loads")
 

@@ -55,7 +55,7 @@ class Band:
 
     def choose(
         self,
-        scores_R: np.ndarray,
+        scores_R: Sequence[float] | np.ndarray,
         tokens_in_flight_R: Sequence[float] | np.ndarray,
         allowed_R: Sequence[bool] | np.ndarray | None = None,
         *,
@@ -72,13 +72,13 @@ class Band:
         Of equal scores the less loaded rank wins, then the lower one. With no allowed rank, or
         nothing known of the prompt, the engine chooses ("unknown").
         """
-        load_R = np.asarray(tokens_in_flight_R, np.float64)
-        allowed_R = np.ones(self.ranks, bool) if allowed_R is None else np.asarray(allowed_R, bool)
-        if not allowed_R.any() or not np.any(scores_R):
+        # Numbers of Python: over a few ranks a call of numpy takes longer than all of this.
+        scores, load = np.asarray(scores_R).tolist(), np.asarray(tokens_in_flight_R).tolist()
+        ranks = [r for r in range(self.ranks) if allowed_R is None or allowed_R[r]]
+        if not ranks or not any(scores):
             return Choice(-1, "unknown")
-        limit = self.band * (load_R[allowed_R].sum() + tokens) / allowed_R.sum()
-        least = load_R[allowed_R].min()
-        within_R = allowed_R & ((load_R <= limit) | (load_R == least))
-        rank = int(np.lexsort((load_R, -np.asarray(scores_R), ~within_R))[0])
-        best = np.where(allowed_R, scores_R, -np.inf).max()
-        return Choice(rank, "affine" if scores_R[rank] == best else "spilled")
+        mean = (sum(load[r] for r in ranks) + tokens) / len(ranks)
+        limit = max(min(load[r] for r in ranks), self.band * mean)
+        rank = min((r for r in ranks if load[r] <= limit), key=lambda r: (-scores[r], load[r]))
+        best = max(scores[r] for r in ranks)
+        return Choice(rank, "affine" if scores[rank] == best else "spilled")

@@ -8,6 +8,7 @@ Shape letters: T ids of a prompt, N distinct ones that are known, V ids of the p
 R ranks of the plan, G groups of them: data-parallel ranks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,13 +82,13 @@ class PlanScorer:
             topics_D += self._ones[: len(rows)] @ block[:, :num_topics]
             manner_G += weight_N[first : first + BLOCK_IDS] @ block[:, num_topics:]
         square = power_N @ power_N - 2 * (power_N @ self._mean_V.take(rows_N)) + self._mean_square
-        topics_D /= max(float(np.linalg.norm(topics_D)), 1e-12)
-        return topics_D @ self._topic_DG + (manner_G - self._mean_G) / np.sqrt(max(square, 1e-24))
+        topics_D /= max(math.sqrt(topics_D @ topics_D), 1e-12)
+        return topics_D @ self._topic_DG + (manner_G - self._mean_G) / math.sqrt(max(square, 1e-24))
 
-    def expected_lar(self, scores_G: np.ndarray, rank: int) -> float:
+    def expected_lar(self, scores_G: Sequence[float] | np.ndarray, rank: int) -> float:
         """Share of the request's activations that `rank` is expected to serve itself; with scores
         of zeros, the average request's."""
-        return float(np.clip(self.average_G[rank] + scores_G[rank], 0.0, 1.0))
+        return min(max(float(self.average_G[rank] + scores_G[rank]), 0.0), 1.0)
 
     @cached_property
     def average_G(self) -> np.ndarray:
@@ -105,11 +106,11 @@ class PlanScorer:
         # The last place, like every id without a row, is -1; negative ids come out above it.
         rows_T = row_of_id.take(np.minimum(ids_T.astype(np.uint64, copy=False), len(row_of_id) - 1))
         rows_T.sort()
-        rows_T = rows_T[np.searchsorted(rows_T, 0) :]
-        first_T = np.ones(len(rows_T), bool)
-        np.not_equal(rows_T[1:], rows_T[:-1], out=first_T[1:])
-        places_N = np.flatnonzero(first_T)
-        return rows_T.take(places_N), np.diff(places_N, append=len(rows_T))
+        rows_T = rows_T[rows_T.searchsorted(0) :]
+        first_T = np.ones(len(rows_T) + 1, bool)  # and one behind the last
+        np.not_equal(rows_T[1:], rows_T[:-1], out=first_T[1:-1])
+        places_N1 = first_T.nonzero()[0]
+        return rows_T.take(places_N1[:-1]), places_N1[1:] - places_N1[:-1]
 
     @cached_property
     def _row_of_id(self) -> np.ndarray:

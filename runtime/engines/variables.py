@@ -3,3 +3,5 @@
 PLAN, STRICT, BAND = "SEMMOE_PLAN", "SEMMOE_STRICT", "SEMMOE_BAND"
 RECORD, RECORD_SHARE = "SEMMOE_RECORD", "SEMMOE_RECORD_SHARE"
 LOAD_FORMAT = "semmoe"
+HELD = "_semmoe_plan"  # attribute of a model in a worker: the plan whose labels its weights carry
+REPLAN = "semmoe_replan"  # method of a worker, as collective_rpc names it

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from semmoe.profiles.errors import InputError
 from semmoe.runtime.engines.band import Band
 from semmoe.runtime.engines.chooser import RankChooser, Settings, check_model, is_strict, request_tokens
 from semmoe.runtime.engines.counters import Counters
+from semmoe.runtime.engines.plan_files import PlanFacts, read_plan_facts
 from semmoe.runtime.engines.recorder import Recorder, finished_of
 from semmoe.runtime.engines.scorer import PlanScorer
-from semmoe.runtime.engines.variables import LOAD_FORMAT
+from semmoe.runtime.engines.variables import LOAD_FORMAT, REPLAN
 
 LOG = logging.getLogger("vllm.plugins.semmoe")  # a child of vLLM's own, so its handlers write it
 CHOOSER = "_semmoe_chooser"  # attribute of a client
@@ -36,6 +38,7 @@ class Plugin:
         self.counters = Counters(LOG)
         self.recorder: Recorder | None = None
         self.placed = False  # experts carry new labels: ids are mapped back
+        self.era = 0  # grows when the plan is changed: ids of an answer of two eras are in two numberings
 
     def start(self, client: Any) -> None:
         """Look at a client that is complete, and say what is active. Raises InputError where the
@@ -124,24 +127,42 @@ class Plugin:
         chooser: RankChooser | None = getattr(client, CHOOSER, None)
         try:
             place = client.core_engines.index(engine)
-            if chooser is not None and place < len(chooser.ranks):
-                chooser.add(request.request_id, place, _tokens(request))
             if self.recorder is not None:
                 rank = chooser.ranks[place] if chooser is not None and place < len(chooser.ranks) else place
                 self.recorder.sent(_public_name(request), rank)
+            if chooser is not None and place < len(chooser.ranks):
+                chooser.add(request.request_id, place, _tokens(request))
         except Exception:
             if chooser is not None:
                 chooser.fail()
 
-    def finish(self, output: Any, streamed: Mapping[int, list[int]]) -> None:
+    def replanned(self, plan: PlanFacts, client: Any) -> None:
+        """The workers serve by another plan: ranks and ids are told by it from now on."""
+        self.settings = replace(self.settings, plan=plan)
+        before: RankChooser | None = getattr(client, CHOOSER, None)
+        if before is None:
+            return
+        try:
+            chooser = self.chooser(client)
+            chooser.requests, chooser.tokens_G = before.requests, before.tokens_G
+        except InputError as error:
+            chooser = None
+            LOG.warning("semmoe: vLLM chooses the DP rank of each request from now on: %s", error)
+        setattr(client, CHOOSER, chooser)
+
+    def finish(self, output: Any, streamed: Mapping[int, list[int]], era: int | None = None) -> None:
         """Map the ids of a finished answer back, and record it; never raises. `streamed`: ids of
-        each sequence as they came."""
+        each sequence as they came; `era`: when it began. An answer that was under way while the
+        plan changed has no ids."""
         try:
             for each in output.outputs:
                 ids_TLK = getattr(each, "routed_experts", None)
                 if ids_TLK is None or getattr(each, HANDLED, False):
                     continue
                 setattr(each, HANDLED, True)
+                if self.placed and era is not None and era != self.era:
+                    each.routed_experts = None
+                    continue
                 if self.placed and self.settings.plan is not None:
                     each.routed_experts = ids_TLK = old_ids(np.asarray(ids_TLK), self.settings.plan)
                 if self.recorder is not None:
@@ -226,6 +247,8 @@ def _wrap_answers(plugin: Plugin) -> None:
 
     _wrap(AsyncLLM, "generate", functools.partial(_generated, plugin))
     _wrap(LLMEngine, "step", functools.partial(_stepped, plugin))
+    _wrap(AsyncLLM, "collective_rpc", functools.partial(_called, plugin))
+    _wrap(LLMEngine, "collective_rpc", functools.partial(_called_here, plugin))
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -260,17 +283,67 @@ def _balanced(plugin: Plugin, original: Any, client: Any, request: Any) -> Any:
 
 
 async def _generated(plugin: Plugin, original: Any, llm: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-    answers, streamed = original(llm, *args, **kwargs), {}
+    answers, streamed, era = original(llm, *args, **kwargs), {}, plugin.era
     try:
         async for output in answers:
             if plugin.recorder is not None:
                 for each in output.outputs:
                     streamed.setdefault(each.index, []).extend(each.token_ids)
             if any(getattr(each, "routed_experts", None) is not None for each in output.outputs):
-                plugin.finish(output, streamed)
+                plugin.finish(output, streamed, era)
             yield output
     finally:  # a client that left closes this generator: vLLM's must hear of it
         await answers.aclose()
+
+
+async def _called(plugin: Plugin, original: Any, llm: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    if method != REPLAN or not plugin.placed:
+        return await original(llm, method, *args, **kwargs)
+    if getattr(llm.engine_core, "client_count", 1) > 1:
+        return _refused("several API servers: the others would map ids by the old plan; --api-server-count 1")
+    new, reason = _plan_asked(*args, **kwargs)
+    if new is None:
+        return _refused(reason)
+    plugin.era += 1
+    answers = await original(llm, method, *args, **kwargs)
+    if not all(each["applied"] for each in answers):
+        plugin.era -= 1
+        return answers
+    plugin.replanned(new, llm.engine_core)
+    plugin.era += 1
+    if llm.vllm_config.model_config.enable_return_routed_experts:
+        # Experts of tokens in the cache are kept under the labels of the old plan.
+        await llm.reset_prefix_cache(reset_running_requests=True)
+    return answers
+
+
+def _called_here(plugin: Plugin, original: Any, engine: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    if method != REPLAN or not plugin.placed:
+        return original(engine, method, *args, **kwargs)
+    returns = engine.vllm_config.model_config.enable_return_routed_experts
+    if returns and engine.has_unfinished_requests():
+        return _refused("requests are under way, whose routed experts would be in two numberings")
+    new, reason = _plan_asked(*args, **kwargs)
+    if new is None:
+        return _refused(reason)
+    answers = original(engine, method, *args, **kwargs)
+    if all(each["applied"] for each in answers):
+        plugin.replanned(new, engine.engine_core)
+        if returns:
+            engine.reset_prefix_cache()
+    return answers
+
+
+def _plan_asked(timeout: Any = None, args: Any = (), kwargs: Any = None) -> tuple[PlanFacts | None, str]:
+    """The plan that a call of collective_rpc names, or why there is none."""
+    try:
+        return read_plan_facts(args[0] if args else (kwargs or {}).get("plan", "")), ""
+    except InputError as error:
+        return None, str(error)
+
+
+def _refused(reason: str) -> list[dict[str, Any]]:
+    return [{"applied": False, "reason": reason}]
 
 
 def _stepped(plugin: Plugin, original: Any, engine: Any) -> Any:

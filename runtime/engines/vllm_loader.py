@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  
 
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.engines.plan_files import read_plan_facts
-from semmoe.runtime.engines.variables import PLAN
+from semmoe.runtime.engines.variables import HELD, PLAN
 from semmoe.runtime.engines.weights import WeightRelabeller
 
 LOG = logging.getLogger("vllm.plugins.semmoe")
@@ -43,25 +43,20 @@ class PlacedModelLoader(DefaultModelLoader):
         # It drops tensors by the numbers that experts have before they are relabelled.
         self.local_expert_ids = None
 
-    def load_weights(self, model: Any, model_config: Any) -> None:
-        if not is_draft(model_config):
-            self._relabeller = WeightRelabeller(self.plan, model_config.hf_config.to_dict(), model_config.model)
-            self._warn()
-        super().load_weights(model, model_config)
-        if not is_draft(model_config):
-            if not self._relabeller.moved:
-                raise InputError(f"{model_config.model} holds no tensor of the experts that the plan places")
-            LOG.info(
-                "semmoe: plan %s placed at load: %d tensors relabelled", self.plan.fingerprint, self._relabeller.moved
-            )
-
     def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, Any], None, None]:
+        """Weights under the plan's labels, when a model is loaded as when it is read again."""
         weights = super().get_all_weights(model_config, model)
         if is_draft(model_config):
             yield from weights
             return
+        relabeller = WeightRelabeller(self.plan, model_config.hf_config.to_dict(), model_config.model)
+        self._warn()
         for name, tensor in weights:
-            yield self._relabeller.relabel(name, tensor)
+            yield relabeller.relabel(name, tensor)
+        if not relabeller.moved:
+            raise InputError(f"{model_config.model} holds no tensor of the experts that the plan places")
+        setattr(model, HELD, self.plan)
+        LOG.info("semmoe: plan %s placed at load: %d tensors relabelled", self.plan.fingerprint, relabeller.moved)
 
     def _warn(self) -> None:
         """Say what of the server's settings undoes the placement."""

@@ -10,23 +10,20 @@ Shape letters: G data-parallel ranks.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from urllib.parse import urlsplit
 
-import aiohttp
-import numpy as np
-
 from semmoe.profiles.errors import InputError
+from semmoe.runtime.router.client import Client, UpstreamError
 from semmoe.runtime.router.refusals import Refused
 
 FAILURES_OUT = 3  # in a row
 PROBE_SECONDS = 2.0
 PROBE_TIMEOUT = 5.0
 BUSY_SECONDS = 30.0  # since a server was heard of, in which its timeouts mean that it is busy
-HEALTH = "/health"  # of vLLM, SGLang and TensorRT-LLM alike
+HEALTH = b"/health"  # of vLLM, SGLang and TensorRT-LLM alike
 
 
 @dataclass(eq=False)
@@ -71,7 +68,8 @@ class Fleet:
     Fields:
         upstreams: in the order of their ranks.
         most: requests that may be in flight on a rank.
-        in_flight_G, tokens_G: requests and their tokens on each rank now, int64 [G].
+        in_flight_G, tokens_G: requests and their tokens on each rank now. Lists: every request
+            looks at them, and for a few ranks a call of numpy takes longer than a loop.
     """
 
     def __init__(self, urls: Sequence[str], ranks: int, most: int) -> None:
@@ -83,7 +81,7 @@ class Fleet:
         share = ranks // len(urls)
         self.upstreams = [Upstream(checked_url(url), i * share, share) for i, url in enumerate(urls)]
         self.most = most
-        self.in_flight_G, self.tokens_G = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
+        self.in_flight_G, self.tokens_G = [0] * ranks, [0] * ranks
 
     @property
     def ranks(self) -> int:
@@ -101,23 +99,22 @@ class Fleet:
         """The rank's number at its upstream."""
         return rank % self.upstreams[0].ranks
 
-    def up_G(self, without: set[str]) -> np.ndarray:
-        """Ranks that are in service, bool [G]; those at the URLs `without` are not, as long as
-        there are others."""
+    def up_G(self, without: set[str]) -> list[bool]:
+        """Which ranks are in service; those at the URLs `without` are not, as long as there are
+        others."""
         share = self.upstreams[0].ranks
-        up = [upstream.up for upstream in self.upstreams]
-        others = [there and upstream.url not in without for there, upstream in zip(up, self.upstreams, strict=True)]
-        return np.repeat(others if any(others) else up, share)
+        up = [upstream.up and upstream.url not in without for upstream in self.upstreams]
+        if without and not any(up):
+            up = [upstream.up for upstream in self.upstreams]
+        return [there for there in up for _ in range(share)]
 
-    def free_G(self, without: set[str]) -> np.ndarray:
-        """Ranks that take a request now, bool [G]. Raises Refused: 503 where none is in service,
-        429 where all are full."""
+    def free_G(self, without: set[str]) -> list[bool]:
+        """Which ranks take a request now. Raises Refused: 503 where none is in service, 429 where
+        all are full."""
         up_G = self.up_G(without)
-        if not up_G.any():
-            raise no_upstream()
-        free_G = up_G & (self.in_flight_G < self.most)
-        if not free_G.any():
-            raise full()
+        free_G = [up and number < self.most for up, number in zip(up_G, self.in_flight_G, strict=True)]
+        if not any(free_G):
+            raise full() if any(up_G) else no_upstream()
         return free_G
 
     def least_loaded(self, without: set[str]) -> Upstream:
@@ -131,20 +128,12 @@ class Fleet:
             raise full()
         return chosen
 
-    @contextmanager
-    def hold(self, upstream: Upstream, rank: int | None, tokens: int) -> Iterator[None]:
-        """Counts a request as in flight while the block runs."""
-        upstream.in_flight += 1
+    def hold(self, upstream: Upstream, rank: int | None, tokens: int, *, times: int = 1) -> None:
+        """Count a request as in flight; `times` = -1: no longer."""
+        upstream.in_flight += times
         if rank is not None:
-            self.in_flight_G[rank] += 1
-            self.tokens_G[rank] += tokens
-        try:
-            yield
-        finally:
-            upstream.in_flight -= 1
-            if rank is not None:
-                self.in_flight_G[rank] -= 1
-                self.tokens_G[rank] -= tokens
+            self.in_flight_G[rank] += times
+            self.tokens_G[rank] += times * tokens
 
 
 def no_upstream() -> Refused:
@@ -172,25 +161,25 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-async def probe(session: aiohttp.ClientSession, upstream: Upstream) -> None:
+async def probe(client: Client, upstream: Upstream) -> None:
     """Ask an upstream for its health: it is in service after one good answer."""
-    timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT)
     try:
-        async with session.get(upstream.url + HEALTH, timeout=timeout, allow_redirects=False) as response:
-            if response.status == 200:
-                upstream.answered()
-            else:
-                upstream.failed(f"health_{response.status}")
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        async with asyncio.timeout(PROBE_TIMEOUT):
+            status, _ = await client.fetch(upstream.url, "GET", HEALTH)
+        if status == 200:
+            upstream.answered()
+        else:
+            upstream.failed(f"health_{status}")
+    except (UpstreamError, TimeoutError) as error:
         upstream.failed("health_unreachable", error)
 
 
-async def probe_all(session: aiohttp.ClientSession, fleet: Fleet) -> None:
-    await asyncio.gather(*(probe(session, upstream) for upstream in fleet.upstreams))
+async def probe_all(client: Client, fleet: Fleet) -> None:
+    await asyncio.gather(*(probe(client, upstream) for upstream in fleet.upstreams))
 
 
-async def keep_probing(session: aiohttp.ClientSession, fleet: Fleet, seconds: float = PROBE_SECONDS) -> None:
+async def keep_probing(client: Client, fleet: Fleet, seconds: float = PROBE_SECONDS) -> None:
     """Probe all upstreams every so many seconds, for ever."""
     while True:
         await asyncio.sleep(seconds)
-        await probe_all(session, fleet)
+        await probe_all(client, fleet)

@@ -50,7 +50,7 @@ def read_body(data: bytes) -> dict[str, Any] | None:
     if not data or json.detect_encoding(data) != "utf-8":
         return None
     try:
-        value = json.loads(data)
+        value = json.loads(data.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -82,7 +82,7 @@ def _ids(value: Any) -> np.ndarray | None:
         ids_T = np.asarray(value)
     except (ValueError, OverflowError):
         return None
-    if ids_T.ndim != 1 or ids_T.dtype != np.int64 or not ids_T.size or ids_T.min() < 0:
+    if ids_T.ndim != 1 or ids_T.dtype != np.int64 or not ids_T.size:
         return None
     return ids_T
 

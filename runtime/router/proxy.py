@@ -8,19 +8,14 @@ before the first byte of its answer, on a connection error or a 503.
 """
 
 import asyncio
-import io
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Protocol
-from urllib.parse import quote
 
-import aiohttp
-from yarl import URL
-
+from semmoe.runtime.router.client import Client, NoHttp, NotConnected, Response, UpstreamError
 from semmoe.runtime.router.fleet import Fleet, Upstream
 from semmoe.runtime.router.metrics import Metrics
 from semmoe.runtime.router.pins import Pinned, with_pin, without_pin
@@ -28,12 +23,9 @@ from semmoe.runtime.router.refusals import HOP_BY_HOP, REWRITTEN, Refused, end_t
 from semmoe.runtime.router.scheduler import PASSED, Asked, Chosen, Scheduler
 
 LOG = logging.getLogger("semmoe.route")
-CONNECT_SECONDS = 20.0  # health is what finds a dead server; a burst of connections takes its time
-IDLE_SECONDS = 4.0  # of a connection that is kept: engines close theirs after 5
 BUSY, GATEWAY = 503, 502
 SAFE = ("GET", "HEAD", "OPTIONS")
-NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-LARGE_BODY = 1 << 20  # from there on aiohttp sends a body in pieces
+CONNECTION = "semmoe.connection"  # in a scope: the client's
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -67,6 +59,40 @@ class UpstreamCut(Exception):
     """The upstream's answer ended before its end."""
 
 
+@dataclass(eq=False)
+class Connection:
+    """A client's connection, which the server puts into the scope of each of its requests.
+
+    Fields:
+        whole: whether all of the latest request is here.
+        task: which works for the client, and ends when the connection is lost.
+    """
+
+    whole: bool = False
+    task: asyncio.Task[None] | None = None
+    is_lost: bool = False
+
+    def lost(self) -> None:
+        self.is_lost = True
+        if self.task is not None:
+            self.task.cancel()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A block that ends with ClientGone as soon as the client goes."""
+        if self.is_lost:
+            raise ClientGone
+        task = self.task = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.is_lost or task is None or task.uncancel():
+                raise
+            raise ClientGone from None
+        finally:
+            self.task = None
+
+
 class Passing(Protocol):
     """What `--record` does with the answers that it is interested in."""
 
@@ -75,9 +101,7 @@ class Passing(Protocol):
         for an answer that is passed on as it comes."""
         ...
 
-    async def pass_on(
-        self, asking: Any, chosen: Chosen, response: aiohttp.ClientResponse, answer: "Answer"
-    ) -> None: ...
+    async def pass_on(self, asking: Any, chosen: Chosen, response: Response, answer: "Answer") -> None: ...
 
     def counts(self) -> dict[str, int]:
         """What became of those answers."""
@@ -116,7 +140,7 @@ class Answer:
 class Proxy:
     """Every request that is not the router's own."""
 
-    session: aiohttp.ClientSession
+    client: Client
     scheduler: Scheduler
     metrics: Metrics
     limits: Limits = Limits()
@@ -135,7 +159,8 @@ class Proxy:
             self.metrics.refused[refused.kind] += 1
             await answer.refuse(refused)
         except ClientGone:
-            self.metrics.ends["client_gone"] += 1
+            # A client may also close its connection because it has all that it wanted.
+            self.metrics.ends["finished" if answer.complete else "client_gone"] += 1
         except UpstreamCut:
             # The client must not take half an answer for a whole one: left without its end, the
             # server closes the connection.
@@ -149,13 +174,15 @@ class Proxy:
     async def _serve(self, scope: Message, receive: Receive, answer: Answer) -> None:
         headers = scope["headers"]
         refuse_ambiguous(headers, scope["raw_path"])
-        data = await self._body(headers, receive)
-        exchange = Exchange(scope["method"], scope["raw_path"], scope["query_string"], time.perf_counter(), len(data))
+        data = await self._body(scope, receive)
+        query = scope["query_string"]
+        target = scope["raw_path"] + (b"?" + query if query else b"")
+        exchange = Exchange(scope["method"], target, time.perf_counter(), len(data))
         try:
             kept = end_to_end(headers, REWRITTEN)
             asked = await self.scheduler.read(exchange.method, scope["path"], kept, data)
             del data
-            async with _while_there(receive, answer):
+            with scope[CONNECTION].watched():
                 await self._work(exchange, asked, answer)
         finally:
             self._release(exchange)
@@ -164,36 +191,40 @@ class Proxy:
         self.buffered -= exchange.held
         exchange.held = 0
 
-    async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
+    async def _body(self, scope: Message, receive: Receive) -> bytes:
         """The whole body of a request, counted in `buffered`. Raises Refused where it is too large
         or too slow."""
-        stated = next((int(value) for name, value in headers if name == b"content-length"), 0)
+        stated = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
         if stated > self.limits.body:
             raise self._too_large()
-        parts, size = [], 0
-        more, loop = True, asyncio.get_running_loop()
+        parts, size, more = [], 0, True
         try:
-            async with asyncio.timeout(self.limits.body_seconds) as slow:
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGone
-                    slow.reschedule(loop.time() + self.limits.body_seconds)
-                    part, more = message.get("body", b""), message.get("more_body", False)
-                    parts.append(part)
-                    size += len(part)
-                    self.buffered += len(part)
-                    if size > self.limits.body:
-                        raise self._too_large()
-                    if self.buffered > self.limits.bodies:
-                        raise Refused(429, "full", "too many bytes of requests are there", retry_after=1, close=True)
-            return b"".join(parts)
-        except TimeoutError:
-            self.buffered -= size
-            raise Refused(408, "slow", "the request's body did not come", close=True) from None
+            while more:
+                message = await self._next(scope[CONNECTION], receive)
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part, more = message.get("body", b""), message.get("more_body", False)
+                parts.append(part)
+                size += len(part)
+                self.buffered += len(part)
+                if size > self.limits.body:
+                    raise self._too_large()
+                if self.buffered > self.limits.bodies:
+                    raise Refused(429, "full", "too many bytes of requests are there", retry_after=1, close=True)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
         except BaseException:
             self.buffered -= size
             raise
+
+    async def _next(self, connection: "Connection", receive: Receive) -> Message:
+        """The next piece of a request. Raises Refused where it does not come in time."""
+        if connection.whole:
+            return await receive()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                return await receive()
+        except TimeoutError:
+            raise Refused(408, "slow", "the request's body did not come", close=True) from None
 
     def _too_large(self) -> Refused:
         return Refused(413, "too_large", f"a request may have {self.limits.body} bytes", close=True)
@@ -204,19 +235,24 @@ class Proxy:
         failed: set[str] = set()
         for left in reversed(range(self.limits.tries)):
             chosen = self.scheduler.choose(asked, failed)
-            with self.fleet.hold(chosen.upstream, chosen.rank, asked.tokens):
+            self.fleet.hold(chosen.upstream, chosen.rank, asked.tokens)
+            try:
                 response = await self._open(exchange, asked, chosen, again=left > 0)
                 if response is not None:
                     self._opened(asked, chosen)
                     answer.upstream = chosen.upstream
                     self._release(exchange)
-                    async with response:
+                    try:
                         if asking is not None and self.recorder is not None:
                             await self.recorder.pass_on(asking, chosen, response, answer)
                         else:
                             await pass_on(response, answer)
+                    finally:
+                        response.close()
                     self.metrics.ends["finished"] += 1
                     return
+            finally:
+                self.fleet.hold(chosen.upstream, chosen.rank, asked.tokens, times=-1)
             await self._pause(chosen, failed)
             failed.add(chosen.upstream.url)
 
@@ -235,9 +271,7 @@ class Proxy:
             self.scheduler.sessions.stay(asked.sessions, chosen.rank)
         asked.forget()
 
-    async def _open(
-        self, exchange: "Exchange", asked: Asked, chosen: Chosen, *, again: bool
-    ) -> aiohttp.ClientResponse | None:
+    async def _open(self, exchange: "Exchange", asked: Asked, chosen: Chosen, *, again: bool) -> Response | None:
         """The head of the upstream's answer; None where the request is to be tried again. Raises
         Refused (502) where the upstream gives none."""
         upstream = chosen.upstream
@@ -246,27 +280,17 @@ class Proxy:
         if exchange.begin:
             self.metrics.added.add(begin - exchange.begin)
             exchange.begin = 0.0
-        data = sent.data or None
         try:
-            response = await self.session.request(
-                exchange.method,
-                url_at(upstream.url, exchange.raw_path, exchange.query),
-                headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in sent.headers],
-                data=io.BytesIO(data) if data is not None and len(data) >= LARGE_BODY else data,
-                allow_redirects=False,
+            response = await self.client.request(
+                upstream.url, exchange.method, exchange.target, sent.headers, sent.data
             )
-        except (aiohttp.ClientConnectionError, TimeoutError) as error:
-            cause = type(error).__name__
-            upstream.failed(cause, error)
-            if again and (asked.generates or exchange.method in SAFE or isinstance(error, NEVER_SENT)):
-                self.metrics.retries[cause] += 1
+        except UpstreamError as error:
+            upstream.failed(error.cause, error)
+            repeatable = asked.generates or exchange.method in SAFE or isinstance(error, NotConnected)
+            if again and repeatable and not isinstance(error, NoHttp):
+                self.metrics.retries[error.cause] += 1
                 return None
-            raise Refused(GATEWAY, "upstream", f"no answer from the upstream ({cause})") from None
-        except aiohttp.ClientError as error:
-            upstream.failed(type(error).__name__)
-            raise Refused(
-                GATEWAY, "upstream", f"no answer of HTTP from the upstream ({type(error).__name__})"
-            ) from None
+            raise Refused(GATEWAY, "upstream", f"no answer from the upstream ({error.cause})") from None
         if response.status != BUSY:
             upstream.answered()
             return response
@@ -298,71 +322,22 @@ class Exchange:
     that are in memory."""
 
     method: str
-    raw_path: bytes
-    query: bytes
+    target: bytes
     begin: float
     held: int
 
 
-async def pass_on(response: aiohttp.ClientResponse, answer: Answer) -> None:
+async def pass_on(response: Response, answer: Answer) -> None:
     """Pass an answer on, piece by piece as it comes. Raises UpstreamCut where it is cut."""
     await answer.start(response.status, answer_headers(response))
-    left = response.content_length
     try:
-        async for piece in response.content.iter_any():
-            left = None if left is None else left - len(piece)
-            await answer.body(piece, more=left != 0)
-    except (aiohttp.ClientError, TimeoutError):
+        while piece := await response.piece():
+            await answer.body(piece, more=not response.at_end)
+    except UpstreamError:
         raise UpstreamCut from None
     if not answer.complete:
         await answer.body(b"", more=False)
 
 
-def answer_headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
-    return end_to_end([(name.lower(), value) for name, value in response.raw_headers], HOP_BY_HOP)
-
-
-@asynccontextmanager
-async def _while_there(receive: Receive, answer: Answer) -> AsyncIterator[None]:
-    """A block that ends with ClientGone as soon as the client goes."""
-    task, left = asyncio.current_task(), False
-
-    async def watch() -> None:
-        nonlocal left
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        # A server also says so after the last byte of an answer.
-        if not answer.complete and task is not None:
-            left = True
-            task.cancel()
-
-    watching = asyncio.ensure_future(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not left or task is None or task.uncancel():
-            raise
-        raise ClientGone from None
-    finally:
-        watching.cancel()
-
-
-@lru_cache(4096)
-def url_at(base: str, raw_path: bytes, query: bytes) -> URL:
-    """The URL at an upstream, spelled as the client spelled it."""
-    spelled = quote(raw_path + (b"?" + query if query else b""), safe="".join(map(chr, range(33, 127))))
-    return URL(base + spelled, encoded=True)
-
-
-def open_session() -> aiohttp.ClientSession:
-    """The client of all upstreams: nothing of its own goes into a request, no cookie is kept, no
-    proxy or password of the environment is used."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        max_line_size=1 << 16,
-        max_field_size=1 << 16,
-    )
+def answer_headers(response: Response) -> list[tuple[bytes, bytes]]:
+    return end_to_end(response.headers, HOP_BY_HOP)

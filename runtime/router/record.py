@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 
 from semmoe.profiles.engines.records import EngineRequest
@@ -29,6 +28,7 @@ from semmoe.profiles.trace import TraceInfo
 from semmoe.profiles.trace_writer import Served, TraceWriter
 from semmoe.runtime.engines.plan_files import PlanFacts
 from semmoe.runtime.engines.recorder import MOST_DISK_BYTES, WRITE_SECONDS
+from semmoe.runtime.router.client import Response, UpstreamError
 from semmoe.runtime.router.metrics import Metrics, Recent
 from semmoe.runtime.router.proxy import Answer, UpstreamCut, answer_headers, pass_on
 from semmoe.runtime.router.routed import Asking, Events, ask_for_routing, split_answer
@@ -38,6 +38,7 @@ LOG = logging.getLogger("semmoe.route")
 QUEUE = 256  # answers that wait for the thread
 LEAST_REQUESTS = 30  # for a finding
 CONFIDENCE = 1.96  # standard errors of an interval of 95 %
+JSON, EVENTS = b"application/json", b"text/event-stream"
 LARGE_ANSWER = 1 << 16  # bytes from which on an answer is taken apart in a thread
 
 # Reasons of the counter.
@@ -88,22 +89,20 @@ class Recorder:
     def ask(self, asked: Asked) -> Asking | None:
         return ask_for_routing(self.engine, asked)
 
-    async def pass_on(self, asking: Asking, chosen: Chosen, response: aiohttp.ClientResponse, answer: Answer) -> None:
+    async def pass_on(self, asking: Asking, chosen: Chosen, response: Response, answer: Answer) -> None:
         """Pass an answer on without what its client did not ask for, and keep what it tells."""
-        told_in_json = response.content_type in ("application/json", "text/event-stream")
-        if response.status != 200 or not told_in_json or "Content-Encoding" in response.headers:
+        kind = response.header(b"content-type").partition(b";")[0].strip().lower()
+        if response.status != 200 or kind not in (JSON, EVENTS) or response.header(b"content-encoding"):
             await pass_on(response, answer)
-        elif response.content_type == "text/event-stream":
+        elif kind == EVENTS:
             await self._pass_stream(asking, chosen, response, answer)
         else:
             await self._pass_whole(asking, chosen, response, answer)
 
-    async def _pass_whole(
-        self, asking: Asking, chosen: Chosen, response: aiohttp.ClientResponse, answer: Answer
-    ) -> None:
+    async def _pass_whole(self, asking: Asking, chosen: Chosen, response: Response, answer: Answer) -> None:
         try:
             data = await response.read()
-        except (aiohttp.ClientError, TimeoutError):
+        except UpstreamError:
             raise UpstreamCut from None
         if len(data) >= LARGE_ANSWER:
             loop = asyncio.get_running_loop()
@@ -116,17 +115,15 @@ class Recorder:
         await answer.body(sent, more=False)
         self._keep(split.record, asking, chosen)
 
-    async def _pass_stream(
-        self, asking: Asking, chosen: Chosen, response: aiohttp.ClientResponse, answer: Answer
-    ) -> None:
+    async def _pass_stream(self, asking: Asking, chosen: Chosen, response: Response, answer: Answer) -> None:
         events = Events(asking)
         headers = [(name, value) for name, value in answer_headers(response) if name != b"content-length"]
         await answer.start(response.status, headers)
         try:
-            async for piece in response.content.iter_any():
+            while piece := await response.piece():
                 if passed := events.feed(piece):
                     await answer.body(passed)
-        except (aiohttp.ClientError, TimeoutError):
+        except UpstreamError:
             raise UpstreamCut from None
         await answer.body(events.end(), more=False)
         self._keep(events.record, asking, chosen)

@@ -5,6 +5,7 @@ Shape letters: T ids of a prompt, G data-parallel ranks.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from semmoe.runtime.engines.scorer import PlanScorer
 from semmoe.runtime.router.fleet import Fleet, Upstream, full
 from semmoe.runtime.router.pins import HeaderList, client_pin
 from semmoe.runtime.router.prompts import ROUTES, Prompt, answer_limits, read_body, read_prompt
-from semmoe.runtime.router.sessions import HEADER, Sessions
+from semmoe.runtime.router.sessions import HEADER, Key, Sessions
 from semmoe.runtime.router.tokens import Tokenizer, Untokenised
 
 SESSION, PASSED = "session", "passed"  # stayed with its conversation; no generation at all
@@ -33,7 +34,7 @@ class Asked:
         body: the JSON object in `data`; None where it is none.
         generates: whether it is a request to one of ROUTES.
         ids_T: token ids of its prompt, int64 [T]; None where they are not known.
-        scores_G: of its prompt, float64 [G]; zeros where nothing is known of it.
+        scores_G: of its prompt, a number for each rank; zeros where nothing is known of it.
         tokens: what it counts as on a rank: its prompt and the longest answer.
         pin: the client's own rank; None for none.
         sessions: keys of its conversation.
@@ -45,10 +46,10 @@ class Asked:
     body: dict[str, Any] | None = None
     generates: bool = False
     ids_T: np.ndarray | None = None
-    scores_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    scores_G: Sequence[float] = ()
     tokens: int = 0
     pin: int | None = None
-    sessions: list[bytes] = field(default_factory=list)
+    sessions: Sequence[Key] = ()
 
     def forget(self) -> None:
         """Let go of what was sent: an answer has begun, and may take minutes."""
@@ -102,11 +103,11 @@ class Scheduler:
         prompt = None if body is None else read_prompt(path, body)
         if body is None or prompt is None:
             self.unknown["no_prompt"] += 1
-            nothing = np.zeros(self.fleet.ranks)
-            return Asked(path, headers, data, body, True, scores_G=nothing, tokens=len(data) // CHARACTERS, pin=pin)
+            nothing_G, size = [0.0] * self.fleet.ranks, len(data) // CHARACTERS
+            return Asked(path, headers, data, body, True, scores_G=nothing_G, tokens=size, pin=pin)
         ids_T = await self._ids(prompt, body.get("model"))
-        scores_G = np.zeros(self.fleet.ranks) if ids_T is None else self.scorer.scores(ids_T)
-        if ids_T is not None and not scores_G.any():
+        scores_G = [0.0] * self.fleet.ranks if ids_T is None else self.scorer.scores(ids_T).tolist()
+        if ids_T is not None and not any(scores_G):
             self.unknown["unseen_ids"] += 1
         length = len(data) // CHARACTERS if ids_T is None else len(ids_T)
         header = next((value for name, value in headers if name == HEADER), b"")
@@ -136,7 +137,7 @@ class Scheduler:
             return self._pinned(asked, asked.pin, free_G)
         if (rank := self.sessions.rank(asked.sessions)) is not None:
             # Alone with a score it is chosen exactly if it is free and in the band.
-            alone_G = (np.arange(self.fleet.ranks) == rank).astype(np.float64)
+            alone_G = [float(r == rank) for r in range(self.fleet.ranks)]
             if self.band.choose(alone_G, self.fleet.tokens_G, free_G, tokens=asked.tokens).rank == rank:
                 return self._at(asked, rank, SESSION)
         rank, decision = self.band.choose(asked.scores_G, self.fleet.tokens_G, free_G, tokens=asked.tokens)
@@ -145,15 +146,15 @@ class Scheduler:
         upstream = self.fleet.least_loaded(without)
         return Chosen(upstream, None if self.fleet.inner else upstream.first, decision)
 
-    def _pinned(self, asked: Asked, pin: int, free_G: np.ndarray) -> Chosen:
+    def _pinned(self, asked: Asked, pin: int, free_G: list[bool]) -> Chosen:
         if not self.fleet.upstream_of(pin).up:
-            free = np.flatnonzero(free_G)  # the client's rank is gone: the least loaded takes its place
-            return self._at(asked, int(free[self.fleet.tokens_G[free].argmin()]), "spilled")
+            # The client's rank is gone: the least loaded takes its place.
+            free = [rank for rank, there in enumerate(free_G) if there]
+            return self._at(asked, min(free, key=self.fleet.tokens_G.__getitem__), "spilled")
         if not free_G[pin]:
             raise full()
         return self._at(asked, pin, "pinned")
 
     def _at(self, asked: Asked, rank: int, decision: str) -> Chosen:
-        known = bool(asked.scores_G.any())
-        expected = self.scorer.expected_lar(asked.scores_G, rank) if known else None
+        expected = self.scorer.expected_lar(asked.scores_G, rank) if any(asked.scores_G) else None
         return Chosen(self.fleet.upstream_of(rank), rank, decision, expected)

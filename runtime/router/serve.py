@@ -4,6 +4,7 @@ Shape letters: G data-parallel ranks.
 """
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -21,9 +22,10 @@ from semmoe.runtime.engines.band import Band
 from semmoe.runtime.engines.plan_files import PlanFacts
 from semmoe.runtime.engines.scorer import PlanScorer
 from semmoe.runtime.router.app import App, health_pages, number_pages
+from semmoe.runtime.router.client import Client
 from semmoe.runtime.router.fleet import PROBE_SECONDS, Fleet, keep_probing, probe_all
 from semmoe.runtime.router.metrics import Metrics
-from semmoe.runtime.router.proxy import Limits, Proxy, open_session
+from semmoe.runtime.router.proxy import CONNECTION, Connection, Limits, Proxy
 from semmoe.runtime.router.record import Recorder, open_recorder
 from semmoe.runtime.router.scheduler import Scheduler
 from semmoe.runtime.router.status import Status
@@ -90,18 +92,20 @@ async def open_router(options: RouteOptions) -> AsyncIterator[Status]:
     band = Band(fleet.ranks, options.band)
     tokenizer: Tokenizer | None = LocalTokenizer(options.tokenizer) if options.tokenizer else None
     metrics = Metrics()
-    async with open_session() as session, recording(options, scorer.plan, fleet.ranks, metrics) as recorder:
+    client = Client()
+    async with recording(options, scorer.plan, fleet.ranks, metrics) as recorder:
         if tokenizer is None and options.engine != "trtllm":  # it has no /tokenize
-            tokenizer = EngineTokenizer(session, fleet, options.engine)
+            tokenizer = EngineTokenizer(client, fleet, options.engine)
         scheduler = Scheduler(scorer, band, fleet, options.engine, tokenizer)
-        proxy = Proxy(session, scheduler, metrics, options.limits, recorder)
+        proxy = Proxy(client, scheduler, metrics, options.limits, recorder)
         about = {"plan": Path(options.plan).name, "engine": options.engine, "band": options.band}
-        await probe_all(session, fleet)
-        probing = asyncio.ensure_future(keep_probing(session, fleet, options.probe_seconds))
+        await probe_all(client, fleet)
+        probing = asyncio.ensure_future(keep_probing(client, fleet, options.probe_seconds))
         try:
             yield Status(proxy, about)
         finally:
             probing.cancel()
+            client.close()
 
 
 @asynccontextmanager
@@ -120,14 +124,33 @@ async def recording(
         await asyncio.get_running_loop().run_in_executor(None, recorder.close)
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """A connection on which the head of a request has a bound: the parser itself has none."""
+class ClientProtocol(HttpToolsProtocol):
+    """A client's connection: the head of a request has a bound, since the parser itself has none,
+    and who works for the client hears at once that it has gone."""
 
     in_head, head = True, 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.line = Connection()
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.line.lost()
 
     def on_message_begin(self) -> None:
         self.in_head, self.head = True, 0
         super().on_message_begin()
+        self.line.whole = False
+        self.scope[CONNECTION] = self.line  # pyright: ignore
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.line.whole = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.in_head:  # what stands behind the body is no header: it would be one to whom we send it
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self.in_head = False
@@ -152,7 +175,7 @@ class Server(uvicorn.Server):
 def make_server(app: App) -> Server:
     config = uvicorn.Config(
         app,  # pyright: ignore[reportArgumentType]
-        http=BoundedProtocol,
+        http=ClientProtocol,
         lifespan="off",
         ws="none",
         log_config=None,
@@ -199,6 +222,8 @@ async def serve(options: RouteOptions, note: Callable[[str], None]) -> None:
         servers = [(make_server(App(pages, status.proxy)), main)]
         if own is not None:
             servers.append((make_server(App(health_pages(status) | number_pages(status))), own))
+        gc.collect()
+        gc.freeze()  # modules and plan stay: no collection looks at them while streams wait
         _drain_on_signals(status, [server for server, _ in servers], note)
         _say_start(status, options, note)
         for _, found in servers[1:]:

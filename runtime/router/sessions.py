@@ -5,14 +5,15 @@ begins with the whole prompt of an earlier one. That is looked up by hashes of t
 ids, block by block: a system prompt that many conversations share ties none of them together,
 since no prompt ended there.
 
-Keys are hashes under a key of this process; nothing that a client sent is kept.
+Keys are hashes under secrets of this process; nothing that a client sent is kept. Those of a
+prompt's beginnings are sums of its ids under random weights, all of them at once.
 
 Shape letters: T ids of a prompt.
 """
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -21,6 +22,9 @@ import numpy as np
 HEADER = b"x-session-id"
 BLOCK = 16  # ids: of vLLM's prefix cache
 MOST = 100_000  # conversations that are remembered
+MOST_IDS = 1 << 20  # of a prompt: what follows tells no conversation from another
+
+Key = bytes | int
 
 
 @dataclass(eq=False)
@@ -28,10 +32,11 @@ class Sessions:
     """Ranks of conversations; the one that was heard of longest ago is forgotten first."""
 
     most: int = MOST
-    rank_of: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
+    rank_of: OrderedDict[Key, int] = field(default_factory=OrderedDict)
     secret: bytes = field(default_factory=lambda: os.urandom(16))
+    weights_T: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
-    def keys(self, header: bytes, user: object, ids_T: np.ndarray | None) -> list[bytes]:
+    def keys(self, header: bytes, user: object, ids_T: np.ndarray | None) -> Sequence[Key]:
         """What a request may be known by, the best last: of the first kind that it has.
 
         Prefixes ascend in length; the last one is the prompt itself, in whole blocks.
@@ -45,19 +50,20 @@ class Sessions:
     def _key(self, kind: bytes, value: bytes) -> bytes:
         return blake2b(value, digest_size=16, key=self.secret, person=kind).digest()
 
-    def _prefixes(self, ids_T: np.ndarray) -> list[bytes]:
-        data, size = ids_T.astype(np.int32).tobytes(), 4 * BLOCK
-        state, keys = blake2b(digest_size=16, key=self.secret, person=b"prefix"), []
-        for first in range(0, len(data) - size + 1, size):
-            state.update(data[first : first + size])
-            keys.append(state.copy().digest())
-        return keys
+    def _prefixes(self, ids_T: np.ndarray) -> list[int]:
+        size = min(len(ids_T), MOST_IDS) // BLOCK * BLOCK
+        if size > len(self.weights_T):
+            more = np.frombuffer(os.urandom(8 * size), np.uint64)[len(self.weights_T) :]
+            self.weights_T = np.concatenate([self.weights_T, more])
+        values_T = ids_T[:size].astype(np.uint64) + 1  # else zeros at the end would say nothing
+        values_T *= self.weights_T[:size]
+        return values_T.cumsum()[BLOCK - 1 :: BLOCK].tolist()
 
-    def rank(self, keys: Iterable[bytes]) -> int | None:
+    def rank(self, keys: Sequence[Key]) -> int | None:
         """The rank of the longest prefix that is known."""
-        return next((rank for key in reversed(list(keys)) if (rank := self.rank_of.get(key)) is not None), None)
+        return next((rank for key in reversed(keys) if (rank := self.rank_of.get(key)) is not None), None)
 
-    def stay(self, keys: list[bytes], rank: int) -> None:
+    def stay(self, keys: Sequence[Key], rank: int) -> None:
         """Remember where the conversation is."""
         if not keys:
             return

@@ -16,17 +16,17 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
-import aiohttp
 import numpy as np
 
 from semmoe.profiles.errors import InputError, require_extra
+from semmoe.runtime.router.client import Client, UpstreamError
 from semmoe.runtime.router.fleet import Fleet
 from semmoe.runtime.router.prompts import Message, Prompt
 
 LONG_HEAD = 2_000  # characters of a system prompt from which on its ids are worth a look-up
 KEPT_IDS = 4_000_000  # ids of system prompts in all: 32 MB
 TIMEOUT = 2.0  # seconds that an engine has to tokenise: routing must not hold up what it is for
-JSON = {"Content-Type": "application/json"}  # which the session adds to no request by itself
+JSON = ((b"content-type", b"application/json"),)
 REST = 60.0  # seconds without a question to an engine that has no /tokenize
 
 
@@ -70,8 +70,8 @@ class EngineTokenizer:
     """The /tokenize of an engine: vLLM's takes messages and applies the chat template; SGLang's
     takes text, so that there the words of a chat are tokenised without their template."""
 
-    def __init__(self, session: aiohttp.ClientSession, fleet: Fleet, engine: str) -> None:
-        self.session, self.fleet, self.chats = session, fleet, engine == "vllm"
+    def __init__(self, client: Client, fleet: Fleet, engine: str) -> None:
+        self.client, self.fleet, self.chats = client, fleet, engine == "vllm"
         self.heads = HeadCache()
         self.rests_until = 0.0
 
@@ -114,21 +114,18 @@ class EngineTokenizer:
         upstream = next((u for u in self.fleet.upstreams if u.up), None)
         if upstream is None:
             raise Untokenised("no_upstream")
+        asked = json.dumps(question).encode()
         try:
-            timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-            url = upstream.url + "/tokenize"
-            asked = self.session.post(url, json=question, headers=JSON, timeout=timeout, allow_redirects=False)
-            async with asked as response:
-                if response.status in (404, 405, 501):
-                    self.rests_until = now + REST
-                    raise Untokenised("no_tokenize")
-                if response.status != 200:
-                    raise Untokenised("refused")
-                answer = json.loads(await response.read())
-        except (aiohttp.ClientError, TimeoutError, OSError):
+            async with asyncio.timeout(TIMEOUT):
+                status, told = await self.client.fetch(upstream.url, "POST", b"/tokenize", JSON, asked)
+            answer = json.loads(told) if status == 200 else None
+        except (UpstreamError, TimeoutError, ValueError, RecursionError):
             raise Untokenised("no_answer") from None
-        except ValueError:
-            raise Untokenised("no_answer") from None
+        if status in (404, 405, 501):
+            self.rests_until = now + REST
+            raise Untokenised("no_tokenize")
+        if status != 200:
+            raise Untokenised("refused")
         return ids_of(answer.get("tokens") if isinstance(answer, dict) else None)
 
 

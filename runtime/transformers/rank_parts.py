@@ -8,10 +8,10 @@ reshard (the rank's own directory beside the shared one).
 Shape letters: L MoE layers, R ranks, S slots per rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from semmoe.profiles.config import read_config
 from semmoe.profiles.errors import InputError
@@ -65,7 +65,8 @@ def rank_checkpoints(path: Path, plan: Plan) -> list[RankCheckpoint]:
         for rank in range(placement.num_ranks)
     ]
     if layout == "ranks":
-        shared = list(dense_tensors(open_checkpoint(path / SHARED), f"{SHARED}/"))
+        unread = unread_experts(read_config(path / SHARED))
+        shared = [t for t in dense_tensors(open_checkpoint(path / SHARED), f"{SHARED}/") if not unread(t.name)]
         tensors = []
         for rank, own in enumerate(slots):
             name = rank_directory(rank)
@@ -133,14 +134,14 @@ def tensors_of_whole(
 ) -> list[list[StoredTensor]]:
     """All tensors that are not experts, and those of each rank's experts, by rank."""
     config = read_config(checkpoint.path)
+    unread = unread_experts(config)
     keys = classify_checkpoint(checkpoint, routed_model(config, num_experts), set(slots[0]))
     places = places_of_experts(slots)
     parts: list[list[StoredTensor]] = [[] for _ in slots]
     for shard, tensor in checkpoint.selected():
         key, whole = keys[tensor.name], whole_tensor(shard, tensor, "")
         if not is_expert(key):
-            # LongCat's identity experts have weights that nothing reads.
-            if not (config.get(IDENTITY_EXPERTS) and PER_EXPERT.match(split_key(tensor.name)[2])):
+            if not unread(tensor.name):
                 for part in parts:
                     part.append(whole)
         elif key.role is Role.ROWS:
@@ -153,6 +154,13 @@ def tensors_of_whole(
                 # Not `_replace`, which takes three times as long: there are tens of thousands.
                 parts[rank].append(StoredTensor(name, *whole[1:5], key.layer, slot, (key.expert,)))
     return parts
+
+
+def unread_experts(config: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether a tensor outside the placed experts is an identity expert's of LongCat, whose
+    weights nothing reads."""
+    has_identities = bool(config.get(IDENTITY_EXPERTS))
+    return lambda name: has_identities and PER_EXPERT.match(split_key(name)[2]) is not None
 
 
 def places_of_experts(slots: list[dict[int, list[int]]]) -> dict[tuple[int, int], list[tuple[int, int]]]:

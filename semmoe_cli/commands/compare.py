@@ -21,6 +21,7 @@ from semmoe.options import (
     refuse_to_replace,
     replica_rule,
 )
+from semmoe.profiles.errors import model_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -180,8 +181,9 @@ def _print(comparison: "Comparison") -> None:
     console.print(visible(compare_verdict(comparison)), style="bold")
     console.print("")
     nodes = max(plan.nodes for plan in comparison.plans)
+    model = model_name(comparison.model, comparison.trace) or "model"
     title = (
-        f"{comparison.model or 'model'}: {comparison.requests} requests that no plan saw, {comparison.tokens:,} tokens"
+        f"{model}: {comparison.requests} requests that no plan saw, {comparison.tokens:,} tokens"
         f"{phase_words(comparison)}; {comparison.dispatch} dispatch"
     )
     shapes = [(facts, *layout) for layout in layouts(nodes) for facts in (("method", "ranks"), ())]

@@ -7,7 +7,6 @@ first lesson.
 import io
 import json
 import os
-import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -18,6 +17,7 @@ import typer
 from semmoe.options import Json, Seed
 from semmoe.profiles.errors import visible
 from semmoe.terminal.decision import print_decision
+from semmoe.terminal.loudness import loudness_words, say
 from semmoe.terminal.tables import new_table, print_fitting, print_json, wide_console
 from semmoe.terminal.text import add_row, quoted
 
@@ -74,7 +74,7 @@ def demo(
         print_json({"ranks": ranks, "seconds": seconds, "files": files, **result})
         return
     _print_summary(result, scores, ranks)
-    print(f"\nDone in {seconds:.0f} s. Files:", file=sys.stderr)
+    say(f"\nDone in {seconds:.0f} s. Files:")
     width = max(len(visible(str(path))) for path in (traced, plan, page, placed, answers))
     for path, meaning in (
         (traced, "routing of the demo model on its prompts (Parquet)"),
@@ -83,15 +83,18 @@ def demo(
         (placed, "the demo model with its experts placed: an ordinary Hugging Face checkpoint"),
         (answers, f"its answers on {ranks} local ranks"),
     ):
-        print(f"  {visible(str(path)):<{width}}  {meaning}", file=sys.stderr)
+        say(f"  {visible(str(path)):<{width}}  {meaning}")
 
 
 def _step(context: typer.Context, *words: object) -> dict[str, Any]:
     """Say the command, run it, and give back the JSON object that it prints."""
     command = [str(word) for word in words]
-    print(f"\n$ {' '.join(map(quoted, ['semmoe', *command]))}", file=sys.stderr)
+    say(f"\n$ {' '.join(map(quoted, ['semmoe', *command]))}")
     printed, program = io.StringIO(), context.find_root().command
-    with redirect_stdout(printed), program.make_context("semmoe", [*ALONE, *command, "--json"]) as step:
+    with (
+        redirect_stdout(printed),
+        program.make_context("semmoe", [*ALONE, *loudness_words(), *command, "--json"]) as step,
+    ):
         program.invoke(step)
     return json.loads(printed.getvalue())
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from semmoe.terminal.decision import Shown
 
 # What an expert map is scored with too, or that changes no result.
-AUTO = "auto"  # --load-cap
+AUTO = "auto"  # --load-cap, --lar-weight
 FINE_WITH_IMPORT = ("dispatch", "effort", "processes")
 
 
@@ -108,8 +108,12 @@ class Placing:
         Objective, typer.Option(help="Schedules to place for: tokens (tp), requests (dp), or both.")
     ] = Objective.both
     lar_weight: Annotated[
-        float, typer.Option(help="Remote ranks that one more local activation per token is worth.", min=0)
-    ] = 0.0
+        str,
+        typer.Option(
+            metavar="W|auto",
+            help="Remote ranks that one more local activation per token is worth; auto: by predicted time, with --minimize bytes.",
+        ),
+    ] = "0.0"
     slots: Annotated[
         int,
         typer.Option(metavar="S", help="Expert slots of each rank; ceil(E / R) otherwise.", min=0, show_default=False),
@@ -123,7 +127,12 @@ class Placing:
         Spare, typer.Option(help="Slots beyond one for each expert: filled with copies, or left empty.")
     ] = Spare.copies
     robust: Annotated[
-        int, typer.Option(metavar="K", help="Keep the load cap within each of K clusters of requests.", min=0)
+        int,
+        typer.Option(
+            metavar="K",
+            help="Keep the load cap in each of K resamples of the requests too, so that more of it stays on others.",
+            min=0,
+        ),
     ] = 0
     expressible: Annotated[
         Expressible | None,
@@ -148,11 +157,11 @@ class Placing:
         from semmoe.solvers.demands import Demands
 
         return Demands(
-            load_cap=self._load_cap(),
+            load_cap=self._number("load_cap", 1.05),
             seed=seed,
             dispatch=self.dispatch.value,
             objective=self.objective.value,
-            lar_weight=self.lar_weight,
+            lar_weight=self._number("lar_weight", 0.0),
             replicas=self.replicas,
             slots=self.slots,
             redundant=self.redundant,
@@ -163,14 +172,16 @@ class Placing:
             processes=self.processes or os.cpu_count() or 1,
         )
 
-    def _load_cap(self) -> float:
-        """The cap; a first one where it is chosen later."""
-        if self.load_cap == AUTO:
-            return 1.05
+    def _number(self, name: str, first: float) -> float:
+        """The number of an option; `first` where it is chosen later."""
+        text = getattr(self, name)
+        if text == AUTO:
+            return first
         try:
-            return float(self.load_cap)
+            return float(text)
         except ValueError:
-            raise typer.BadParameter(f"{self.load_cap!r} is no number, nor auto", param_hint="--load-cap") from None
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{text!r} is no number, nor auto", param_hint=option) from None
 
     def options(self, simulation: Simulation, timing: TimedPlacing, against: "Against", made_by: str) -> "PlanOptions":
         """The rest, as solvers read it."""
@@ -187,7 +198,7 @@ class Placing:
             made_by=made_by,
             time=timing.asked_here(),
             minimize=self.minimize.value if self.minimize else "",
-            auto_cap=self.load_cap == AUTO,
+            auto=tuple(name for name in ("load_cap", "lar_weight") if getattr(self, name) == AUTO),
         )
 
 
@@ -214,10 +225,9 @@ class Written:
 
     def check_name(self, known: str) -> None:
         """Raise InputError where the trace knows another name of its model."""
-        from semmoe.pages.deployment import UNNAMED
-        from semmoe.profiles.errors import InputError
+        from semmoe.profiles.errors import InputError, model_name
 
-        if self.name and known not in (*UNNAMED, self.name):
+        if self.name and model_name(known) not in ("", self.name):
             raise InputError(f"--name {self.name}: the trace is of {known}")
 
     def named(self, plan: "Plan") -> "Plan":
@@ -271,7 +281,9 @@ def place(
 
     written.check(output)
     if replacing.from_plan is not None:
-        refuse_mixed("--from-plan", given(timing, import_=import_, replica_choice=replica_choice, against=against))
+        refuse_mixed("--from-plan", given(import_=import_, replica_choice=replica_choice, against=against))
+        if timing.hardware is None:
+            refuse_mixed("--from-plan without --hardware", given(timing))
         replan, made_by = replacing.read(written.force), command_line(output, replacing.from_plan, *traces)
         options = placing.options(simulation, timing, Against(), made_by)
         network.refuse_other(replan.old)
@@ -300,14 +312,16 @@ def place(
             made_by=command_line(output, file, *named, *traces),
         )
     else:
-        from semmoe.solvers.make_plan import make_plan
+        from semmoe.solvers.make_plan import make_plan, usual_stages
         from semmoe.terminal.progress import stages
 
         files = (output, network.topology or output, *named, *traces)
         options = placing.options(simulation, timing, held, command_line(*files))
         options = replace(options, phase=whose, replica_choice=rule)
-        with stages() as show:
-            plan = make_plan(opened, links, placing.demands(simulation.seed), options, progress=show)
+        demands = placing.demands(simulation.seed)
+        usual = usual_stages(options, demands, opened[0].info.num_experts, links.num_ranks)
+        with stages(usual=usual) as show:
+            plan = make_plan(opened, links, demands, options, progress=show)
     plan = written.named(plan)
     plan.save(output)
     note_unchecked(*opened)

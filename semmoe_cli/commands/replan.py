@@ -47,12 +47,18 @@ class Replacing:
     ] = None
     move_cost: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Remote rows per token that a moved expert must save in its layer.", min=0),
+        typer.Option(
+            metavar="X",
+            help="Remote rows per token (with --hardware: microseconds a step) that a moved expert must save in its layer.",
+            min=0,
+        ),
     ] = None
     horizon_tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="T", help="Tokens until the next re-placement, in which a move must pay its bytes.", min=1
+            metavar="T",
+            help="Tokens until the next re-placement, in which a move must pay its bytes, or the time that they take.",
+            min=1,
         ),
     ] = None
 
@@ -111,8 +117,10 @@ def replace_plan(
 
     kept = demands_of(replan.old)
     _refuse_other(demands, kept, options.method)
-    if options.minimize:
+    if options.minimize and not (options.minimize == "time" and options.time is not None):
         refuse_mixed("--from-plan", [f"--minimize {options.minimize}"])
+    if options.auto:
+        refuse_mixed("--from-plan", [f"--{options.auto[0].replace('_', '-')} auto"])
     opened = [RoutingTrace.open(path) for path in traces]
     kept = replace(kept, **{name: getattr(demands, name) for name in OWN})
     with stages() as show:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from semmoe.options import Json, PhaseOption, Seed
-from semmoe.profiles.errors import InputError
+from semmoe.profiles.errors import InputError, model_name
 
 if TYPE_CHECKING:
     from semmoe.profiles.trace import RoutingTrace
@@ -42,7 +42,8 @@ def show(
     from semmoe.terminal.text import quoted
 
     facts = describe_path(path, seed=seed, accept_edits=accept_edits, phase=phase and phase.value)
-    print_facts(facts, as_json=json_)
+    named = {} if json_ else {"model": model_name(facts["model"]) or "not named (place --name names it in a plan)"}
+    print_facts(facts | named, as_json=json_)
     where = quoted(path)
     is_plan = facts["kind"] == "plan"
     lines = [f"semmoe export {where} --to sglang -o map.json"] if is_plan else [f"semmoe report {where}"]

@@ -12,6 +12,7 @@ from semmoe.options import All, Force, Json, Seed, TimedPlacing, given, grouped,
 
 if TYPE_CHECKING:
     from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.make_plan import PlanOptions
     from semmoe.solvers.placement import Topology
     from semmoe.solvers.plan import Plan
 
@@ -65,14 +66,11 @@ def try_(
 
         check_page_target(output)
         refuse_to_replace(output, force=force)
-    topology = Topology(ranks, nodes)
     with TemporaryDirectory(prefix="semmoe-try-") as folder:
         trace = _trace(responses, FORMATS[engine], Path(folder) / "t")
         phases = _phases(trace, timing.whose, timed=timing.hardware is not None)
-        tried: dict[str, Plan] = {}
-        for phase in phases:
-            plan = _plan(trace, topology, timing, phase, seed)
-            tried[phase] = replace(plan, scores=plan.scores and replace(plan.scores, trace=", ".join(responses)))
+        options = {phase: _options(trace, timing, phase, seed) for phase in phases}
+        tried = _plans(trace, Topology(ranks, nodes), options, ", ".join(responses))
     found = {NAMES[phase]: plan.scores for phase, plan in tried.items() if plan.scores}
     for name, report in found.items():
         for line in report.time.notes if report.time else []:
@@ -121,19 +119,17 @@ def _phases(trace: "RoutingTrace", asked: str | None, *, timed: bool) -> list[st
     return [phase for phase in NAMES if timed or shares[phase]]
 
 
-def _plan(trace: "RoutingTrace", topology: "Topology", timing: TimedPlacing, phase: str, seed: int) -> "Plan":
-    """A plan for a phase, with its scores and times on held-out requests: what the commands that
-    are told make, but for a quicker search and no second fit."""
+def _options(trace: "RoutingTrace", timing: TimedPlacing, phase: str, seed: int) -> "PlanOptions":
+    """How the plan for a phase is made and scored: as the commands that are told do it, but
+    without a second fit."""
     from semmoe.options import Phase
     from semmoe.profiles.split import counted_phase
-    from semmoe.solvers.demands import Demands
-    from semmoe.solvers.make_plan import PlanOptions, make_plan
+    from semmoe.solvers.make_plan import PlanOptions
     from semmoe.solvers.place.replicas import OWN_RULE
     from semmoe.solvers.schedule.simulate import Setting
-    from semmoe.terminal.progress import stages
 
     timed = timing.hardware is not None
-    options = PlanOptions(
+    return PlanOptions(
         holdout=HOLDOUT,
         refit=False,
         setting=Setting(seed=seed),
@@ -141,9 +137,30 @@ def _plan(trace: "RoutingTrace", topology: "Topology", timing: TimedPlacing, pha
         phase=counted_phase([trace], phase, timed=timed),
         replica_choice=replica_rule(None, timing.engine) or OWN_RULE,
     )
+
+
+def _plans(
+    trace: "RoutingTrace", topology: "Topology", options: dict[str, "PlanOptions"], name: str
+) -> dict[str, "Plan"]:
+    """A plan for each phase, by a quick search. `name`: of the trace in their scores."""
+    from semmoe.solvers.demands import Demands
+    from semmoe.solvers.make_plan import make_plan, usual_stages
+    from semmoe.terminal.progress import stages
+
+    (seed,) = {asked.setting.seed for asked in options.values()}
     demands = Demands(seed=seed, effort="fast", processes=os.cpu_count() or 1)
-    with stages() as show:
-        return make_plan([trace], topology, demands, options, progress=show)
+    shape = demands, trace.info.num_experts, topology.num_ranks
+    usual = {f"{phase}: {stage}": n for phase, o in options.items() for stage, n in usual_stages(o, *shape).items()}
+    tried: dict[str, Plan] = {}
+    with stages(usual=usual) as show:
+        for phase, asked in options.items():
+
+            def told(stage: str, done: int, total: int, phase: str = phase) -> None:
+                show(f"{phase}: {stage}", done, total)
+
+            plan = make_plan([trace], topology, demands, asked, progress=told)
+            tried[phase] = replace(plan, scores=plan.scores and replace(plan.scores, trace=name))
+    return tried
 
 
 def _commands(responses: list[str], nodes: int, timing: TimedPlacing, tried: dict[str, "Plan"]) -> list[str]:

@@ -4,6 +4,7 @@ use it."""
 from typing import TYPE_CHECKING, Any
 
 from semmoe.pages.page import as_markdown
+from semmoe.profiles.errors import model_name
 
 if TYPE_CHECKING:
     from semmoe.profiles.trace import RoutingTrace
@@ -16,7 +17,7 @@ def trace_card(trace: "RoutingTrace", repo: str) -> str:
     """The card of a trace in the data set `repo`; its parts are what the Hub's viewer shows."""
     info = trace.info
     facts = {
-        "model": info.model or "unknown",
+        "model": model_name(info.model) or "not named",
         "MoE layers": info.num_layers,
         "experts": info.num_experts,
         "experts per token": info.top_k,
@@ -28,7 +29,9 @@ def trace_card(trace: "RoutingTrace", repo: str) -> str:
     said = "Which experts a Mixture-of-Experts model chose for every token of recorded requests, one row per request."
     use = [f"semmoe show hf://datasets/{repo}", f"semmoe place hf://datasets/{repo} --ranks 8 -o plan"]
     metadata = {"configs": [{"config_name": "default", "data_files": "*.parquet"}]}
-    return _card(f"Expert routing of {info.model or 'a model'}", "routing-trace", metadata, said, facts, use, repo)
+    return _card(
+        f"Expert routing of {model_name(info.model) or 'a model'}", "routing-trace", metadata, said, facts, use, repo
+    )
 
 
 def plan_card(plan: "Plan", repo: str) -> str:
@@ -41,7 +44,15 @@ def plan_card(plan: "Plan", repo: str) -> str:
     if verdict:
         said += f"\n\n{as_markdown(verdict.sentence)}"
     use = [f"semmoe report hf://datasets/{repo} TRACE", f"semmoe export hf://datasets/{repo} --to sglang -o map.json"]
-    return _card(f"Expert placement of {plan.model.model or 'a model'}", "expert-placement", {}, said, facts, use, repo)
+    return _card(
+        f"Expert placement of {model_name(plan.model.model) or 'a model'}",
+        "expert-placement",
+        {},
+        said,
+        facts,
+        use,
+        repo,
+    )
 
 
 def _card(

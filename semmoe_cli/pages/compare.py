@@ -4,10 +4,10 @@ experts to move.
 The numbers are those of `semmoe compare`'s tables.
 """
 
-from semmoe.pages.deployment import named_model
 from semmoe.pages.figures.plan import gain_against_moves, score_rows
 from semmoe.pages.on_request import timed
 from semmoe.pages.page import Grid, Page, Picture, Section, Text
+from semmoe.profiles.errors import model_name
 from semmoe.solvers.evaluate.against import BASELINES
 from semmoe.solvers.evaluate.compare import PAIRED, Comparison, CurvePoint, NoMoves, PlanMoves
 from semmoe.solvers.evaluate.report import ScoreRow, random_row
@@ -19,7 +19,7 @@ SELDOM = ("load_imbalance_median", "token_imbalance")  # not worth a column on p
 
 def compare_page(comparison: Comparison, notes: list[str]) -> Page:
     """The page of a comparison."""
-    model = named_model(comparison.model)
+    model = model_name(comparison.model, comparison.trace)
     return Page(
         title=f"Plans for {model}" if model else "Plans side by side",
         verdict=compare_verdict(comparison).partition(";")[0].removesuffix("."),

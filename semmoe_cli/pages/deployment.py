@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from semmoe.pages.page import Commands
+from semmoe.profiles.errors import model_name
 from semmoe.terminal.text import quoted
 
 if TYPE_CHECKING:
     from semmoe.solvers.plan import ModelFacts, Plan
-
-UNNAMED = ("", "unknown")  # what a trace says of a model that nobody named
 
 LINE = 90  # characters of a command on one line
 
@@ -37,16 +36,11 @@ ENGINES = (
 )
 
 
-def named_model(name: str) -> str:
-    """The model's name for people; "" where the trace does not say it."""
-    return "" if name in UNNAMED else name
-
-
 def export_command(engine: Engine, model: "ModelFacts", plan_path: str, file: str) -> str:
     """What writes an engine's map. `plan_path`, `file`: as they are typed."""
     option = f" --format {engine.format}" if engine.format else ""
     if engine.kind in ("sglang", "trtllm") and not model.num_model_layers:  # they name every layer, dense ones too
-        option += f" --model {quoted(named_model(model.model) or 'CHECKPOINT')}"
+        option += f" --model {quoted(model_name(model.model) or 'CHECKPOINT')}"
     return f"semmoe export {plan_path} --to {engine.kind}{option} -o {file}"
 
 
@@ -56,7 +50,7 @@ def deploy_lines(plan: "Plan", plan_path: str, engine: str | None) -> list[str]:
     chosen = [e for e in ENGINES if e.kind == engine]
     lines = [export_command(e, plan.model, plan_path, e.file) for e in chosen or ENGINES[:1]]
     if not chosen and not plan.placement.num_replicas:
-        source = named_model(plan.model.model) or "CHECKPOINT"
+        source = model_name(plan.model.model) or "CHECKPOINT"
         lines.append(f"semmoe reshard {quoted(source)} {plan_path} -o {quoted(Path(source).name + '-placed')}")
     return lines
 
@@ -67,7 +61,7 @@ def deployment(plan: "Plan", plan_path: str) -> list[Commands]:
     from semmoe.solvers.maps.launch import launch_lines
 
     where = quoted(plan_path)
-    model = named_model(plan.model.model) or "CHECKPOINT"
+    model = model_name(plan.model.model) or "CHECKPOINT"
     found = []
     for engine in ENGINES:
         export = export_command(engine, plan.model, where, engine.file)

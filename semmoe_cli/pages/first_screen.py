@@ -24,7 +24,7 @@ def headline(report: Report, decision: Decision) -> str:
 def tiles(report: Report, decision: Decision) -> list[Tile]:
     """What is saved, the busiest rank, how sure it is, and what it needs."""
     plan = decision.plan
-    others = ", ".join(f"{s.role} {s.score.load_imbalance:.2f}" for s in decision.standings[:-1])
+    others = ", ".join(f"{s.role} {s.score.load_imbalance:.2f}" for s in decision.standings if s is not decision.plan)
     sure, bounds = decision.confidence, ""
     if decision.ci is not None and report.dispatch != "gather":
         bounds = f"{decision.ci[0]:.1%} to {decision.ci[1]:.1%}"
@@ -57,10 +57,11 @@ def hero(report: Report, decision: Decision, phase: str = "") -> Picture:
     busiest rank."""
     metric = KIND_METRIC[report.dispatch]
     timed = decision.plan.time is not None
+    rows = [standing for standing in decision.standings if standing.time or not timed]
     what = "Microseconds of a MoE layer" if timed else KIND_UNIT.get(report.dispatch, "load of the busiest rank")
     return Picture(
-        figures_plan.standings(decision.standings, metric),
-        0.75 + 0.33 * len(decision.standings),
+        figures_plan.standings(rows, metric),
+        0.75 + 0.33 * len(rows),
         f"{phase}{': ' if phase else ''}{what[0].upper()}{what[1:]}, and load of the busiest rank: {_told(decision)}",
         stacked=2,
     )

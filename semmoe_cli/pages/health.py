@@ -5,10 +5,10 @@ Heavy modules are imported inside.
 
 from typing import TYPE_CHECKING
 
-from semmoe.pages.deployment import named_model
 from semmoe.pages.figures import health as figures_health
 from semmoe.pages.figures.health import short_count
 from semmoe.pages.page import Grid, Page, Picture, Section, Text
+from semmoe.profiles.errors import model_name
 
 if TYPE_CHECKING:
     from semmoe.solvers.health.record import Health
@@ -22,7 +22,7 @@ def health_page(health: "Health") -> Page:
     left out."""
     level, sentence = health_verdict(health)
     makers = (_findings, _learning, _structure, _load, _unseen, _domains, _time)
-    model = named_model(health.model)
+    model = model_name(health.model, health.trace)
     return Page(
         title=f"Routing trace of {model}" if model else "Routing trace",
         verdict=sentence,

@@ -19,6 +19,7 @@ from semmoe.pages.on_request import (
 )
 from semmoe.pages.page import Block, Grid, Page, Picture, Section, Text
 from semmoe.pages.risks import EVIDENCE, next_section, other_engines, risk_section
+from semmoe.profiles.errors import model_name
 from semmoe.terminal.tables import COLUMNS
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ FITTED = "On the requests that the placement was fitted on: an illustration, not
 
 def plan_page(about: "PlanReport") -> Page:
     """The page. Sections whose numbers are not there are left out."""
-    from semmoe.solvers.evaluate.decision import decide, model_words
+    from semmoe.solvers.evaluate.decision import decide
 
     report, plan = about.report, about.plan
     decision = decide(report)
@@ -57,7 +58,7 @@ def plan_page(about: "PlanReport") -> Page:
     evidence = [section for make in makers if (section := make(about)) is not None]
     evidence[0] = replace(evidence[0], part=EVIDENCE)
     sections = [next_section(about, decision), risk_section(about, decision), *evidence, other_engines(about)]
-    model = model_words(report)
+    model = model_name(report.model, report.trace)
     facts = [
         (
             "Model",

@@ -6,8 +6,9 @@ Heavy modules are imported inside.
 
 from typing import TYPE_CHECKING
 
-from semmoe.pages.deployment import deploy_lines, deployment, named_model
+from semmoe.pages.deployment import deploy_lines, deployment
 from semmoe.pages.page import Block, Commands, Grid, Section, Text
+from semmoe.profiles.errors import model_name
 from semmoe.terminal.text import quoted
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def risk_section(about: "PlanReport", decision: "Decision") -> Section:
     blocks: list[Block] = [Grid(["risk", "what is known"], rows, words=True)]
     if (domains := _domains(about)) is not None:
         blocks += [domains]
-    source = named_model(plan.model.model) or "CHECKPOINT"
+    source = model_name(plan.model.model) or "CHECKPOINT"
     placed = f"{source.rstrip('/').rpartition('/')[2]}-placed"
     back = ["start the server without the map, or without the plug-in's variables: nothing else was changed"]
     lines = [f"semmoe reshard --undo {quoted(placed)} -o {quoted(source.rpartition('/')[2] + '-back')}"]

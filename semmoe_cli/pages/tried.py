@@ -6,7 +6,8 @@ from semmoe.pages.first_screen import BADGES, headline, hero, tiles
 from semmoe.pages.on_request import timed
 from semmoe.pages.page import Block, Commands, Grid, Page, Section, Text
 from semmoe.pages.risks import EVIDENCE, NEXT, RISKS
-from semmoe.solvers.evaluate.decision import Decision, decide, model_words
+from semmoe.profiles.errors import model_name
+from semmoe.solvers.evaluate.decision import Decision, decide
 from semmoe.solvers.evaluate.report import Report
 from semmoe.terminal.tables import COLUMNS
 
@@ -29,7 +30,7 @@ def tried_page(reports: dict[str, Report], commands: list[str]) -> Page:
             evidence.append(Section(f"{name.capitalize()}. {section.title}", section.blocks))
     evidence.append(_bytes(first))
     evidence[0] = replace(evidence[0], part=EVIDENCE)
-    model = model_words(first)
+    model = model_name(first.model, first.trace)
     return Page(
         title=f"Is placement worth it{f' for {model}' if model else ''} on {first.ranks} ranks?",
         verdict=(f"{best.capitalize()}: " if several else "") + headline(first, decided[best]),

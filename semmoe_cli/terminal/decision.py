@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semmoe.profiles.errors import visible
+from semmoe.terminal.loudness import is_quiet
 from semmoe.terminal.tables import (
     COLUMNS,
     new_table,
@@ -73,8 +74,8 @@ def print_decision(report: "Report") -> None:
 
 def next_step(*commands: str, as_json: bool, aside: bool = False) -> None:
     """The commands that come next: on stdout below what people read there, `aside` on stderr, where
-    stdout is empty or other text. A program that asked for JSON is told none."""
-    if as_json:
+    stdout is empty or other text. Who asked for JSON or quiet is told none."""
+    if as_json or is_quiet():
         return
     if aside:
         for command in commands:
@@ -91,10 +92,12 @@ def _fits(table: "Table") -> bool:
 
 def _table(report: "Report", decision: "Decision", *, intervals: bool, needs: bool) -> "Table":
     """The standings as rows. `needs`: with what it takes to run each."""
-    from semmoe.solvers.evaluate.decision import KIND_METRIC
+    from semmoe.solvers.evaluate.decision import KIND_METRIC, SERVED
 
     metric = KIND_METRIC[report.dispatch]
     metrics = [metric, "load_imbalance"] if metric != "load_imbalance" else [metric]
+    if "lar" not in metrics and any(standing.role == SERVED for standing in decision.standings):
+        metrics.insert(0, "lar")  # which is what a server's own counters tell
     timed = any(standing.time for standing in decision.standings)
     table = new_table()
     table.add_column("", overflow="fold")
@@ -130,9 +133,9 @@ def _values(standings: "list[Standing]", metric: str, *, intervals: bool) -> lis
 
 def _title(report: "Report") -> str:
     nodes = "one node" if report.nodes == 1 else f"{report.nodes} nodes"
-    from semmoe.solvers.evaluate.decision import model_words
+    from semmoe.profiles.errors import model_name
 
-    said = f"{model_words(report) or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
+    said = f"{model_name(report.model, report.trace) or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
     said += f"{report.requests:,} held-out requests, {report.tokens:,} tokens{phase_words(report)}"
     if report.time is not None:
         time = report.time

@@ -4,22 +4,26 @@ and then elsewhere.
 One display; stages of steps or bytes, and a trace, say what it shows. rich is imported inside.
 """
 
+import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from semmoe.profiles.errors import visible
-from semmoe.profiles.progress import Progress, Stages
+from semmoe.profiles.progress import AGAIN, Progress, Stages
+from semmoe.terminal.loudness import detail, is_quiet
 
 if TYPE_CHECKING:
     from semmoe.profiles.capture.work import Limits, TraceProgress
 
 LINE_SECONDS = 10.0
 POLL_SECONDS = 0.2
+SETTLING_SECONDS = 8.0  # in which the time left has moved most of the way to a new estimate
+ALL = ""  # the one bar of all stages
 
 
 class Moment(NamedTuple):
@@ -35,7 +39,10 @@ class Moment(NamedTuple):
 
 @contextmanager
 def display() -> Iterator[Callable[[Moment], None]]:
-    """A function to call with every moment while the block runs."""
+    """A function to call with every moment while the block runs; it shows nothing with --quiet."""
+    if is_quiet():
+        yield lambda moment: None
+        return
     if not sys.stderr.isatty():
         yield _lines()
         return
@@ -86,21 +93,94 @@ def gigabytes(done: int, total: int) -> str:
     return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB"
 
 
+class Forecast:
+    """Seconds left of work in stages: from how far the present one is, from what those before took
+    and, for those to come, from their usual shares of the time.
+
+    What is told moves to a new estimate by and by, so that it does not jump where a stage ends.
+    """
+
+    def __init__(self, usual: Mapping[str, float]) -> None:
+        """`usual`: stages in their order, each with its share of the time; one that is called as an
+        earlier one with AGAIN is expected to take as long as that did."""
+        self.usual = dict(usual)
+        self.took: dict[str, float] = {}
+        self.stage, self.begun, self.done_before = "", time.monotonic(), 0
+        self.told: tuple[float, float] | None = None  # seconds left, when that was said
+
+    def left(self, stage: str, done: int, total: int) -> float | None:
+        """Seconds left of all stages; None while nothing tells."""
+        now = time.monotonic()
+        if stage != self.stage:
+            if self.stage:
+                self.took[self.stage] = now - self.begun
+            self.stage, self.begun, self.done_before = stage, now, done
+            self.told = self.told if stage in self.usual else None
+        elif done < self.done_before:
+            self.begun, self.done_before = now, done
+        self.took.pop(stage, None)
+        fraction = (done - self.done_before) / max(total - self.done_before, 1)
+        spent, whole = now - self.begun, self._expected(stage)
+        if fraction:
+            seen = spent / fraction
+            whole = seen if whole is None else whole + (seen - whole) * min(3 * fraction, 1.0)
+        if whole is None:
+            return None
+        self.took[stage] = whole  # as far as is known
+        later = list(self.usual)[list(self.usual).index(stage) + 1 :] if stage in self.usual else []
+        estimate = max(whole - spent, 0.0) + sum(self._expected(name) or 0.0 for name in later)
+        if self.told is not None:
+            passed = now - self.told[1]
+            before = max(self.told[0] - passed, 0.0)
+            estimate = before + (estimate - before) * (1 - math.exp(-passed / SETTLING_SECONDS))
+        self.told = estimate, now
+        return estimate
+
+    def _expected(self, stage: str) -> float | None:
+        """Seconds of a stage that is to come, from those before it."""
+        if AGAIN in stage and (first := stage.replace(AGAIN, "")) in self.took:
+            return self.took[first]
+        known = [name for name in self.took if name in self.usual]
+        if stage not in self.usual or not known:
+            return None
+        return sum(self.took[name] for name in known) / sum(self.usual[name] for name in known) * self.usual[stage]
+
+
 @contextmanager
-def stages(amount: Callable[[int, int], str] = count) -> Iterator[Stages]:
-    """A function to call with the name of a stage, and how much of how much of it is done."""
-    stage, begun, done_before = "", 0.0, 0
+def stages(amount: Callable[[int, int], str] = count, usual: Mapping[str, float] | None = None) -> Iterator[Stages]:
+    """A function to call with the name of a stage, and how much of how much of it is done.
+
+    `usual`: the stages that will come, with their shares of the time (see `Forecast`): the bar and
+    the time left are then of all of them. Others have a bar each.
+    """
+    order = list(usual or {})
+    forecast, started, shown_of_all = Forecast(usual or {}), time.monotonic(), 0.0
+    last, begun = "", started
     with display() as show_moment:
 
         def show(name: str, done: int, total: int) -> None:
-            nonlocal stage, begun, done_before
-            if name != stage or done < done_before:
-                stage, begun, done_before = name, time.monotonic(), done
-            left = time_left(done - done_before, total - done, time.monotonic() - begun)
-            text = f"{name} {amount(done, total)}"
-            show_moment(Moment(name, done, total, text, text, left))
+            nonlocal last, begun, shown_of_all
+            now = time.monotonic()
+            if name != last:
+                _tell_ended(last, now - begun)
+                last, begun = name, now
+            left = forecast.left(name, done, total)
+            text, aside = f"{name} {amount(done, total)}", clock(left) if left and left >= 1 else ""
+            stage, bar = name, (float(done), float(total))
+            if name in order:
+                text += f" (stage {order.index(name) + 1} of {len(order)})"
+                passed = now - started
+                shown_of_all = max(shown_of_all, passed / (passed + left) if left is not None and passed else 0.0)
+                stage, bar = ALL, (shown_of_all, 1.0)
+            show_moment(Moment(stage, *bar, text + (aside and f", {aside}"), text, aside))
 
         yield show
+        _tell_ended(last, time.monotonic() - begun)
+
+
+def _tell_ended(stage: str, seconds: float) -> None:
+    if stage:
+        detail(f"{stage}: {seconds:.1f} s")
 
 
 @contextmanager
@@ -166,7 +246,10 @@ def expected_tokens(progress: "TraceProgress", limits: "Limits", generated: int,
 
 def time_left(done: float, left: float, seconds: float) -> str:
     """As 0:01:05 left, after `seconds` for what is done; empty where nothing tells it."""
-    if done <= 0 or left <= 0:
-        return ""
-    whole = int(seconds * left / done)
+    return "" if done <= 0 or left <= 0 else clock(seconds * left / done)
+
+
+def clock(seconds: float) -> str:
+    """As 0:01:05 left."""
+    whole = int(seconds)
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d} left"

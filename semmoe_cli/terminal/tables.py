@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from semmoe.profiles.errors import visible
+from semmoe.profiles.errors import model_name, visible
+from semmoe.terminal.loudness import say
 from semmoe.terminal.text import add_row, json_line, visible_lines
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ INTERVAL_CAPTION = "; in brackets: 95% bootstrap interval over requests"
 
 
 def note(line: str) -> None:
-    """A line for people on stderr."""
-    print(f"semmoe: {visible(line)}", file=sys.stderr)
+    """A line of ours for people on stderr, unless they asked for quiet."""
+    say(f"semmoe: {visible(line)}")
 
 
 def note_unchecked(*inputs: "RoutingTrace | Plan") -> None:
@@ -136,7 +137,7 @@ def _score_table(report: "Report", metrics: list[str], intervals: bool) -> "Tabl
 def _title(report: "Report") -> str:
     nodes = "one node" if report.nodes == 1 else f"{report.nodes} nodes"
     return (
-        f"{report.model or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
+        f"{model_name(report.model, report.trace) or 'model'}: {report.ranks} ranks on {nodes}, {report.dispatch} dispatch; "
         f"{report.requests} held-out requests, {report.tokens:,} tokens{phase_words(report)}; "
         f"mean over {len(report.layers)} layers"
     )
@@ -327,7 +328,9 @@ def print_health(health: "Health", *, as_json: bool) -> None:
         table.add_column(heading, overflow="fold")
     for found in health.findings:
         add_row(table, found.topic, Text(found.level, colours[found.level]), found.text)
-    title = f"{health.model or 'model'}: {health.requests:,} requests, {health.tokens:,} tokens"
+    title = (
+        f"{model_name(health.model, health.trace) or 'model'}: {health.requests:,} requests, {health.tokens:,} tokens"
+    )
     print_fitting(
         console, [table], title=title, caption="good: nothing to do; watch: a limit to know; bad: act before placing"
     )

@@ -6,12 +6,11 @@ first two, because no serving engine runs the third.
 """
 
 from dataclasses import dataclass
-from pathlib import PurePath
 
 from semmoe.solvers.evaluate.against import BASELINES, words_of
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Interval, Judgement, Report, ScoreRow, random_row
-from semmoe.solvers.evaluate.time_report import TimedRow
+from semmoe.solvers.evaluate.time_report import TimedRow, TimeReport
 from semmoe.solvers.evaluate.verdict import (
     BYTES_ONLY,
     INSUFFICIENT,
@@ -25,14 +24,14 @@ from semmoe.solvers.evaluate.verdict import (
     tier_of,
     traffic_cost,
 )
+from semmoe.solvers.schedule.simulate import AS_SERVED
 
 TIERS = {
     MAP: "a map that the engine reads, or a rewritten checkpoint",
     PLUGIN: "requests sent to ranks by semmoe's plug-in or router",
     RESEARCH: "it needs shuffled collectives, which no serving engine has (today: semmoe run)",
 }
-UNNAMED = ("", "unknown")  # what a trace says of a model that nobody named
-TODAY, EPLB_WAY, PLAN_ROW = "today", "EPLB's way", "this plan"
+TODAY, EPLB_WAY, PLAN_ROW, SERVED = "today", "EPLB's way", "this plan", "as served"
 NEEDS = {MAP: "a map or checkpoint", PLUGIN: "the plug-in or router", RESEARCH: "semmoe run"}
 PHASE_WORDS = {"prompt": "prefill", "generated": "decode", "all": "prefill and decode"}
 KIND_METRIC = {"per-rank": "rem", "per-expert": "lar", "per-node": "node", "gather": "load_imbalance"}
@@ -47,7 +46,7 @@ KIND_UNIT = {
 class Standing:
     """One placement under the best schedule that can be deployed with it."""
 
-    role: str  # TODAY, EPLB_WAY, PLAN_ROW, or the path of the plan that is held against
+    role: str  # TODAY, EPLB_WAY, PLAN_ROW, SERVED, or the path of the plan that is held against
     placement: str
     schedule: str
     needs: str
@@ -59,6 +58,8 @@ class Standing:
         """What a row of a table is called."""
         if self.role == PLAN_ROW:
             return self.role if self.schedule == "random" else f"{self.role}, {self.schedule}"
+        if self.role == SERVED:
+            return f"{self.role}: what the server did"
         return f"{self.role} ({self.placement})" if self.role != self.placement else self.role
 
 
@@ -74,7 +75,8 @@ class Decision:
             verdict was computed.
         unit: "time" or "bytes".
         against: name of the baseline among the rows.
-        standings: today, EPLB's way, what the plan is held against where it is neither, the plan.
+        standings: today, EPLB's way, what the plan is held against where it is neither, the plan,
+            what was served where the trace tells.
         risk: of the load of the busiest rank.
         research: what the third tier would add, "" for nothing.
         confidence: how sure it is, in a few words.
@@ -95,7 +97,7 @@ class Decision:
     @property
     def plan(self) -> Standing:
         """The row of the plan."""
-        return self.standings[-1]
+        return _plan(self.standings)
 
 
 def decide(report: Report) -> Decision:
@@ -104,7 +106,7 @@ def decide(report: Report) -> Decision:
     timed, verdict = report.time is not None and report.time.verdict is not None, report.verdict
     saved, ci, confidence = None, None, "not computed"
     if timed:
-        level, sentence, why = _by_time(report, standings[-1])
+        level, sentence, why = _by_time(report, _plan(standings))
         assert report.time is not None
         found = report.time.saved
         if found is not None:
@@ -132,13 +134,6 @@ def decide(report: Report) -> Decision:
     )
 
 
-def model_words(report: Report) -> str:
-    """Name of the model, or whose it is where nobody named it; "" where nothing tells."""
-    if report.model not in UNNAMED:
-        return report.model
-    return f"the model of {PurePath(report.trace).name}" if report.trace else ""
-
-
 def deployed_schedule(report: Report) -> str:
     """The schedule under which the plan is judged: of the first two tiers, the one that saves most
     time, or bytes where times are not known."""
@@ -159,18 +154,22 @@ def _standings(report: Report) -> list[Standing]:
     if report.baseline not in BASELINES:
         names[report.baseline] = report.baseline
     found = [(role, name, "random") for name, role in names.items()]
-    found.append((PLAN_ROW, "plan", deployed_schedule(report)))
+    found += [(PLAN_ROW, "plan", deployed_schedule(report)), (SERVED, "plan", AS_SERVED)]
     scores = {row.key: row for row in report.rows}
     timed = {(row.placement, row.schedule): row for row in report.time.rows} if report.time else {}
     return [
-        Standing(role, name, schedule, _needs(name, schedule), scores[name, schedule], timed.get((name, schedule)))
+        Standing(role, name, schedule, _needs(role, schedule), scores[name, schedule], timed.get((name, schedule)))
         for role, name, schedule in found
         if (name, schedule) in scores
     ]
 
 
-def _needs(placement: str, schedule: str) -> str:
-    return "nothing" if (placement, schedule) == ("contiguous", "random") else NEEDS[tier_of(schedule)]
+def _plan(standings: list[Standing]) -> Standing:
+    return next(standing for standing in standings if standing.role == PLAN_ROW)
+
+
+def _needs(role: str, schedule: str) -> str:
+    return {TODAY: "nothing", SERVED: "is recorded"}.get(role) or NEEDS[tier_of(schedule)]
 
 
 def _where(report: Report, phase: str) -> str:
@@ -212,7 +211,17 @@ def _by_time(report: Report, plan: Standing) -> tuple[str, str, str]:
         parts.append(f"{saved.share_of_step:.1%} of the step")
     if saved.usd_per_hour is not None:
         parts.append(f"{saved.usd_per_hour:.2f} USD an hour")
+    parts += _by_domain(time)
     return verdict.level, sentence, "; ".join([*parts, *verdict.cannot_help])
+
+
+def _by_domain(time: TimeReport) -> list[str]:
+    """What placement alone saves in the domains where that is most and least."""
+    if len(time.domains) < 2:
+        return []
+    least, most = (choose(time.domains, key=lambda domain: domain.saved) for choose in (min, max))
+    ends = " to ".join(f"{end.saved:.1%} ({end.domain}, busiest rank {end.imbalance:.2f})" for end in (least, most))
+    return [f"placement alone saves, by domain, {ends}"]
 
 
 def _parts(before: TimedRow, after: TimedRow) -> tuple[float, float]:
@@ -294,7 +303,7 @@ def _saving_interval(plan: ScoreRow, before: ScoreRow, metric: str) -> tuple[flo
 
 def _risk(report: Report, standings: list[Standing]) -> str:
     """How much the busiest rank carries, by whom it was less, and in which domain it is most."""
-    *others, plan = standings
+    plan, others = _plan(standings), [s for s in standings if s.role != PLAN_ROW]
     low, high = plan.score.interval("load_imbalance")
     interval = f" (interval {low:.2f} to {high:.2f})" if high - low > 5e-3 else ""
     beside = ", ".join(f"{s.role} {s.score.load_imbalance:.2f}" for s in others)

@@ -37,6 +37,7 @@ class Scored(NamedTuple):
     score_B: np.ndarray  # bool [B]: requests of the trace to score on; never learned from where `held_out`
     held_out: bool
     note: str
+    batch: TraceBatch | None = None  # of `score_B`, where it was read already
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,8 @@ def scored_requests(
         [trace], holdout=split["holdout"], holdout_domains=split["holdout_domains"], seed=split["seed"]
     )
     deployment = replace(plan.deployment, placement=plan.scored.placement, load_LE=plan.scored.load_LE, schedule=None)
-    sums = deployment_sums(deployment, scored_batch([trace], [held_out_B], seed=plan.seed))
+    batch = scored_batch([trace], [held_out_B], seed=plan.seed)
+    sums = deployment_sums(deployment, batch)
     again = score(sums, plan.topology, dispatch=plan.dispatch, num_resamples=1).means["rem"]
     if plan.scores is None or abs(again - random_row(plan.scores.rows, "plan").rem) > 1e-6:
         return fallback
@@ -109,7 +111,7 @@ def scored_requests(
             )
         deployment = replace(deployment, schedule=fitted)
     note = "the pictures show the placement that was scored, fitted on the training requests alone"
-    return Scored(deployment, ~held_out_B, held_out_B, True, note)
+    return Scored(deployment, ~held_out_B, held_out_B, True, note, batch)
 
 
 def report_details(trace: RoutingTrace, report: Report, scored: Scored, before: tuple[str, Deployment]) -> Details:
@@ -117,7 +119,7 @@ def report_details(trace: RoutingTrace, report: Report, scored: Scored, before: 
     against. Traffic between ranks is that of the schedule that the headline is about."""
     deployment = scored.deployment
     layer = _typical_layer(report.layers, before[0])
-    batch = scored_batch([trace], [scored.score_B], seed=report.setting.seed)
+    batch = scored.batch or scored_batch([trace], [scored.score_B], seed=report.setting.seed)
     schedule = deployed_schedule(report) if deployment.schedule else "random"
     rows_RR, load_LR, rem_G = {}, {}, {}
     names, domain_of_B = domain_groups(batch.domains)

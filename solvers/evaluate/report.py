@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 
+from semmoe.profiles.errors import model_name
 from semmoe.solvers.evaluate.metrics import METRICS, Scores
 from semmoe.solvers.evaluate.time_report import TimeReport
 from semmoe.solvers.html import table_html
@@ -296,7 +297,7 @@ class Report(JsonRecord):
         """What a notebook shows: the verdict, and a table of the rows with their intervals."""
         metrics = [metric for metric in METRICS if metric != "node" or self.nodes > 1]
         cells = ([*row.key, *(_shown(row, metric) for metric in metrics)] for row in self.rows)
-        about = f"{self.model}: {self.requests} requests, {self.tokens} tokens, {self.ranks} ranks, {self.dispatch}"
+        about = f"{model_name(self.model, self.trace)}: {self.requests} requests, {self.tokens} tokens, {self.ranks} ranks, {self.dispatch}"
         said = f"{about}. {self.verdict.sentence}" if self.verdict else about
         return f"<p>{escape(said)}</p>" + table_html(["placement", "schedule", *metrics], cells)
 

@@ -71,6 +71,19 @@ class TimeVerdict(JsonRecord):
 
 
 @dataclass(frozen=True)
+class DomainTime(JsonRecord):
+    """What the plan's placement saves, tokens at random homes, in batches of one domain's requests:
+    the most that a shift of the traffic towards it could change."""
+
+    domain: str
+    requests: int
+    tokens: int
+    us: float  # of the plan's layer
+    saved: float  # share, against what `TimeSaved` names
+    imbalance: float  # of the experts, the busiest rank over the mean
+
+
+@dataclass(frozen=True)
 class TimeReport(JsonRecord):
     """report["time"]."""
 
@@ -90,6 +103,7 @@ class TimeReport(JsonRecord):
     resamples: int
     layers: int  # that were timed
     notes: list[str] = field(default_factory=list)
+    domains: list[DomainTime] = field(default_factory=list)  # of the held-out requests, where there are two
 
     def row(self, placement: str, schedule: str = "random") -> TimedRow:
         """The row of a placement and a schedule, which is there."""

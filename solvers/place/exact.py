@@ -12,7 +12,7 @@ import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
-from semmoe.solvers.place.exact_counts import cluster_loads
+from semmoe.solvers.place.exact_counts import resampled_loads
 from semmoe.solvers.place.partition import load_limits
 from semmoe.solvers.place.remote_gains import token_kinds
 from semmoe.solvers.placement import Topology, part_sizes
@@ -30,8 +30,8 @@ def place_exact(
         profile: counts of the requests to fit, and a sample of them.
         topology: its ranks; nodes and costs are not looked at.
         load_cap: most load of a rank over the mean, or what packing by load alone reaches.
-        robust: clusters of requests that each keep the load cap (`cluster_loads`).
-        seed: of the clusters.
+        robust: resamples of the requests that each keep the load cap (`resampled_loads`).
+        seed: of the resamples.
 
     Returns:
         Rank of each expert, int64 [L, E].
@@ -40,7 +40,7 @@ def place_exact(
     to the end within the time limit.
     """
     num_ranks = topology.num_ranks
-    load_LJE = cluster_loads(profile, robust, seed)
+    load_LJE = resampled_loads(profile, robust, seed)
     placed = []
     for layer in range(profile.info.num_layers):
         kinds_XK, kind_T = token_kinds(profile.sample.expert_ids_TLK[:, layer], profile.info.num_experts)

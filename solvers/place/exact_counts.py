@@ -1,22 +1,22 @@
 """Exact counts and the load cap, for any partition: the guarantee at the exit. A graph partitioner
 only bounds imbalance; this makes it exact.
 
-The cap holds for the load of all requests and, where that is asked for, for each cluster of
-requests too (`cluster_loads`). Clusters are found on a bounded choice of requests, and their loads
-summed block by block.
+The cap holds for the load of all requests and, where that is asked for, of resamples of them too
+(`resampled_loads`): a cap on what was fitted alone is exceeded by requests that come later.
 
-Shape letters: B requests, L MoE layers, E experts, R ranks, C clusters, J load vectors, F features.
+Shape letters: B requests, L MoE layers, E experts, R ranks, J load vectors.
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile
 from semmoe.profiles.errors import InputError
 from semmoe.solvers.place.baselines import place_load
-from semmoe.solvers.place.request_homes import MAX_COUNTS, chosen_requests, request_usage_LBE
+from semmoe.solvers.place.request_homes import MAX_COUNTS, request_usage_LBE
 from semmoe.solvers.placement import part_sizes
+
+REQUEST_SHARE = 0.5  # of the fitted requests that a resample holds
+LEAST_REQUESTS = 8  # that are worth resampling or halving
 
 
 def rank_load_R(rank_of_E: np.ndarray, load_E: np.ndarray, num_ranks: int) -> np.ndarray:
@@ -218,79 +218,36 @@ def best_within_cap(
     return improve_within_cap(best_E, affinity_EE, load_E, num_ranks, load_cap)
 
 
-def cluster_loads(profile: RoutingProfile, clusters: int, seed: int, max_counts: int = MAX_COUNTS // 2) -> np.ndarray:
-    """Load vectors that must keep the cap: all requests, then each cluster of requests by their
-    experts.
+def resampled_loads(
+    profile: RoutingProfile, resamples: int, seed: int, max_counts: int = MAX_COUNTS // 2
+) -> np.ndarray:
+    """Load vectors that must keep the cap: of all requests, then of resamples of REQUEST_SHARE as
+    many, which differ from all as much as requests to come do from those that were fitted.
 
     Parameters:
-        profile: its sample is clustered.
-        clusters: how many; below 2 all requests together are the only vector.
-        seed: of the clusters.
-        max_counts: what may be counted at once. Clusters are found on as many requests
-            (`chosen_requests`); every other request of the sample joins the nearest.
+        profile: its sample is resampled.
+        resamples: how many; 0: all requests together are the only vector.
+        seed: of the resamples.
+        max_counts: what may be counted at once; requests are counted block by block.
 
     Returns:
-        float64 [L, J, E]; clusters that no request joined are left out.
+        float64 [L, J, E].
 
-    Raises InputError for more clusters than requests.
+    Raises InputError where there are too few requests.
     """
     load_LJE = profile.load_LE.astype(np.float64)[:, None]
-    if clusters < 2:
+    if not resamples:
         return load_LJE
-    sample, num_experts = profile.sample, profile.info.num_experts
-    if clusters > sample.num_requests:
-        raise InputError(f"--robust {clusters}: the profile has only {sample.num_requests} requests to cluster")
-    chosen_B = chosen_requests(profile, seed, max_counts)
-    usage_LBE = request_usage_LBE(sample, chosen_B, num_experts)
-    cluster_B, centre_CF = k_means(_points_BF(usage_LBE), clusters, np.random.default_rng([seed, 11]))
-    load_LCE = np.zeros((len(load_LJE), clusters, num_experts))
-    _add_loads(load_LCE, usage_LBE, cluster_B)
-    others_B = np.setdiff1d(np.arange(sample.num_requests), chosen_B, assume_unique=True)
-    for block_B in _blocks(others_B, max(1, len(chosen_B) // 4)):
-        usage_LBE = request_usage_LBE(sample, block_B, num_experts)
-        _add_loads(load_LCE, usage_LBE, nearest(_points_BF(usage_LBE), centre_CF))
-    return np.concatenate([load_LJE, load_LCE[:, load_LCE.any(axis=(0, 2))]], axis=1)
-
-
-def _blocks(requests_B: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    yield from (requests_B[first : first + size] for first in range(0, len(requests_B), size))
-
-
-def _points_BF(usage_LBE: np.ndarray) -> np.ndarray:
-    """Square roots of each request's shares of its activations, float64 [B, L * E]: distances
-    between them are Hellinger's."""
-    share_LBE = usage_LBE / np.maximum(usage_LBE.sum(axis=2, keepdims=True), 1)
-    return np.sqrt(share_LBE).transpose(1, 0, 2).reshape(usage_LBE.shape[1], -1).astype(np.float64)
-
-
-def _add_loads(load_LCE: np.ndarray, usage_LBE: np.ndarray, cluster_B: np.ndarray) -> None:
-    for c in np.unique(cluster_B):
-        load_LCE[:, c] += usage_LBE[:, cluster_B == c].sum(axis=1, dtype=np.float64)
-
-
-def k_means(points_BF: np.ndarray, clusters: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster of each point, int64 [B], and the centres, float64 [C, F]; farthest-point start, at
-    most 30 rounds.
-
-    A cluster may be empty.
-    """
-    chosen = [int(rng.integers(len(points_BF)))]
-    nearest_B = np.full(len(points_BF), np.inf)
-    for _ in range(1, clusters):
-        nearest_B = np.minimum(nearest_B, ((points_BF - points_BF[chosen[-1]]) ** 2).sum(axis=1))
-        chosen.append(int(np.argmax(nearest_B)))
-    centre_CF = points_BF[chosen]
-    cluster_B = np.full(len(points_BF), -1)
-    for _ in range(30):
-        nearer_B = nearest(points_BF, centre_CF)
-        if np.array_equal(nearer_B, cluster_B):
-            break
-        cluster_B = nearer_B
-        for c in np.unique(cluster_B):
-            centre_CF[c] = points_BF[cluster_B == c].mean(axis=0)
-    return cluster_B, centre_CF
-
-
-def nearest(points_BF: np.ndarray, centre_CF: np.ndarray) -> np.ndarray:
-    """The nearest centre of each point, int64 [B]."""
-    return np.argmin((centre_CF**2).sum(axis=1) - 2 * points_BF @ centre_CF.T, axis=1)
+    (num_layers, _, num_experts), sample = load_LJE.shape, profile.sample
+    if sample.num_requests < LEAST_REQUESTS:
+        needs = f"{LEAST_REQUESTS} requests to resample, not {sample.num_requests}"
+        raise InputError(f"--robust {resamples} needs {needs}")
+    few = round(REQUEST_SHARE * sample.num_requests)
+    even_B = np.full(sample.num_requests, 1 / sample.num_requests)
+    weight_JB = np.random.default_rng([seed, 11]).multinomial(few, even_B, resamples).astype(np.float64)
+    drawn_LJE = np.zeros((num_layers, resamples, num_experts))
+    step = max(1, max_counts // (num_layers * num_experts))
+    for first in range(0, sample.num_requests, step):
+        block_B = np.arange(first, min(first + step, sample.num_requests))
+        drawn_LJE += weight_JB[:, block_B] @ request_usage_LBE(sample, block_B, num_experts)
+    return np.concatenate([load_LJE, drawn_LJE], axis=1)

@@ -23,7 +23,7 @@ from semmoe.profiles.counts import RoutingProfile, request_rows
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress
 from semmoe.solvers.demands import Demands, Solved
-from semmoe.solvers.place.exact_counts import cluster_loads, in_linear_shares
+from semmoe.solvers.place.exact_counts import in_linear_shares, resampled_loads
 from semmoe.solvers.place.joint_layer import (
     Layer,
     Network,
@@ -67,7 +67,7 @@ def place_semmoe(
         demands: replicas are left to `solve_placement`.
         progress: told of every layer that is done, over all passes over the layers.
 
-    Raises InputError for an unknown objective or effort, more clusters than requests, or routing
+    Raises InputError for an unknown objective or effort, too few requests to resample, or routing
     groups that no permutation can keep whole.
     """
     if demands.objective not in OBJECTIVES:
@@ -79,7 +79,7 @@ def place_semmoe(
     if num_ranks == 1:
         return Solved.from_ranks(placed.rank_of_LE, profile.load_LE, num_ranks, rounds=0)
     # Step 1: the stages, and what all of them look at.
-    load_LJE = cluster_loads(profile, demands.robust, demands.seed)
+    load_LJE = resampled_loads(profile, demands.robust, demands.seed)
     if demands.slots_of(info.num_experts, num_ranks).has_spare(info.num_experts, num_ranks):
         # An expert that outweighs a rank gets a copy: it is no reason for other ranks to carry as
         # much.

@@ -18,7 +18,7 @@ from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_contiguous, place_load_on_nodes
 from semmoe.solvers.place.copies import SAMPLE_ROWS, CopiedLayer, add_copies
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.exact_counts import cluster_loads, in_linear_shares, is_within_cap, rank_load_R
+from semmoe.solvers.place.exact_counts import in_linear_shares, is_within_cap, rank_load_R, resampled_loads
 from semmoe.solvers.place.graph import place_metis, place_spectral
 from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.paper import place_paper
@@ -27,7 +27,7 @@ from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.slots import Slots
 from semmoe.solvers.workers import layer_map
 
-PLACING, FILLING = "placing layers", "filling spare slots: layers"  # stages, as progress tells them
+PLACING, FILLING = "placing layers", "filling spare slots of layers"  # stages, as progress tells them
 COPY_TURNS = {"fast": 0, "default": 2, "max": 4}
 COPY_SWAPS = {"fast": 0, "default": 300, "max": 1_200}
 LARGEST_TURNS = 128  # experts of a layer: a swap costs their square, and the search of the placement has had its share
@@ -208,12 +208,12 @@ def _served_LR(placement: Placement, profile: RoutingProfile, topology: Topology
 
 
 def _cap_notes(placement: Placement, profile: RoutingProfile, topology: Topology, demands: Demands) -> list[str]:
-    """Where the load cap is exceeded on the fitted requests, and within clusters of them where
-    that was asked for."""
-    load_LJE = cluster_loads(profile, demands.robust, demands.seed)
+    """Where the load cap is exceeded on the fitted requests, and in resamples of them where that
+    was asked for."""
+    load_LJE = resampled_loads(profile, demands.robust, demands.seed)
     loads = {"load": load_LJE[:, :1]}
     if load_LJE.shape[1] > 1:
-        loads[f"within {load_LJE.shape[1] - 1} clusters of requests, load"] = load_LJE[:, 1:]
+        loads[f"in {load_LJE.shape[1] - 1} resamples of the requests, load"] = load_LJE[:, 1:]
     notes = []
     for whose, load_LCE in loads.items():
         if placement.num_copies:
@@ -247,7 +247,7 @@ def load_notes(
 ) -> list[str]:
     """One line where layers exceed the load cap on the fitted requests; nothing otherwise.
 
-    `load_LE`: or one vector per cluster of requests, [L, J, E], of which the worst counts.
+    `load_LE`: or more vectors, [L, J, E], of which the worst counts.
     """
     load_LJE = load_LE.reshape(len(load_LE), -1, load_LE.shape[-1])
     over = [

@@ -10,7 +10,7 @@ steps (tabu search, Glover 1989), so the search walks out of local optima.
 What a swap gains is the business of a gain model; `AffinityGains` here is quadratic (pairs of
 experts attract each other), `semmoe.solvers.place.remote_gains` counts remote ranks exactly.
 
-Shape letters: E experts, R ranks, J load vectors (all requests, or clusters of them).
+Shape letters: E experts, R ranks, J load vectors (all requests, resamples of them).
 """
 
 from typing import Protocol

@@ -24,6 +24,7 @@ from semmoe.solvers.evaluate.sums import deployment_sums
 from semmoe.solvers.json_record import JsonRecord
 from semmoe.solvers.replan.frontiers import Replaced
 from semmoe.solvers.replan.tasks import request_homes_B
+from semmoe.solvers.replan.timed import UNIT, TimeGain
 from semmoe.solvers.replan.worth import Worth
 
 LEAST_REQUESTS = 20  # fewer say too little: their interval is too narrow
@@ -83,6 +84,7 @@ def decide(
     replaced_for: Callable[[RoutingProfile], Replaced],
     *,
     seed: int,
+    timed: TimeGain | None = None,
 ) -> Decision:
     """The decision by two-fold cross-fit.
 
@@ -93,6 +95,7 @@ def decide(
         price: gain of its layer that a moved expert must bring, in the worth's unit.
         replaced_for: the re-placement within the asked budget, fitted on a profile.
         seed: of the halves and the resamples.
+        timed: predicts the gain, in place of the worth.
 
     Raises InputError for a profile of fewer than two requests.
     """
@@ -100,16 +103,23 @@ def decide(
     if num_requests < 2:
         raise InputError("a re-placement is judged on requests that it was not fitted on: two at least")
     sides = halves(profile, seed)
-    gains_X, moves = np.zeros(NUM_RESAMPLES + 1), 0
+    gains, moves = [], 0
     for fitted, scored in (sides, sides[::-1]):
         new = replaced_for(fitted)
         moves += int(new.moved_L.sum())
-        gains_X += gains_of(scored.sample, old, replace(old, placement=new.placement), worth, seed).mean(axis=1) / 2
+        after = replace(old, placement=new.placement)
+        if timed is not None:
+            gains.append(timed.gains_XL(scored.sample, old, after).mean(axis=1))
+        else:
+            gains.append(gains_of(scored.sample, old, after, worth, seed).mean(axis=1))
     num_layers = profile.info.num_layers
     cost = price * moves / 2 / num_layers
+    # Halves of unlike requests may give unlike numbers of resamples: as many as both have.
+    gains_X = np.mean([found[: min(map(len, gains))] for found in gains], axis=0)
     lo, hi = (float(q) for q in np.quantile(gains_X[1:], [0.025, 0.975]))
+    unit = worth.unit if timed is None else UNIT
     # No move gains nothing, so it is never worth one.
-    return Decision(float(gains_X[0]), lo, hi, cost, moves / 2, num_requests, worth.unit, moves > 0 and lo > cost)
+    return Decision(float(gains_X[0]), lo, hi, cost, moves / 2, num_requests, unit, moves > 0 and lo > cost)
 
 
 def gains_of(batch: TraceBatch, old: Deployment, new: Deployment, worth: Worth, seed: int) -> np.ndarray:

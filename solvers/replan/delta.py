@@ -117,10 +117,17 @@ class Delta(JsonRecord):
     def applied(self, placement: Placement) -> Placement:
         """The placement after all moves. Raises InputError where it is not the one that they start
         from."""
-        experts_LRS = placement.experts_LRS.copy()
+        return replace(placement, experts_LRS=self.led(placement.experts_LRS))
+
+    def led(self, experts_LRS: np.ndarray) -> np.ndarray:
+        """The slots after all moves, int32 [L, R, S]. Raises InputError as `applied`."""
+        experts_LRS = experts_LRS.copy()
         for layer in self.layers:
-            experts_LRS[layer.layer] = _after(experts_LRS[layer.layer], layer)
-        return replace(placement, experts_LRS=experts_LRS)
+            try:
+                experts_LRS[layer.layer] = _after(experts_LRS[layer.layer], layer)
+            except IndexError:
+                raise InputError(f"the delta names a layer or slot beyond {list(experts_LRS.shape)}") from None
+        return experts_LRS
 
     def inverse(self, placement: Placement) -> "Delta":
         """The way back from the new placement: steps in the opposite order. Gains are those of the
@@ -196,7 +203,7 @@ def read_step(path: Path, old: Plan) -> tuple[Plan, Delta]:
         raise InputError(f"the delta of {path} starts from plan {delta.old}, this plan is {old.fingerprint}")
     try:
         led = delta.applied(old.placement).experts_LRS
-    except (InputError, IndexError) as error:
+    except InputError as error:
         raise InputError(f"{path / DELTA_FILE} is damaged: {error}") from None
     if delta.new != new.fingerprint or not np.array_equal(led, new.placement.experts_LRS):
         raise InputError(f"the delta of {path} leads to plan {delta.new}, the plan there is {new.fingerprint}")

@@ -30,7 +30,9 @@ from semmoe.solvers.replan.delta import Delta, ExpertMove, LayerDelta, Moved, Ra
 from semmoe.solvers.replan.frontiers import Budget, Replaced, search_frontiers
 from semmoe.solvers.replan.steps import steps_between
 from semmoe.solvers.replan.tasks import NewTraffic
+from semmoe.solvers.replan.timed import TimeGain
 from semmoe.solvers.replan.worth import Worth
+from semmoe.solvers.time.hardware import TimeAsked, costing_of
 from semmoe.solvers.workers import LayerMap, layer_map
 
 BYTES_PER_WEIGHT = 2.0  # of a checkpoint whose identity tells sizes and no number type: BF16
@@ -92,6 +94,8 @@ def make_replan(
     for trace in traces:
         trace.require_tokens("a re-placement")
         old.model.check(trace.info, trace.path)
+    if options.time is not None:
+        costing_of(options.time, traces[0].info, old.topology)
     if old.placement.num_wasted:
         raise InputError(
             f"the old plan holds experts twice on a rank ({old.placement.num_wasted} slots): no move keeps its slots"
@@ -102,8 +106,8 @@ def make_replan(
             f"{num_requests} requests are too few to tell whether a move is worth it (at least {LEAST_REQUESTS}): "
             "--force re-places without that test"
         )
-    budget = replace(asked.budget, price=price_of(old, asked))
     options = replace(options, phase=old.options.get("phase", "all"), replica_choice=old.deployment.replica_choice)
+    options = replace(options, time=_time_of_phase(options.time, options.phase))
     with_prompts = options.setting.score_from == "prompt"
     traces = [only_phase(trace, options.phase, with_prompts=with_prompts) for trace in traces]
     # Step 2: the new requests, in one reading.
@@ -112,7 +116,10 @@ def make_replan(
     profile = traffic.whole if options.refit else traffic.profile
     with layer_map(demands.processes, old.model.num_experts) as run:
         # Step 3: whether to move at all.
-        solver = Solver(old, demands, budget, run)
+        timed = None
+        if options.time is not None:
+            timed = TimeGain.of(options.time, profile.info, old.deployment, profile.sample, demands.seed)
+        solver = Solver(old, demands, replace(asked.budget, price=price_of(old, asked, timed)), run, timed)
         decision = solver.decision(profile, forced=asked.force, progress=progress)
         # Step 4: the plan, with schedules and scores; or scores of the old one.
         if decision.move or decision.forced:
@@ -124,7 +131,16 @@ def make_replan(
         else:
             plan, scores = old, score_held_out(old.deployment, traffic, options, demands.processes, progress)
     # Step 5: what leads there.
-    return Replan(plan, delta_between(old, plan, asked, decision, profile), scores)
+    return Replan(plan, delta_between(old, plan, asked, decision, profile, timed), scores)
+
+
+def _time_of_phase(asked: TimeAsked | None, phase: str) -> TimeAsked | None:
+    """Times of the phase that the old plan is for. Raises InputError where another one is asked."""
+    if asked is None or phase == "all":
+        return asked
+    if asked.phase not in ("", phase):
+        raise InputError(f"--phase {asked.phase}: the old plan is for {phase} tokens")
+    return replace(asked, phase=phase)
 
 
 def demands_of(plan: Plan) -> Demands:
@@ -147,11 +163,14 @@ def bytes_of_expert(plan: Plan) -> int | None:
     return expert_bytes(hidden, inner, BYTES_PER_WEIGHT) if hidden and inner else None
 
 
-def price_of(plan: Plan, asked: ReplanOptions) -> float:
+def price_of(plan: Plan, asked: ReplanOptions, timed: TimeGain | None = None) -> float:
     """Gain of its layer, in rows per token, that a moved expert must bring: over the horizon it
-    must save as many bytes as it takes to move. Raises InputError where a size is not known."""
+    must save as many bytes as it takes to move; with a predictor of times, as many microseconds,
+    per step. Raises InputError where a size is not known."""
     if asked.horizon_tokens is None:
         return asked.budget.price
+    if timed is not None:
+        return timed.move_us() / timed.steps(asked.horizon_tokens)
     size = bytes_of_expert(plan)
     if size is None:
         raise InputError(
@@ -171,13 +190,18 @@ class Solver:
     demands: Demands
     budget: Budget
     run: LayerMap
+    timed: TimeGain | None = None
 
     def replaced(self, profile: RoutingProfile, progress: Progress | None = None) -> Replaced:
         """The placement with most gain on a profile."""
         placement = self.old.placement
         most = self.budget.most_of_layer(placement.num_layers, int((placement.experts_LRS[0] >= 0).sum()))
-        traffic = NewTraffic(profile, placement, self.old.topology, self.demands, worth_of(self.old), most)
-        return search_frontiers(traffic, self.run, progress).within(self.budget)
+        worth, unit = worth_of(self.old), 1.0
+        if self.timed is not None:
+            worth, unit = self.timed.slopes(profile.sample, self.old.deployment)
+        traffic = NewTraffic(profile, placement, self.old.topology, self.demands, worth, most)
+        budget = replace(self.budget, price=self.budget.price / unit)
+        return search_frontiers(traffic, self.run, progress).within(budget)
 
     def solve(self, profile: RoutingProfile, progress: Stages) -> Solved:
         """The same as a method of placement gives it."""
@@ -191,11 +215,19 @@ class Solver:
         fold = partial(progress, "deciding: layers")
         deployed = replace(self.old.deployment, load_LE=profile.load_LE, schedule=None)
         solve, seed = partial(self.replaced, progress=fold), self.demands.seed
-        decision = decide(profile, deployed, worth_of(self.old), self.budget.price, solve, seed=seed)
+        worth = worth_of(self.old)
+        decision = decide(profile, deployed, worth, self.budget.price, solve, seed=seed, timed=self.timed)
         return replace(decision, forced=forced and not decision.move)
 
 
-def delta_between(old: Plan, new: Plan, asked: ReplanOptions, decision: Decision, profile: RoutingProfile) -> Delta:
+def delta_between(
+    old: Plan,
+    new: Plan,
+    asked: ReplanOptions,
+    decision: Decision,
+    profile: RoutingProfile,
+    timed: TimeGain | None = None,
+) -> Delta:
     """What it takes to get from one plan to the other, whose experts that stay are in their
     slots."""
     info, worth = profile.info, worth_of(old)
@@ -205,7 +237,8 @@ def delta_between(old: Plan, new: Plan, asked: ReplanOptions, decision: Decision
     for placement in (old.placement, new.placement):
         sums = deployment_sums(replace(deployed, placement=placement), batch)
         metrics.append(metrics_XL(sums.resampled(np.ones((1, len(sums.tokens_G)))), old.topology, old.dispatch))
-        cost_L.append(worth.cost_XL(metrics[-1], info.top_k)[0])
+        by_rows_L = worth.cost_XL(metrics[-1], info.top_k)[0]
+        cost_L.append(by_rows_L if timed is None else timed.times_L(batch, replace(deployed, placement=placement)))
     layers = []
     for layer, hosts_ER in enumerate(new.placement.hosts_LER):
         _, moves = steps_between(old.placement.experts_LRS[layer], hosts_ER, old.topology)

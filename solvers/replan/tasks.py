@@ -19,7 +19,7 @@ import numpy as np
 from semmoe.profiles.counts import RoutingProfile, request_rows
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.demands import Demands
-from semmoe.solvers.place.exact_counts import cluster_loads
+from semmoe.solvers.place.exact_counts import resampled_loads
 from semmoe.solvers.place.joint import sample_rows
 from semmoe.solvers.place.joint_layer import HOMELESS_SHARE, TIE_SHARE, Layer, home_shares, scaled_costs
 from semmoe.solvers.place.partition import EFFORTS
@@ -84,7 +84,7 @@ class NewTraffic:
 
     def layers(self) -> "Iterator[LayerTraffic]":
         """What each layer's worker gets."""
-        load_LJE = cluster_loads(self.profile, self.demands.robust, self.demands.seed)
+        load_LJE = resampled_loads(self.profile, self.demands.robust, self.demands.seed)
         _, token_index_T = self.profile.token_index()
         rows_T, (homed_T, home_of_row) = self.rows_T, self.homed_rows
         home_T = home_of_row[np.searchsorted(homed_T, rows_T)] if len(home_of_row) else None

@@ -15,7 +15,7 @@ import numpy as np
 from semmoe.solvers.evaluate.reached import reached_ranks
 from semmoe.solvers.place.replicas import serving_LRE
 from semmoe.solvers.placement import Topology
-from semmoe.solvers.time.swaps import LayerBatches, Prices
+from semmoe.solvers.time.swaps import LayerBatches, Prices, expert_work
 
 LINK_TOKENS = 4096  # that rows are counted on
 
@@ -80,15 +80,11 @@ def _measure(task: CopyTask, measured: _Measured, hosts_ER: np.ndarray) -> _Stat
     work_FMR = np.zeros((3, len(measured.n_ME), num_ranks))
     copied_E = hosts_ER.sum(1) > 1
     tile = task.batches.tile
-
-    def work(n: np.ndarray) -> np.ndarray:
-        return np.stack([np.ceil(n / tile - 1e-9) * tile, np.minimum(n, 1.0), n])
-
     rank_ER = np.eye(num_ranks)[serving_RE[0, ~copied_E]]
-    work_FMR += work(measured.n_ME[:, ~copied_E]) @ rank_ER
+    work_FMR += expert_work(measured.n_ME[:, ~copied_E], tile) @ rank_ER
     for expert in np.flatnonzero(copied_E):
         share_R = np.bincount(serving_RE[:, expert], minlength=num_ranks) / num_ranks
-        work_FMR += work(measured.n_ME[:, expert, None] * share_R)
+        work_FMR += expert_work(measured.n_ME[:, expert, None] * share_R, tile)
     us_MR = task.prices.experts(*work_FMR)
     links_M = task.prices.links(_busiest(task, measured, work_FMR, serving_RE))
     time = float(task.prices.total(links_M, us_MR.max(1)).mean())

@@ -7,12 +7,15 @@ tokens of a batch (ordered by home, J / R each).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from semmoe.solvers.evaluate.reached import first_of_run, reached_of, reached_ranks
+from semmoe.solvers.evaluate.reached import first_of_run, reached_of, reached_ranks, reached_TR
 from semmoe.solvers.place.replicas import MovingRule
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 CHUNK_IDS = 2_000_000  # choices that are counted at once
 
@@ -34,6 +37,11 @@ class Counted:
         """Some of the batches."""
         return Counted(*(getattr(self, f.name)[batches] for f in fields(self)))
 
+    def of_larger(self, factor: float) -> "Counted":
+        """Of batches so many times as large, of the same tokens."""
+        grown = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.name != "active_MLR"}
+        return Counted(**grown, active_MLR=self.active_MLR)
+
 
 class Served(NamedTuple):
     """Where experts are, as a count needs it."""
@@ -44,6 +52,31 @@ class Served(NamedTuple):
     kind: str  # per-rank, per-node, per-expert or gather
     tile: int
     moving: MovingRule | None = None  # what chooses copies token by token, in place of serving_LRE
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Batches whose tokens live in the order they stand in, and what counts under any placement
+    share."""
+
+    rows_MJ: np.ndarray  # int64: rows of the trace
+    token_XT: "csr_array"  # float32: how often each row is in the share of each batch and rank, X = M R
+    n_MLE: np.ndarray  # int32: activations of each expert
+
+    @classmethod
+    def of(cls, rows_MJ: np.ndarray, ids_LTK: np.ndarray, num_ranks: int, num_experts: int) -> "Drawn":
+        """The same counted once. `num_ranks` divides the tokens of a batch."""
+        from scipy.sparse import csr_array
+
+        (num_batches, num_tokens), (num_layers, num_rows, _) = rows_MJ.shape, ids_LTK.shape
+        starts = np.arange(0, rows_MJ.size + 1, num_tokens // num_ranks)
+        ones = np.ones(rows_MJ.size, np.float32)
+        token_XT = csr_array((ones, rows_MJ.reshape(-1), starts), shape=(num_batches * num_ranks, num_rows))
+        n_MLE = np.zeros((num_batches, num_layers, num_experts), np.int32)
+        for layer, ids_TK in enumerate(ids_LTK):
+            for n_LE, rows_J in zip(n_MLE, rows_MJ, strict=True):
+                n_LE[layer] = np.bincount(ids_TK[rows_J].reshape(-1), minlength=num_experts + 1)[:num_experts]
+        return cls(rows_MJ, token_XT, n_MLE)
 
 
 HomesOfLayer = Callable[[int], np.ndarray]  # layer -> integers [M, J]
@@ -69,6 +102,50 @@ def count_batches(served: Served, rows_MJ: np.ndarray, homes: HomesOfLayer | Non
     return Counted(*links, *work)
 
 
+def count_drawn(served: Served, drawn: Drawn) -> Counted:
+    """`count_batches` of batches at the homes of their order: without copies by what every row of
+    the trace reaches, each looked at once."""
+    serving_LRE = served.serving_LRE
+    if served.moving is not None or (serving_LRE != serving_LRE[:, :1]).any():
+        return count_batches(served, drawn.rows_MJ)
+    (num_batches, num_tokens), (num_layers, num_ranks, _) = drawn.rows_MJ.shape, serving_LRE.shape
+    node_RN = served.node_R[:, None] == np.arange(served.node_R[-1] + 1)
+    links = np.zeros((4, num_batches, num_layers))
+    work = np.zeros((3, num_batches, num_layers, num_ranks))
+    for layer, (ids_TK, serving_RE) in enumerate(zip(served.ids_LTK, serving_LRE, strict=True)):
+        work[:, :, layer] = _work_of_experts(drawn.n_MLE[:, layer], serving_RE[0], served)
+        if served.kind == "gather":
+            links[:, :, layer] = _gathered(served, num_tokens / num_ranks)[:, None]
+            continue
+        if served.kind == "per-expert":
+            ranks_TK = np.append(serving_RE[0], num_ranks).astype(np.int64)[ids_TK]
+            keys_TK = np.arange(len(ids_TK))[:, None] * (num_ranks + 1) + ranks_TK
+            count = np.bincount(keys_TK.reshape(-1), minlength=len(ids_TK) * (num_ranks + 1))
+            sent_TR = count.reshape(-1, num_ranks + 1)[:, :num_ranks]
+        else:
+            sent_TR = reached_TR(ids_TK, serving_RE[0], num_ranks)
+        rows_MRR = _summed(drawn, sent_TR)
+        rows_MRN = _summed(drawn, sent_TR @ node_RN) if served.kind == "per-node" else None
+        links[:, :, layer] = _busiest_links(served, rows_MRR, rows_MRN)
+    return Counted(*links, *work)
+
+
+def _summed(drawn: Drawn, sent_TX: np.ndarray) -> np.ndarray:
+    """Rows of every token to targets, summed by batch and home, float64 [M, R, X]."""
+    return (
+        (drawn.token_XT @ sent_TX.astype(np.float32))
+        .astype(np.float64)
+        .reshape(len(drawn.rows_MJ), -1, sent_TX.shape[1])
+    )
+
+
+def _work_of_experts(n_ME: np.ndarray, rank_of_E: np.ndarray, served: Served) -> np.ndarray:
+    """Padded activations, active experts and activations where no expert has copies, [3, M, R]."""
+    rank_ER = np.eye(served.serving_LRE.shape[1])[rank_of_E]
+    padded_ME = np.ceil(n_ME / served.tile) * served.tile
+    return np.stack([padded_ME @ rank_ER, (n_ME > 0) @ rank_ER, n_ME @ rank_ER])
+
+
 def _work(served: Served, layer: int, ids_XK: np.ndarray, home_X: np.ndarray, num_batches: int) -> np.ndarray:
     """Padded activations, active experts and activations, [3, M, R]."""
     serving_RE = served.serving_LRE[layer]
@@ -78,8 +155,7 @@ def _work(served: Served, layer: int, ids_XK: np.ndarray, home_X: np.ndarray, nu
     if served.moving is None and (serving_RE == serving_RE[0]).all():
         keys_XK = batch_X[:, None] * width + ids_XK
         n_ME = np.bincount(keys_XK.reshape(-1), minlength=num_batches * width).reshape(-1, width)[:, :num_experts]
-        rank_ER = np.eye(num_ranks)[serving_RE[0]]
-        return np.stack([np.ceil(n_ME / served.tile) * served.tile @ rank_ER, (n_ME > 0) @ rank_ER, n_ME @ rank_ER])
+        return _work_of_experts(n_ME, serving_RE[0], served)
     if served.moving is not None:
         rank_XK = np.minimum(served.moving.ranks_TK(layer, ids_XK, home_X), num_ranks - 1)  # empty slots are cut off
     else:
@@ -98,8 +174,7 @@ def _links(served: Served, layer: int, ids_XK: np.ndarray, home_X: np.ndarray, n
     num_nodes = int(node_R[-1]) + 1
     tokens = len(ids_XK) // num_batches / num_ranks
     if served.kind == "gather":
-        rows = np.array([(num_ranks - 1) * tokens, (num_nodes - 1) * tokens])
-        return np.broadcast_to(np.tile(rows, 2)[:, None], (4, num_batches))
+        return np.broadcast_to(_gathered(served, tokens)[:, None], (4, num_batches))
     if served.moving is not None:
         ranks_KX, first_KX = reached_of(served.moving.ranks_TK(layer, ids_XK, home_X), num_ranks)
     else:
@@ -114,15 +189,29 @@ def _links(served: Served, layer: int, ids_XK: np.ndarray, home_X: np.ndarray, n
 
     which_KX = (ranks_KX < num_ranks) if served.kind == "per-expert" else first_KX
     rows_MRR = between(ranks_KX, which_KX, num_ranks)
-    near_RR = node_R[:, None] == node_R
-    away_RR = ~np.eye(num_ranks, dtype=bool)
     if served.kind != "per-node":
-        fast, cards = (_busiest(rows_MRR * pairs_RR) for pairs_RR in (near_RR & away_RR, ~near_RR))
-        return np.stack([fast[0], cards[0], fast[1], cards[1]])
+        return _busiest_links(served, rows_MRR, None)
     nodes_KX = np.append(node_R, num_nodes).astype(np.int16).take(ranks_KX)
     rows_MRN = between(nodes_KX, first_of_run(nodes_KX) & (nodes_KX < num_nodes), num_nodes)
-    rows_MRN *= np.arange(num_nodes) != node_R[:, None]
-    return np.stack(_by_node(rows_MRR, rows_MRN, node_R))
+    return _busiest_links(served, rows_MRR, rows_MRN)
+
+
+def _gathered(served: Served, tokens: float) -> np.ndarray:
+    """Rows where every rank gets every token, [4]: nvl, nic, their means. `tokens`: of a rank."""
+    rows = [(len(served.node_R) - 1) * tokens, int(served.node_R[-1]) * tokens]
+    return np.array(rows * 2)
+
+
+def _busiest_links(served: Served, rows_MRR: np.ndarray, rows_MRN: np.ndarray | None) -> np.ndarray:
+    """The same for rows between ranks and, where a row enters a node once, from ranks to nodes, [4,
+    M]."""
+    node_R = served.node_R
+    if rows_MRN is not None:
+        away_RN = np.arange(rows_MRN.shape[2]) != node_R[:, None]
+        return np.stack(_by_node(rows_MRR, rows_MRN * away_RN, node_R))
+    near_RR, away_RR = node_R[:, None] == node_R, ~np.eye(len(node_R), dtype=bool)
+    fast, cards = (_busiest(rows_MRR * pairs_RR) for pairs_RR in (near_RR & away_RR, ~near_RR))
+    return np.stack([fast[0], cards[0], fast[1], cards[1]])
 
 
 def _busiest(rows_MRR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

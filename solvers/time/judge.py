@@ -135,6 +135,8 @@ def _verdict(
         decision, why = NOT_WORTH_IT, "under a gather every rank gets every token, whatever the placement"
     elif costing.balances:
         decision, why = NOT_WORTH_IT, "the backend balances its ranks by itself"
+    elif decision == INSUFFICIENT and times[1].latency > MOSTLY_LATENCY * after.us["total"]:
+        decision, why = NOT_WORTH_IT, "most of the time is latency, which no placement changes"
     missing = [end.name for end in sensitivity.parameters if not end.agrees]
     if decision == RECOMMEND and missing:
         decision, why = INSUFFICIENT, f"it depends on {', '.join(missing)}, which nobody has published: measure it"

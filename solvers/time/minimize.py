@@ -19,57 +19,49 @@ import numpy as np
 from semmoe.profiles.counts import RoutingProfile, co_activation_EE
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, Stages, unshown, unshown_stages
-from semmoe.profiles.sample import select_requests
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_load_on_nodes
-from semmoe.solvers.place.exact_counts import in_linear_shares
+from semmoe.solvers.place.exact_counts import LEAST_REQUESTS, REQUEST_SHARE, in_linear_shares
 from semmoe.solvers.place.graph import place_quickly
 from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
-from semmoe.solvers.place.solve import FILLING, PLACING, Filling, solve_placement, with_copies
+from semmoe.solvers.place.solve import FILLING, PLACING, Filling, with_copies
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.time.batches import Pool, pool_of, random_homes
+from semmoe.solvers.time.batches import Pool, pool_of
 from semmoe.solvers.time.copies import CopyTask, place_copies
 from semmoe.solvers.time.hardware import WAYS, Costing, TimeAsked, costing_of, nodes_of_ranks
 from semmoe.solvers.time.moe_layer import batch_tokens, experts_us, way_us
 from semmoe.solvers.time.swaps import LayerBatches, Prices, mean_imbalance, mean_time, swap_layer
 from semmoe.solvers.workers import layer_map
 
-REQUEST_SHARE = 0.5  # of the fitted requests that a batch is resampled from
-MOST_TOKENS = 40_000  # of a layer that swaps are counted on
-# Where only activations count, batches are cheap: so many times as many of them, and of tokens.
-MORE_BATCHES, MORE_TOKENS = 4, 8
-BATCHES = {"fast": 32, "default": 64, "max": 128}
+MOST_TOKENS = {"fast": 16_000, "default": 40_000, "max": 80_000}  # of a layer that swaps are counted on
+LEAST_TOKENS = 16  # of a request: more requests than that leaves are not looked at
+MORE_BATCHES = 4  # times as many where only activations count, which is cheap
+BATCHES = {"fast": 48, "default": 128, "max": 512}
 KICKS = {"fast": 0, "default": 1, "max": 8}
 COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
-CAPS = (1.02, 1.05, 1.1, 1.2)  # that --load-cap auto tries
-LEARNED_SHARE = 0.7  # of the requests that it places by; the others are timed
-TRIED_LAYERS = 8  # that recipes are compared on
-LEAST_REQUESTS = 8  # that are worth halving
+TRIED_LAYERS = {"fast": 4, "default": 8, "max": 8}  # that recipes are compared on
 LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
 
 
 def batches_to_fit(
-    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int, most_tokens: int = MOST_TOKENS
+    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int, most_tokens: int = 40_000
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of a trace, int64 [T], the group of each, int64 [T], and batches as sums of groups,
-    float64 [M, G].
-
-    Small batches of generated tokens are drawn token by token, each a group of its own; in others
-    every request is a group, and counts as often as its tokens are in a batch.
-    """
+    """Rows of a trace, int64 [T], the request of each, int64 [T], and batches as sums of requests,
+    float64 [M, G]: each counts as often as its tokens are in a batch, whole in prefill, by its
+    length in decode. Of more rows than `most_tokens` every second, third ... of a request stands
+    for the others."""
     rng = np.random.default_rng([seed, 23])
     size = num_ranks * batch_tokens(costing)
-    few = max(1, round(REQUEST_SHARE * pool.num_requests))
-    drawn_MB = rng.integers(0, pool.num_requests, (num_batches, few))
-    if costing.phase == "generated" and size * num_batches <= most_tokens:
-        shape = (num_ranks, batch_tokens(costing))
-        rows = np.concatenate([random_homes(pool, drawn, shape, costing.phase, rng) for drawn in drawn_MB])
-        return rows, np.repeat(np.arange(num_batches), size), np.eye(num_batches)
-    kept = _bounded(pool, rng)
+    kept = np.sort(rng.permutation(pool.num_requests)[: max(1, most_tokens // LEAST_TOKENS)])
     tokens_B = np.array([len(pool.rows_B[b]) for b in kept], np.float64)
+    step = max(1, int(np.ceil(tokens_B.sum() / most_tokens)))
+    rows_B = [pool.rows_B[b][::step] for b in kept]
+    counted_B = np.array([len(rows) for rows in rows_B])
+    few = max(1, round(REQUEST_SHARE * pool.num_requests))
     weight_MB = np.zeros((num_batches, len(kept)))
-    for weight_B, drawn in zip(weight_MB, drawn_MB % len(kept), strict=True):
+    for weight_B in weight_MB:
+        drawn = rng.integers(0, len(kept), few)
         if costing.phase == "generated":
             np.add.at(weight_B, drawn, size / tokens_B[drawn].sum())
             continue
@@ -79,15 +71,7 @@ def batches_to_fit(
             part = min(1.0, left / tokens_B[request])
             weight_B[request] += part
             left -= part * tokens_B[request]
-    rows = np.concatenate([pool.rows_B[b] for b in kept])
-    return rows, np.repeat(np.arange(len(kept)), tokens_B.astype(np.int64)), weight_MB
-
-
-def _bounded(pool: Pool, rng: np.random.Generator) -> np.ndarray:
-    """Requests of the pool with MOST_TOKENS tokens at most, ascending; one at least."""
-    order = rng.permutation(pool.num_requests)
-    tokens = np.cumsum([len(pool.rows_B[b]) for b in order])
-    return np.sort(order[: max(1, int(np.searchsorted(tokens, MOST_TOKENS, side="right")))])
+    return np.concatenate(rows_B), np.repeat(np.arange(len(kept)), counted_B), weight_MB * (tokens_B / counted_B)
 
 
 class Links(NamedTuple):
@@ -149,7 +133,7 @@ def _total_us(links: np.ndarray, experts: np.ndarray, *, overlap: str, other_us:
     return links + experts if overlap == "none" else 2 * np.maximum(links, experts + other_us / 2)
 
 
-class _Fit(NamedTuple):
+class Fit(NamedTuple):
     """Requests to place by, as batches of one layer are made of them."""
 
     rows_T: np.ndarray  # of the sample
@@ -209,29 +193,44 @@ RECIPES: dict[str, Callable[[_Layer], np.ndarray]] = {
     "links and experts, from balanced experts": lambda layer: layer.swapped(layer.balanced()),
     "links and experts, from co-activation": lambda layer: layer.swapped(layer.near()),
 }
-JOINT = list(RECIPES)[2:]
 BALANCE_ONLY = list(RECIPES)[:2]  # where no row is sent once, there is nothing else
 
 
-def _solve(work: tuple[str, _Layer]) -> tuple[np.ndarray, float]:
-    """The layer placed by a recipe, and its mean time on the batches that it was placed by."""
-    recipe, layer = work
-    rank_of_E = RECIPES[recipe](layer)
-    options = (layer.levels_UR, layer.prices)
-    return rank_of_E, mean_time(layer.batches, rank_of_E, *options, num_ranks=layer.num_ranks)
+class _Placed(NamedTuple):
+    """A layer as a recipe places it, and the mean time on the batches that it was placed by."""
+
+    rank_of_E: np.ndarray
+    time: float
 
 
-def _try(work: tuple[list[str], _Layer, LayerBatches]) -> list[tuple[float, float]]:
-    """Mean time of each recipe on batches of other requests, and the busiest rank's activations
-    over the mean."""
+def _place(work: tuple[list[str], _Layer]) -> list[_Placed]:
+    """The layer by each recipe."""
+    recipes, layer = work
+    options = {"num_ranks": layer.num_ranks}
+    found = [RECIPES[name](layer) for name in recipes]
+    return [_Placed(r_E, mean_time(layer.batches, r_E, layer.levels_UR, layer.prices, **options)) for r_E in found]
+
+
+class _Tried(NamedTuple):
+    """A recipe on half of the requests: mean time on them and on the others, and the busiest rank's
+    activations over the mean on the others."""
+
+    own: float
+    others: float
+    imbalance: float
+
+
+def _try(work: tuple[list[str], _Layer, LayerBatches]) -> list[_Tried]:
+    """What each recipe gives on the layer's requests, and on batches of others."""
     recipes, layer, others = work
-    placed = [RECIPES[name](layer) for name in recipes]
+    num_ranks = layer.num_ranks
     return [
-        (
-            mean_time(others, rank_of_E, layer.levels_UR, layer.prices, num_ranks=layer.num_ranks),
-            mean_imbalance(others, rank_of_E, layer.num_ranks),
+        _Tried(
+            placed.time,
+            mean_time(others, placed.rank_of_E, layer.levels_UR, layer.prices, num_ranks=num_ranks),
+            mean_imbalance(others, placed.rank_of_E, num_ranks),
         )
-        for rank_of_E in placed
+        for placed in _place((recipes, layer))
     ]
 
 
@@ -268,45 +267,14 @@ def solve_for_time(
     return replace(copied, notes=solved.notes)
 
 
-def cap_by_time(profile: RoutingProfile, topology: Topology, demands: Demands, asked: TimeAsked, method: str) -> float:
-    """The load cap of CAPS at which a quick placement by one part of the requests takes least
-    predicted time on the others. Raises InputError where there are too few requests."""
-    sample, info = profile.sample, profile.info
-    if sample.num_requests < LEAST_REQUESTS:
-        raise InputError(f"--load-cap auto needs {LEAST_REQUESTS} requests, not {sample.num_requests}: give a number")
-    keep_B = np.random.default_rng([demands.seed, 41]).random(sample.num_requests) < LEARNED_SHARE
-    keep_B[0], keep_B[-1] = True, False
-    learned = select_requests(sample, keep_B)
-    rest = select_requests(sample, ~keep_B)
-    costing = costing_of(asked, info, topology, prompts=float(sample.is_prompt_T.mean()))
-    fit = _fit_of(pool_of(rest, costing.phase), costing, topology, demands)
-    pairs_LEE = np.stack(
-        [co_activation_EE(ids_TK, info.num_experts) for ids_TK in learned.expert_ids_TLK.swapaxes(0, 1)]
-    )
-    load_LE = np.diagonal(pairs_LEE, axis1=1, axis2=2).copy()
-    part = RoutingProfile(info, learned.num_tokens, load_LE, pairs_LEE, learned)
-    once = replace(demands, effort="fast", slots=0, replicas=0, redundant=None, spare="empty")
-    levels_UR, prices = links_of(costing, topology).levels_UR, prices_of(costing, topology)
-    times = {}
-    for cap in CAPS:
-        placed = solve_placement(part, topology, replace(once, load_cap=cap), method=method).placement.rank_of_LE
-        total = 0.0
-        for number, rank_of_E in enumerate(placed):
-            ids_TK = rest.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
-            tile = int(costing.values["experts.tile"])
-            batches = LayerBatches(ids_TK, fit.group_T, fit.weight_MG, info.num_experts, tile)
-            total += mean_time(batches, rank_of_E, levels_UR, prices, num_ranks=topology.num_ranks)
-        times[cap] = total
-    return min(times, key=lambda cap: times[cap])
-
-
 def place_for_time(
     profile: RoutingProfile, topology: Topology, demands: Demands, costing: Costing, progress: Progress | None = None
 ) -> Solved:
     """The placement of least predicted time that is found, every expert once.
 
-    Each of RECIPES places some layers by one half of the requests and is timed on the other; the
-    one that does best there places all layers by all requests.
+    Each of RECIPES places all layers by all requests, and some layers by one half of the requests,
+    where it is timed on the other: the best is chosen by the time on all requests and more, as much
+    as it lost from half to half, halved, because twice as many requests promise better.
 
     Parameters:
         profile: counts of the requests to fit, and a sample of them.
@@ -314,58 +282,48 @@ def place_for_time(
         costing: the machine, backend and batches.
         progress: told of every layer that is done.
     """
-    info = profile.info
+    info, show = profile.info, progress or unshown
     pool = pool_of(profile.sample, costing.phase)
-    halves = _halves(pool, demands.seed)
-    fits = [_fit_of(part, costing, topology, demands) for part in (pool, *halves)]
+    whole, *halves = (fit_of(part, costing, topology, demands) for part in (pool, *_halves(pool, demands.seed)))
     shape = links_of(costing, topology)
     prices, tile = prices_of(costing, topology), int(costing.values["experts.tile"])
     recipes = list(RECIPES) if shape.levels_UR else BALANCE_ONLY
-    tried = np.unique(np.linspace(0, info.num_layers - 1, min(info.num_layers, TRIED_LAYERS)).astype(int))
-    show = progress or unshown
+    tried = np.unique(
+        np.linspace(0, info.num_layers - 1, min(info.num_layers, TRIED_LAYERS[demands.effort])).astype(int)
+    )
 
-    def batches(fit: _Fit, number: int) -> LayerBatches:
+    def batches(fit: Fit, number: int) -> LayerBatches:
         ids_TK = profile.sample.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
         return LayerBatches(ids_TK, fit.group_T, fit.weight_MG, info.num_experts, tile)
 
-    def layer(fit: _Fit, number: int, kicks: int) -> _Layer:
+    def layer(fit: Fit, number: int, kicks: int) -> _Layer:
         ids_TK = profile.sample.expert_ids_TLK[:, number][fit.counted_T]
         options = (shape.levels_UR, prices, demands.seed, kicks)
         return _Layer(batches(fit, number), ids_TK, topology, info.n_group, *options)
 
-    found = []
+    pairs = [halves, halves[::-1]] if halves else []
     with layer_map(demands.processes, info.num_experts) as run:
-        trials = (
-            (recipes, layer(fits[half], number, 0), batches(fits[3 - half], number))
-            for half in (1, 2)
-            for number in tried
-        )
-        best, promised = BALANCE_ONLY[1], ""
-        if halves:
-            found_X2 = np.array(list(run(_try, trials))).mean(0)
-            chosen = int(np.argmin(found_X2[:, 0]))
-            best = recipes[chosen]
-            promised = f"; placed by half of the requests, the busiest rank of the others has {found_X2[chosen, 1]:.3f} of the mean load"
-            promised += f" ({found_X2[0, 1]:.3f} by load packing)"
-        # Where swaps start best, all requests say: halves know too few pairs of experts.
-        finals = JOINT if best in JOINT else [best]
-        work = (
-            (name, layer(fits[0], number, KICKS[demands.effort]))
-            for number in range(info.num_layers)
-            for name in finals
-        )
-        for solved in run(_solve, work):
-            found.append(solved)
-            show(len(found), info.num_layers * len(finals))
-    times_LF = np.array([time for _, time in found]).reshape(info.num_layers, -1)
-    first, last = times_LF.mean(0)[[0, -1]]
-    best = finals[-1] if last < first else finals[0]
-    placed = np.stack([rank_of_E for rank_of_E, _ in found[finals.index(best) :: len(finals)]])
-    rank_of_LE = _labelled(placed, profile, topology, demands)
+        trials = ((recipes, layer(fit, n, 0), batches(others, n)) for fit, others in pairs for n in tried)
+        tried_XF = list(run(_try, trials))
+        work = ((recipes, layer(whole, number, KICKS[demands.effort])) for number in range(info.num_layers))
+        placed_LF: list[list[_Placed]] = []
+        for found in run(_place, work):
+            placed_LF.append(found)
+            show(len(placed_LF), info.num_layers)
+    time_F = np.array([[placed.time for placed in placed_F] for placed_F in placed_LF]).mean(0)
+    note = ""
+    if halves:
+        means = _Tried(*np.array(tried_XF).mean(0).T)
+        time_F *= 1 + (means.others / means.own - 1) / 2
+        promised, packed = means.imbalance[[int(np.argmin(time_F)), 0]]
+        note = f"; placed by half of the requests, the busiest rank of the others has {promised:.3f} of the mean load"
+        note += f" ({packed:.3f} by load packing)"
+    best = int(np.argmin(time_F))
+    rank_of_LE = _labelled(np.stack([found[best].rank_of_E for found in placed_LF]), profile, topology, demands)
     if demands.spare == "empty":
         rank_of_LE = in_linear_shares(rank_of_LE, profile, profile.load_LE, topology.num_ranks, demands.load_cap)
     solved = Solved.from_ranks(rank_of_LE, profile.load_LE, topology.num_ranks)
-    return replace(solved, notes=[f"placed for time: {best}{promised}"])
+    return replace(solved, notes=[f"placed for time: {recipes[best]}{note}"])
 
 
 def _halves(pool: Pool, seed: int) -> list[Pool]:
@@ -377,17 +335,12 @@ def _halves(pool: Pool, seed: int) -> list[Pool]:
     return [Pool([pool.rows_B[b] for b in part], pool.request_of_pool[part], pool.note) for part in parts]
 
 
-def _fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> _Fit:
-    more = not links_of(costing, topology).levels_UR
-    fitted = batches_to_fit(
-        pool,
-        costing,
-        topology.num_ranks,
-        num_batches=BATCHES[demands.effort] * (MORE_BATCHES if more else 1),
-        seed=demands.seed,
-        most_tokens=MOST_TOKENS * (MORE_TOKENS if more else 1),
-    )
-    return _Fit(*fitted, np.concatenate(pool.rows_B))
+def fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> Fit:
+    more = 1 if links_of(costing, topology).levels_UR else MORE_BATCHES
+    num_batches = BATCHES[demands.effort] * more
+    options = {"num_batches": num_batches, "most_tokens": MOST_TOKENS[demands.effort]}
+    fitted = batches_to_fit(pool, costing, topology.num_ranks, **options, seed=demands.seed)
+    return Fit(*fitted, np.concatenate(pool.rows_B))
 
 
 def copies_for_time(

@@ -77,7 +77,7 @@ def exchange_us(
     if rows[1].any():
         x = np.maximum(x, rows[1] * row_bytes / (_of(values, way, "n", 1.0) * values["nic"] * US_PER_GIGA))
     a, p = _start(values, way), _of(values, way, "p", 1.0)
-    return (a**p + x**p) ** (1 / p)
+    return a + x if p == 1 else (a**p + x**p) ** (1 / p)
 
 
 def way_us(rows: np.ndarray, way: str, costing: Costing, values: Mapping[str, float], num_ranks: int) -> np.ndarray:
@@ -126,7 +126,7 @@ def gemm_us(
     compute = 2 * padded * n * (k + values["experts.k0"]) / (peak * values["experts.eff"] * US_PER_TERA)
     moved = active * n * k * values["experts.w"] + rows * (k * values["experts.act"] + 2 * n)
     memory = moved / (values["hbm"] * values["experts.mem"] * US_PER_GIGA)
-    return (values["experts.a"] + np.hypot(compute, memory)) * (rows > 0)
+    return (values["experts.a"] + np.sqrt(compute * compute + memory * memory)) * (rows > 0)
 
 
 def _shared_us(costing: Costing, values: Mapping[str, float]) -> float:

@@ -6,23 +6,25 @@ What is averaged is the maximum over ranks of every batch and layer, never the o
 Shape letters: L MoE layers, R ranks, M batches, X resamples of requests.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.split import domain_groups
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Key, Report
-from semmoe.solvers.evaluate.time_report import TimedRow, TimeReport
+from semmoe.solvers.evaluate.time_report import DomainTime, TimedRow, TimeReport
 from semmoe.solvers.evaluate.verdict import beside_time
 from semmoe.solvers.place.replicas import MovingRule
-from semmoe.solvers.placement import Placement
+from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import DP_SCHEDULES, TP_SCHEDULES, Setting, available_schedules, simulate
 from semmoe.solvers.schedule.slices import assign_equal_slices
 from semmoe.solvers.time.batches import Pool, homes_of_requests, pool_of, random_homes
-from semmoe.solvers.time.counted import Counted, HomesOfLayer, Served, count_batches
+from semmoe.solvers.time.counted import Counted, Drawn, HomesOfLayer, Served, count_batches, count_drawn
 from semmoe.solvers.time.hardware import Costing, TimeAsked, nodes_of_ranks, resolve
 from semmoe.solvers.time.judge import compare_times
 from semmoe.solvers.time.moe_layer import batch_tokens, layer_times
@@ -45,10 +47,10 @@ class Sampled:
     ids_LTK: np.ndarray  # of the layers that are timed
     layers: np.ndarray  # their numbers
     pool: Pool
-    rows_MJ: np.ndarray  # batches at random homes
+    drawn: Drawn  # batches at random homes
     drawn_XB: list[np.ndarray]  # requests of each resample
     per_resample: int
-    resampled_MJ: np.ndarray  # their batches, resample by resample
+    resampled: Drawn  # their batches, resample by resample
 
 
 def timed_report(
@@ -86,17 +88,14 @@ def predict(
 
     Raises InputError where the time cannot be known.
     """
-    first = next(iter(deployments.values()))
-    topology, placement = first.topology, first.placement
-    facts = (model, placement.num_layers, placement.num_experts, batch.expert_ids_TLK.shape[2])
-    prompts = float(batch.is_prompt_T.mean()) if batch.num_tokens else 0.0
-    costing = resolve(asked, facts, num_ranks=topology.num_ranks, num_nodes=topology.num_nodes, prompts=prompts)
-    sampled = sample(batch, costing, topology.num_ranks, setting.seed)
+    costing, topology, sizes = _costing(deployments, batch, model, asked)
+    num_layers = batch.expert_ids_TLK.shape[1]
+    sampled = sample(batch, costing, sizes, setting.seed)
     counted: dict[Key, Counted] = {}
     resampled: dict[Key, Counted] = {}
     for name, deployed in deployments.items():
-        counted[name, "random"] = count_batches(served(deployed, sampled, costing), sampled.rows_MJ)
-        resampled[name, "random"] = count_batches(served(deployed, sampled, costing), sampled.resampled_MJ)
+        counted[name, "random"] = count_drawn(served(deployed, sampled, costing), sampled.drawn)
+        resampled[name, "random"] = count_drawn(served(deployed, sampled, costing), sampled.resampled)
         if deployed.schedule is None:
             continue
         for schedule in available_schedules(deployed.schedule):
@@ -115,28 +114,78 @@ def predict(
         overlap=asked.overlap,
         engine=asked.engine,
         parameters=[*(p.to_json() for p in costing.parameters.values()), *_said(costing)],
-        rows=[_with_share(row, asked, placement.num_layers) for row in rows],
+        rows=[_with_share(row, asked, num_layers) for row in rows],
         saved=None,
         break_even_imbalance=None,
         sensitivity=None,
         verdict=None,
-        batches=len(sampled.rows_MJ),
+        batches=len(sampled.drawn.rows_MJ),
         resamples=len(sampled.drawn_XB),
         layers=len(sampled.layers),
         notes=[note for note in (*costing.notes, sampled.pool.note) if note],
     )
     if PLAN not in deployments or len(deployments) < 2:
         return report
-    return compare_times(report, counted, resampled, costing, (topology.num_ranks, placement.num_layers), against)
+    judged = compare_times(report, counted, resampled, costing, (topology.num_ranks, num_layers), against)
+    return replace(judged, domains=_by_domain(judged, deployments, sampled, costing, setting.seed))
+
+
+def _by_domain(
+    report: TimeReport, deployments: dict[str, Deployment], sampled: Sampled, costing: Costing, seed: int
+) -> list[DomainTime]:
+    """What the plan saves in batches of each domain's requests; nothing where there is one.
+
+    Of a domain with fewer tokens than a batch all tokens are counted, and the counts scaled.
+    """
+    assert report.saved is not None
+    pool, num_ranks = sampled.pool, deployments[PLAN].topology.num_ranks
+    names, domain_of_B = domain_groups([sampled.batch.domains[b] for b in pool.request_of_pool])
+    if len(names) < 2:
+        return []
+    size, found = num_ranks * batch_tokens(costing), []
+    most = BATCH_IDS // (len(sampled.layers) * sampled.ids_LTK.shape[2])
+    both = [served(deployments[name], sampled, costing) for name in (report.saved.against, PLAN)]
+    for number, name in enumerate(names):
+        requests = np.flatnonzero(domain_of_B == number)
+        rows = np.concatenate([pool.rows_B[b] for b in requests])
+        tokens = min(size, len(rows) - len(rows) % num_ranks)
+        if not tokens:
+            continue
+        num_batches, factor = max(1, min(len(rows), most) // size), size / tokens
+        chosen = np.random.default_rng([seed, number]).permutation(rows)[: num_batches * tokens]
+        times, imbalance = [], 1.0
+        for where in both:
+            counts = count_batches(where._replace(tile=1) if factor > 1 else where, chosen.reshape(num_batches, -1))
+            grown = layer_times(counts.of_larger(factor), costing, costing.values, num_ranks)
+            times.append(float(grown.total_ML.mean()))
+            imbalance = float((counts.rows_MLR.max(2) / np.maximum(counts.rows_MLR.mean(2), 1e-300)).mean())
+        found.append(DomainTime(name, len(requests), len(rows), times[1], 1 - times[1] / times[0], imbalance))
+    return found
 
 
 def total_us(
     deployments: dict[str, Deployment], batch: TraceBatch, *, model: str, asked: TimeAsked, setting: Setting
 ) -> dict[str, float]:
     """Microseconds per layer of deployments at random homes, by name."""
-    bare = {name: replace(deployed, schedule=None) for name, deployed in deployments.items()}
-    rows = predict(bare, batch, model, asked, setting=setting).rows
-    return {row.placement: row.us["total"] for row in rows}
+    costing, topology, sizes = _costing(deployments, batch, model, asked)
+    sampled = sample(batch, costing, sizes, setting.seed, intervals=False)
+    found = {}
+    for name, deployed in deployments.items():
+        counts = count_drawn(served(deployed, sampled, costing), sampled.drawn)
+        found[name] = float(layer_times(counts, costing, costing.values, topology.num_ranks).total_ML.mean())
+    return found
+
+
+def _costing(
+    deployments: dict[str, Deployment], batch: TraceBatch, model: str, asked: TimeAsked
+) -> tuple[Costing, Topology, tuple[int, int]]:
+    """What turns counts into time, the ranks, and their number and that of experts."""
+    first = next(iter(deployments.values()))
+    topology, placement = first.topology, first.placement
+    facts = (model, placement.num_layers, placement.num_experts, batch.expert_ids_TLK.shape[2])
+    prompts = float(batch.is_prompt_T.mean()) if batch.num_tokens else 0.0
+    costing = resolve(asked, facts, num_ranks=topology.num_ranks, num_nodes=topology.num_nodes, prompts=prompts)
+    return costing, topology, (topology.num_ranks, placement.num_experts)
 
 
 def _said(costing: Costing) -> list[dict[str, object]]:
@@ -149,14 +198,16 @@ def _said(costing: Costing) -> list[dict[str, object]]:
     ]
 
 
-def sample(batch: TraceBatch, costing: Costing, num_ranks: int, seed: int) -> Sampled:
-    """Batches of the phase at random homes, and of resampled requests. Raises InputError where
-    there is no token."""
+def sample(
+    batch: TraceBatch, costing: Costing, sizes: tuple[int, int], seed: int, *, intervals: bool = True
+) -> Sampled:
+    """Batches of the phase at random homes, and of resampled requests, of one where no `intervals`
+    are asked for. `sizes`: ranks and experts. Raises InputError where there is no token."""
     pool = pool_of(batch, costing.phase)
     if pool.num_requests == 0:
         raise InputError("no token is left to time a batch of")
     rng = np.random.default_rng(seed)
-    size = (num_ranks, batch_tokens(costing))
+    size = (sizes[0], batch_tokens(costing))
     _, num_layers, top_k = batch.expert_ids_TLK.shape
     per_layer = size[0] * size[1] * top_k
     most_layers = max(LEAST_LAYERS, BATCH_IDS // (LEAST_BATCHES * per_layer))
@@ -165,12 +216,13 @@ def sample(batch: TraceBatch, costing: Costing, num_ranks: int, seed: int) -> Sa
     num_batches = int(np.clip(BATCH_IDS // ids, LEAST_BATCHES, MOST_BATCHES))
     everyone = np.arange(pool.num_requests)
     rows_MJ = np.stack([random_homes(pool, everyone, size, costing.phase, rng) for _ in range(num_batches)])
-    num_resamples = int(np.clip(RESAMPLED_IDS // ids, LEAST_RESAMPLES, MOST_RESAMPLES))
-    per_resample = int(np.clip(RESAMPLED_IDS // (ids * num_resamples), 1, PER_RESAMPLE))
+    num_resamples = int(np.clip(RESAMPLED_IDS // ids, LEAST_RESAMPLES, MOST_RESAMPLES)) if intervals else 1
+    per_resample = int(np.clip(RESAMPLED_IDS // (ids * num_resamples), 1, PER_RESAMPLE)) if intervals else 1
     drawn_XB = [rng.integers(0, pool.num_requests, pool.num_requests) for _ in range(num_resamples)]
     resampled = [random_homes(pool, drawn, size, costing.phase, rng) for drawn in drawn_XB for _ in range(per_resample)]
     ids_LTK = np.ascontiguousarray(batch.expert_ids_TLK[:, layers].transpose(1, 0, 2))
-    return Sampled(batch, ids_LTK, layers, pool, rows_MJ, drawn_XB, per_resample, np.stack(resampled))
+    drawn, again = (Drawn.of(rows, ids_LTK, *sizes) for rows in (rows_MJ, np.stack(resampled)))
+    return Sampled(batch, ids_LTK, layers, pool, drawn, drawn_XB, per_resample, again)
 
 
 def served(deployment: Deployment, sampled: Sampled, costing: Costing) -> Served:
@@ -204,15 +256,16 @@ def _scheduled(
         ).homes_TL
         homes_B = np.array([homes_TL[rows[0], 0] for rows in sampled.pool.rows_B], np.int64)
 
-        def drawn(requests: np.ndarray) -> np.ndarray:
-            return homes_of_requests(sampled.pool, requests, size, costing.phase, homes_B, rng)
+        def counts(requests_MB: Sequence[np.ndarray]) -> Counted:
+            options = (size, costing.phase, homes_B, rng)
+            rows_MJ = np.stack([homes_of_requests(sampled.pool, requests, *options) for requests in requests_MB])
+            return count_drawn(found, Drawn.of(rows_MJ, sampled.ids_LTK, size[0], found.serving_LRE.shape[2]))
 
-        rows_MJ = np.stack([drawn(np.arange(len(homes_B))) for _ in range(len(sampled.rows_MJ))])
+        everyone = [np.arange(len(homes_B))] * len(sampled.drawn.rows_MJ)
         if not costing.deployable(name):
-            return count_batches(found, rows_MJ), None
-        resampled = [drawn(requests) for requests in sampled.drawn_XB for _ in range(sampled.per_resample)]
-        return count_batches(found, rows_MJ), count_batches(found, np.stack(resampled))
-    rows_MJ = sampled.rows_MJ[:SCHEDULED_BATCHES]
+            return counts(everyone), None
+        return counts(everyone), counts([b for b in sampled.drawn_XB for _ in range(sampled.per_resample)])
+    rows_MJ = sampled.drawn.rows_MJ[:SCHEDULED_BATCHES]
     homes = _sliced(name, sampled, deployed.placement, schedule, rows_MJ, rng)
     return count_batches(found, rows_MJ, homes), None
 

@@ -42,6 +42,16 @@ class LayerBatches:
         return self.summed(np.bincount(keys_TK.reshape(-1), minlength=groups * width).reshape(groups, width)[:, :-1])
 
 
+def expert_work(n: np.ndarray, tile: int) -> np.ndarray:
+    """Padded activations, active experts and activations, [3, ...], of experts with n activations.
+
+    Each active expert is taken to be padded by half a tile: which experts end just above a tile in
+    the batches at hand says nothing of batches to come, and balance of activations does.
+    """
+    active = -np.expm1(-n)  # where tokens come independently
+    return np.stack([n + tile / 2 * active, active, n])
+
+
 class Prices(NamedTuple):
     """Microseconds from counts; arrays of any shape in and out."""
 
@@ -184,7 +194,7 @@ def _descend(
 ) -> tuple[np.ndarray, float]:
     rank_of_E = rank_of_E.copy()
     n_ME = batches.activations_ME()
-    work_FME = np.stack([np.ceil(n_ME / batches.tile - 1e-9) * batches.tile, np.minimum(n_ME, 1.0), n_ME])
+    work_FME = expert_work(n_ME, batches.tile)
     levels = [_Level(batches, unit_of_R, rank_of_E) for unit_of_R in levels_UR]
     time = np.inf
     waiting: list[int] = []
@@ -212,7 +222,7 @@ def _descend(
 
 def _by_cost(us_MR: np.ndarray, levels: list[_Level]) -> list[int]:
     """Ranks by how much of the mean they are over, experts and rows together."""
-    cost_R = (us_MR / us_MR.mean(1, keepdims=True)).mean(0)
+    cost_R = (us_MR / np.maximum(us_MR.mean(1, keepdims=True), 1e-300)).mean(0)
     for level in levels:
         reach_MU = level.reach_MU / np.maximum(level.reach_MU.mean(1, keepdims=True), 1e-300)
         cost_R = np.maximum(cost_R, reach_MU.mean(0)[level.unit_of_R])

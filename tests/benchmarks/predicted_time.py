@@ -1,6 +1,6 @@
 """Predicted against measured microseconds of a MoE layer, on ranks behind shaped links. Needs root; prints one JSON object.
 
-    python tests/benchmarks/predicted_time.py GPT_OSS_TRACE [--rates 400mbit,2gbit] [--expert-size 512]
+    python tests/benchmarks/predicted_time.py GPT_OSS_TRACE [--rates 400mbit,2gbit] [--expert-size 512] [--layers 4] [--tokens 4096]
 
 Four ranks in network namespaces (tests/benchmarks/run.py). Half of the requests are placed on, the other half is replayed with random
 experts of the size that is asked for, so that balance counts as well as rows. A first replay measures exchanges and experts
@@ -14,19 +14,27 @@ import json
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from few_layers import few_layers
 from run import RANKS, SEMMOE, make, run_ranks, split_trace
 from scipy.stats import kendalltau
 from shaped_network import close_network, open_network, shape_network
 
-HIDDEN, BATCH_TOKENS, MAX_TOKENS = 2880, 512, 4096
+HIDDEN, BATCH_TOKENS = 2880, 512
 Key = tuple[str, str]
 
 
-def measure(work: Path, plan: str, hardware: Path, expert_size: int) -> dict[Key, float]:
+class Sizes(NamedTuple):
+    """Of an expert, and tokens that are replayed."""
+
+    expert: int
+    tokens: int
+
+
+def measure(work: Path, plan: str, hardware: Path, size: Sizes) -> dict[Key, float]:
     """Microseconds per layer of a replay, by placement and schedule; the measured machine goes to `hardware`."""
-    sizes = {"batch_tokens": BATCH_TOKENS, "max_tokens": MAX_TOKENS, "expert_size": expert_size}
+    sizes = {"batch_tokens": BATCH_TOKENS, "max_tokens": size.tokens, "expert_size": size.expert}
     task = {"kind": "replay", "trace": str(work / "replay-held"), "plan": str(work / plan), **sizes}
     found = run_ranks(work, task | {"write_hardware": str(hardware)})
     hardware.write_text(json.dumps(found["hardware"]))
@@ -46,19 +54,19 @@ def predict(work: Path, plan: str, hardware: Path, expert_size: int) -> dict[Key
     return {(row["placement"], row["schedule"]): row["us"]["total"] for row in report["time"]["rows"]}
 
 
-def compared(work: Path, rate: str, expert_size: int) -> dict[str, Any]:
+def compared(work: Path, rate: str, size: Sizes) -> dict[str, Any]:
     """Both times of five rows behind links of a rate."""
     shape_network(RANKS, rate)
     hardware, fit = work / f"hardware-{rate}.json", str(work / "replay-fit")
     make(work / "bytes", "place", fit, "--ranks", str(RANKS), "--objective", "tp")
-    measured = {("bytes", *key): us for key, us in measure(work, "bytes", hardware, expert_size).items()}
+    measured = {("bytes", *key): us for key, us in measure(work, "bytes", hardware, size).items()}
     again, name = work / f"again-{rate}.json", f"time-{rate}"
-    make(work / name, "place", fit, "--ranks", str(RANKS), "--objective", "tp", *timed(hardware, expert_size))
-    measured |= {("time", *key): us for key, us in measure(work, name, again, expert_size).items()}
+    make(work / name, "place", fit, "--ranks", str(RANKS), "--objective", "tp", *timed(hardware, size.expert))
+    measured |= {("time", *key): us for key, us in measure(work, name, again, size).items()}
     predicted = {
         (plan, *key): us
         for plan, path in (("bytes", "bytes"), ("time", name))
-        for key, us in predict(work, path, hardware, expert_size).items()
+        for key, us in predict(work, path, hardware, size.expert).items()
     }
     wanted = [
         ("bytes", "contiguous", "random"),
@@ -96,13 +104,17 @@ def main() -> None:
     parser.add_argument("trace")
     parser.add_argument("--rates", default="400mbit,2gbit")
     parser.add_argument("--expert-size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4096)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        split_trace(options.trace, work)
+        few_layers(options.trace, work / "few", options.layers)
+        split_trace(str(work / "few"), work)
         open_network(RANKS)
         try:
-            found = [compared(work, rate, options.expert_size) for rate in options.rates.split(",")]
+            size = Sizes(options.expert_size, options.tokens)
+            found = [compared(work, rate, size) for rate in options.rates.split(",")]
         finally:
             close_network(RANKS)
     print(json.dumps({"hidden_size": HIDDEN, "expert_size": options.expert_size, "rates": found}))

@@ -92,7 +92,11 @@ def vllm_client_class(folder: Path) -> type:
     exec(compile(tree, str(folder), "exec"), scope)
     package("vllm.v1.engine.core_client").__dict__.update(MPClient=base, DPLBAsyncMPClient=scope["DPLBAsyncMPClient"])
     for name, owner, method in (("async_llm", "AsyncLLM", "generate"), ("llm_engine", "LLMEngine", "step")):
-        setattr(package(f"vllm.v1.engine.{name}"), owner, type(owner, (), {method: lambda self: []}))
+        setattr(
+            package(f"vllm.v1.engine.{name}"),
+            owner,
+            type(owner, (), {method: lambda self: [], "collective_rpc": lambda self: []}),
+        )
     return scope["DPLBAsyncMPClient"]
 
 

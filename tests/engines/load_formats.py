@@ -55,9 +55,26 @@ def run(model: str, returns: bool, dtype: str, **loading) -> tuple[list, list]:
     return [list(each.token_ids) for each in outputs], [each.routed_experts for each in outputs]
 
 
-def check(folder: str, family: str) -> dict:
+def differing(before: list, after: list, before_plan, after_plan) -> tuple[int, int]:
+    """Token-layers of routed experts, and those that choose others in the model's own labels, to
+    which each plan's table leads back; None for ids that carry them."""
     import numpy as np
 
+    rows = wrong = 0
+    layers = after_plan.model["model_layers"]
+
+    def own(ids_TLK, plan):
+        ids_TLK = ids_TLK if ids_TLK.shape[1] == len(layers) else ids_TLK[:, layers]
+        return np.sort(ids_TLK if plan is None else plan.orders_LE[np.arange(len(layers))[:, None], ids_TLK], -1)
+
+    for a_TLK, b_TLK in zip(before, after, strict=True):
+        if a_TLK is not None and b_TLK is not None:
+            differs_TL = (own(a_TLK, before_plan) != own(b_TLK, after_plan)).any(-1)
+            rows, wrong = rows + differs_TL.size, wrong + int(differs_TL.sum())
+    return rows, wrong
+
+
+def check(folder: str, family: str) -> dict:
     from semmoe.runtime.engines.plan_files import read_plan_facts
 
     source, plan = f"{folder}/{family}/source", read_plan_facts(f"{folder}/{family}/p")
@@ -74,18 +91,8 @@ def check(folder: str, family: str) -> dict:
         source, returns, dtype, load_format="semmoe", model_loader_extra_config={"plan": plan.path}
     )
     equal = sum(a == b for a, b in zip(plain_tokens, placed_tokens, strict=True))
-    rows = wrong = 0
-    layers = plan.model["model_layers"]
-    for plain, placed in zip(plain_ids, placed_ids, strict=True):
-        if plain is None or placed is None:
-            continue
-        if plain.shape[1] != len(layers):
-            plain, placed = plain[:, layers], placed[:, layers]
-        # The labels of the placed model, through the plan's table, are the model's own.
-        back = plan.orders_LE[np.arange(len(layers))[:, None], placed]
-        differs = (np.sort(back, -1) != np.sort(plain, -1)).any(-1)
-        rows, wrong = rows + differs.size, wrong + int(differs.sum())
-    moved = int((plan.orders_LE != np.arange(plan.orders_LE.shape[1])).sum())
+    rows, wrong = differing(plain_ids, placed_ids, None, plan)
+    moved = sum(int((order_E != range(len(order_E))).sum()) for order_E in plan.orders_LE)
     found = {"family": family, "prompts": len(PROMPTS), "equal": equal, "token_layers": rows, "differ": wrong}
     return found | {"experts_moved": moved, "seconds": round(time.monotonic() - begin, 1)}
 

@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
-"""What tests/engines/all asks before, of and after a server: served.py split TEXTS FOLDER; served.py
-streams URL MODEL TEXTS, 200 streams at once, of which every fourth client leaves; and served.py
-table MODEL FOLDER. The last two print one row per claim and fail where one does not hold."""
+"""What tests/engines/all does before and after a server runs: served.py split TEXTS FOLDER; served.py
+table MODEL FOLDER, which prints one row per claim and fails where one does not hold."""
 
-import asyncio
 import gzip
 import json
 import random
@@ -77,40 +75,8 @@ def counted(folder: Path, metric: str, label: str) -> Counter[str]:
     return found
 
 
-async def streams(url: str, model: str, texts: list[str]) -> bool:
-    """200 streams at once; every fourth client leaves after the first bytes, every fifth names its
-    rank, every tenth prompt has no letter that a plan knows of."""
-    import aiohttp
-
-    async def look(pattern: str) -> dict[str, float]:
-        async with client.get(url + "/metrics") as response:
-            found = re.findall(pattern, await response.text(), re.MULTILINE)
-        return {name: float(value) for name, value in found}
-
-    async def one(number: int) -> str:
-        body = {"model": model, "prompt": texts[number % len(texts)][:400], "max_tokens": 24, "stream": True}
-        body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
-        headers = {"X-data-parallel-rank": str(number % 2)} if number % 5 == 0 else {}
-        async with client.post(url + "/v1/completions", json=body, headers=headers) as response:
-            if number % 4 == 0:
-                return "left" if await response.content.readany() else "empty"
-            data = await response.read()
-        return "whole" if b'"completion_tokens":24' in data and data.endswith(b"data: [DONE]\n\n") else "broken"
-
-    running = r'^vllm:num_requests_running.*engine="(\d)".*\} (\S+)'
-    decisions = r'^semmoe_requests_total\{decision="(\w+)"\} (\S+)'
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
-        before = await look(decisions)
-        ends = Counter(await asyncio.gather(*(one(number) for number in range(200))))
-        await asyncio.sleep(2)
-        still = sum((await look(running)).values())
-        gained = {name: round(value - before[name]) for name, value in (await look(decisions)).items()}
-    claims = [
-        ("200 streams at once, every fourth left", dict(ends), ends == {"whole": 150, "left": 50}),
-        ("running two seconds later", still, still == 0),
-        ("their decisions", gained, gained["pinned"] == 40 and gained["failed"] == 0 and sum(gained.values()) == 200),
-    ]
-    return told(claims)
+def read_texts(path: str) -> list[str]:
+    return [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def told(claims: list[tuple[str, object, bool]]) -> bool:
@@ -175,9 +141,6 @@ def local_share(plan: Path, batch: TraceBatch, keep_B: np.ndarray) -> float:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["split"]:
         split(sys.argv[2], Path(sys.argv[3]))
-    elif sys.argv[1:2] == ["streams"]:
-        lines = Path(sys.argv[4]).read_text().splitlines()
-        sys.exit(0 if asyncio.run(streams(sys.argv[2], sys.argv[3], [json.loads(s)["text"] for s in lines])) else 1)
     elif sys.argv[1:2] == ["table"]:
         sys.exit(0 if table(sys.argv[2], Path(sys.argv[3])) else 1)
     else:

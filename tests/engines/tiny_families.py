@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""tiny_families.py FOLDER FAMILY...: a tiny model of each family as FOLDER/FAMILY/source, and a
-random placement of its experts as FOLDER/FAMILY/p. Needs the test extra, no engine."""
+"""tiny_families.py FOLDER FAMILY...: a tiny model of each family as FOLDER/FAMILY/source, a random
+placement of its experts as FOLDER/FAMILY/p, another one as p2, with the delta that leads there from
+p where single experts may move, and a step from p2 as p3. Needs the test extra, no engine."""
 
 import json
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from random_plans import random_plan
+from stepped_plans import save_stepped
 from tiny_models import tiny_model
 
 # Sizes that the CPU kernels of vLLM take: heads of 32 (some families: hidden size / heads).
@@ -43,7 +45,14 @@ def write(folder: Path, family: str) -> None:
     (folder / "source" / "config.json").write_text(
         json.dumps(config | SAID.get(family, {}) | {"torch_dtype": "float32"}, indent=2)
     )
-    random_plan(folder / "source").save(folder / "p")
+    plan = random_plan(folder / "source")
+    plan.save(folder / "p")
+    if plan.model.n_group > 1:  # moves of single experts would split the groups
+        after = random_plan(folder / "source", seed=1)
+        after.save(folder / "p2")
+    else:
+        after, _ = save_stepped(plan, folder / "p2", swaps=1)
+    save_stepped(after, folder / "p3", swaps=1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from semmoe.profiles import trace_writer as writer_module
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace, TraceInfo, hash_file, integers
-from semmoe.profiles.trace_writer import TraceWriter, refuse_existing_trace
+from semmoe.profiles.trace_writer import Served, TraceWriter, refuse_existing_trace
 
 INFO = TraceInfo("tiny", num_layers=2, num_experts=8, top_k=3, model_layers=(1, 2), num_model_layers=3)
 
@@ -35,6 +35,14 @@ def write(path, lengths=(5, 0, 7), info=INFO, **options) -> list[np.ndarray]:
             sequence = np.arange(len(ids) + 5) + 100 * i
             writer.add(f"r{i}", ids, domain=f"d{i % 2}", token_ids=sequence, num_prompt_tokens=5, first_position=3)
     return rows
+
+
+def test_a_rank_that_nobody_knows_is_no_damage(tmp_path):
+    with TraceWriter(tmp_path / "t", INFO) as writer:
+        for number, served in enumerate((Served(1, "affine"), Served(-1, "failed"), Served(0))):
+            writer.add(f"r{number}", random_ids(np.random.default_rng(0), 4), served=served)
+    batch = RoutingTrace.open(tmp_path / "t").load()
+    assert batch.rank_of_B is not None and batch.rank_of_B.tolist() == [1, -1, 0]
 
 
 def sign(path) -> None:

@@ -57,6 +57,23 @@ def test_help_needs_no_heavy_module():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_quiet_leaves_results_and_errors_and_verbose_adds_what_it_took(trace, tmp_path):
+    made = {}
+    for where, loud in (("before", ["-q"]), ("after", ["--quiet"]), ("after", ["-v"]), ("after", [])):
+        out, words = tmp_path / "-".join([where, *loud]), ["place", trace, "--ranks", 2, "--method", "load"]
+        done = semmoe(*(loud if where == "before" else []), *words, "-o", out, *(loud if where == "after" else []))
+        assert done.returncode == 0 and "EPLB's way" in done.stdout
+        quiet = set(loud) & {"-q", "--quiet"}
+        assert bool(done.stderr) != bool(quiet) and ("Next: " in done.stdout) != bool(quiet)
+        assert bool(re.search(r"reading tokens: [\d.]+ s\n(.*\n)*semmoe: [\d.]+ s, at most", done.stderr)) == (
+            "-v" in loud
+        )
+        made[out] = (out / "plan.json").read_bytes()
+    assert len(set(made.values())) == 1  # how loud a command was is not recorded
+    refused = semmoe("-q", "show", tmp_path / "nowhere")
+    assert refused.returncode == 1 and refused.stderr.startswith("semmoe: ") and not refused.stdout
+
+
 def test_version_and_completion():
     assert semmoe("--version").stdout.startswith("semmoe 0.")
     # A test may have no shell among its parents.

@@ -1,6 +1,7 @@
 """What CI and scripts lean on: exit codes of --fail-under, and plans that are not replaced."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -67,6 +68,13 @@ def test_a_model_without_a_name_gets_one(folder, tmp_path):
     assert placed.exit_code == 0 and json.loads(placed.stdout)["model"] == "mine", placed.output
     assert json.loads((tmp_path / "p" / "plan.json").read_text())["model"]["model"] == "mine"
     assert semmoe("report", tmp_path / "p", tmp_path / "t").exit_code == 0
+    (tmp_path / "t" / "trace.json").write_text(json.dumps(facts | {"model": "unknown"}))  # as an import writes it
+    nameless = ["place", tmp_path / "t", "--ranks", 4, "--method", "contiguous", "-o", tmp_path / "r"]
+    shown = [nameless, ["show", tmp_path / "t"], ["show", tmp_path / "r"], ["report", tmp_path / "r", tmp_path / "t"]]
+    shown.append(["report", tmp_path / "t"])
+    for command in shown:
+        told = semmoe(*command)
+        assert told.exit_code == 0 and not re.search(r"(?m)model +unknown|^unknown: |None:", told.output), command
     other = semmoe("place", folder / "t", "--ranks", 4, "-o", tmp_path / "q", "--name", "mine")
     assert isinstance(other.exception, InputError) and "the trace is of synthetic" in str(other.exception)
 

@@ -1,5 +1,6 @@
 """How far a command is: lines now and then, bars on a terminal, and the time left."""
 
+import itertools
 import sys
 import time
 
@@ -7,7 +8,8 @@ import pytest
 
 from semmoe.profiles.capture.run import Limits, TraceProgress
 from semmoe.terminal import progress as shown
-from semmoe.terminal.progress import count, expected_tokens, gigabytes, stages, tracing
+from semmoe.terminal.loudness import QUIET, VARIABLE, VERBOSE
+from semmoe.terminal.progress import Forecast, count, expected_tokens, gigabytes, stages, tracing
 
 
 class Clock:
@@ -36,7 +38,8 @@ def test_steps_off_a_terminal_are_a_line_now_and_then(capsys: pytest.CaptureFixt
         show("fitting schedules: layers", 1, 4)  # nothing new
     printed = capsys.readouterr()
     assert (
-        printed.err == "semmoe: placing layers 2 of 4\nsemmoe: fitting schedules: layers 1 of 4\n" and not printed.out
+        printed.err == "semmoe: placing layers 2 of 4, 0:00:18 left\nsemmoe: fitting schedules: layers 1 of 4\n"
+        and not printed.out
     )
 
 
@@ -54,6 +57,49 @@ def test_a_terminal_sees_a_bar_with_the_time_left(
             show("writing", done, total)
         bar = capsys.readouterr().err
         assert f"writing {text} " in bar and "0:00:12 left" in bar
+
+
+def test_the_time_left_is_of_all_stages_and_does_not_jump(clock: Clock) -> None:
+    forecast = Forecast({"reading": 1, "placing": 3, "placing again": 3})
+    assert forecast.left("reading", 0, 10) is None
+    told, ends = [], {"reading": 10, "placing": 60, "placing again": 60}  # placing takes twice what is usual
+    for stage, seconds in ends.items():
+        for done in range(1, seconds + 1):
+            clock.now += 1
+            told.append(forecast.left(stage, done, seconds))
+    assert told[0] is not None and told[0] > 60  # of all stages, from the first step on
+    assert max(abs(b - a) for a, b in itertools.pairwise(told)) < 9  # seconds, in one
+    assert told[40] == pytest.approx(90, abs=15) and told[70] == pytest.approx(59, abs=5) and told[-1] < 1
+
+
+def test_the_bar_of_planned_stages_is_one(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr(shown, "LINE_SECONDS", 0.0)
+    with stages(usual={"reading": 1, "placing": 1}) as show:
+        for stage in ("reading", "placing"):
+            for done in range(5):
+                show(stage, done, 4)
+                clock.now += 5
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "semmoe: reading 2 of 4 (stage 1 of 2), 0:00:30 left"
+    assert lines[-1] == "semmoe: placing 4 of 4 (stage 2 of 2)"
+
+
+def test_quiet_shows_nothing_and_verbose_what_stages_took(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr(shown, "LINE_SECONDS", 0.0)
+    for level, said in ((QUIET, ""), (VERBOSE, "semmoe: reading: 7.0 s\nsemmoe: placing: 2.0 s\n")):
+        monkeypatch.setenv(VARIABLE, level)
+        with stages() as show:
+            show("reading", 0, 1)
+            clock.now += 7
+            show("placing", 0, 1)
+            clock.now += 2
+        printed = capsys.readouterr().err
+        assert said == "".join(line for line in printed.splitlines(True) if " s\n" in line)
+        assert bool(printed) == bool(said)
 
 
 def test_a_trace_tells_its_rate_and_the_time_left(

@@ -2,6 +2,7 @@
 commands say of it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,18 @@ def test_a_plan_a_delta_and_what_other_commands_say(made):
         assert plans[1]["placement"][layer][move["to_rank"]][move["to_slot"]] == move["expert"]
     slots = sum(a != b for a, b in zip(*(str(p["placement"]).split() for p in plans), strict=True))
     assert slots == delta["budget"]["used"], "no other slot changed"
-    exported = json.loads(run("export", made / "n", "--to", "sglang", "-o", made / "map.json", "--json"))
-    assert json.loads(Path(exported["delta"]).read_text()) == delta
+    for kind, name in (
+        (("sglang",), "map.json"),
+        (("vllm", "--format", "pr41141"), "vllm.json"),
+        (("vllm-ascend",), "ascend.json"),
+        (("trtllm",), "map.yaml"),
+    ):
+        numbers = []
+        for plan in ("p", "n"):
+            exported = json.loads(run("export", made / plan, "--to", *kind, "-o", made / f"{plan}-{name}", "--json"))
+            numbers.append(re.findall(r"-?\d+", (made / f"{plan}-{name}").read_text()))
+        assert json.loads(Path(exported["delta"]).read_text()) == delta
+        assert sum(a != b for a, b in zip(*numbers, strict=True)) == delta["budget"]["used"], f"{kind}: no other slot"
     compared = json.loads(run("compare", made / "p", made / "n", made / "t1", "--json"))
     assert compared["requests"] == 10 and "curve" not in compared, "10 held-out requests are too few for a curve"
 
@@ -73,6 +84,18 @@ def test_no_shift_writes_the_old_plan_to_the_byte(made):
     assert json.loads((made / "same" / "delta.json").read_text())["decision"]["move"] is False
 
 
+def test_with_hardware_gain_and_price_are_microseconds(made):
+    machine = ("--hardware", "h100", "--hidden-size", 2048, "--expert-size", 768, "--tokens-per-rank", 64)
+    words = ("place", made / "t1", "--from-plan", made / "p", *machine, "--phase", "generated", "--processes", 1)
+    printed = run(*words, "--force", "--moves", "50%", "--horizon-tokens", 10**9, "-o", made / "timed", "--json")
+    told, delta = json.loads(printed), json.loads((made / "timed" / "delta.json").read_text())
+    assert delta["decision"]["unit"] == told["replan"]["decision"]["unit"] == "us per layer"
+    assert told["time"]["hardware"] == "h100" and 0 < delta["decision"]["cost"] < delta["decision"]["gain"]
+    assert delta["budget"]["used"] > 0 and sum(layer["gain"] for layer in delta["layers"]) > 0
+    dear = json.loads(run(*words, "--force", "--move-cost", 1e6, "-o", made / "dear", "--json"))["replan"]
+    assert dear["budget"]["used"] == 0
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -87,7 +110,11 @@ def test_no_shift_writes_the_old_plan_to_the_byte(made):
         ("--import", "eplb", "map.json"),
         ("--topology", "links.json"),
         ("--minimize", "bytes"),
-        ("--hardware", "h100"),
+        ("--minimize", "time"),
+        ("--hardware", "h100", "--minimize", "bytes"),
+        ("--phase", "prompt"),
+        ("--engine", "vllm"),
+        ("--lar-weight", "auto"),
     ],
 )
 def test_options_that_do_not_go_together_are_a_wrong_use(made, words):
@@ -107,6 +134,7 @@ def test_options_without_a_plan_are_a_wrong_use(made):
         (("--ranks", "8"), "the old plan is for 4"),
         (("--nodes", "2"), "the old plan is for 1"),
         (("--horizon-tokens", "1000"), "needs the size of an expert"),
+        (("--hardware", "h100"), "sizes of 2 layers of 16 experts, top-3, are not known"),
     ],
 )
 def test_what_the_old_plan_cannot_be_is_one_line(made, words, said):

@@ -12,7 +12,7 @@ from semmoe.profiles.split import counted_phase, phase_shares
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.solvers.time import predict as predicting
-from semmoe.solvers.time.minimize import CAPS
+from semmoe.solvers.time.chosen import CHOICES
 
 SIZES = ("--hidden-size", "512", "--expert-size", "256")
 TIME = ("--hardware", "h100", "--phase", "prompt", "--tokens-per-rank", "256", *SIZES)
@@ -125,13 +125,16 @@ def test_options_of_time_need_hardware(trace, tmp_path):
     assert "needs --hardware" in done.output
 
 
-def test_the_load_cap_is_chosen_by_time(trace, tmp_path):
-    placed(trace, tmp_path / "p", *TIME, "--minimize", "bytes", "--load-cap", "auto")
+def test_the_load_cap_and_the_weight_of_local_activations_are_chosen_by_time(trace, tmp_path):
+    placed(trace, tmp_path / "p", *TIME, "--minimize", "bytes", "--load-cap", "auto", "--lar-weight", "auto")
     facts = json.loads((tmp_path / "p" / "plan.json").read_text(encoding="utf-8"))
-    assert facts["load_cap"] in CAPS and "minimize" not in facts["options"]
+    assert facts["load_cap"] in CHOICES["load_cap"] and facts["options"]["lar_weight"] in CHOICES["lar_weight"]
+    assert "minimize" not in facts["options"]
     words = ("place", trace, "--ranks", 4, "-o", tmp_path / "q", "--load-cap")
     assert "needs --hardware" in str(run(*words, "auto", code=1).exception)
     assert "is no number, nor auto" in run(*words, "much", code=2).output
+    said = str(run(*words, "auto", "--lar-weight", "auto", *TIME, code=1).exception)
+    assert said.startswith("--load-cap auto, --lar-weight auto needs --hardware, and --minimize bytes")
 
 
 def test_batches_of_a_phase_that_was_not_recorded_are_made_of_what_was(tmp_path):

@@ -29,7 +29,7 @@ from semmoe.solvers.demands import Demands
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.score_plan import score_batch, score_placements
 from semmoe.solvers.place.baselines import place_contiguous
-from semmoe.solvers.place.exact_counts import cluster_loads
+from semmoe.solvers.place.exact_counts import resampled_loads
 from semmoe.solvers.place.joint import place_semmoe
 from semmoe.solvers.place.request_homes import chosen_requests, request_usage_LBE, usage_shares_BR
 from semmoe.solvers.placement import Placement, Topology
@@ -207,7 +207,7 @@ def _children(parent: int) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
-def test_request_homes_and_clusters_look_at_a_bounded_choice_of_requests(tmp_path, monkeypatch):
+def test_request_homes_look_at_a_bounded_choice_of_requests(tmp_path, monkeypatch):
     write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=60))
     profile = profile_traces([RoutingTrace.open(tmp_path / "t")])
     counts = profile.info.num_layers * profile.info.num_experts
@@ -222,11 +222,10 @@ def test_request_homes_and_clusters_look_at_a_bounded_choice_of_requests(tmp_pat
                 profile.sample.expert_ids_TLK[rows, layer].ravel(), minlength=profile.info.num_experts
             )
             np.testing.assert_array_equal(usage_LBE[layer, number], expected_E)
-    # Clusters found on some requests still hold every request, and where all are looked at nothing
-    # changes.
-    some_LJE, all_LJE = (cluster_loads(profile, 3, 0, max_counts=most * counts) for most in (20, 60))
-    for load_LJE in (some_LJE, all_LJE):
-        np.testing.assert_array_equal(load_LJE[:, 1:].sum(axis=1), profile.load_LE)
+    # Resamples count all requests, whatever is counted at once.
+    some_LJE, all_LJE = (resampled_loads(profile, 3, 0, max_counts=most * counts) for most in (20, 60))
+    np.testing.assert_array_equal(some_LJE, all_LJE)
+    np.testing.assert_array_equal(all_LJE[:, 0], profile.load_LE)
     demands = Demands(load_cap=1.1, objective="dp", effort="fast")
     whole_LE = place_semmoe(profile, Topology(4), demands).placement.rank_of_LE
     monkeypatch.setattr(

@@ -59,8 +59,14 @@ def add_vllm(monkeypatch) -> types.ModuleType:
             finally:
                 AsyncLLM.closed += 1
 
+        async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+            return []
+
     class LLMEngine:
         def step(self):
+            return []
+
+        def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
             return []
 
     names = (

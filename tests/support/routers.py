@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import aiohttp
+import uvloop
 
 from semmoe.runtime.router.app import App, health_pages, number_pages
 from semmoe.runtime.router.serve import RouteOptions, address_of, listen, make_server, open_router
@@ -61,11 +62,12 @@ async def router(plan: object, *urls: str, **options: Any) -> AsyncIterator[Rout
 
 
 def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """A test that is a coroutine, at most a minute long."""
+    """A test that is a coroutine, at most a minute long, in the event loop of the command."""
 
     @wraps(test)
     def run(*values: Any, **named: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*values, **named), 60))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(asyncio.wait_for(test(*values, **named), 60))
 
     return run
 

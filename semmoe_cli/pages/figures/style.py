@@ -139,14 +139,17 @@ def svg(draw: Draw, height: float, *, key: str, label: str, width: float = WIDTH
     """The drawing as inline SVG in CSS variables. `key`: makes ids unique in a page. `label`:
     what it says, for those who cannot see it."""
     import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {**_context(MARKERS), "svg.hashsalt": key}
+    clear = {"figure.facecolor": "none", "axes.facecolor": "none"}
+    settings: dict[Any, Any] = {**_context(MARKERS), **clear, "svg.hashsalt": key}
     with mpl.rc_context(settings), _glyphs_may_lack():
         figure = Figure(figsize=(width, height))
         draw(figure, MARKERS)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        # Not savefig, which draws everything once more to lay it out.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)

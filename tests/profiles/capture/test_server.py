@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,11 @@ def test_a_plan_names_the_ranks_and_the_report_has_a_row_of_what_happened(tmp_pa
         local += hosts[np.arange(3)[None, :, None], ids_TLK, batch.rank_of_B[b]].sum()
         count += ids_TLK.size
     assert rows["as-served"]["lar"] == pytest.approx(local / count)
+    told = CliRunner().invoke(app, ["report", str(tmp_path / "p"), str(tmp_path / "t")])
+    assert re.search(rf"as served: what.* {rows['as-served']['lar']:.3f}", told.stdout), told.stdout
+    page = tmp_path / "page.html"
+    drawn = CliRunner().invoke(app, ["report", str(tmp_path / "p"), str(tmp_path / "t"), "-o", str(page)])
+    assert drawn.exit_code == 0 and "as served: what the server did" in page.read_text()
     # Another plan's ranks are not these.
     served_plan(tmp_path / "planned", ranks=2).save(tmp_path / "q")
     result = CliRunner().invoke(app, ["report", str(tmp_path / "q"), str(tmp_path / "t"), "--json"])

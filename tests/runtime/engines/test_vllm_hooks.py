@@ -309,3 +309,57 @@ def test_what_is_served_is_recorded_with_rank_and_decision(core, folder, prompts
     assert batch.num_requests == 20 and batch.rank_of_B.tolist() == [rank for rank, _ in sent]
     assert [batch.sequence(b)[-3:].tolist() for b in range(20)] == [[5, 6, 7]] * 20
     assert trace.info.notes["served"] == {"ranks": 4, "plan": read_plan_facts(folder / "p").fingerprint}
+
+
+def test_after_another_plan_ids_and_ranks_are_told_by_it(core, folder, tmp_path, monkeypatch):
+    """What the front end does with the workers' answers; the workers themselves: tests/engines."""
+    from stepped_plans import save_stepped
+    from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore
+
+    from semmoe.solvers.plan import Plan
+
+    save_stepped(Plan.load(folder / "p"), tmp_path / "p2", swaps=2)
+    plans = [read_plan_facts(path) for path in (folder / "p", tmp_path / "p2")]
+    calls, resets, applied = [], [], [True]
+
+    async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        calls.append((method, args))
+        return [{"applied": each} for each in applied]
+
+    async def reset_prefix_cache(self, reset_running_requests=False):
+        resets.append(reset_running_requests)
+
+    monkeypatch.setattr(AsyncLLM, "collective_rpc", collective_rpc)
+    monkeypatch.setattr(AsyncLLM, "reset_prefix_cache", reset_prefix_cache, raising=False)
+    served = client(core, folder, load_format="semmoe")
+    llm = AsyncLLM()
+    llm.engine_core, llm.vllm_config = served, served.vllm_config
+    llm.vllm_config.model_config.enable_return_routed_experts = True
+    own_TLK = np.random.default_rng(0).integers(0, 16, (7, 3, 4)).astype(np.uint8)
+
+    def served_ids(plan):
+        return np.argsort(plan.orders_LE, axis=1)[np.arange(3)[:, None], own_TLK].astype(np.uint8)
+
+    def change(**words):
+        return asyncio.run(llm.collective_rpc("semmoe_replan", **words))
+
+    (before,) = answers(llm, [finished("a", [1] * 4, [2] * 4, served_ids(plans[0]))])
+    applied[:] = [True, False]  # one worker cannot: none has
+    assert not all(each["applied"] for each in change(args=(str(tmp_path / "p2"),))) and not resets
+    (still,) = answers(llm, [finished("b", [1] * 4, [2] * 4, served_ids(plans[0]))])
+    assert "no plan.json" in change(args=(str(tmp_path),))[0]["reason"] and len(calls) == 1
+    applied[:] = [True]
+
+    async def under_way():
+        stream = llm.generate([finished(name, [1] * 4, [2] * 4, served_ids(plans[0])) for name in "cd"])
+        first = await anext(stream)
+        await llm.collective_rpc("semmoe_replan", kwargs={"plan": str(tmp_path / "p2")})
+        return first, await anext(stream)
+
+    first, mixed = asyncio.run(under_way())
+    (after,) = answers(llm, [finished("e", [1] * 4, [2] * 4, served_ids(plans[1]))])
+    for output in (before, still, first, after):
+        np.testing.assert_array_equal(output.outputs[0].routed_experts, own_TLK)
+    assert mixed.outputs[0].routed_experts is None and resets == [True]
+    served.client_count = 2
+    assert "several API servers" in change(args=(str(tmp_path / "p2"),))[0]["reason"]

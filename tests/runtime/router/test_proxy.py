@@ -106,6 +106,19 @@ async def test_a_head_of_two_meanings_is_refused_and_nothing_is_sent_on(plan, he
         assert one.seen == []
 
 
+@in_loop
+async def test_trailers_of_a_request_are_no_headers(plan):
+    body = b"e\r\n" + b'{"prompt": []}' + b"\r\n0\r\nAuthorization: x\r\nX-Data-Parallel-Rank: 1\r\nHost: b\r\n\r\n"
+    sent = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nX-A: 1\r\n\r\n" + body
+    async with engine() as one, router(plan, one.url) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(sent)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        writer.close()
+        assert sorted(name.lower() for name, _ in one.seen[0].headers) == ["content-length", "host", "x-a"]
+        assert one.seen[0].data == b'{"prompt": []}'
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -208,7 +221,7 @@ async def test_when_the_client_goes_the_engine_hears_of_it(plan):
         response.close()
         await until(lambda: one.seen[0].end == "aborted", 1)
         await until(lambda: served.status.to_json()["ends"] == {"client_gone": 1}, 1)
-        assert served.status.proxy.fleet.in_flight_G.sum() == 0
+        assert served.status.proxy.fleet.in_flight_G == [0, 0]
 
 
 @in_loop
@@ -242,6 +255,14 @@ async def test_503_and_broken_connections_are_tried_again_and_nothing_else(plan)
         assert (await served.post(COMPLETIONS, {"prompt": IDS}))[0] == 503  # the engine's own answer
         assert len(one.generations) == 9
         assert served.status.to_json()["retries"] == {"503": 4}
+
+
+@in_loop
+async def test_a_kept_connection_that_the_engine_has_closed_costs_no_request(plan):
+    async with engine(tokens=2) as one, router(plan, one.url, limits=Limits(pause=0.01)) as served:
+        for _ in range(10):  # the stand-in closes after every stream and does not say so
+            assert await stream(served, {"prompt": IDS}) == b"".join(one.events({}))
+        assert served.status.to_json()["refused"] == {}
 
 
 @in_loop
@@ -328,7 +349,7 @@ async def test_hundreds_of_streams_at_once(plan):
         assert set(found) == {b"".join(one.events({}))}
         ranks = [each.header("x-data-parallel-rank") for each in one.generations]
         assert abs(ranks.count("0") - ranks.count("1")) < 100
-        assert served.status.proxy.fleet.tokens_G.sum() == 0
+        assert served.status.proxy.fleet.tokens_G == [0, 0]
 
 
 @in_loop

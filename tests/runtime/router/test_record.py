@@ -67,6 +67,11 @@ async def test_a_report_has_the_row_of_what_was_served(plan, told, tmp_path):
     async with engine(**told) as one:
         async with router(plan, one.url, record=str(tmp_path / "t")) as served:
             await asyncio.gather(*(served.post(COMPLETIONS, {"prompt": [9 + i, 30 + i, 70 + i]}) for i in range(40)))
+            for i in range(3):  # the engine's to place, which does not say where
+                await served.post(COMPLETIONS, {"prompt": [100_000 + i]})
+            assert served.status.to_json()["unpinned"] == 3
+    ranks_B = RoutingTrace.open(tmp_path / "t").load().rank_of_B
+    assert ranks_B is not None and ranks_B[-3:].tolist() == [-1] * 3 and (ranks_B[:-3] >= 0).all()
     rows = json.loads(run("report", plan, tmp_path / "t", "--json"))["rows"]
     assert "as-served" in {row["schedule"] for row in rows}
 

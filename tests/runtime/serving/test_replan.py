@@ -28,8 +28,8 @@ from semmoe.solvers.schedule.fit import fit_schedule
 
 RUN = ["run", "demo", "--dtype", "float32", "--max-new-tokens", "6", "--batch-tokens", "300"]
 FAMILIES = {
-    **dict.fromkeys(("qwen3_moe", "gpt_oss"), ["", "-permuted", "-ranks"]),
-    **dict.fromkeys(("dbrx", "longcat_flash"), [""]),
+    **dict.fromkeys(("qwen3_moe", "gpt_oss", "longcat_flash"), ["", "-permuted", "-ranks"]),
+    "dbrx": [""],
 }
 
 

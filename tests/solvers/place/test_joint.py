@@ -9,11 +9,12 @@ import pytest
 
 from semmoe.profiles.counts import RoutingProfile, count_batches
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.sample import select_requests
 from semmoe.profiles.synthetic import SyntheticWorld, plant_structure, synthetic_requests
 from semmoe.profiles.trace import TraceBatch, TraceInfo
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.place.exact import place_exact
-from semmoe.solvers.place.exact_counts import cluster_loads
+from semmoe.solvers.place.exact_counts import resampled_loads
 from semmoe.solvers.place.graph import place_metis
 from semmoe.solvers.place.joint import chosen_stages, place_semmoe, sample_rows
 from semmoe.solvers.place.paper import place_paper
@@ -118,7 +119,7 @@ def test_every_option_keeps_counts_and_cap(options: dict, tokens: bool) -> None:
     profile, _ = planted(noise=0.3, tokens=tokens)
     rank_of_LE = placed(profile, Topology(4, 2), load_cap=1.15, seed=0, effort="fast", **options)
     assert is_exact(rank_of_LE, 4)
-    load_LJE = cluster_loads(profile, options.get("robust", 0), 0)
+    load_LJE = resampled_loads(profile, options.get("robust", 0), 0)
     for rank_of_E, load_JE in zip(rank_of_LE, load_LJE, strict=True):
         assert overload(rank_of_E, load_JE[:1], load_limits(load_JE[:1], 4, 1.15), 4) == 0
     again = placed(profile, Topology(4, 2), load_cap=1.15, seed=0, effort="fast", **options)
@@ -165,8 +166,9 @@ def test_refusals() -> None:
         placed(profile, Topology(4), load_cap=1.1, seed=0, objective="pp")
     with pytest.raises(InputError, match="effort 'most'"):
         placed(profile, Topology(4), load_cap=1.1, seed=0, effort="most")
-    with pytest.raises(InputError, match="--robust 99"):
-        placed(profile, Topology(4), load_cap=1.1, seed=0, robust=99)
+    few = replace(profile, sample=select_requests(profile.sample, np.arange(profile.sample.num_requests) < 7))
+    with pytest.raises(InputError, match="--robust 3 needs 8 requests to resample, not 7"):
+        placed(few, Topology(4), load_cap=1.1, seed=0, robust=3)
 
 
 @pytest.mark.parametrize("seed", range(3))

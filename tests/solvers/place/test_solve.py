@@ -24,6 +24,7 @@ from semmoe.solvers.place.exact_counts import (
     is_within_cap,
     rank_load_R,
     repair_load,
+    resampled_loads,
     swap_gain_EE,
 )
 from semmoe.solvers.place.graph import balanced_k_means
@@ -142,16 +143,28 @@ def test_an_infeasible_cap_is_said():
     assert load_notes(np.array([[0, 0, 1, 1]]), np.array([[1, 1, 1, 1]]), 2, 1.05) == []
 
 
-def test_clusters_over_the_cap_are_said():
-    # Balanced over all requests; the second cluster uses the experts of rank 1 twice as much.
-    load_LCE = np.array([[[1, 1, 1, 1], [1, 1, 2, 2]], [[1, 1, 1, 1], [2, 1, 2, 1]]])
+def test_resamples_over_the_cap_are_said():
+    # Balanced over all requests; one resample uses the experts of rank 1 twice as much.
+    load_LJE = np.array([[[1, 1, 1, 1], [1, 1, 2, 2]], [[1, 1, 1, 1], [2, 1, 2, 1]]])
     rank_of_LE = np.array([[0, 0, 1, 1], [0, 0, 1, 1]])
-    said = ["within 2 clusters of requests, load cap 1.1 is exceeded in 1 of 2 layers, worst 1.333 (layers 0)"]
-    assert load_notes(rank_of_LE, load_LCE, 2, 1.1, whose="within 2 clusters of requests, load") == said
-    ids_TK = np.array([[0, 1]] * 30 + [[2, 3]] * 30)
-    _, notes = solve(profile_of(ids_TK, 4), 2, method="metis", load_cap=1.05, robust=2)
+    said = ["in 2 resamples of the requests, load cap 1.1 is exceeded in 1 of 2 layers, worst 1.333 (layers 0)"]
+    assert load_notes(rank_of_LE, load_LJE, 2, 1.1, whose="in 2 resamples of the requests, load") == said
+
+
+def halves() -> RoutingProfile:
+    """Twelve requests: six ask experts 0 and 1, six ask 2 and 3."""
+    return profile_of(np.array([[0, 1]] * 60 + [[2, 3]] * 60), 4)
+
+
+def test_a_cap_that_holds_in_all_requests_alone_is_exceeded_in_resamples_and_said():
+    _, notes = solve(halves(), 2, method="metis", load_cap=1.05)
+    assert notes == []
+    _, notes = solve(halves(), 2, method="metis", load_cap=1.05, robust=4)
+    load_JR = resampled_loads(halves(), 4, 0)[0, 1:] @ np.kron(np.eye(2), np.ones((2, 1)))
+    worst = load_JR.max(1) / load_JR.mean(1)
+    assert worst.max() > 1.05
     assert notes == [
-        "within 2 clusters of requests, load cap 1.05 is exceeded in 1 of 1 layers, worst 2.000 (layers 0)"
+        f"in 4 resamples of the requests, load cap 1.05 is exceeded in 1 of 1 layers, worst {worst.max():.3f} (layers 0)"
     ]
 
 
@@ -176,36 +189,25 @@ def test_what_a_method_returns_holds_the_loads_of_its_ranks(method, replicas):
     assert solved.rounds == (3 if method == "semmoe" else 1)  # a first placement, and two turns
 
 
-def test_clusters_over_the_cap_are_said_with_replicas_too():
-    ids_TK = np.array([[0, 1]] * 30 + [[2, 3]] * 30)
-    for method in ("metis", "load"):
-        placement, notes = solve(profile_of(ids_TK, 4), 2, method=method, load_cap=1.05, robust=2, replicas=1)
-        assert placement.num_replicas == 1
-        assert [n.split(" cap ")[0] for n in notes] in (
-            [],
-            ["as served with replicas, within 2 clusters of requests, load"],
-        )
-        serving_RE = serving_LRE(placement.hosts_LER, np.array([[30, 30, 30, 30]]), Topology(2))[0]
-        worst = max(
-            served_load_R(serving_RE, np.array(load_E)).max() / 30 for load_E in ([30, 30, 0, 0], [0, 0, 30, 30])
-        )
-        assert bool(notes) == (worst > 1.05), (method, worst, notes)
-        if notes:
-            assert f"worst {worst:.3f}" in notes[0]
-    assert any(
-        solve(profile_of(ids_TK, 4), 2, method=m, load_cap=1.05, robust=2, replicas=1)[1] for m in ("metis", "load")
-    )
+@pytest.mark.parametrize("method", ["metis", "load"])
+def test_resamples_over_the_cap_are_said_with_replicas_too(method):
+    placement, notes = solve(halves(), 2, method=method, load_cap=1.0, robust=4, replicas=1)
+    serving_RE = serving_LRE(placement.hosts_LER, halves().load_LE, Topology(2))[0]
+    served = [served_load_R(serving_RE, load_E) for load_E in resampled_loads(halves(), 4, 0)[0, 1:]]
+    worst = max(load_R.max() / load_R.mean() for load_R in served)
+    assert placement.num_replicas == 1 and (worst > 1 or method == "load")
+    said = "as served with replicas, in 4 resamples of the requests, load cap 1.0 is exceeded in 1 of 1 layers"
+    assert notes == ([f"{said}, worst {worst:.3f} (layers 0)"] if worst > 1 else [])
 
 
-def test_exact_keeps_the_cap_within_clusters():
-    # Co-activation would put 0, 1 and 2, 3 together: each cluster of requests would then be served
-    # by one rank.
-    ids_TK = np.array([[0, 1]] * 30 + [[2, 3]] * 30)
-    placement, notes = solve(profile_of(ids_TK, 4), 2, method="exact", load_cap=1.05)
+def test_exact_keeps_the_cap_in_resamples():
+    # Co-activation would put 0, 1 and 2, 3 together: one rank would serve all of a kind of request.
+    placement, notes = solve(halves(), 2, method="exact", load_cap=1.05)
     assert sorted(map(sorted, placement.experts_LRS[0].tolist())) == [[0, 1], [2, 3]] and notes == []
-    placement, notes = solve(profile_of(ids_TK, 4), 2, method="exact", load_cap=1.05, robust=2)
+    placement, notes = solve(halves(), 2, method="exact", load_cap=1.05, robust=4)
     assert len({0, 1} & set(placement.experts_LRS[0, 0].tolist())) == 1 and notes == []
-    # Each cluster's own experts can be levelled, but not by one placement for both.
+    # Three kinds of request, two experts each, on three experts and an idle one: no placement
+    # serves every resample evenly.
     ids_TK = np.array([[0, 1]] * 30 + [[0, 2]] * 30 + [[1, 2]] * 30)
     with pytest.raises(InputError, match="no placement keeps every load cap"):
         solve(profile_of(ids_TK, 4), 2, method="exact", load_cap=1.0, robust=3)

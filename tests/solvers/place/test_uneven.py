@@ -15,7 +15,7 @@ from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.sums import deployment_sums
 from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.bounds import certificate_of
-from semmoe.solvers.place.solve import METHODS, solve_placement
+from semmoe.solvers.place.solve import FILLING, METHODS, solve_placement
 from semmoe.solvers.placement import EMPTY, Placement, Topology, part_sizes
 from semmoe.solvers.slots import Slots
 
@@ -116,5 +116,5 @@ def test_progress_names_the_stage_of_copies():
     solve_placement(profile, Topology(4), Demands(objective="tp"), method="semmoe", progress=lambda *x: told.append(x))
     assert told == [
         *[("placing layers", done, 2) for done in (1, 2)],
-        *[("filling spare slots: layers", done, 2) for done in (1, 2)],
+        *[(FILLING, done, 2) for done in (1, 2)],
     ]

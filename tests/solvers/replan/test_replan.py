@@ -29,6 +29,8 @@ CASES = {
     "copies": ({"replicas": 1}, Topology(4, 2)),
     "clusters": ({"robust": 2}, Topology(4)),
     "gather": ({"dispatch": "gather"}, Topology(4)),
+    "copies in spare slots": ({}, Topology(3)),  # 16 experts in 18 slots
+    "empty slots": ({"spare": "empty"}, Topology(3)),
 }
 
 
@@ -63,11 +65,14 @@ def replanned(traces, case: str, share: float = 0.25, **asked) -> tuple[Plan, Re
 def test_shifted_traffic_moves_within_the_budget_and_there_and_back(traces, case, tmp_path):
     old, found = replanned(traces, case, force=True)
     plan, delta = found.plan, found.delta
-    slots = old.placement.experts_LRS.size
+    slots = int((old.placement.experts_LRS >= 0).sum())
     assert delta.decision.move == (delta.decision.lo > 0)
     assert 0 < delta.budget.used == sum(layer.moved for layer in delta.layers) <= slots // 4
     assert (plan.placement.hosts_LER & ~old.placement.hosts_LER).sum() == delta.budget.used
     assert np.array_equal(delta.applied(old.placement).experts_LRS, plan.placement.experts_LRS)
+    empty = old.placement.experts_LRS < 0
+    assert np.array_equal(plan.placement.experts_LRS < 0, empty), "what was left empty stays so"
+    assert empty.any() == (case == "empty slots")
     back = delta.inverse(plan.placement)
     assert np.array_equal(back.applied(plan.placement).experts_LRS, old.placement.experts_LRS)
     assert (back.old, back.new) == (plan.fingerprint, old.fingerprint)
