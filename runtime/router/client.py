@@ -238,7 +238,14 @@ class Client:
         self.idle: defaultdict[str, deque[Line]] = defaultdict(deque)  # the last used one at the end
 
     async def request(
-        self, url: str, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]] = (), data: bytes = b""
+        self,
+        url: str,
+        method: str,
+        target: bytes,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        data: bytes = b"",
+        *,
+        repeatable: bool = True,
     ) -> Response:
         """The head of a server's answer.
 
@@ -246,6 +253,9 @@ class Client:
             url: of the server, as `address_of` takes it.
             target: path and query behind it, as they are spelled.
             headers: without Host and Content-Length.
+            repeatable: whether it may be sent again where a kept connection ends before a byte of
+                the answer: the server may have closed it while the request was on its way, which
+                says nothing of the server.
 
         Raises UpstreamError where none comes.
         """
@@ -255,9 +265,18 @@ class Client:
         if data or verb not in BODILESS:
             lines.append(b"Content-Length: %d\r\n" % len(data))
         lines.append(b"\r\n")
-        line = self._kept(url) or await self._connected(address)
+        sent, kept = (b"".join(lines), data), self._kept(url)
+        if kept is not None:
+            try:
+                return await self._answer(url, kept, sent, only_head=verb == b"HEAD")
+            except UpstreamError:
+                if kept.head_size or not repeatable:
+                    raise
+        return await self._answer(url, await self._connected(address), sent, only_head=verb == b"HEAD")
+
+    async def _answer(self, url: str, line: Line, sent: tuple[bytes, bytes], *, only_head: bool) -> Response:
         try:
-            line.ask(b"".join(lines), data, only_head=verb == b"HEAD")
+            line.ask(*sent, only_head=only_head)
             while not line.status:
                 if line.error is not None:
                     raise line.error

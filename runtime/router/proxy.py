@@ -280,14 +280,14 @@ class Proxy:
         if exchange.begin:
             self.metrics.added.add(begin - exchange.begin)
             exchange.begin = 0.0
+        repeatable = asked.generates or exchange.method in SAFE
         try:
             response = await self.client.request(
-                upstream.url, exchange.method, exchange.target, sent.headers, sent.data
+                upstream.url, exchange.method, exchange.target, sent.headers, sent.data, repeatable=repeatable
             )
         except UpstreamError as error:
             upstream.failed(error.cause, error)
-            repeatable = asked.generates or exchange.method in SAFE or isinstance(error, NotConnected)
-            if again and repeatable and not isinstance(error, NoHttp):
+            if again and (repeatable or isinstance(error, NotConnected)) and not isinstance(error, NoHttp):
                 self.metrics.retries[error.cause] += 1
                 return None
             raise Refused(GATEWAY, "upstream", f"no answer from the upstream ({error.cause})") from None

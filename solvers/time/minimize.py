@@ -313,9 +313,9 @@ def place_for_time(
     time_F = np.array([[placed.time for placed in placed_F] for placed_F in placed_LF]).mean(0)
     note = ""
     if halves:
-        means = _Tried(*np.array(tried_XF).mean(0).T)
-        time_F *= 1 + (means.others / means.own - 1) / 2
-        promised, packed = means.imbalance[[int(np.argmin(time_F)), 0]]
+        own_F, others_F, imbalance_F = np.array(tried_XF).mean(0).T
+        time_F *= 1 + (others_F / own_F - 1) / 2
+        promised, packed = imbalance_F[[int(np.argmin(time_F)), 0]]
         note = f"; placed by half of the requests, the busiest rank of the others has {promised:.3f} of the mean load"
         note += f" ({packed:.3f} by load packing)"
     best = int(np.argmin(time_F))

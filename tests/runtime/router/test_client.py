@@ -220,6 +220,31 @@ async def test_a_connection_that_was_closed_or_rested_too_long_is_not_used(monke
 
 
 @in_loop
+async def test_a_kept_connection_that_the_server_leaves_is_no_failure_of_the_server():
+    asked = []
+
+    async def once_each(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b""):
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                asked.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.write(answer)
+        writer.close()
+
+    server, client = await asyncio.start_server(once_each, "127.0.0.1", 0), Client()
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        for _ in range(2):  # the second is read from the first's connection, and sent again on its own
+            assert await client.fetch(url, "POST", b"/a") == (200, b"abc")
+        assert len(asked) == 3
+        with pytest.raises(UpstreamError):
+            await client.request(url, "POST", b"/a", repeatable=False)
+        assert len(asked) == 4
+    finally:
+        client.close()
+        server.close()
+
+
+@in_loop
 async def test_bytes_that_nobody_asked_for_end_a_connection_that_rests():
     async with script(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") as (server, client):
         await client.fetch(server.url, "GET", b"/")
