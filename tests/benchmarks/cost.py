@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shaped_network import close_network, open_network, shape_network
+from common.shaped_network import close_network, open_network, shape_network
 
 RANKS, BATCH_TOKENS = 4, 512
 

@@ -22,8 +22,8 @@ from dataclasses import replace
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from process_memory import watched
-from routing_world import Tokens, draw_tokens, route_layer
+from common.process_memory import watched
+from common.routing_world import Tokens, draw_tokens, route_layer
 
 from semmoe.profiles.counts import RoutingProfile, count_batches, profile_traces
 from semmoe.profiles.mapped import MappedView, mapped_empty, open_view, view_of

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from few_layers import few_layers
+from common.few_layers import few_layers
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.trace import RoutingTrace

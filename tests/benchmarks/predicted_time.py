@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from few_layers import few_layers
+from common.few_layers import few_layers
+from common.shaped_network import close_network, open_network, shape_network
 from run import RANKS, SEMMOE, make, run_ranks, split_trace
 from scipy.stats import kendalltau
-from shaped_network import close_network, open_network, shape_network
 
 HIDDEN, BATCH_TOKENS = 2880, 512
 Key = tuple[str, str]

@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shaped_network import close_network, open_network, sent_bytes, shape_network
-from transformers_ranks import NoShuffle, load_tensor_parallel, pad_heads, with_transformers
+from common.shaped_network import close_network, open_network, sent_bytes, shape_network
+from common.transformers_ranks import NoShuffle, load_tensor_parallel, pad_heads, with_transformers
 
 RANKS = 4
 SEMMOE = [sys.executable, "-m", "semmoe"]

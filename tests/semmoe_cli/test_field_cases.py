@@ -5,9 +5,9 @@ import json
 import re
 from pathlib import Path
 
-import field_cases as cases
 import numpy as np
 import pytest
+from cases import field_cases as cases
 from command_line import run
 from engine_samples import write_lines
 from safetensors.torch import load_file

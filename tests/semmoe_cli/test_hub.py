@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from stand_in_hub import TOKEN, stand_in_hub
+from stand_ins.stand_in_hub import TOKEN, stand_in_hub
 from typer.testing import CliRunner
 
 from semmoe.main import app

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from engine_plans import served_plan
-from stand_in_server import ids_of, pins_of, routing, stand_in, write_config
+from stand_ins.stand_in_server import ids_of, pins_of, routing, stand_in, write_config
 from typer.testing import CliRunner
 
 from semmoe.main import app

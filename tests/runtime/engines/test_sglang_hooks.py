@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from engine_plans import served_plan
-from engine_stand_ins import controller
+from stand_ins.engine_stand_ins import controller
 
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.engines.plan_files import read_plan_facts

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from engine_plans import served_plan
-from engine_stand_ins import add_vllm, finished, vllm_config, vllm_request
+from stand_ins.engine_stand_ins import add_vllm, finished, vllm_config, vllm_request
 
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.trace import RoutingTrace
@@ -147,7 +147,7 @@ def test_a_node_of_several_chooses_among_its_own(core, folder, prompts):
     ],
 )
 def test_a_plan_that_does_not_fit_is_told_and_vllm_serves_on(core, folder, prompts, caplog, ranks, config, said):
-    from engine_stand_ins import model_config
+    from stand_ins.engine_stand_ins import model_config
     from transformers import LlamaConfig
 
     configs = {"smaller": model_config(vocab_size=20), "dense": LlamaConfig()}

@@ -2,8 +2,8 @@
 package."""
 
 import pytest
-import rank_cases
 import torch
+from cases import rank_cases
 
 from semmoe.profiles.capture.loading import refusals
 from semmoe.profiles.errors import InputError

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import watch_cases
+from cases import watch_cases
 from torch.distributed import TCPStore
 
 from semmoe.profiles.errors import InputError
@@ -52,9 +52,9 @@ def ranks_as_torchrun_starts_them(case: str, size: int) -> list[tuple[int, str, 
     for rank in range(size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        place |= {"PYTHONPATH": Path(watch_cases.__file__).parent, "OMP_NUM_THREADS": 1}
+        place |= {"PYTHONPATH": Path(watch_cases.__file__).parents[1], "OMP_NUM_THREADS": 1}
         environment = os.environ | {name: str(value) for name, value in place.items()}
-        words = [sys.executable, "-c", f"import watch_cases; watch_cases.as_torchrun_does({case!r})"]
+        words = [sys.executable, "-c", f"from cases import watch_cases; watch_cases.as_torchrun_does({case!r})"]
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True))
     ended = [process.communicate(timeout=240) for process in started]

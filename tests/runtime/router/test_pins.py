@@ -4,7 +4,7 @@ import json
 
 import pytest
 from routers import in_loop, router
-from standin_engine import engine
+from stand_ins.standin_engine import engine
 
 from semmoe.runtime.router.pins import with_fields
 

@@ -8,7 +8,7 @@ import time
 import aiohttp
 import pytest
 from routers import Router, in_loop, router, until
-from standin_engine import engine
+from stand_ins.standin_engine import engine
 from yarl import URL
 
 from semmoe.runtime.router.fleet import Upstream

@@ -9,7 +9,7 @@ import pytest
 from command_line import run
 from engine_plans import served_plan
 from routers import in_loop, router, until
-from standin_engine import engine
+from stand_ins.standin_engine import engine
 from typer.testing import CliRunner
 
 from semmoe.main import app

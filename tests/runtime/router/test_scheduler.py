@@ -6,7 +6,7 @@ import asyncio
 import numpy as np
 import pytest
 from routers import in_loop, router, until
-from standin_engine import engine
+from stand_ins.standin_engine import engine
 
 from semmoe.profiles.trace import RoutingTrace
 from semmoe.runtime.engines.scorer import PlanScorer

@@ -8,7 +8,7 @@ import sys
 import aiohttp
 import pytest
 from routers import in_loop, router, until
-from standin_engine import engine
+from stand_ins.standin_engine import engine
 from typer.testing import CliRunner
 
 from semmoe.main import app

@@ -2,7 +2,7 @@
 ring, with the same result."""
 
 import pytest
-import slice_cases
+from cases import slice_cases
 
 from semmoe.runtime.ranks.launch import launch
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rank_cases
+from cases import rank_cases
 from tiny_models import tiny_model
 
 from semmoe.runtime.layer.reference import counted_slots_LE

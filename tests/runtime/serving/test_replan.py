@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rank_cases
+from cases import rank_cases
 from random_plans import random_plan
 from stepped_plans import save_stepped
 from tiny_models import tiny_model

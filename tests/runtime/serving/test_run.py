@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rank_cases
+from cases import rank_cases
 from random_plans import random_plan
 from tiny_models import tiny_model
 from typer.testing import CliRunner
@@ -199,12 +199,12 @@ def test_a_rank_that_dies_ends_the_run() -> None:
 
 def test_ctrl_c_ends_all_ranks_without_a_word_from_them(tmp_path: Path) -> None:
     code = (
-        "import rank_cases; from semmoe.runtime.ranks.launch import launch; "
+        "from cases import rank_cases; from semmoe.runtime.ranks.launch import launch; "
         f"launch(rank_cases.write_rank_and_wait, ({str(tmp_path)!r},), 2)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(Path(rank_cases.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(rank_cases.__file__).parents[1])},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -4,7 +4,7 @@ placements, with and without replicas."""
 from pathlib import Path
 
 import pytest
-import rank_cases
+from cases import rank_cases
 from tiny_models import FAMILIES as HERE
 from tiny_models import tiny_model
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import rank_cases
+from cases import rank_cases
 from random_plans import random_plan
 
 from semmoe.profiles.counts import profile_traces

@@ -4,11 +4,11 @@ worth it on unknown traffic."""
 from collections.abc import Iterator
 from pathlib import Path
 
-import learner_cases
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from cases import learner_cases
 
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic

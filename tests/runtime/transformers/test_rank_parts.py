@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases.rank_cases import with_replicas
 from random_plans import random_plan
-from rank_cases import with_replicas
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 

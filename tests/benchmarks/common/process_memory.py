@@ -1,6 +1,6 @@
 """Peak memory of a process and all its descendants together, shared pages counted once; or of a command, as one JSON object.
 
-    python tests/benchmarks/process_memory.py semmoe place TRACE --ranks 8 -o PLAN
+    python tests/benchmarks/common/process_memory.py semmoe place TRACE --ranks 8 -o PLAN
 
 Read from /proc/PID/smaps_rollup (Linux): the proportional set size of a page is its size over the number of processes that map it, so
 the sum over processes is what the machine holds for them. Pages of files that only this memory maps are part of it.

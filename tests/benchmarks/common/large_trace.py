@@ -1,7 +1,7 @@
 """Writes a trace of any size from a made-up model (routing_world.py), to time `semmoe place` from end to end.
 
-    python tests/benchmarks/large_trace.py DIR --tokens 1000000
-    python tests/benchmarks/large_trace.py DIR --tokens 1000000 --copies 20      # twenty million tokens
+    python tests/benchmarks/common/large_trace.py DIR --tokens 1000000
+    python tests/benchmarks/common/large_trace.py DIR --tokens 1000000 --copies 20      # twenty million tokens
 
 `--copies` repeats the requests under other names, for what depends on size alone: time and memory. Such a trace says nothing about
 quality, as every held-out request has twins among the others.

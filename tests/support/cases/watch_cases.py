@@ -5,7 +5,7 @@ import signal
 import time
 from typing import Any
 
-from rank_cases import TIMEOUT_S, exchange_forever
+from cases.rank_cases import TIMEOUT_S, exchange_forever
 
 
 def stop_itself(rank: int) -> None:
