@@ -108,8 +108,10 @@ def replace_plan(
     from semmoe.pages.deployment import deploy_lines
     from semmoe.profiles.document import line_per_key
     from semmoe.profiles.trace import RoutingTrace
+    from semmoe.solvers.demands import Demands
+    from semmoe.solvers.make_plan import READING, usual_stages
     from semmoe.solvers.replan.delta import DELTA_FILE
-    from semmoe.solvers.replan.replan import demands_of, make_replan, note_of
+    from semmoe.solvers.replan.replan import DECIDING, demands_of, make_replan, note_of
     from semmoe.terminal.decision import next_step
     from semmoe.terminal.progress import stages
     from semmoe.terminal.tables import note, note_unchecked, print_json
@@ -123,7 +125,10 @@ def replace_plan(
         refuse_mixed("--from-plan", [f"--{options.auto[0].replace('_', '-')} auto"])
     opened = [RoutingTrace.open(path) for path in traces]
     kept = replace(kept, **{name: getattr(demands, name) for name in OWN})
-    with stages() as show:
+    kept_slots = usual_stages(
+        options, Demands(spare="empty"), replan.old.model.num_experts, replan.old.topology.num_ranks
+    )
+    with stages(usual={READING: 1.0, DECIDING: 10.0} | kept_slots) as show:
         found = make_replan(opened, replan.old, replan.asked, options, demands=kept, progress=show)
     found.plan.save(output, beside={DELTA_FILE: line_per_key(found.delta.to_json())})
     note_unchecked(replan.old, *opened)

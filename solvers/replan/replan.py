@@ -59,6 +59,9 @@ class ReplanOptions:
     force: bool = False
 
 
+DECIDING = "deciding: layers"  # a stage of its own, as progress tells it
+
+
 class Replan(NamedTuple):
     """A plan, what leads there, and how it does."""
 
@@ -212,7 +215,7 @@ class Solver:
 
     def decision(self, profile: RoutingProfile, *, forced: bool, progress: Stages) -> Decision:
         """Whether to move, tested on halves of the requests."""
-        fold = partial(progress, "deciding: layers")
+        fold = partial(progress, DECIDING)
         deployed = replace(self.old.deployment, load_LE=profile.load_LE, schedule=None)
         solve, seed = partial(self.replaced, progress=fold), self.demands.seed
         worth = worth_of(self.old)
