@@ -10,6 +10,7 @@ so that a file which is renamed and renamed back is the same file.
 
 import json
 import os
+import re
 import struct
 import sys
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ DTYPE_BITS = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
+DTYPE = re.compile(r"[A-Z][A-Z0-9_]*")  # one that is not known is moved as bytes
 INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 
@@ -118,6 +120,8 @@ def read_shard(path: Path) -> Shard:
             )
         )
         if any(type(number) is not int or number < 0 for t in tensors for number in (*t.shape, t.begin, t.end)):
+            raise ValueError
+        if not all(map(DTYPE.fullmatch, {t.dtype for t in tensors})):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged: its safetensors header cannot be read") from None

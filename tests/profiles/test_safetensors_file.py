@@ -1,5 +1,6 @@
 """Our reader of safetensors files against the library's, and what is read with it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,14 @@ def test_an_index_that_cannot_be_is_refused(tmp_path: Path, text: str, message: 
 def test_a_tensor_that_stands_twice_is_refused(tmp_path: Path) -> None:
     entry = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
     header = b"{" + entry + b"," + entry + b"}"
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    with pytest.raises(InputError, match="its safetensors header cannot be read"):
+        read_shard(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["", "u8", "U 8", "U8\n"])
+def test_a_number_type_that_can_be_none_is_refused(tmp_path: Path, dtype: str) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 1]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
     with pytest.raises(InputError, match="its safetensors header cannot be read"):
         read_shard(tmp_path / "a.safetensors")
