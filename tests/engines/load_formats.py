@@ -28,14 +28,13 @@ BFLOAT16 = ("gpt_oss", "deepseek_v2", "deepseek_v3")
 PROMPTS = [[(7 * i + 3 * n) % 100 + 3 for i in range(5 + 6 * n)] for n in range(6)]
 
 
-def run(model: str, returns: bool, dtype: str, **loading) -> tuple[list, list]:
-    """Greedy tokens and routed experts [T, L, K] of each prompt."""
+def start(model: str, dtype: str, returns: bool, **loading):
+    """vLLM in this process, for the lengths of PROMPTS."""
     import torch
-    from vllm import LLM, SamplingParams  # pyright: ignore
-    from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore
+    from vllm import LLM  # pyright: ignore
 
     torch.manual_seed(0)
-    llm = LLM(
+    return LLM(
         model,
         skip_tokenizer_init=True,
         dtype=dtype,
@@ -45,14 +44,32 @@ def run(model: str, returns: bool, dtype: str, **loading) -> tuple[list, list]:
         enable_return_routed_experts=returns,
         **loading,
     )
+
+
+def ask(llm) -> tuple[list, list]:
+    """Greedy tokens and routed experts [T, L, K] of each prompt."""
+    from vllm import SamplingParams  # pyright: ignore
+
     asked = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
-    outputs = [
-        each.outputs[0] for each in llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], asked, use_tqdm=False)
-    ]
-    del llm
+    answers = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], asked, use_tqdm=False)
+    return [list(a.outputs[0].token_ids) for a in answers], [a.outputs[0].routed_experts for a in answers]
+
+
+def clean_up() -> None:
+    """Free what a vLLM that nothing refers to any more held."""
+    from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore
+
     gc.collect()
     cleanup_dist_env_and_memory()
-    return [list(each.token_ids) for each in outputs], [each.routed_experts for each in outputs]
+
+
+def run(model: str, returns: bool, dtype: str, **loading) -> tuple[list, list]:
+    """What a vLLM of its own answers."""
+    llm = start(model, dtype, returns, **loading)
+    answers = ask(llm)
+    del llm
+    clean_up()
+    return answers
 
 
 def differing(before: list, after: list, before_plan, after_plan) -> tuple[int, int]:

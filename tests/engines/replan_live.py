@@ -8,52 +8,21 @@ FOLDER holds FAMILY/source, p, p2 and p3 (tiny_families.py makes them). Prints o
 family. One engine at a time, without subprocesses.
 """
 
-import gc
 import json
 import sys
 import time
 from pathlib import Path
 
-from load_formats import BFLOAT16, NEAR_TIES, PROMPTS, differing
+from load_formats import BFLOAT16, NEAR_TIES, ask, clean_up, differing, start
 
 REFUSED = ("gpt_oss", "deepseek_v2", "deepseek_v3")  # vLLM itself cannot read them again, on a CPU
 EXTENSION = "semmoe.runtime.engines.vllm_worker.ReplanWorker"
 
 
-def start(folder: str, plan: str, dtype: str, returns: bool):
-    import torch
-    from vllm import LLM  # pyright: ignore
-
-    torch.manual_seed(0)
-    return LLM(
-        f"{folder}/source",
-        skip_tokenizer_init=True,
-        dtype=dtype,
-        enforce_eager=True,
-        max_model_len=128,
-        max_num_seqs=2,
-        enable_return_routed_experts=returns,
-        load_format="semmoe",
-        model_loader_extra_config={"plan": f"{folder}/{plan}"},
-        worker_extension_cls=EXTENSION,
-    )
-
-
-def stop(llm) -> None:
-    from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore
-
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
-
-
-def ask(llm) -> tuple[list, list]:
-    """Greedy tokens and routed experts of each prompt."""
-    from vllm import SamplingParams  # pyright: ignore
-
-    asked = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
-    answers = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], asked, use_tqdm=False)
-    return [list(a.outputs[0].token_ids) for a in answers], [a.outputs[0].routed_experts for a in answers]
+def placed(folder: str, plan: str, dtype: str, returns: bool):
+    """A server's vLLM, placed at load, that takes another plan."""
+    loading = {"model_loader_extra_config": {"plan": f"{folder}/{plan}"}, "worker_extension_cls": EXTENSION}
+    return start(f"{folder}/source", dtype, returns, load_format="semmoe", **loading)
 
 
 def weights(model) -> dict:
@@ -71,7 +40,7 @@ def check(folder: str, family: str, returns: bool) -> dict:
     begin = time.monotonic()
     dtype = "bfloat16" if family in BFLOAT16 else "float32"
     plans = {name: read_plan_facts(f"{folder}/{name}") for name in ("p", "p2")}
-    llm = start(folder, "p", dtype, returns)
+    llm = placed(folder, "p", dtype, returns)
     tokens, ids = ask(llm)
     before = llm.apply_model(weights)[0]
     refused = [llm.collective_rpc("semmoe_replan", args=(path,))[0] for path in (f"{folder}/p3", "/nowhere", folder)]
@@ -81,15 +50,15 @@ def check(folder: str, family: str, returns: bool) -> dict:
     llm.reset_prefix_cache()
     after_tokens, after_ids = ask(llm)
     after = llm.apply_model(weights)[0]
-    stop(llm)
+    del llm
+    clean_up()
     if family in REFUSED:
         wrong = [] if not done["applied"] and same(before, after) and after_tokens == tokens else ["refused"]
         return {"family": family, "refusals": [done["reason"]], "wrong": wrong}
-    del llm
-    fresh_llm = start(folder, "p2", dtype, False)
+    fresh_llm = placed(folder, "p2", dtype, False)
     fresh = fresh_llm.apply_model(weights)[0]
-    stop(fresh_llm)
     del fresh_llm
+    clean_up()
     rows, differ = differing(ids, after_ids, plans["p"], plans["p2"])
 
     claims = {

@@ -16,34 +16,6 @@ from pathlib import Path
 from typing import Any
 
 
-@dataclass(eq=False)
-class Baseline:
-    """A model, its expert layers as functions, and what the engine asks of a PlacedModel beside them."""
-
-    model: Any
-    calls: list[Any]
-    state: Any
-    group: Any
-    hidden_size: int
-    top_k: int
-
-    def begin(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def forget(self, requests: list[int]) -> None:
-        pass
-
-    def join_empty(self) -> None:
-        import torch
-
-        for call in self.calls:
-            ids_TK = torch.empty((0, self.top_k), dtype=torch.int64)
-            call(torch.empty((0, self.hidden_size), dtype=self.model.dtype), ids_TK, ids_TK.to(self.model.dtype))
-
-
 class NoShuffle:
     """Where all ranks serve the same requests without slices: what serve() asks of a ShuffledModel."""
 
@@ -55,6 +27,25 @@ class NoShuffle:
 
     def forget(self, requests: list[int]) -> None:
         pass
+
+
+@dataclass(eq=False)
+class Baseline(NoShuffle):
+    """A model, its expert layers as functions, and what the engine asks of a PlacedModel beside them."""
+
+    model: Any
+    calls: list[Any]
+    state: Any
+    group: Any
+    hidden_size: int
+    top_k: int
+
+    def join_empty(self) -> None:
+        import torch
+
+        for call in self.calls:
+            ids_TK = torch.empty((0, self.top_k), dtype=torch.int64)
+            call(torch.empty((0, self.hidden_size), dtype=self.model.dtype), ids_TK, ids_TK.to(self.model.dtype))
 
 
 def timed(forward: Callable[..., Any], watch: Any, phase: str) -> Callable[..., Any]:
