@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 from semmoe.profiles.progress import Progress
+from semmoe.solvers.processes import THREADS, Surroundings, copies_of, held_interrupts, one_thread_each
 
 LOOK_SECONDS = 0.2  # between two looks at how far workers are
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+IMPORTED = ("semmoe.solvers.make_plan", "pymetis", "scipy.linalg", "scipy.optimize", "scipy.sparse")  # by workers
 
 LayerMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -31,13 +32,14 @@ def layer_map(processes: int, num_experts: int) -> Iterator[LayerMap]:
     if processes <= 1 and num_experts <= 64:
         yield map
         return
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(
+        processes, mp_context=copies_of(IMPORTED), initializer=_start_worker, initargs=(Surroundings(),)
+    )
     try:
-        with _one_thread_each():
-            with _held_interrupts():
-                started = [pool.submit(abs, 0) for _ in range(processes)]  # workers start here
-            for future in started:
-                future.result()
+        with one_thread_each(), held_interrupts():
+            started = [pool.submit(abs, 0) for _ in range(processes)]  # workers start here
+        for future in started:
+            future.result()
         yield partial(_map_bounded, pool, processes + 1)
     except BaseException:
         workers = list((getattr(pool, "_processes", None) or {}).values())
@@ -94,39 +96,7 @@ def compute_on_one_thread() -> None:
     os.environ.update(dict.fromkeys(THREADS, "1"))
 
 
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes that start in the block compute on one thread."""
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _held_interrupts() -> Iterator[None]:
-    """Ctrl-C in the block waits for its end, and never comes to processes that start in it: they
-    inherit the mask.
-
-    Without it a worker that is interrupted before it can ignore that would print a traceback.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker() -> None:
+def _start_worker(_: None) -> None:
     """Ctrl-C is the main process's to handle; where that ends without a word, so does its
     worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

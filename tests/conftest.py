@@ -34,6 +34,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def imported_once() -> None:
+    """Ranks and workers of all tests are copies of one process, which has what either imports."""
+    from semmoe.runtime.ranks import launch
+    from semmoe.solvers import processes, workers
+
+    processes.copies_of([*launch.IMPORTED, *workers.IMPORTED])
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
     """A folder with wheel and sdist, and the build's output as log.txt."""

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 from semmoe.profiles.errors import InputError, show_traceback
 from semmoe.runtime.ranks.heartbeat import BEAT_S, LATE_S, Silence, parent_of, state_of
+from semmoe.solvers.processes import Surroundings, copies_of, held_interrupts
 
 IMPORTED = ("torch", "torch.distributed", "transformers")  # by every rank
 GRACE_S = 2.0  # after a failure: how long other reasons are waited for, and processes for their end
@@ -62,15 +62,12 @@ def launch(
             # As bytes: what it names is imported once the rank beats.
             job = pickle.dumps((work, words))
             process = context.Process(
-                target=_rank_main, args=(_Surroundings(), sending, job, (rank, num_ranks, store.port)), daemon=True
+                target=_rank_main, args=(Surroundings(), sending, job, (rank, num_ranks, store.port)), daemon=True
             )
             # Ranks inherit the mask: Ctrl-C reaches this process alone, which ends them without a
             # traceback from each.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            try:
+            with held_interrupts():
                 process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             sending.close()
             processes.append(process)
             pipes.append(receiving)
@@ -83,33 +80,14 @@ def launch(
 
 
 def _context(module: str) -> Any:
-    """How ranks start: as copies of one process that has imported `module` and what else takes
+    """How ranks start: as copies of a process that has imported `module` and what else takes
     seconds. Where there is a GPU each imports for itself: what CUDA sets up in a process does not
     work in its copies."""
     import torch
 
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module, *IMPORTED])
-    return context
-
-
-class _Surroundings:
-    """Environment, standard output and standard error of this process; a process that reads them
-    takes them for its own, whatever process it is a copy of."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _take_surroundings, (dict(os.environ), DupFd(1), DupFd(2))
-
-
-def _take_surroundings(environment: dict[str, str], *streams: Any) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    for number, stream in enumerate(streams, 1):
-        descriptor = stream.detach()
-        os.dup2(descriptor, number)
-        os.close(descriptor)
+    return copies_of([module, *IMPORTED])
 
 
 def _watch(processes: list[Any], pipes: list[Connection]) -> Any:
