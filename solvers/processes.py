@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -24,14 +25,21 @@ def copies_of(imported: Sequence[str]) -> Any:
     they are imported, each process imports for itself."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
-    from multiprocessing.forkserver import ensure_running
-
     context = multiprocessing.get_context("forkserver")
+    _start_server(context, tuple(imported))
+    return context
+
+
+@cache
+def _start_server(context: Any, imported: tuple[str, ...]) -> None:
+    """Returns when all is imported: a process that is asked for before may start when this one was
+    interrupted, and what it is to take over is gone."""
     context.set_forkserver_preload(list(imported))
     resource_tracker.ensure_running()  # which unblocks SIGINT when it starts
     with one_thread_each(), held_interrupts():
-        ensure_running()
-    return context
+        first = context.Process(target=int)
+        first.start()
+    first.join()
 
 
 @contextmanager

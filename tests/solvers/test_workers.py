@@ -188,7 +188,13 @@ def test_results_come_in_order_and_a_failure_ends_the_map():
 def test_workers_end_with_the_main_process_in_the_middle_of_their_work(tmp_path, how):
     script = tmp_path / "sleepers.py"
     script.write_text(SLEEPERS)
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     assert process.stdout is not None and process.stdout.readline() == "running\n"
     workers = _children(process.pid)
     assert len(workers) >= 2
