@@ -71,10 +71,15 @@ def request_expert_BE(
 ) -> np.ndarray:
     """How often request b activated expert e, int64 [B, E]."""
     width = num_experts + 1
-    keys_TK = request_of_T[:, None] * width + expert_ids_TK
-    return np.bincount(keys_TK.reshape(-1), minlength=num_requests * width).reshape(num_requests, width)[
-        :, :num_experts
-    ]
+    counts = np.zeros(num_requests * width, np.int64)
+    for start in range(0, len(expert_ids_TK), BLOCK_TOKENS):
+        # Requests follow each other, so those of a block of rows are few.
+        request_T = request_of_T[start : start + BLOCK_TOKENS]
+        first = int(request_T.min())
+        keys_TK = (request_T - first)[:, None] * width + expert_ids_TK[start : start + BLOCK_TOKENS]
+        found = np.bincount(keys_TK.reshape(-1))
+        counts[first * width : first * width + len(found)] += found
+    return counts.reshape(num_requests, width)[:, :num_experts]
 
 
 def request_rows(sample: TraceBatch, requests_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -35,7 +35,7 @@ from semmoe.solvers.place.solve import FILLING, PLACING, check_demands, solve_pl
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
 from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
-from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule, recount_tokens
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.slots import Slots
@@ -48,6 +48,11 @@ from semmoe.solvers.time.predict import timed_report
 READING, FITTING = "reading tokens", "fitting schedules of layers"
 SCORING, TIMING = "scoring on held-out requests: rows", "predicting times"
 BOUNDING = "bounding what any placement could reach: layers"
+AMPLE_IDS = 2**27  # expert ids of the fitted requests: 290,000 tokens of 58 layers x top-8
+AMPLE = (
+    "placed for the requests that were not held out, which are more than the search looks at; "
+    "token tables were counted on all requests"
+)
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
 
 
@@ -124,15 +129,18 @@ def make_plan(
     return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
 
 
-def usual_stages(options: PlanOptions, demands: Demands, num_experts: int, num_ranks: int) -> dict[str, float]:
-    """The stages of `make_plan` in their order, each with its usual share of the time. Raises
-    InputError where the slots do not fit."""
+def usual_stages(
+    options: PlanOptions, demands: Demands, num_experts: int, num_ranks: int, num_ids: int = 0
+) -> dict[str, float]:
+    """The stages of `make_plan` in their order, each with its usual share of the time. `num_ids`:
+    expert ids of the traces. Raises InputError where the slots do not fit."""
     spare = demands.slots_of(num_experts, num_ranks).has_spare(num_experts, num_ranks)
     fitted = {PLACING: 6.0} | ({FILLING: 20.0} if spare else {}) | {FITTING: 4.0}
     shares = {READING: 1.0, **fitted, SCORING: 7.0}
     shares |= {TIMING: 9.0} if options.time is not None else {}
     shares |= {BOUNDING: 2.0} if options.certify else {}
-    return shares | ({stage + AGAIN: share for stage, share in fitted.items()} if options.refit else {})
+    again = {FITTING: 2.0} if _is_ample(int(num_ids * (1 - options.holdout)), options) else fitted
+    return shares | ({stage + AGAIN: share for stage, share in again.items()} if options.refit else {})
 
 
 class Traffic(NamedTuple):
@@ -187,7 +195,8 @@ def plan_of_traffic(
     scored = None
     if options.refit:
         scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
-        fitted = _fit(whole, asked, embedding_VD, progress, again=AGAIN)
+        again = _recounted if _is_ample(profile.sample.expert_ids_TLK.size, options) else _fit_again
+        fitted = again(fitted, whole, asked, embedding_VD, progress)
     keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
     return Plan(
         placement=fitted.solved.placement,
@@ -271,6 +280,36 @@ def _fit(
         progress=partial(told, FITTING),
     )
     return _Fitted(profile, solved, schedule)
+
+
+def _is_ample(num_ids: int, options: PlanOptions) -> bool:
+    """Whether requests of so many expert ids fill every bounded sample that a fit looks at, so that
+    those held out, of the same kind, would change little."""
+    return num_ids >= AMPLE_IDS and not options.holdout_domains
+
+
+def _fit_again(
+    fitted: _Fitted, whole: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages
+) -> _Fitted:
+    """The same on all requests."""
+    return _fit(whole, asked, embedding_VD, progress, again=AGAIN)
+
+
+def _recounted(
+    fitted: _Fitted, whole: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages
+) -> _Fitted:
+    """What more requests of the same kind better: the counts of the token table. Searches and
+    regressions look at a bounded sample, of one as of the other."""
+    schedule = recount_tokens(
+        fitted.schedule,
+        whole.sample,
+        fitted.solved.placement,
+        embedding_VD=embedding_VD,
+        processes=asked.demands.processes,
+        progress=partial(progress, FITTING + AGAIN),
+    )
+    solved = replace(fitted.solved, notes=[*fitted.solved.notes, AMPLE])
+    return _Fitted(whole, solved, schedule)
 
 
 def _notes_on_checkpoints(traces: list[RoutingTrace]) -> list[str]:

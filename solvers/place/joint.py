@@ -52,7 +52,8 @@ OBJECTIVES = ("tp", "dp", "both")
 # requests go where.
 LOCAL_PULL = {"dp": (4.0, 2.0), "both": (0.0, 0.0)}
 LEAST_ROWS = 4_096  # that the exact objective looks at over very many ranks
-# Random starts of the request map.
+# Random starts of the request map; of labels, a quarter over MANY_RANKS, where requests gain less
+# from them.
 STARTS = {"dp": {"fast": 2, "default": 8, "max": 32}, "both": {"fast": 4, "default": 16, "max": 16}}
 
 
@@ -241,7 +242,7 @@ def share_labels(work: Work, placed: Placed, *, keep_nodes: bool) -> Placed:
         work.topology.num_ranks,
         num_nodes=work.topology.num_nodes if keep_nodes else 1,
         seed=demands.seed,
-        starts=STARTS["both"][demands.effort],
+        starts=max(STARTS["both"][demands.effort] // (4 if work.topology.num_ranks > MANY_RANKS else 1), 1),
     )
     return Placed(*found)
 
