@@ -9,7 +9,8 @@ worker processes map (`semmoe.profiles.mapped`).
 Shape letters: T tokens, L MoE layers, E experts, K top-k, U token ids seen, B requests.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -206,6 +207,16 @@ def profile_split(
     return fitted, rest, whole
 
 
+def _read_ahead(batches: Iterable[TraceBatch]) -> Iterator[TraceBatch]:
+    """The batches, each read while the one before it is counted."""
+    rest = iter(batches)
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, rest, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, rest, None)
+            yield batch
+
+
 def _profile_parts(
     traces: list[RoutingTrace],
     parts: list[list[np.ndarray]],
@@ -239,7 +250,7 @@ def _profile_parts(
     for number, trace in enumerate(traces):
         keep_B = np.any([keep[number] for keep in parts], axis=0)
         first, chosen = 0, np.flatnonzero(keep_B)
-        for batch in trace.batches(keep_B):
+        for batch in _read_ahead(trace.batches(keep_B)):
             which_B = chosen[first : first + batch.num_requests]
             first += batch.num_requests
             for p, keep in enumerate(parts):

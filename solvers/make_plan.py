@@ -28,7 +28,7 @@ from semmoe.solvers.evaluate.against import Against, deployments_beside, words_o
 from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Report
-from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, score_batch, scored_batch
+from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, notes_on_rows, score_batch, scored_batch
 from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
 from semmoe.solvers.place.replicas import OWN_RULE, check_rule
 from semmoe.solvers.place.solve import FILLING, PLACING, check_demands, solve_placement
@@ -219,6 +219,7 @@ def plan_of_traffic(
             *_notes_on_checkpoints(traces),
             *_notes_on_against(options.against, traces, held_out),
             *_notes_on_phases(options.phase, shares),
+            *notes_on_rows(scores, scored.placement if scored else fitted.solved.placement),
         ],
         made_by=options.made_by,
         tables=fitted.schedule.to_tables(),
@@ -412,6 +413,7 @@ def score_plan(
     notes += [why_not] if why_not else []
     batch = batch if served else replace(batch, rank_of_B=None)
     report = score_batch(plan.deployment, batch, trace.info, against=against, setting=setting)
+    notes += notes_on_rows(report, plan.placement)
     return replace(report, phase=phase_of(trace), phase_shares=phase_shares([trace])), notes
 
 

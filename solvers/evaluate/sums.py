@@ -45,6 +45,11 @@ class TrafficSums:
         shapes = [(num_groups,)] + [per_layer] * 4 + [per_layer + ranks] * 2 + [per_layer + targets] * 2
         return cls(*(np.zeros(shape) for shape in shapes))
 
+    def without_ranks(self) -> "TrafficSums":
+        """The same with one rank of what is kept by rank: little, for what looks at totals."""
+        arrays = [getattr(self, f.name) for f in fields(self)]
+        return TrafficSums(*(a if a.ndim < 3 else a[:, :, :1].copy() for a in arrays))
+
     def of_groups(self, chosen_G: np.ndarray) -> "TrafficSums":
         """The sums of some groups (bool [G])."""
         return TrafficSums(*(getattr(self, f.name)[chosen_G] for f in fields(self)))

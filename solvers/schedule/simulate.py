@@ -130,6 +130,11 @@ def simulate(
     return _homes_by_token(scores, num_tokens, placement, batch_tokens, rng)
 
 
+def most_that_run(placement: Placement) -> int:
+    """Tokens that Attention-TP is simulated on, at most."""
+    return max(MOST_CELLS // (placement.num_layers * placement.num_ranks), 1)
+
+
 def rows_that_run(name: str, batch: TraceBatch, placement: Placement, seed: int) -> np.ndarray | None:
     """Rows that a simulation of an Attention-TP schedule looks at, ascending int64: a random choice
     over all requests where all would be more than MOST_CELLS; None for all.
@@ -137,7 +142,7 @@ def rows_that_run(name: str, batch: TraceBatch, placement: Placement, seed: int)
     What a token pays there depends on its own scores and on a batch of others, mixed over requests,
     so fewer batches measure the same.
     """
-    most = max(MOST_CELLS // (placement.num_layers * placement.num_ranks), 1)
+    most = most_that_run(placement)
     if name not in TP_SCHEDULES or batch.num_tokens <= most:
         return None
     return np.sort(np.random.default_rng([seed, 19]).choice(batch.num_tokens, most, replace=False))

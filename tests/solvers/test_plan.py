@@ -75,9 +75,14 @@ def test_a_refit_of_very_many_requests_counts_token_tables_alone(trace, monkeypa
     np.testing.assert_array_equal(plan.placement.experts_LRS, scored.placement.experts_LRS)
     assert plan.scores == scored.scores and make_plan_module.AMPLE in plan.notes
     assert plan.load_LE.sum() == 60 * 64 * 4 * 4 and plan.split["refit"]
-    counted, before = plan.schedule.token.own.weight_U.sum(), scored.schedule.token.own.weight_U.sum()
+    counted, before = (
+        plan.deployment.schedule.token.own.weight_U.sum(),
+        scored.deployment.schedule.token.own.weight_U.sum(),
+    )
     assert counted == 60 * 64 and before == 45 * 64
-    np.testing.assert_array_equal(plan.schedule.context.own_LDER, scored.schedule.context.own_LDER)
+    np.testing.assert_array_equal(
+        plan.deployment.schedule.context.own_LDER, scored.deployment.schedule.context.own_LDER
+    )
     # Requests of a domain that nothing was learned from are another matter.
     plan = plan_of(trace, holdout_domains=[trace.requests().column("domain")[0].as_py()])
     assert make_plan_module.AMPLE not in plan.notes
