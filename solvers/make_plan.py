@@ -43,6 +43,7 @@ from semmoe.solvers.time.chosen import chosen_by_time
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
 from semmoe.solvers.time.minimize import check_for_time, solve_for_time
 from semmoe.solvers.time.predict import timed_report
+from semmoe.solvers.workers import layer_map
 
 # Stages as they are told.
 READING, FITTING = "reading tokens", "fitting schedules of layers"
@@ -121,7 +122,7 @@ def make_plan(
     with_prompts = options.setting.score_from == "prompt"
     traces = [only_phase(trace, options.phase, with_prompts=with_prompts) for trace in traces]
     # Step 2: hold requests out and count both sides, in one reading.
-    traffic = read_traffic(traces, options, demands.seed, progress)
+    traffic = read_traffic(traces, options, demands, progress)
     # Step 3: the plan for the counts.
     if options.auto and options.time is not None:
         demands = chosen_by_time(traffic.profile, topology, demands, options.time, options.method, options.auto)
@@ -135,7 +136,7 @@ def usual_stages(
     """The stages of `make_plan` in their order, each with its usual share of the time. `num_ids`:
     expert ids of the traces. Raises InputError where the slots do not fit."""
     spare = demands.slots_of(num_experts, num_ranks).has_spare(num_experts, num_ranks)
-    fitted = {PLACING: 6.0} | ({FILLING: 20.0} if spare else {}) | {FITTING: 4.0}
+    fitted = {PLACING: 6.0} | ({FILLING: 3.0} if spare else {}) | {FITTING: 4.0}
     shares = {READING: 1.0, **fitted, SCORING: 7.0}
     shares |= {TIMING: 9.0} if options.time is not None else {}
     shares |= {BOUNDING: 2.0} if options.certify else {}
@@ -152,11 +153,16 @@ class Traffic(NamedTuple):
     whole: RoutingProfile
 
 
-def read_traffic(traces: list[RoutingTrace], options: PlanOptions, seed: int, progress: Stages) -> Traffic:
+def read_traffic(traces: list[RoutingTrace], options: PlanOptions, demands: Demands, progress: Stages) -> Traffic:
     """The traces' requests in one reading. Raises InputError where they cannot be split."""
+    seed = demands.seed
     holdout = {"holdout": options.holdout, "holdout_domains": options.holdout_domains}
     held_out = split_requests(traces, **holdout, seed=seed)
     counting = partial(progress, READING)
+    info = traces[0].info
+    if _is_ample(sum(trace.num_tokens for trace in traces) * info.num_layers * info.top_k, options):
+        with layer_map(demands.processes, info.num_experts) as run:
+            return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting, run=run))
     return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting))
 
 

@@ -73,8 +73,12 @@ def rows_of_homes(
             starts = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
             homes_XR = np.logical_or.reduceat(sets.homes_XR[member], starts, axis=0)
             token, target = np.divmod(key[starts], num_targets)
-            np.add.at(received_GP, (group[token], target), homes_XR.sum(axis=1))
-            np.add.at(sent_GR, group[token], homes_XR)
+            keys = group[token] * num_targets + target
+            found = np.bincount(keys, homes_XR.sum(axis=1), num_groups * num_targets)
+            received_GP += found.reshape(num_groups, num_targets).astype(np.int64)
+            order = np.argsort(group[token], kind="stable")
+            groups, starts = np.unique(group[token][order], return_index=True)
+            sent_GR[groups] += np.add.reduceat(homes_XR[order], starts, axis=0, dtype=np.int64)
     return HomeRows(received_GP, sent_GR)
 
 

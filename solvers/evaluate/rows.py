@@ -20,7 +20,7 @@ from semmoe.solvers.evaluate.report import Key
 from semmoe.solvers.evaluate.sums import TrafficSums, deployment_sums
 from semmoe.solvers.schedule.fit import SMALL_TASK
 from semmoe.solvers.schedule.schedule import Schedule
-from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, rows_that_run, served_homes, simulate
+from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, rows_that_run, served_homes, simulate, simulate_rows
 from semmoe.solvers.workers import layer_map
 
 
@@ -143,10 +143,9 @@ def row_sums(task: RowTask) -> tuple[TrafficSums, float | None]:
         assert schedule is not None
         # Balance is kept within each batch or window, so that is where it is measured.
         placement = task.deployment.placement
-        rows = rows_that_run(task.schedule_name, batch, placement, task.setting.seed)
-        homes_TL, imbalance = simulate(
-            task.schedule_name, batch, placement, schedule, **task.setting.sizes(), rows=rows
-        )
-        if rows is not None:
+        if (rows := rows_that_run(task.schedule_name, batch, placement, task.setting.seed)) is None:
+            homes_TL, imbalance = simulate(task.schedule_name, batch, placement, schedule, **task.setting.sizes())
+        else:
+            homes_TL, imbalance = simulate_rows(task.schedule_name, batch, placement, schedule, task.setting, rows)
             batch = rows_of(batch, np.isin(np.arange(batch.num_tokens), rows))
     return deployment_sums(task.deployment, batch, homes_TL=homes_TL, group_of_B=task.group_of_B), imbalance

@@ -111,7 +111,7 @@ def chosen_stages(demands: Demands, topology: Topology, num_groups: int) -> list
     dp, rows per expert                     anneal, near, turns
     dp or both                              ranks, labels, near, turns
 
-    "near" only where pairs of ranks differ in cost.
+    "near" only where pairs of ranks differ in cost; half of the turns for both over MANY_RANKS.
     """
     objective, several_nodes = demands.objective, topology.num_nodes > 1
     if demands.expressible == "permutation" and num_groups > 1:
@@ -123,6 +123,8 @@ def chosen_stages(demands: Demands, topology: Topology, num_groups: int) -> list
         return [first]
     rounds = EFFORTS[demands.effort].rounds
     turns = ["strong turn"] + ["turn"] * (2 * rounds - 1) if rounds else ["turn"]
+    if rounds and objective == "both" and topology.num_ranks > MANY_RANKS:
+        turns = turns[:rounds]  # homes have little to say there
     # Tokens are sent near by each layer's grouping of ranks into nodes: for their sake it stays.
     if several_nodes and (per_node or objective == "both"):
         return [first, "labels in nodes", *turns]

@@ -87,15 +87,7 @@ def available_schedules(schedule: Schedule) -> list[str]:
 
 
 def simulate(
-    name: str,
-    batch: TraceBatch,
-    placement: Placement,
-    schedule: Schedule,
-    *,
-    batch_tokens: int,
-    window: int,
-    seed: int,
-    rows: np.ndarray | None = None,
+    name: str, batch: TraceBatch, placement: Placement, schedule: Schedule, *, batch_tokens: int, window: int, seed: int
 ) -> Simulation:
     """Homes of the batch's tokens under a schedule.
 
@@ -107,10 +99,9 @@ def simulate(
         batch_tokens: tokens of a batch over all ranks, at most (TP)
         window: requests that are weighed against each other, at most (DP)
         seed: of the order in which rows are mixed, or requests arrive
-        rows: rows that run, ascending int64 (TP); all where None
 
     Returns:
-        homes_TL: int16 [T, L], of the rows that run
+        homes_TL: int16 [T, L]
         token_imbalance: tokens of the busiest rank over the mean, averaged over batches or windows
 
     Raises:
@@ -120,14 +111,28 @@ def simulate(
         return _homes_by_signature(name.removeprefix("dp-"), batch, placement, window, np.random.default_rng(seed))
     if name not in SCHEDULES:
         raise InputError(f"schedule {name!r} is none of {', '.join(SCHEDULES)}")
-    if batch_tokens < 1 or window < 1:
-        raise InputError(f"{batch_tokens} tokens a batch, {window} requests a window: both must be at least 1")
+    _check_sizes(batch_tokens, window)
     rng = np.random.default_rng(seed)
     if name in DP_SCHEDULES:
         return _homes_by_request(DP_SCHEDULES[name], batch, placement, schedule, window, rng)
+    scores = TP_SCHEDULES[name](batch, placement, schedule, rng)
+    return _homes_by_token(scores, batch.num_tokens, placement, batch_tokens, rng)
+
+
+def simulate_rows(
+    name: str, batch: TraceBatch, placement: Placement, schedule: Schedule, setting: Setting, rows: np.ndarray
+) -> Simulation:
+    """Homes of some rows (ascending int64) under an Attention-TP schedule, as if no others ran:
+    int16 [rows, L]. Other arguments as of `simulate`."""
+    _check_sizes(setting.batch_tokens, setting.window)
+    rng = np.random.default_rng(setting.seed)
     scores = TP_SCHEDULES[name](batch, placement, schedule, rng, rows)
-    num_tokens = batch.num_tokens if rows is None else len(rows)
-    return _homes_by_token(scores, num_tokens, placement, batch_tokens, rng)
+    return _homes_by_token(scores, len(rows), placement, setting.batch_tokens, rng)
+
+
+def _check_sizes(batch_tokens: int, window: int) -> None:
+    if batch_tokens < 1 or window < 1:
+        raise InputError(f"{batch_tokens} tokens a batch, {window} requests a window: both must be at least 1")
 
 
 def most_that_run(placement: Placement) -> int:

@@ -20,7 +20,14 @@ from semmoe.solvers.schedule.learning import LEARN_EVERY, RIDGE, learned_scores_
 from semmoe.solvers.schedule.paper_table import build_sequence_table, needed_rank_T, paper_scores_TR
 from semmoe.solvers.schedule.request_scorer import fit_request_scorer, request_shares_BR
 from semmoe.solvers.schedule.schedule import PREFIX, Schedule
-from semmoe.solvers.schedule.simulate import SCHEDULES, available_schedules, rows_that_run, simulate
+from semmoe.solvers.schedule.simulate import (
+    SCHEDULES,
+    Setting,
+    available_schedules,
+    rows_that_run,
+    simulate,
+    simulate_rows,
+)
 from semmoe.solvers.schedule.token_fit import build_token_table
 from semmoe.solvers.schedule.token_table import previous_token_ids_T
 
@@ -91,7 +98,7 @@ def test_some_rows_run_as_a_batch_of_fewer_tokens_does(planted, schedule, name, 
     assert rows_that_run("dp-scorer", held_out, placement, 0) is None
     rows = rows_that_run(name, held_out, placement, 0)
     assert rows is not None and len(rows) == held_out.num_tokens // 2 and (np.diff(rows) > 0).all()
-    homes_TL, imbalance = simulate(name, held_out, placement, schedule, **SIZES, rows=rows)
+    homes_TL, imbalance = simulate_rows(name, held_out, placement, schedule, Setting(128, 40), rows)
     assert homes_TL.shape == (len(rows), placement.num_layers) and imbalance < 1.1
     some = rows_of(held_out, np.isin(np.arange(held_out.num_tokens), rows))
     np.testing.assert_array_equal(some.request_of_T, held_out.request_of_T[rows])
