@@ -22,6 +22,14 @@ class ByFile(LoadFileScheduling):
         return "built" if Path(file).stem in ("test_wheel", "test_names", "test_light_install") else file
 
 
+LONG = ("test_light_install", "test_names", "test_wheel", "test_kill_points", "test_fuzz", "test_torchrun")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take a minute come first, so that none is alone at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
 

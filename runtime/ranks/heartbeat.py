@@ -48,6 +48,11 @@ def state_of(pid: int, parent: int) -> str:
     return "stopped" if letter == "T" else "alive"
 
 
+def parent_of(pid: int) -> int:
+    """The process that `pid` is a child of; -1 where the system does not tell."""
+    return _stat(pid)[1]
+
+
 def siblings() -> dict[int, int]:
     """The process of each rank on this machine, by rank, this one's included: those with the same
     parent and a RANK, as torchrun starts them. This one alone where the system does not tell."""

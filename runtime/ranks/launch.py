@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 from semmoe.profiles.errors import InputError, show_traceback
-from semmoe.runtime.ranks.heartbeat import BEAT_S, LATE_S, Silence, state_of
+from semmoe.runtime.ranks.heartbeat import BEAT_S, LATE_S, Silence, parent_of, state_of
 
+IMPORTED = ("torch", "torch.distributed", "transformers")  # by every rank
 GRACE_S = 2.0  # after a failure: how long other reasons are waited for, and processes for their end
 
 
@@ -49,7 +51,7 @@ def launch(
     """
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    context = multiprocessing.get_context("spawn")
+    context = _context(work.__module__)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the port is the system's choice
     processes, pipes = [], []
     resource_tracker.ensure_running()  # which unblocks SIGINT when it starts
@@ -60,7 +62,7 @@ def launch(
             # As bytes: what it names is imported once the rank beats.
             job = pickle.dumps((work, words))
             process = context.Process(
-                target=_rank_main, args=(sending, job, (rank, num_ranks, store.port)), daemon=True
+                target=_rank_main, args=(_Surroundings(), sending, job, (rank, num_ranks, store.port)), daemon=True
             )
             # Ranks inherit the mask: Ctrl-C reaches this process alone, which ends them without a
             # traceback from each.
@@ -80,9 +82,40 @@ def launch(
     return result
 
 
+def _context(module: str) -> Any:
+    """How ranks start: as copies of one process that has imported `module` and what else takes
+    seconds. Where there is a GPU each imports for itself: what CUDA sets up in a process does not
+    work in its copies."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module, *IMPORTED])
+    return context
+
+
+class _Surroundings:
+    """Environment, standard output and standard error of this process; a process that reads them
+    takes them for its own, whatever process it is a copy of."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _take_surroundings, (dict(os.environ), DupFd(1), DupFd(2))
+
+
+def _take_surroundings(environment: dict[str, str], *streams: Any) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, stream in enumerate(streams, 1):
+        descriptor = stream.detach()
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
 def _watch(processes: list[Any], pipes: list[Connection]) -> Any:
     """The result of rank 0 once all ranks ended well."""
     result, failures, deadline = None, {}, None
+    parents = [parent_of(process.pid) for process in processes]
     running, silence, beating = dict(enumerate(pipes)), Silence(len(pipes)), set()
     while running and (deadline is None or time.monotonic() < deadline):
         ready = wait(list(running.values()), timeout=BEAT_S if deadline is None else GRACE_S / 10)
@@ -99,7 +132,7 @@ def _watch(processes: list[Any], pipes: list[Connection]) -> Any:
             else:
                 failures[rank] = (kind, value)
         for rank in running:
-            state = state_of(processes[rank].pid, os.getpid())
+            state = state_of(processes[rank].pid, parents[rank])
             # The others may give up waiting for a stopped rank before it is late.
             late_s = LATE_S if {kind for kind, _ in failures.values()} != {"exchange"} else BEAT_S
             if silence.of(rank) >= late_s and (state == "stopped" or (not state and rank in beating)):
@@ -185,7 +218,7 @@ def as_rank(work: Callable[[], Any], tell: Callable[[str], None], kept: Callable
     sys.exit(1)
 
 
-def _rank_main(pipe: Connection, job: bytes, place: tuple[int, int, int]) -> None:
+def _rank_main(_: None, pipe: Connection, job: bytes, place: tuple[int, int, int]) -> None:
     """One rank: its result or the reason of its failure goes through the pipe. `job`: what to call,
     and with what. `place`: rank, number of ranks, port."""
     rank, num_ranks, port = place
@@ -226,10 +259,10 @@ def _outcome(job: bytes, rank: int, num_ranks: int) -> tuple[str, Any]:
     from semmoe.runtime.ranks.failures import ExchangeError
 
     try:
-        if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores of this machine
-            import torch
+        import torch
 
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+        asked = os.environ.get("OMP_NUM_THREADS", "")  # else ranks share the cores of this machine
+        torch.set_num_threads(int(asked) if asked.isdigit() else max(1, (os.cpu_count() or 1) // num_ranks))
         work, arguments = pickle.loads(job)
         return "done", work(*arguments)
     except InputError as error:

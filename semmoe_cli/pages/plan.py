@@ -261,9 +261,7 @@ def _requests(about: "PlanReport") -> Section:
         "Histogram of requests by remote ranks per token, before and after",
         "Of very many requests, groups of some are counted.",
     )
-    title = (
-        f"{gaining:.0%} of requests gain; the middle eight of ten reach {_fewer(low)} to {_fewer(high)} remote ranks"
-    )
+    title = f"{gaining:.0%} of requests touch fewer ranks; the middle eight of ten reach {_fewer(low)} to {_fewer(high)} remote ranks"
     return Section(title, [*_not_evidence(about), picture])
 
 
@@ -341,8 +339,7 @@ def _domains(about: "PlanReport") -> Section | None:
         return None
     better = sum(after.value(metric) < before.value(metric) for before, after in pairs)
     label = COLUMNS[metric][0]
-    title = f"{better} of {len(domains)} domains gain"
-    title = f"All {len(domains)} domains gain" if better == len(domains) else title
+    title = f"{label} falls in {'all' if better == len(domains) else f'{better} of'} {len(domains)} domains"
     names = [f"{domain.domain}  ({domain.requests})" for domain in domains]
     picture = Picture(
         figures_plan.domain_dumbbells(names, pairs, metric, label=label, before=about.report.baseline),

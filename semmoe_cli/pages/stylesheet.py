@@ -66,5 +66,6 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid);
 @media print { :root { %(light)s --soft: #f4f6f8; } body { font-size: 11pt; } main { max-width: none; padding: 0; }
   nav, .pick { display: none; } section { padding-top: 1.1rem; } .part { margin-top: 1.4rem; } .wide { overflow: visible; }
   table { font-size: 8pt; } th, td { padding-right: .4rem; } tr, figure, pre, .tiles { break-inside: avoid; }
-  h2, h3, .part { break-after: avoid; } svg.plot { max-height: 20rem; } header svg.plot { max-height: none; } }
+  h2, h3 { break-inside: avoid; } h2, h3, .part { break-after: avoid; }
+  svg.plot { max-height: 20rem; } header svg.plot { max-height: none; } }
 """

@@ -121,7 +121,7 @@ def test_the_page_says_what_was_measured_and_found(html, made):
         "share a rank",
         "rows between ranks",
         "Load:",
-        "domains gain",
+        "REM falls in",
         "other numbers of ranks",
         "deploy",
     ):
