@@ -9,14 +9,15 @@ worker processes map (`semmoe.profiles.mapped`).
 Shape letters: T tokens, L MoE layers, E experts, K top-k, U token ids seen, B requests.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.mapped import mapped_empty
+from semmoe.profiles.mapped import MappedView, mapped_empty, open_view, view_of
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.sample import choose_requests, select_requests
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches, integers
@@ -24,6 +25,7 @@ from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_ba
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # a map in worker processes
 BLOCK_TOKENS = 32_768  # rows whose pair keys stay in the cache of one core
 SAMPLE_IDS = 500_000_000  # expert ids that a profile keeps: half a gigabyte at one byte each
 
@@ -71,10 +73,15 @@ def request_expert_BE(
 ) -> np.ndarray:
     """How often request b activated expert e, int64 [B, E]."""
     width = num_experts + 1
-    keys_TK = request_of_T[:, None] * width + expert_ids_TK
-    return np.bincount(keys_TK.reshape(-1), minlength=num_requests * width).reshape(num_requests, width)[
-        :, :num_experts
-    ]
+    counts = np.zeros(num_requests * width, np.int64)
+    for start in range(0, len(expert_ids_TK), BLOCK_TOKENS):
+        # Requests follow each other, so those of a block of rows are few.
+        request_T = request_of_T[start : start + BLOCK_TOKENS]
+        first = int(request_T.min())
+        keys_TK = (request_T - first)[:, None] * width + expert_ids_TK[start : start + BLOCK_TOKENS]
+        found = np.bincount(keys_TK.reshape(-1))
+        counts[first * width : first * width + len(found)] += found
+    return counts.reshape(num_requests, width)[:, :num_experts]
 
 
 def request_rows(sample: TraceBatch, requests_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,8 +137,7 @@ class _Counts:
     def done(self) -> tuple[int, np.ndarray, np.ndarray]:
         """Tokens, load int64 [L, E] and co-activation int64 [L, E, E]."""
         self._count()
-        load_LE = np.diagonal(self.co_activation_LEE, axis1=1, axis2=2).copy()
-        return self.num_tokens, load_LE, self.co_activation_LEE
+        return self.num_tokens, _loads_of(self.co_activation_LEE), self.co_activation_LEE
 
 
 def count_batches(batches: Iterable[TraceBatch], info: TraceInfo) -> tuple[int, np.ndarray, np.ndarray]:
@@ -170,6 +176,7 @@ def profile_split(
     seed: int = 0,
     sample_ids: int = SAMPLE_IDS,
     progress: Progress | None = None,
+    run: Run | None = None,
 ) -> tuple[RoutingProfile, RoutingProfile, RoutingProfile]:
     """Profiles of the requests that are not held out, of those that are, and of all; from one
     reading.
@@ -181,12 +188,14 @@ def profile_split(
         traces, seed, sample_ids: as in `profile_traces`; the two sides share the sample by tokens.
         held_out: bool [B] per trace.
         progress: told the tokens read and the tokens in all.
+        run: a map in worker processes, for the counts of a trace that the sample holds whole; they
+            are the same without.
 
     Raises InputError as `profile_traces` does.
     """
-    (fitted, rest), ids_LTK = _profile_parts(
-        traces, [[~h for h in held_out], held_out], seed=seed, sample_ids=sample_ids, progress=progress
-    )
+    parts = [[~h for h in held_out], held_out]
+    told = {"progress": progress, "run": run}
+    (fitted, rest), ids_LTK = _profile_parts(traces, parts, seed=seed, sample_ids=sample_ids, **told)
     if fitted.num_tokens == 0:
         raise InputError(f"{', '.join(t.path for t in traces)}: no token to learn from")
     info = fitted.info
@@ -201,6 +210,16 @@ def profile_split(
     return fitted, rest, whole
 
 
+def _read_ahead(batches: Iterable[TraceBatch]) -> Iterator[TraceBatch]:
+    """The batches, each read while the one before it is counted."""
+    rest = iter(batches)
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, rest, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, rest, None)
+            yield batch
+
+
 def _profile_parts(
     traces: list[RoutingTrace],
     parts: list[list[np.ndarray]],
@@ -208,6 +227,7 @@ def _profile_parts(
     seed: int,
     sample_ids: int,
     progress: Progress | None = None,
+    run: Run | None = None,
 ) -> tuple[list[RoutingProfile], np.ndarray]:
     """Profiles of disjoint sets of requests (bool [B] per trace each), and the expert ids of
     their samples, [L, T, K]."""
@@ -230,11 +250,12 @@ def _profile_parts(
     ends = np.cumsum(sizes).tolist()
     filled = [end - size for end, size in zip(ends, sizes, strict=True)]
     kept: list[list[TraceBatch]] = [[] for _ in parts]
+    later = run is not None and sizes == wanted and view_of(ids_LTK) is not None
     counts, done = [_Counts(info) for _ in parts], 0
     for number, trace in enumerate(traces):
         keep_B = np.any([keep[number] for keep in parts], axis=0)
         first, chosen = 0, np.flatnonzero(keep_B)
-        for batch in trace.batches(keep_B):
+        for batch in _read_ahead(trace.batches(keep_B)):
             which_B = chosen[first : first + batch.num_requests]
             first += batch.num_requests
             for p, keep in enumerate(parts):
@@ -242,7 +263,8 @@ def _profile_parts(
                 if not mine_B.any():
                     continue
                 mine = select_requests(batch, mine_B)
-                counts[p].add(mine.expert_ids_TLK)
+                if not later:
+                    counts[p].add(mine.expert_ids_TLK)
                 sampled_B = samples[p][number][which_B[mine_B]]
                 if sampled_B.any():
                     taken = select_requests(mine, sampled_B)
@@ -253,10 +275,33 @@ def _profile_parts(
             done += batch.num_tokens
             if progress is not None:
                 progress(done, sum(wanted))
+    counted = [c.done() for c in counts]
+    if later and run is not None:
+        rows = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        tasks = [_LayerCounts(view_of(layer_TK[r]), info.num_experts) for r in rows for layer_TK in ids_LTK]
+        pairs = np.stack(list(run(_count_layer, tasks))).reshape(len(parts), *counted[0][2].shape)
+        counted = [(size, _loads_of(pairs_LEE), pairs_LEE) for size, pairs_LEE in zip(sizes, pairs, strict=True)]
     ids_LTK = np.asarray(ids_LTK)
     profiles = []
     for p, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         ids_TLK = ids_LTK[:, end - size : end].transpose(1, 0, 2)
         sample = replace(concat_batches(kept[p], info), expert_ids_TLK=ids_TLK)
-        profiles.append(RoutingProfile(info, *counts[p].done(), sample))
+        profiles.append(RoutingProfile(info, *counted[p], sample))
     return profiles, ids_LTK
+
+
+class _LayerCounts(NamedTuple):
+    """One layer of mapped rows to count; sent to a worker process."""
+
+    view: MappedView | None
+    num_experts: int
+
+
+def _count_layer(task: _LayerCounts) -> np.ndarray:
+    assert task.view is not None
+    return co_activation_EE(open_view(task.view), task.num_experts)
+
+
+def _loads_of(co_activation_LEE: np.ndarray) -> np.ndarray:
+    """Load, int64 [L, E]: how often experts were chosen beside themselves."""
+    return np.diagonal(co_activation_LEE, axis1=1, axis2=2).copy()

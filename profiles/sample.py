@@ -47,8 +47,8 @@ def select_requests(batch: TraceBatch, keep_B: np.ndarray) -> TraceBatch:
 
 
 def rows_of(batch: TraceBatch, keep_T: np.ndarray) -> TraceBatch:
-    """The batch with some rows only (bool [T], consecutive ones of each request); requests may keep
-    none."""
+    """The batch with some rows only (bool [T]); requests may keep none. Where those that one keeps
+    do not follow each other, only the first has its position."""
     ends = np.concatenate([[0], np.cumsum(keep_T)])
     starts_B1 = ends[batch.starts_B1]
     first_row_B = np.searchsorted(ends, starts_B1[:-1], side="right") - 1

@@ -28,14 +28,14 @@ from semmoe.solvers.evaluate.against import Against, deployments_beside, words_o
 from semmoe.solvers.evaluate.foreign_order import refuse_foreign_order
 from semmoe.solvers.evaluate.metrics import DISPATCH_KINDS
 from semmoe.solvers.evaluate.report import Report
-from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, score_batch, scored_batch
+from semmoe.solvers.evaluate.score_plan import BETTER, SCORED_IDS, notes_on_rows, score_batch, scored_batch
 from semmoe.solvers.place.bounds import NO_BOUND, NO_BOUND_UNEVEN, certificate_of
 from semmoe.solvers.place.replicas import OWN_RULE, check_rule
 from semmoe.solvers.place.solve import FILLING, PLACING, check_demands, solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import ModelFacts, Plan, ScoredPlacement
 from semmoe.solvers.plan_of_counts import check_method, plan_of_counts
-from semmoe.solvers.schedule.fit import fit_schedule
+from semmoe.solvers.schedule.fit import fit_schedule, recount_tokens
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.slots import Slots
@@ -43,11 +43,17 @@ from semmoe.solvers.time.chosen import chosen_by_time
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
 from semmoe.solvers.time.minimize import check_for_time, solve_for_time
 from semmoe.solvers.time.predict import timed_report
+from semmoe.solvers.workers import layer_map
 
 # Stages as they are told.
 READING, FITTING = "reading tokens", "fitting schedules of layers"
 SCORING, TIMING = "scoring on held-out requests: rows", "predicting times"
 BOUNDING = "bounding what any placement could reach: layers"
+AMPLE_IDS = 2**27  # expert ids of the fitted requests: 290,000 tokens of 58 layers x top-8
+AMPLE = (
+    "placed for the requests that were not held out, which are more than the search looks at; "
+    "token tables were counted on all requests"
+)
 OWN_FIELDS = ("load_cap", "seed", "dispatch", "processes")  # demands that a plan holds by themselves, or not at all
 
 
@@ -116,7 +122,7 @@ def make_plan(
     with_prompts = options.setting.score_from == "prompt"
     traces = [only_phase(trace, options.phase, with_prompts=with_prompts) for trace in traces]
     # Step 2: hold requests out and count both sides, in one reading.
-    traffic = read_traffic(traces, options, demands.seed, progress)
+    traffic = read_traffic(traces, options, demands, progress)
     # Step 3: the plan for the counts.
     if options.auto and options.time is not None:
         demands = chosen_by_time(traffic.profile, topology, demands, options.time, options.method, options.auto)
@@ -124,15 +130,18 @@ def make_plan(
     return plan_of_traffic(traces, traffic, Asked(topology, demands, solve), options, progress)
 
 
-def usual_stages(options: PlanOptions, demands: Demands, num_experts: int, num_ranks: int) -> dict[str, float]:
-    """The stages of `make_plan` in their order, each with its usual share of the time. Raises
-    InputError where the slots do not fit."""
+def usual_stages(
+    options: PlanOptions, demands: Demands, num_experts: int, num_ranks: int, num_ids: int = 0
+) -> dict[str, float]:
+    """The stages of `make_plan` in their order, each with its usual share of the time. `num_ids`:
+    expert ids of the traces. Raises InputError where the slots do not fit."""
     spare = demands.slots_of(num_experts, num_ranks).has_spare(num_experts, num_ranks)
-    fitted = {PLACING: 6.0} | ({FILLING: 20.0} if spare else {}) | {FITTING: 4.0}
+    fitted = {PLACING: 6.0} | ({FILLING: 3.0} if spare else {}) | {FITTING: 4.0}
     shares = {READING: 1.0, **fitted, SCORING: 7.0}
     shares |= {TIMING: 9.0} if options.time is not None else {}
     shares |= {BOUNDING: 2.0} if options.certify else {}
-    return shares | ({stage + AGAIN: share for stage, share in fitted.items()} if options.refit else {})
+    again = {FITTING: 2.0} if _is_ample(int(num_ids * (1 - options.holdout)), options) else fitted
+    return shares | ({stage + AGAIN: share for stage, share in again.items()} if options.refit else {})
 
 
 class Traffic(NamedTuple):
@@ -144,11 +153,16 @@ class Traffic(NamedTuple):
     whole: RoutingProfile
 
 
-def read_traffic(traces: list[RoutingTrace], options: PlanOptions, seed: int, progress: Stages) -> Traffic:
+def read_traffic(traces: list[RoutingTrace], options: PlanOptions, demands: Demands, progress: Stages) -> Traffic:
     """The traces' requests in one reading. Raises InputError where they cannot be split."""
+    seed = demands.seed
     holdout = {"holdout": options.holdout, "holdout_domains": options.holdout_domains}
     held_out = split_requests(traces, **holdout, seed=seed)
     counting = partial(progress, READING)
+    info = traces[0].info
+    if _is_ample(sum(trace.num_tokens for trace in traces) * info.num_layers * info.top_k, options):
+        with layer_map(demands.processes, info.num_experts) as run:
+            return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting, run=run))
     return Traffic(held_out, *profile_split(traces, held_out, seed=seed, progress=counting))
 
 
@@ -187,7 +201,8 @@ def plan_of_traffic(
     scored = None
     if options.refit:
         scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
-        fitted = _fit(whole, asked, embedding_VD, progress, again=AGAIN)
+        again = _recounted if _is_ample(profile.sample.expert_ids_TLK.size, options) else _fit_again
+        fitted = again(fitted, whole, asked, embedding_VD, progress)
     keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
     return Plan(
         placement=fitted.solved.placement,
@@ -210,6 +225,7 @@ def plan_of_traffic(
             *_notes_on_checkpoints(traces),
             *_notes_on_against(options.against, traces, held_out),
             *_notes_on_phases(options.phase, shares),
+            *notes_on_rows(scores, scored.placement if scored else fitted.solved.placement),
         ],
         made_by=options.made_by,
         tables=fitted.schedule.to_tables(),
@@ -271,6 +287,36 @@ def _fit(
         progress=partial(told, FITTING),
     )
     return _Fitted(profile, solved, schedule)
+
+
+def _is_ample(num_ids: int, options: PlanOptions) -> bool:
+    """Whether requests of so many expert ids fill every bounded sample that a fit looks at, so that
+    those held out, of the same kind, would change little."""
+    return num_ids >= AMPLE_IDS and not options.holdout_domains
+
+
+def _fit_again(
+    fitted: _Fitted, whole: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages
+) -> _Fitted:
+    """The same on all requests."""
+    return _fit(whole, asked, embedding_VD, progress, again=AGAIN)
+
+
+def _recounted(
+    fitted: _Fitted, whole: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages
+) -> _Fitted:
+    """What more requests of the same kind better: the counts of the token table. Searches and
+    regressions look at a bounded sample, of one as of the other."""
+    schedule = recount_tokens(
+        fitted.schedule,
+        whole.sample,
+        fitted.solved.placement,
+        embedding_VD=embedding_VD,
+        processes=asked.demands.processes,
+        progress=partial(progress, FITTING + AGAIN),
+    )
+    solved = replace(fitted.solved, notes=[*fitted.solved.notes, AMPLE])
+    return _Fitted(whole, solved, schedule)
 
 
 def _notes_on_checkpoints(traces: list[RoutingTrace]) -> list[str]:
@@ -373,6 +419,7 @@ def score_plan(
     notes += [why_not] if why_not else []
     batch = batch if served else replace(batch, rank_of_B=None)
     report = score_batch(plan.deployment, batch, trace.info, against=against, setting=setting)
+    notes += notes_on_rows(report, plan.placement)
     return replace(report, phase=phase_of(trace), phase_shares=phase_shares([trace])), notes
 
 

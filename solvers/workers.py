@@ -1,6 +1,7 @@
 """Worker processes for layers: a map in order, with bounded work in flight, that ends at once
 when the work is interrupted."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from semmoe.solvers.processes import THREADS, Surroundings, copies_of, held_inte
 
 LOOK_SECONDS = 0.2  # between two looks at how far workers are
 IMPORTED = ("semmoe.solvers.make_plan", "pymetis", "scipy.linalg", "scipy.optimize", "scipy.sparse")  # by workers
+KEPT_BYTES = {-3: 64 * 2**20, -1: 128 * 2**20}  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 LayerMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -94,12 +96,27 @@ def compute_on_one_thread() -> None:
     cores and on 64.
     """
     os.environ.update(dict.fromkeys(THREADS, "1"))
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """This process keeps memory that it freed for its next arrays, where the C library can be told
+    so (glibc).
+
+    Arrays of some megabytes are made and dropped at every step; to get their pages from the system
+    each time takes as long as the arithmetic.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        for option, size in KEPT_BYTES.items():
+            mallopt(option, size)
 
 
 def _start_worker(_: None) -> None:
     """Ctrl-C is the main process's to handle; where that ends without a word, so does its
     worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

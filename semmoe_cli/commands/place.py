@@ -319,7 +319,9 @@ def place(
         options = placing.options(simulation, timing, held, command_line(*files))
         options = replace(options, phase=whose, replica_choice=rule)
         demands = placing.demands(simulation.seed)
-        usual = usual_stages(options, demands, opened[0].info.num_experts, links.num_ranks)
+        info = opened[0].info
+        num_ids = sum(trace.num_tokens for trace in opened) * info.num_layers * info.top_k
+        usual = usual_stages(options, demands, info.num_experts, links.num_ranks, num_ids)
         with stages(usual=usual) as show:
             plan = make_plan(opened, links, demands, options, progress=show)
     plan = written.named(plan)

@@ -15,12 +15,13 @@ from semmoe.profiles.split import domain_groups, phase_of, phase_shares
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.against import BASELINES, Against, deployments_beside
-from semmoe.solvers.evaluate.metrics import Scores, score, uniform_scores
+from semmoe.solvers.evaluate.metrics import Scores, uniform_scores
 from semmoe.solvers.evaluate.report import DomainScores, Judgement, Key, LayerScores, Report, ScoreRow, Verdict
 from semmoe.solvers.evaluate.rows import summed_rows
 from semmoe.solvers.evaluate.sums import TrafficSums, resampling_groups
 from semmoe.solvers.evaluate.verdict import best_deployable, best_row, bytes_only, judge, saving, traffic_cost
-from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, available_schedules
+from semmoe.solvers.placement import Placement
+from semmoe.solvers.schedule.simulate import AS_SERVED, Setting, available_schedules, most_that_run
 
 BETTER = Against()  # of the two baselines
 SCORED_IDS = 50_000_000  # expert ids of the requests that are scored: 100,000 tokens of 58 layers x top-8
@@ -81,22 +82,17 @@ def score_batch(
         rows[("plan", AS_SERVED)] = deployment
     names, domain_of_B = domain_groups(batch.domains)
     group_of_B, domain_of_G = resampling_groups(domain_of_B)
-    summed = list(summed_rows(rows, batch, setting, group_of_B, processes=processes, progress=progress))
-    sums = {key: found for key, found, _ in summed}
-    scores = _scores(sums, deployment, setting.seed)
-    for key, _, imbalance in summed:
-        if imbalance is not None:  # balance is kept within batches and windows: resampled requests do not speak of it
-            scores[key].means["token_imbalance"] = imbalance
-            scores[key].intervals["token_imbalance"] = (imbalance, imbalance)
+    options = {"processes": processes, "progress": progress}
+    summed = summed_rows(rows, batch, setting, group_of_B, domain_of_G, **options)
+    sums, scores = {key: row.sums for key, row in summed.items()}, {key: row.scores for key, row in summed.items()}
     dispatch = deployment.dispatch
     costs = {name: traffic_cost(ScoreRow.of((name, "random"), scores[name, "random"]), dispatch) for name in BASELINES}
     before = against.name or min(costs, key=costs.__getitem__)
     domains = []
     for domain, name in enumerate(names):
-        parts = {key: whole.of_groups(domain_of_G == domain) for key, whole in sums.items()}
-        if tokens := int(parts["plan", "random"].tokens_G.sum()):
-            parts = {key: part for key, part in parts.items() if part.tokens_G.any()}
-            its_rows = [ScoreRow.of(key, found) for key, found in _scores(parts, deployment, setting.seed).items()]
+        if tokens := int(sums["plan", "random"].tokens_G[domain_of_G == domain].sum()):
+            its_scores = {key: row.domain_scores[domain] for key, row in summed.items()}
+            its_rows = [ScoreRow.of(key, found) for key, found in its_scores.items() if found is not None]
             domains.append(DomainScores(name, int((domain_of_B == domain).sum()), tokens, its_rows))
     return Report(
         plan="",
@@ -121,9 +117,15 @@ def score_batch(
     )
 
 
-def _scores(sums: dict[Key, TrafficSums], deployment: Deployment, seed: int) -> dict[Key, Scores]:
-    topology, dispatch = deployment.topology, deployment.dispatch
-    return {key: score(found, topology, dispatch=dispatch, seed=seed) for key, found in sums.items()}
+def notes_on_rows(report: Report, placement: Placement) -> list[str]:
+    """Which rows of a report are of fewer tokens than the others, in one line; nothing where none
+    are."""
+    most = most_that_run(placement)
+    if report.tokens <= most or not any(
+        row.schedule.startswith("tp-") for row in report.rows if row.placement == "plan"
+    ):
+        return []
+    return [f"rows tp-*: of {most:,} of the {report.tokens:,} scored tokens, drawn over all requests"]
 
 
 def _verdict(

@@ -16,6 +16,7 @@ import numpy as np
 
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.deployment import Deployment
+from semmoe.solvers.evaluate.every_home import rows_of_homes
 from semmoe.solvers.evaluate.reached import Reached, first_of_run, reached_of, reached_ranks
 from semmoe.solvers.place.replicas import MovingRule
 from semmoe.solvers.placement import Topology
@@ -43,6 +44,11 @@ class TrafficSums:
         per_layer, ranks, targets = (num_groups, num_layers), (num_ranks,), (num_targets,)
         shapes = [(num_groups,)] + [per_layer] * 4 + [per_layer + ranks] * 2 + [per_layer + targets] * 2
         return cls(*(np.zeros(shape) for shape in shapes))
+
+    def without_ranks(self) -> "TrafficSums":
+        """The same with one rank of what is kept by rank: little, for what looks at totals."""
+        arrays = [getattr(self, f.name) for f in fields(self)]
+        return TrafficSums(*(a if a.ndim < 3 else a[:, :, :1].copy() for a in arrays))
 
     def of_groups(self, chosen_G: np.ndarray) -> "TrafficSums":
         """The sums of some groups (bool [G])."""
@@ -130,7 +136,7 @@ def traffic_sums(
     sums = TrafficSums.zeros(num_groups, num_layers, topology.num_ranks, num_targets)
     counter = _Counter(sums, group_of_B[batch.request_of_T], topology, dispatch)
     sums.tokens_G[:] += np.bincount(counter.group_T, minlength=num_groups)
-    replicated = moving is not None or bool((serving_LRE != serving_LRE[:, :1]).any())
+    replicated = bool((serving_LRE != serving_LRE[:, :1]).any())
 
     def reached(layer: int, home_T: np.ndarray) -> Reached:
         ids_TK = batch.expert_ids_TLK[:, layer]
@@ -143,11 +149,13 @@ def traffic_sums(
         if homes_TL is not None:
             home_T = homes_TL[:, layer]
             _add_layer(counter, layer, reached(layer, home_T), home_T)
-        elif replicated:
-            # Who serves depends on where the token lives: the expectation is the mean over homes.
+        elif moving is not None:
+            # Who serves depends on where the token lives, and on the token: the mean over homes.
             for rank in range(topology.num_ranks):
                 home_T = np.full(len(ids_TK), rank)
                 _add_layer(counter, layer, reached(layer, home_T), home_T, 1 / topology.num_ranks)
+        elif replicated:
+            _add_every_home(counter, layer, ids_TK, serving_RE)
         else:
             _add_layer(counter, layer, reached_ranks(ids_TK, serving_RE), None)
     return sums
@@ -210,3 +218,39 @@ def _add_layer(counter: _Counter, layer: int, reached: Reached, home_T: np.ndarr
     row_KT = row_KT & (target_KT != home_target_T)
     sums.ingress_GLP[:, layer] += counter.per_target(row_KT, target_KT, num_targets) * weight
     sums.egress_GLP[:, layer] += counter.per_home(home_target_T, num_targets, row_KT.sum(axis=0)) * weight
+
+
+def _add_every_home(counter: _Counter, layer: int, ids_TK: np.ndarray, serving_RE: np.ndarray) -> None:
+    """Add one layer of the batch: the mean over homes of a placement with copies, each of which
+    serves the same homes whatever the token."""
+    sums, topology, group_T = counter.sums, counter.topology, counter.group_T
+    (num_ranks, num_experts), num_groups = serving_RE.shape, len(sums.tokens_G)
+    share = 1 / num_ranks
+    # Step 1: what each choice pays by itself follows from how often experts are chosen.
+    keys_TK = group_T[:, None] * (num_experts + 1) + ids_TK
+    count_GE = np.bincount(keys_TK.reshape(-1), minlength=num_groups * (num_experts + 1))
+    count_GE = count_GE.reshape(num_groups, -1)[:, :num_experts]
+    each_R, each_E = np.arange(num_ranks), np.arange(num_experts)
+    homes_ER = np.bincount((each_E * num_ranks + serving_RE).reshape(-1), minlength=num_experts * num_ranks)
+    homes_ER = homes_ER.reshape(num_experts, num_ranks)
+    own_RE = serving_RE == each_R[:, None]
+    sums.activations_GL[:, layer] += count_GE.sum(axis=1)
+    sums.local_GL[:, layer] += count_GE @ own_RE.sum(axis=0) * share
+    sums.load_GLR[:, layer] += count_GE @ homes_ER * share
+    sums.home_GLR[:, layer] += sums.tokens_G[:, None] * share
+    # Step 2: what choices pay together, by rank and by node.
+    by_rank = rows_of_homes(ids_TK, group_T, num_groups, serving_RE, each_R)
+    received_GP, sent_GP = by_rank
+    sums.remote_ranks_GL[:, layer] += received_GP.sum(axis=1) * share
+    if topology.num_nodes > 1:
+        by_node = rows_of_homes(ids_TK, group_T, num_groups, serving_RE, topology.node_of_R)
+        sums.remote_nodes_GL[:, layer] += by_node.received_GP.sum(axis=1) * share
+        if counter.dispatch == "per-node":
+            received_GP = by_node.received_GP
+            sent_GP = by_node.sent_GR.reshape(num_groups, topology.num_nodes, -1).sum(axis=2)
+    elif counter.dispatch == "per-node":
+        received_GP = sent_GP = np.zeros((num_groups, 1))
+    if counter.dispatch == "per-expert":
+        received_GP, sent_GP = count_GE @ (homes_ER - own_RE.T), count_GE @ ~own_RE.T
+    sums.ingress_GLP[:, layer] += received_GP * share
+    sums.egress_GLP[:, layer] += sent_GP * share

@@ -221,6 +221,7 @@ class _Copies:
         self.ids_TK, self.load_E, self.topology, self.slots = ids_TK, load_E, topology, slots
         self.rank_of_E, self.num_experts, self.num_ranks = rank_of_E, len(rank_of_E), num_ranks
         self.held_RS = [np.flatnonzero(rank_of_E == rank).tolist() for rank in range(num_ranks)]
+        self._settled_ER = np.zeros((0, 0), bool)  # as tokens were last settled for
         self.own_R = np.array([len(held) for held in self.held_RS])  # slots of the ranks' own experts
         self.hold(self.held_RS)
 
@@ -254,11 +255,15 @@ class _Copies:
 
     def settle(self) -> None:
         """Tokens sent where most of their experts are, in equal numbers per rank."""
+        if np.array_equal(self.hosts_ER, self._settled_ER):
+            self.home_T, self.serving_RE = self._settled_T, self._settled_RE.copy()
+            return
         count_TR = np.zeros((len(self.ids_TK), self.num_ranks))
         for ids_T in self.ids_TK.T:
             count_TR += self.hosts_ER[ids_T]
         self.home_T = balanced_homes(count_TR, np.ones(len(count_TR)))
         self.serving_RE = self._serving_RE()
+        self._settled_ER, self._settled_RE, self._settled_T = self.hosts_ER.copy(), self.serving_RE.copy(), self.home_T
         order = np.argsort(self.home_T, kind="stable")
         ends = np.searchsorted(self.home_T[order], np.arange(self.num_ranks + 1))
         self.tokens_R = [order[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]

@@ -52,7 +52,8 @@ OBJECTIVES = ("tp", "dp", "both")
 # requests go where.
 LOCAL_PULL = {"dp": (4.0, 2.0), "both": (0.0, 0.0)}
 LEAST_ROWS = 4_096  # that the exact objective looks at over very many ranks
-# Random starts of the request map.
+# Random starts of the request map; of labels, a quarter over MANY_RANKS, where requests gain less
+# from them.
 STARTS = {"dp": {"fast": 2, "default": 8, "max": 32}, "both": {"fast": 4, "default": 16, "max": 16}}
 
 
@@ -110,7 +111,7 @@ def chosen_stages(demands: Demands, topology: Topology, num_groups: int) -> list
     dp, rows per expert                     anneal, near, turns
     dp or both                              ranks, labels, near, turns
 
-    "near" only where pairs of ranks differ in cost.
+    "near" only where pairs of ranks differ in cost; half of the turns for both over MANY_RANKS.
     """
     objective, several_nodes = demands.objective, topology.num_nodes > 1
     if demands.expressible == "permutation" and num_groups > 1:
@@ -122,6 +123,8 @@ def chosen_stages(demands: Demands, topology: Topology, num_groups: int) -> list
         return [first]
     rounds = EFFORTS[demands.effort].rounds
     turns = ["strong turn"] + ["turn"] * (2 * rounds - 1) if rounds else ["turn"]
+    if rounds and objective == "both" and topology.num_ranks > MANY_RANKS:
+        turns = turns[:rounds]  # homes have little to say there
     # Tokens are sent near by each layer's grouping of ranks into nodes: for their sake it stays.
     if several_nodes and (per_node or objective == "both"):
         return [first, "labels in nodes", *turns]
@@ -241,7 +244,7 @@ def share_labels(work: Work, placed: Placed, *, keep_nodes: bool) -> Placed:
         work.topology.num_ranks,
         num_nodes=work.topology.num_nodes if keep_nodes else 1,
         seed=demands.seed,
-        starts=STARTS["both"][demands.effort],
+        starts=max(STARTS["both"][demands.effort] // (4 if work.topology.num_ranks > MANY_RANKS else 1), 1),
     )
     return Placed(*found)
 

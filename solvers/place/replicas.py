@@ -211,11 +211,21 @@ def serve_RE(hosts_ER: np.ndarray, load_E: np.ndarray, topology: Topology) -> np
         for host in hosts:
             carried[host] -= float(waiting_ER[e, host])
         chosen_R = list(range(num_ranks))
-        near_N = {node: [host for host in hosts if node_of_R[host] == node] for node in set(node_of_R)}
-        for rank in np.flatnonzero(~hosts_ER[e]).tolist():
-            chosen = min(near_N[node_of_R[rank]] or hosts, key=carried.__getitem__)
-            chosen_R[rank] = chosen
-            carried[chosen] += share
+        others = np.flatnonzero(~hosts_ER[e]).tolist()
+        if topology.num_nodes == 1:
+            loads = [carried[host] for host in hosts]
+            for rank in others:
+                least = loads.index(min(loads))
+                chosen_R[rank] = hosts[least]
+                loads[least] += share
+            for host, load in zip(hosts, loads, strict=True):
+                carried[host] = load
+        else:
+            near_N = {node: [host for host in hosts if node_of_R[host] == node] for node in set(node_of_R)}
+            for rank in others:
+                chosen = min(near_N[node_of_R[rank]] or hosts, key=carried.__getitem__)
+                chosen_R[rank] = chosen
+                carried[chosen] += share
         serving_RE[:, e] = chosen_R
     return serving_RE
 

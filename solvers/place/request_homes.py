@@ -170,10 +170,13 @@ def _align_from(
     for _ in range(MAX_ROUNDS):
         unit_BR = score_BR / np.maximum(weight_B, 1)[:, None]
         homes_B = balanced_homes(unit_BR, weight_B.astype(np.float64))
-        member_BR = np.eye(num_ranks)[homes_B]
+        # Counts are exact in any order: all layers in one product.
+        worth_RLR = (np.eye(num_ranks)[homes_B].T @ usage_BLR.reshape(num_requests, -1)).reshape(
+            num_ranks, -1, num_ranks
+        )
         labels_LR = label_LR.copy()
         for layer in range(num_layers):
-            labels_LR[layer] = best_labels(usage_BLR[:, layer].T @ member_BR, num_nodes)
+            labels_LR[layer] = best_labels(worth_RLR[:, layer].T, num_nodes)
         score_BR = np.zeros((num_requests, num_ranks))
         for layer in range(num_layers):
             score_BR[:, labels_LR[layer]] += usage_BLR[:, layer]

@@ -28,7 +28,9 @@ from semmoe.solvers.replan.timed import UNIT, TimeGain
 from semmoe.solvers.replan.worth import Worth
 
 LEAST_REQUESTS = 20  # fewer say too little: their interval is too narrow
+LEAST_LAYERS = 8  # that decide, where a model has as many
 NUM_RESAMPLES = 1_000
+DECIDING_CELLS = 2**18  # layers by experts by ranks that decide: 16 layers of 256 at 64
 DECIDING_IDS = 30_000_000  # expert ids of the requests that decide: 64,000 tokens of 58 layers x top-8
 
 
@@ -45,6 +47,7 @@ class Decision(JsonRecord):
         unit: of gain and cost.
         move: whether the lower bound exceeds the cost.
         forced: the re-placement was asked for whatever the bound.
+        layers: layers that decided, where they were fewer than all.
     """
 
     gain: float | None
@@ -56,6 +59,27 @@ class Decision(JsonRecord):
     unit: str
     move: bool
     forced: bool = False
+    layers: int | None = None
+
+
+def deciding_layers(num_layers: int, num_experts: int, num_ranks: int) -> np.ndarray:
+    """Layers that decide, ascending int64: all, or as many of a large model as a search is quick
+    for, evenly apart. Gain and price are means over layers."""
+    most = max(DECIDING_CELLS // (num_experts * num_ranks), LEAST_LAYERS)
+    return np.unique(np.linspace(0, num_layers - 1, min(most, num_layers)).astype(int))
+
+
+def of_layers(profile: RoutingProfile, layers: np.ndarray) -> RoutingProfile:
+    """The profile with some of its layers."""
+    numbers = tuple(profile.info.model_layers[layer] for layer in layers)
+    sample = replace(profile.sample, expert_ids_TLK=profile.sample.expert_ids_TLK[:, layers])
+    return RoutingProfile(
+        replace(profile.info, num_layers=len(layers), model_layers=numbers),
+        profile.num_tokens,
+        profile.load_LE[layers],
+        profile.co_activation_LEE[layers],
+        sample,
+    )
 
 
 def halves(profile: RoutingProfile, seed: int) -> tuple[RoutingProfile, RoutingProfile]:

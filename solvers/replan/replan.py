@@ -24,8 +24,9 @@ from semmoe.solvers.make_plan import Asked, PlanOptions, plan_of_traffic, read_t
 from semmoe.solvers.place.moves import expert_bytes
 from semmoe.solvers.place.replicas import served_load_R
 from semmoe.solvers.place.solve import PLACING
+from semmoe.solvers.placement import Placement
 from semmoe.solvers.plan import Plan
-from semmoe.solvers.replan.decision import DECIDING_IDS, LEAST_REQUESTS, Decision, decide
+from semmoe.solvers.replan.decision import DECIDING_IDS, LEAST_REQUESTS, Decision, decide, deciding_layers, of_layers
 from semmoe.solvers.replan.delta import Delta, ExpertMove, LayerDelta, Moved, Ranks
 from semmoe.solvers.replan.frontiers import Budget, Replaced, search_frontiers
 from semmoe.solvers.replan.steps import steps_between
@@ -115,7 +116,7 @@ def make_replan(
     traces = [only_phase(trace, options.phase, with_prompts=with_prompts) for trace in traces]
     # Step 2: the new requests, in one reading.
     demands = demands or demands_of(old)
-    traffic = read_traffic(traces, options, demands.seed, progress)
+    traffic = read_traffic(traces, options, demands, progress)
     profile = traffic.whole if options.refit else traffic.profile
     with layer_map(demands.processes, old.model.num_experts) as run:
         # Step 3: whether to move at all.
@@ -195,9 +196,12 @@ class Solver:
     run: LayerMap
     timed: TimeGain | None = None
 
-    def replaced(self, profile: RoutingProfile, progress: Progress | None = None) -> Replaced:
-        """The placement with most gain on a profile."""
-        placement = self.old.placement
+    def replaced(
+        self, profile: RoutingProfile, progress: Progress | None = None, placement: Placement | None = None
+    ) -> Replaced:
+        """The placement with most gain on a profile. `placement`: what to start from, where that is
+        not the old plan's but some layers of it."""
+        placement = placement or self.old.placement
         most = self.budget.most_of_layer(placement.num_layers, int((placement.experts_LRS[0] >= 0).sum()))
         worth, unit = worth_of(self.old), 1.0
         if self.timed is not None:
@@ -217,10 +221,20 @@ class Solver:
         """Whether to move, tested on halves of the requests."""
         fold = partial(progress, DECIDING)
         deployed = replace(self.old.deployment, load_LE=profile.load_LE, schedule=None)
-        solve, seed = partial(self.replaced, progress=fold), self.demands.seed
-        worth = worth_of(self.old)
-        decision = decide(profile, deployed, worth, self.budget.price, solve, seed=seed, timed=self.timed)
-        return replace(decision, forced=forced and not decision.move)
+        solver, placement, some = self, deployed.placement, None
+        layers = deciding_layers(placement.num_layers, placement.num_experts, placement.num_ranks)
+        part = len(layers) / placement.num_layers
+        if part < 1 and self.timed is None:
+            profile, some = of_layers(profile, layers), len(layers)
+            placement = Placement(placement.experts_LRS[layers], placement.num_experts)
+            deployed = replace(deployed, placement=placement, load_LE=profile.load_LE)
+            moves = self.budget.moves and max(round(self.budget.moves * part), 1)
+            solver = replace(self, budget=replace(self.budget, moves=moves))
+        solve = partial(solver.replaced, progress=fold, placement=placement)
+        options = {"seed": self.demands.seed, "timed": self.timed}
+        found = decide(profile, deployed, worth_of(self.old), self.budget.price, solve, **options)
+        found = replace(found, layers=some, moves=found.moves if some is None else found.moves / part)
+        return replace(found, forced=forced and not found.move)
 
 
 def delta_between(
@@ -274,6 +288,7 @@ def note_of(delta: Delta) -> str:
     """The outcome in one line."""
     found, budget = delta.decision, delta.budget
     gain = f"{found.gain:.3f} [{found.lo:.3f}, {found.hi:.3f}] {found.unit}, on requests that it was not fitted on"
+    gain += f" (at {found.layers} of {len(delta.layers)} layers)" if found.layers else ""
     if not (found.move or found.forced):
         return f"no move is worth it: a re-placement within {budget.asked_as} gains {gain}, and costs {found.cost:.3f}"
     size = "" if delta.bytes is None else f", {delta.bytes / 1e9:.2f} GB"

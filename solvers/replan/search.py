@@ -78,23 +78,30 @@ class LoadExcess:
     def relief_EE(self, rank_of_E: np.ndarray) -> np.ndarray:
         """How much less each swap leaves above the cap, float32 [E, E], on the busiest rank and,
         times SMOOTHING, on all."""
-        size = len(rank_of_E)
-        worst_EE, summed_EE = np.zeros((size, size), np.float32), np.zeros((size, size), np.float32)
+        worst_EE = summed_EE = None
         for unit_E, load_R in zip(self.unit_JE.astype(np.float32), self.load_JR, strict=True):
             over_R = (load_R - self.load_cap).astype(np.float32)
-            other_RR = most_elsewhere(over_R)
             over_E = over_R[rank_of_E]
-            then_EE = (over_E - unit_E)[:, None] + unit_E  # e's rank, with f in the place of e
-            back_EE = then_EE.T
-            summed = np.maximum(then_EE, 0) + np.maximum(back_EE, 0)
+            left_E = over_E - unit_E
+            worst = left_E[:, None] + unit_E  # e's rank, with f in the place of e
+            back = unit_E[:, None] + left_E  # and f's; by itself, as a transposed sum takes ten times as long
+            np.maximum(worst, 0, out=worst)
+            np.maximum(back, 0, out=back)
+            summed = worst + back
+            np.maximum(worst, back, out=worst)
             kept_E = np.maximum(over_E, 0)
-            summed += np.float32(np.maximum(over_R, 0).sum()) - kept_E[:, None] - kept_E
-            worst = np.maximum(then_EE, back_EE)
-            np.maximum(worst, other_RR[rank_of_E][:, rank_of_E], out=worst)
-            np.maximum(worst_EE, worst, out=worst_EE)
-            np.maximum(summed_EE, summed, out=summed_EE)
-        relief_EE = np.float32(self.value()) - np.maximum(worst_EE, 0)
-        relief_EE += np.float32(SMOOTHING) * (np.float32(self.smooth()) - summed_EE)
+            if kept_E.any():
+                summed += np.float32(np.maximum(over_R, 0).sum()) - kept_E[:, None] - kept_E
+                other_ER = most_elsewhere(over_R).take(rank_of_E, axis=1)
+                np.maximum(worst, other_ER.take(rank_of_E, axis=0), out=worst)
+            worst_EE = worst if worst_EE is None else np.maximum(worst_EE, worst, out=worst_EE)
+            summed_EE = summed if summed_EE is None else np.maximum(summed_EE, summed, out=summed_EE)
+        assert worst_EE is not None and summed_EE is not None
+        # What may be left on the busiest rank, and on all of them.
+        relief_EE = np.subtract(np.float32(self.value()), worst_EE, out=worst_EE)
+        np.subtract(np.float32(self.smooth()), summed_EE, out=summed_EE)
+        summed_EE *= np.float32(SMOOTHING)
+        relief_EE += summed_EE
         return relief_EE
 
 
@@ -195,7 +202,6 @@ class _Walk:
         self.loads = LoadExcess(task.old_of_E, task.load_JE, task.worth.load_cap, num_ranks)
         self.free_at_E, self.step = np.zeros(size, np.int64), 0
         self.tenure = max(1, min(size // 10, 12))
-        self.was_here_ER = task.old_of_E[:, None] == np.arange(num_ranks)
         self.moves, self.value = 0, 0.0  # of its placement, against the old one
         best.add(0, 0.0, task.old_of_E)
 
@@ -220,8 +226,11 @@ class _Walk:
         at its number of moves. Whether there was one."""
         rank_of_E, excess = self.gains.rank_of_E, self.task.worth.excess
         more_EE = self._more_moves_EE()
-        total_EE = self.gains.gain_EE + np.float32(excess) * self.loads.relief_EE(rank_of_E)
-        total_EE -= np.float32(price) * more_EE
+        total_EE = self.loads.relief_EE(rank_of_E)
+        total_EE *= np.float32(excess)
+        total_EE += self.gains.gain_EE
+        if price:
+            total_EE -= np.float32(price) * more_EE
         if self.moves + 2 > self.task.max_moves:
             np.copyto(total_EE, NEVER, where=(more_EE > 0) & (self.moves + more_EE > self.task.max_moves))
         e, f = divmod(int(total_EE.argmax()), len(rank_of_E))
@@ -247,6 +256,10 @@ class _Walk:
     def _more_moves_EE(self) -> np.ndarray:
         """Moves that each swap adds, int8 [E, E], from -2 to 2."""
         rank_of_E = self.gains.rank_of_E
-        then_EE = self.was_here_ER.take(rank_of_E, axis=1).astype(np.int8)
-        more_EE = self.was_here_ER[np.arange(len(rank_of_E)), rank_of_E].astype(np.int8)[:, None] - then_EE
-        return more_EE + more_EE.T
+        old_of_E = self.task.old_of_E
+        # Where it is at home: one move more for leaving, one less for coming back.
+        home_E = (old_of_E == rank_of_E).view(np.int8)
+        more_EE = home_E[:, None] + home_E
+        more_EE -= (old_of_E[:, None] == rank_of_E).view(np.int8)
+        more_EE -= (rank_of_E[:, None] == old_of_E).view(np.int8)
+        return more_EE

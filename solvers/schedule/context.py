@@ -68,12 +68,21 @@ def context_scores_TR(predictor: ContextPredictor, layer: int, shares_TR: np.nda
     scores_TR += predictor.position_LQR[layer][seen.position_ids_TC].sum(axis=1, dtype=np.float32)
     for choices in choices_before(layer, predictor.depth):
         if choices.kind == "own":
-            weight_ER = predictor.own_LDER[layer, choices.number]
-            scores_TR += weight_ER[seen.chosen_TLK[:, choices.layer]].sum(axis=1, dtype=np.float32)
+            weight_ER = predictor.own_LDER[layer, choices.number].astype(np.float32)
+            scores_TR += _summed_TR(weight_ER, seen.chosen_TLK[:, choices.layer])
         else:
-            weight_ER, rows = predictor.previous_LPER[layer, choices.number], choices.rows(seen.is_prompt_T)
-            scores_TR[rows] += weight_ER[seen.previous_TLK[rows, choices.layer]].sum(axis=1, dtype=np.float32)
+            weight_ER = predictor.previous_LPER[layer, choices.number].astype(np.float32)
+            rows = choices.rows(seen.is_prompt_T)
+            scores_TR[rows] += _summed_TR(weight_ER, seen.previous_TLK[rows, choices.layer])
     return scores_TR
+
+
+def _summed_TR(weight_ER: np.ndarray, ids_TK: np.ndarray) -> np.ndarray:
+    """Weights of each token's choices, added in order, float32 [T, R]."""
+    summed_TR = weight_ER[ids_TK[:, 0]]
+    for ids_T in ids_TK.T[1:]:
+        summed_TR += weight_ER[ids_T]
+    return summed_TR
 
 
 def default_depth(num_layers: int, num_experts: int) -> int:

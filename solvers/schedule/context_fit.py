@@ -19,6 +19,7 @@ from semmoe.solvers.schedule.context import ContextPredictor
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS, Seen, choices_before
 from semmoe.solvers.schedule.token_fit import RARE_TOKENS
 from semmoe.solvers.schedule.token_table import PRIOR_TOKENS, ShareRows, TokenTable, previous_token_ids_T
+from semmoe.solvers.schedule.transport import MANY_RANKS
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -29,11 +30,13 @@ POSITION_RIDGE = 20.0  # few weights on many tokens each
 BLOCK = 8_192
 
 
-def training_rows(batch: TraceBatch, seed: int) -> np.ndarray:
-    """Rows to fit on, ascending int64: all, or a random sample over all requests."""
-    if batch.num_tokens <= MAX_TOKENS:
+def training_rows(batch: TraceBatch, num_ranks: int, seed: int) -> np.ndarray:
+    """Rows to fit on, ascending int64: all, or a random sample over all requests; fewer over more
+    than MANY_RANKS, as every rank costs as much as every row."""
+    most = MAX_TOKENS * MANY_RANKS // max(num_ranks, MANY_RANKS)
+    if batch.num_tokens <= most:
         return np.arange(batch.num_tokens)
-    return np.sort(np.random.default_rng(seed).choice(batch.num_tokens, MAX_TOKENS, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(batch.num_tokens, most, replace=False))
 
 
 def fit_context(
@@ -57,7 +60,7 @@ def fit_context(
         step: called at every layer that is done
     """
     num_layers, num_experts, num_ranks = hosts_LER.shape
-    rows = training_rows(batch, seed)
+    rows = training_rows(batch, num_ranks, seed)
     seen = Seen.of(batch, num_experts, rows)
     without_own = _LeaveOwnRequestOut.of(batch, table, rows)
     position = _Column("position", seen.position_ids_TC, NUM_POSITION_IDS, POSITION_RIDGE)
@@ -228,10 +231,20 @@ class _OwnCounts:
     def removed_TR(self, shares_TR: np.ndarray, served_TR: np.ndarray) -> np.ndarray:
         """Smoothed shares float64 [T, R] without the own request. `served_TR`: share of each
         row's activations per rank."""
-        own = [np.bincount(self.pair_T, self.weight_T * column)[self.pair_T] for column in served_TR.T]
-        sums_TR = shares_TR * (self.total_T + PRIOR_TOKENS)[:, None] - np.stack(own, 1) * self.scale_T[:, None]
-        left_TR = np.maximum(sums_TR, 0) / (self.left_T + PRIOR_TOKENS)[:, None]
-        return np.where(self.row_T[:, None] < 0, shares_TR, left_TR)
+        # Few rows share their pair with another.
+        own_TR = self.weight_T[:, None] * served_TR
+        several = np.flatnonzero(np.bincount(self.pair_T)[self.pair_T] > 1)
+        _, pair = np.unique(self.pair_T[several], return_inverse=True)
+        for rank in range(own_TR.shape[1]):
+            own_TR[several, rank] = np.bincount(pair, own_TR[several, rank])[pair]
+        own_TR *= self.scale_T[:, None]
+        left_TR = shares_TR * (self.total_T + PRIOR_TOKENS)[:, None]
+        left_TR -= own_TR
+        np.maximum(left_TR, 0, out=left_TR)
+        left_TR /= (self.left_T + PRIOR_TOKENS)[:, None]
+        unknown = np.flatnonzero(self.row_T < 0)
+        left_TR[unknown] = shares_TR[unknown]
+        return left_TR
 
     @property
     def left_T(self) -> np.ndarray:

@@ -26,6 +26,15 @@ from semmoe.solvers.schedule.token_table import TokenTable
 from semmoe.solvers.workers import layer_map, step_file, tell_step
 
 SMALL_TASK = 20_000_000  # expert ids that one more process is worth starting for
+SCORER_LAYERS = 10  # that take as long as the request scorer does
+
+
+class Learned(NamedTuple):
+    """What is fitted of layers beside their token table."""
+
+    seed: int
+    depth: int  # of the context; 0: nothing
+    embedding_VD: np.ndarray | None
 
 
 class LayersTask(NamedTuple):
@@ -35,9 +44,7 @@ class LayersTask(NamedTuple):
     ids_view: MappedView | None  # where the expert ids lie for a worker process
     hosts_LER: np.ndarray
     skip: int
-    depth: int
-    seed: int
-    embedding_VD: np.ndarray | None
+    learned: Learned
     steps_path: str | None = None  # of `step_file`
 
 
@@ -76,28 +83,78 @@ def fit_schedule(
             f"{num_layers} layers and expert id {sample.expert_ids_TLK.max(initial=0)}"
         )
     depth = default_depth(num_layers, placement.num_experts)
-    processes = max(1, min(processes, num_layers, sample.expert_ids_TLK.size // SMALL_TASK))
-    bounds = np.linspace(0, num_layers, processes + 1).astype(int)
+    processes = _processes(sample, processes)
     with step_file(progress, 2 * num_layers) as steps_path:
-        tasks: list[LayersTask | ScorerTask] = []
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-            skip = int(min(depth, first))
-            part, view = _sendable(sample, slice(first - skip, last), processes)
-            tasks.append(LayersTask(part, view, hosts_LER[first:last], skip, depth, seed, embedding_VD, steps_path))
-        tasks.append(ScorerTask(*_sendable(sample, slice(None), processes), hosts_LER, seed))
-        if processes == 1:
-            found = [fit_part(task) for task in tasks]
-        else:
-            with layer_map(processes, placement.num_experts) as run:
-                found = list(run(fit_part, tasks))
-    parts, request = found[:-1], found[-1]
-    rows = training_rows(sample, seed)
+        learned = Learned(seed, depth, embedding_VD)
+        shares = _layer_shares(num_layers, processes)
+        first, *others = [_layers_task(sample, hosts_LER, share, processes, learned, steps_path) for share in shares]
+        # The scorer comes before the share that leaves it room.
+        scorer = ScorerTask(*_sendable(sample, slice(None), processes), hosts_LER, seed)
+        *found, request, first_found = _fitted([*others, scorer, first], processes, placement.num_experts)
+    parts = [first_found, *found]
+    rows = training_rows(sample, placement.num_ranks, seed)
     return Schedule(
         token=_joined([token for token, _ in parts]),
         context=_joined([context for _, context in parts]),
         request=request,
         sequence=build_sequence_table(sample.expert_ids_TLK[rows], hosts_LER),
     )
+
+
+def recount_tokens(
+    schedule: Schedule,
+    sample: TraceBatch,
+    placement: Placement,
+    *,
+    embedding_VD: np.ndarray | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Schedule:
+    """The schedule with its token table counted on another sample, the rest as it is. Arguments as
+    of `fit_schedule`."""
+    num_layers, processes = placement.num_layers, _processes(sample, processes)
+    with step_file(progress, num_layers) as steps_path:
+        bounds = np.linspace(0, num_layers, processes + 1).astype(int)
+        shares = zip(bounds[:-1], bounds[1:], strict=True)
+        counted = Learned(0, 0, embedding_VD)
+        tasks = [_layers_task(sample, placement.hosts_LER, share, processes, counted, steps_path) for share in shares]
+        found = _fitted(tasks, processes, placement.num_experts)
+    return replace(schedule, token=_joined([token for token, _ in found]))
+
+
+def _processes(sample: TraceBatch, processes: int) -> int:
+    """As many as the sample is worth starting."""
+    return max(1, min(processes, sample.expert_ids_TLK.shape[1], sample.expert_ids_TLK.size // SMALL_TASK))
+
+
+def _layer_shares(num_layers: int, processes: int) -> list[tuple[int, int]]:
+    """First layer of each process and the one after its last; the first share is smaller by what
+    the scorer takes."""
+    spared = SCORER_LAYERS if num_layers >= processes * SCORER_LAYERS and processes > 1 else 0
+    bounds = np.linspace(-spared, num_layers, processes + 1).astype(int)
+    bounds[0] = 0
+    return list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+
+
+def _layers_task(
+    sample: TraceBatch,
+    hosts_LER: np.ndarray,
+    share: tuple[int, int],
+    processes: int,
+    learned: Learned,
+    steps_path: str | None,
+) -> LayersTask:
+    first, last = share
+    skip = int(min(learned.depth, first))
+    part, view = _sendable(sample, slice(first - skip, last), processes)
+    return LayersTask(part, view, hosts_LER[first:last], skip, learned, steps_path)
+
+
+def _fitted(tasks: list[LayersTask | ScorerTask], processes: int, num_experts: int) -> list[Any]:
+    if processes == 1:
+        return [fit_part(task) for task in tasks]
+    with layer_map(processes, num_experts) as run:
+        return list(run(fit_part, tasks))
 
 
 def _sendable(sample: TraceBatch, layers: slice, processes: int) -> tuple[TraceBatch, MappedView | None]:
@@ -116,14 +173,15 @@ def fit_part(task: LayersTask | ScorerTask) -> Any:
     return fit_request_scorer(sample, task.hosts_LER, seed=task.seed)
 
 
-def fit_layers(task: LayersTask) -> tuple[TokenTable, ContextPredictor]:
+def fit_layers(task: LayersTask) -> tuple[TokenTable, ContextPredictor | None]:
     """Token table and context predictor of a task's layers."""
     sample = task.sample if task.ids_view is None else replace(task.sample, expert_ids_TLK=open_view(task.ids_view))
     fitted = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, task.skip :])
-    step = partial(tell_step, task.steps_path)
-    token = build_token_table(fitted, task.hosts_LER, embedding_VD=task.embedding_VD, step=step)
-    context = fit_context(sample, token, task.hosts_LER, seed=task.seed, depth=task.depth, skip=task.skip, step=step)
-    return token, context
+    step, (seed, depth, embedding_VD) = partial(tell_step, task.steps_path), task.learned
+    token = build_token_table(fitted, task.hosts_LER, embedding_VD=embedding_VD, step=step)
+    if not depth:
+        return token, None
+    return token, fit_context(sample, token, task.hosts_LER, seed=seed, depth=depth, skip=task.skip, step=step)
 
 
 def _joined(records: list[Any]) -> Any:

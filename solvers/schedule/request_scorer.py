@@ -88,7 +88,7 @@ def request_shares_BR(batch: TraceBatch, hosts_LER: np.ndarray, requests_B: np.n
         for layer in range(num_layers):
             ids_TK = batch.expert_ids_TLK[:, layer][rows_T]
             counts_BE = request_expert_BE(request_T, ids_TK, len(requests_B[block]), num_experts)
-            served_BR[block] += counts_BE @ hosts_LER[layer] / num_layers
+            served_BR[block] += counts_BE.astype(np.float64) @ hosts_LER[layer] / num_layers
     activations_B = np.diff(batch.starts_B1)[requests_B] * batch.expert_ids_TLK.shape[2]
     return served_BR / np.maximum(activations_B, 1)[:, None]
 

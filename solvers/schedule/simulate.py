@@ -29,7 +29,7 @@ from semmoe.solvers.schedule.paper_table import needed_rank_T, paper_scores_TR, 
 from semmoe.solvers.schedule.request_scorer import request_shares_BR
 from semmoe.solvers.schedule.schedule import Schedule
 from semmoe.solvers.schedule.slices import assign_equal_slices
-from semmoe.solvers.schedule.token_table import previous_token_ids_T
+from semmoe.solvers.schedule.token_table import Lookup, previous_token_ids_T
 from semmoe.solvers.schedule.windows import (
     WINDOW,
     assign_masked_round_robin,
@@ -70,6 +70,7 @@ class Simulation(NamedTuple):
     token_imbalance: float  # busiest rank over mean, averaged over batches (TP) or windows (DP)
 
 
+MOST_CELLS = 2**26  # of tokens by layers by ranks that Attention-TP is simulated on: 144,000 tokens of 58 layers at 8
 AS_SERVED = "as-served"  # of a trace that a server wrote: where requests ran
 LayerScores = Callable[[int], np.ndarray]  # layer -> float [T, R]
 
@@ -110,20 +111,53 @@ def simulate(
         return _homes_by_signature(name.removeprefix("dp-"), batch, placement, window, np.random.default_rng(seed))
     if name not in SCHEDULES:
         raise InputError(f"schedule {name!r} is none of {', '.join(SCHEDULES)}")
-    if batch_tokens < 1 or window < 1:
-        raise InputError(f"{batch_tokens} tokens a batch, {window} requests a window: both must be at least 1")
+    _check_sizes(batch_tokens, window)
     rng = np.random.default_rng(seed)
     if name in DP_SCHEDULES:
         return _homes_by_request(DP_SCHEDULES[name], batch, placement, schedule, window, rng)
     scores = TP_SCHEDULES[name](batch, placement, schedule, rng)
-    return _homes_by_token(scores, batch, placement, batch_tokens, rng)
+    return _homes_by_token(scores, batch.num_tokens, placement, batch_tokens, rng)
+
+
+def simulate_rows(
+    name: str, batch: TraceBatch, placement: Placement, schedule: Schedule, setting: Setting, rows: np.ndarray
+) -> Simulation:
+    """Homes of some rows (ascending int64) under an Attention-TP schedule, as if no others ran:
+    int16 [rows, L]. Other arguments as of `simulate`."""
+    _check_sizes(setting.batch_tokens, setting.window)
+    rng = np.random.default_rng(setting.seed)
+    scores = TP_SCHEDULES[name](batch, placement, schedule, rng, rows)
+    return _homes_by_token(scores, len(rows), placement, setting.batch_tokens, rng)
+
+
+def _check_sizes(batch_tokens: int, window: int) -> None:
+    if batch_tokens < 1 or window < 1:
+        raise InputError(f"{batch_tokens} tokens a batch, {window} requests a window: both must be at least 1")
+
+
+def most_that_run(placement: Placement) -> int:
+    """Tokens that Attention-TP is simulated on, at most."""
+    return max(MOST_CELLS // (placement.num_layers * placement.num_ranks), 1)
+
+
+def rows_that_run(name: str, batch: TraceBatch, placement: Placement, seed: int) -> np.ndarray | None:
+    """Rows that a simulation of an Attention-TP schedule looks at, ascending int64: a random choice
+    over all requests where all would be more than MOST_CELLS; None for all.
+
+    What a token pays there depends on its own scores and on a batch of others, mixed over requests,
+    so fewer batches measure the same.
+    """
+    most = most_that_run(placement)
+    if name not in TP_SCHEDULES or batch.num_tokens <= most:
+        return None
+    return np.sort(np.random.default_rng([seed, 19]).choice(batch.num_tokens, most, replace=False))
 
 
 def _homes_by_token(
-    scores: LayerScores, batch: TraceBatch, placement: Placement, batch_tokens: int, rng: np.random.Generator
+    scores: LayerScores, num_tokens: int, placement: Placement, batch_tokens: int, rng: np.random.Generator
 ) -> Simulation:
     """Equal slices of batches mixed over requests, at every layer by the scores of that layer."""
-    num_ranks, num_tokens = placement.num_ranks, batch.num_tokens
+    num_ranks = placement.num_ranks
     homes_TL = np.zeros((num_tokens, placement.num_layers), np.int16)
     order = rng.permutation(num_tokens)
     batches = np.array_split(order, max(1, -(-num_tokens // batch_tokens)))
@@ -197,26 +231,51 @@ def served_homes(batch: TraceBatch, num_ranks: int, *, window: int) -> tuple[Tra
 
 
 def _random_scores(
-    batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
+    batch: TraceBatch,
+    placement: Placement,
+    schedule: Schedule,
+    rng: np.random.Generator,
+    rows: np.ndarray | None = None,
 ) -> LayerScores:
-    return lambda layer: rng.random((batch.num_tokens, placement.num_ranks), np.float32)
+    num_tokens = batch.num_tokens if rows is None else len(rows)
+    return lambda layer: rng.random((num_tokens, placement.num_ranks), np.float32)
 
 
-def _table_scores(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
-    lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
+def _table_scores(
+    batch: TraceBatch,
+    placement: Placement,
+    schedule: Schedule,
+    rng: np.random.Generator,
+    rows: np.ndarray | None = None,
+) -> LayerScores:
+    lookup = _lookup(batch, schedule, rows)
     return lambda layer: schedule.token.scores_TR(layer, lookup)
 
 
-def _paper_scores(batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator) -> LayerScores:
+def _lookup(batch: TraceBatch, schedule: Schedule, rows: np.ndarray | None) -> Lookup:
+    chosen = slice(None) if rows is None else rows
+    return schedule.token.lookup(batch.token_ids_T[chosen], previous_token_ids_T(batch)[chosen])
+
+
+def _paper_scores(
+    batch: TraceBatch,
+    placement: Placement,
+    schedule: Schedule,
+    rng: np.random.Generator,
+    rows: np.ndarray | None = None,
+) -> LayerScores:
     # The paper's table knows ids only, not what they follow.
-    row_T = schedule.token.own.index(batch.token_ids_T)
+    chosen = slice(None) if rows is None else rows
+    row_T = schedule.token.own.index(batch.token_ids_T[chosen])
     sequence, hosts_LER = schedule.sequence, placement.hosts_LER
 
     def scores(layer: int) -> np.ndarray:
         shares_TR = schedule.token.own.shares_TR(layer, row_T, schedule.token.rare_LR[layer])
         rank_T, confidence_T = np.zeros(len(row_T), np.int64), np.full(len(row_T), -1.0)
         if layer >= 2:
-            last_T, before_T = (needed_rank_T(batch.expert_ids_TLK[:, i], hosts_LER[i]) for i in (layer - 1, layer - 2))
+            last_T, before_T = (
+                needed_rank_T(batch.expert_ids_TLK[:, i][chosen], hosts_LER[i]) for i in (layer - 1, layer - 2)
+            )
             rank_T = sequence.rank_LRR[layer, last_T, before_T].astype(np.int64)
             confidence_T = sequence.confidence_LRR[layer, last_T, before_T].astype(np.float64)
         return paper_scores_TR(shares_TR, row_T >= 0, rank_T, confidence_T)
@@ -225,35 +284,49 @@ def _paper_scores(batch: TraceBatch, placement: Placement, schedule: Schedule, r
 
 
 def _context_scores(
-    batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
+    batch: TraceBatch,
+    placement: Placement,
+    schedule: Schedule,
+    rng: np.random.Generator,
+    rows: np.ndarray | None = None,
 ) -> LayerScores:
-    return _predicted_scores(batch, schedule, Seen.of(batch, placement.num_experts))
+    return _predicted_scores(_lookup(batch, schedule, rows), schedule, Seen.of(batch, placement.num_experts, rows))
 
 
-def _predicted_scores(batch: TraceBatch, schedule: Schedule, seen: Seen) -> LayerScores:
-    lookup = schedule.token.lookup(batch.token_ids_T, previous_token_ids_T(batch))
+def _predicted_scores(lookup: Lookup, schedule: Schedule, seen: Seen) -> LayerScores:
     return lambda layer: context_scores_TR(schedule.context, layer, schedule.token.shares_TR(layer, lookup), seen)
 
 
 def _learning_scores(
-    batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
+    batch: TraceBatch,
+    placement: Placement,
+    schedule: Schedule,
+    rng: np.random.Generator,
+    rows: np.ndarray | None = None,
 ) -> LayerScores:
-    seen, groups, num_experts = Seen.of(batch, placement.num_experts), request_groups(batch, rng), placement.num_experts
-    plan_scores = _predicted_scores(batch, schedule, seen)
+    seen, num_experts = Seen.of(batch, placement.num_experts, rows), placement.num_experts
+    running = batch if rows is None else rows_of(batch, np.isin(np.arange(batch.num_tokens), rows))
+    groups = request_groups(running, rng)
+    plan_scores = _predicted_scores(_lookup(batch, schedule, rows), schedule, seen)
     learned = Places(learned_depth(schedule.context.depth, num_experts), num_experts)
     return lambda layer: learned_scores_TR(
         plan_scores(layer),
         learned.ids_TX(layer, seen),
-        served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer]),
+        served_TR(running.expert_ids_TLK[:, layer], placement.hosts_LER[layer]),
         learned.num_features,
         groups,
     )
 
 
 def _oracle_scores(
-    batch: TraceBatch, placement: Placement, schedule: Schedule, rng: np.random.Generator
+    batch: TraceBatch,
+    placement: Placement,
+    schedule: Schedule,
+    rng: np.random.Generator,
+    rows: np.ndarray | None = None,
 ) -> LayerScores:
-    return lambda layer: served_TR(batch.expert_ids_TLK[:, layer], placement.hosts_LER[layer])
+    chosen = slice(None) if rows is None else rows
+    return lambda layer: served_TR(batch.expert_ids_TLK[:, layer][chosen], placement.hosts_LER[layer])
 
 
 def _round_robin_ranks(arrivals: Arrivals, placement: Placement, schedule: Schedule) -> np.ndarray:
@@ -334,7 +407,7 @@ DP_SCHEDULES: dict[str, RequestRanks] = {
     "dp-scorer": _scorer_ranks,
     "dp-oracle": _oracle_ranks,
 }
-TP_SCHEDULES: dict[str, Callable[[TraceBatch, Placement, Schedule, np.random.Generator], LayerScores]] = {
+TP_SCHEDULES: dict[str, Callable[..., LayerScores]] = {  # (batch, placement, schedule, rng, rows or all)
     "random": _random_scores,
     "tp-table": _table_scores,
     "tp-paper": _paper_scores,

@@ -23,7 +23,7 @@ import numpy as np
 
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.schedule.token_table import PRIOR_TOKENS, ShareRows, TokenTable, previous_token_ids_T
-from semmoe.solvers.schedule.transport import capped_prices
+from semmoe.solvers.schedule.transport import MANY_RANKS, capped_prices
 
 MAX_CANDIDATES = 8
 TRAFFIC_CAP = 1.05
@@ -32,6 +32,7 @@ PRICE_COOLING = 0.1  # last temperature over the spread of the shares
 RARE_TOKENS = 64  # successor rows are counted from ids with at most this many occurrences: others need no prior
 PRICED_IDS = 4_096  # ids that prices are computed from, and as many for all others
 BLOCK_IDS = 16_384  # ids counted at a time: bounds the memory of [ids, E] counts
+STORED_IDS = 4_096  # ids whose shares are made at a time
 BLOCK_ROWS = 32_768  # rows whose keys stay in the cache of one core
 
 
@@ -73,20 +74,23 @@ def build_token_table(
     rare_LR = np.full((num_layers, num_ranks), 1 / num_ranks, np.float32)
     prices_LR = np.zeros((num_layers, num_ranks), np.float32)
     temperature_L = np.ones(num_layers, np.float32)
+    priced_U, traffic_U = _priced_ids(weight_U)
+    sums_UR, after_UR = (np.empty((len(groups.ids_U), num_ranks)) for groups in (counted, after))
     for layer in range(num_layers):
         ids_TK, hosts_ER = batch.expert_ids_TLK[:, layer], hosts_LER[layer]
-        sums_UR = counted.share_sums_UR(ids_TK, hosts_ER)
+        counted.share_sums_UR(ids_TK, hosts_ER, out=sums_UR)
         if len(tokens_U):
             rare_LR[layer] = tokens_U**-0.5 @ sums_UR / (tokens_U**0.5).sum()
         rare_R = rare_LR[layer]
-        prior_UR = rare_R if ridge is None else ridge.prior_UR(sums_UR / tokens_U[:, None], rare_R, ids_U)
-        all_sums_UR = np.zeros((len(ids_U), num_ranks))
-        all_sums_UR[place_U] = sums_UR
-        shares_UR = smoothed(all_sums_UR, weight_U, prior_UR)
-        _store(own, layer, shares_UR)
-        _store(successors, layer, smoothed(after.share_sums_UR(ids_TK, hosts_ER), after.weight_U, rare_R))
+        prior = rare_R if ridge is None else ridge.prior_UR(sums_UR / tokens_U[:, None], rare_R, ids_U)
+        rows = _Smoothed(sums_UR, place_U, weight_U, prior)
+        _store(own, layer, rows)
+        after.share_sums_UR(ids_TK, hosts_ER, out=after_UR)
+        _store(successors, layer, _Smoothed(after_UR, np.arange(len(after_UR)), after.weight_U, rare_R))
         if len(tokens_U):
-            prices_LR[layer], temperature_L[layer] = _traffic_prices(shares_UR, weight_U)
+            prices_LR[layer], temperature_L[layer] = capped_prices(
+                rows.of(priced_U), traffic_U, cap=TRAFFIC_CAP, sweeps=PRICE_SWEEPS, cooling=PRICE_COOLING
+            )
         step()
     return TokenTable(own, successors, rare_LR, prices_LR, temperature_L)
 
@@ -95,6 +99,27 @@ def smoothed(sums_UR: np.ndarray, weight_U: np.ndarray, prior_UR: np.ndarray) ->
     """Averages with the weight of PRIOR_TOKENS tokens on the prior ([R] or [U, R]), float64 [U,
     R]."""
     return (sums_UR + PRIOR_TOKENS * prior_UR) / (weight_U + PRIOR_TOKENS)[:, None]
+
+
+class _Smoothed(NamedTuple):
+    """Rows of a table, made block by block: a table of all ids by all ranks is large."""
+
+    sums_VR: np.ndarray  # of ids that were counted
+    place_V: np.ndarray  # of each of them among the ids of the table, ascending
+    weight_U: np.ndarray
+    prior: np.ndarray  # [R] or [U, R]
+
+    def of(self, chosen_U: np.ndarray) -> np.ndarray:
+        """Shares of some ids (int, any order), float64."""
+        at_U = np.searchsorted(self.place_V, chosen_U)
+        counted_U = at_U < len(self.place_V)
+        counted_U[counted_U] = self.place_V[at_U[counted_U]] == chosen_U[counted_U]
+        if counted_U.all():
+            sums_UR = self.sums_VR[at_U]
+        else:
+            sums_UR = np.zeros((len(chosen_U), self.sums_VR.shape[1]))
+            sums_UR[counted_U] = self.sums_VR[at_U[counted_U]]
+        return smoothed(sums_UR, self.weight_U[chosen_U], self.prior if self.prior.ndim == 1 else self.prior[chosen_U])
 
 
 class _Groups(NamedTuple):
@@ -114,19 +139,19 @@ class _Groups(NamedTuple):
         weight_T = None if weight_T is None else weight_T[order_T]
         return cls(ids_U.astype(np.int64), sums_U, rows_T[order_T], group_T[order_T], weight_T)
 
-    def share_sums_UR(self, ids_TK: np.ndarray, hosts_ER: np.ndarray) -> np.ndarray:
-        """Weighted sum over each group's rows of the share of their activations on each rank,
-        float64 [U, R]."""
+    def share_sums_UR(self, ids_TK: np.ndarray, hosts_ER: np.ndarray, out: np.ndarray) -> None:
+        """Weighted sum over each group's rows of the share of their activations on each rank, into
+        `out`, float64 [U, R]."""
         (num_experts, num_ranks), top_k = hosts_ER.shape, ids_TK.shape[1]
-        sums_UR = np.empty((len(self.ids_U), num_ranks))
         ids_TK = np.ascontiguousarray(ids_TK)
-        if (hosts_ER.sum(axis=1) == 1).all():
-            # Every expert on one rank: ranks are counted at once, a column more for empty slots.
+        copies_E = np.append(hosts_ER.sum(axis=1), 0)
+        by_rank = (copies_E[:-1] == 1).all() or num_ranks > MANY_RANKS
+        if by_rank:
+            # Ranks are counted at once, a column more for empty slots; copies one after the other.
             column_of_E, width = np.append(hosts_ER.argmax(axis=1), num_ranks).astype(np.int16), num_ranks + 1
-            hosts = np.eye(num_ranks) / top_k
+            copy_EC = np.argsort(~hosts_ER, axis=1, kind="stable")[:, 1 : copies_E.max()].astype(np.int16)
         else:
             column_of_E, width = np.arange(num_experts + 1, dtype=np.int32), num_experts + 1
-            hosts = hosts_ER.astype(np.float64) / top_k
         for first in range(0, len(self.ids_U), BLOCK_IDS):
             last = min(first + BLOCK_IDS, len(self.ids_U))
             begin, end = np.searchsorted(self.group_T, [first, last]).tolist()
@@ -136,15 +161,27 @@ class _Groups(NamedTuple):
                 # groups.
                 rows = slice(start, min(start + BLOCK_ROWS, end))
                 group_T = self.group_T[rows]
-                keys_TK = (
-                    column_of_E.take(ids_TK.take(self.rows_T[rows], axis=0)) + ((group_T - group_T[0]) * width)[:, None]
-                )
-                weights = None if self.weight_T is None else np.repeat(self.weight_T[rows], top_k)
-                found = np.bincount(keys_TK.reshape(-1), weights)
+                chosen_TK, place_T = ids_TK.take(self.rows_T[rows], axis=0), (group_T - group_T[0]) * width
+                weight_T = None if self.weight_T is None else self.weight_T[rows]
                 at = int(group_T[0] - first) * width
+                found = np.bincount(
+                    (column_of_E.take(chosen_TK) + place_T[:, None]).reshape(-1),
+                    None if weight_T is None else np.repeat(weight_T, top_k),
+                )
                 counts[at : at + len(found)] += found
-            sums_UR[first:last] = counts.reshape(last - first, width)[:, : len(hosts)] @ hosts
-        return sums_UR
+                if by_rank and copy_EC.shape[1]:
+                    token, choice = np.nonzero(copies_E.take(chosen_TK) > 1)
+                    for copy in range(copy_EC.shape[1]):
+                        kept = copies_E[chosen_TK[token, choice]] > copy + 1
+                        token, choice = token[kept], choice[kept]
+                        column = copy_EC[chosen_TK[token, choice], copy]
+                        found = np.bincount(column + place_T[token], None if weight_T is None else weight_T[token])
+                        counts[at : at + len(found)] += found
+            counts_UX = counts.reshape(last - first, width)[:, : width - 1]
+            if by_rank:
+                np.multiply(counts_UX, 1 / top_k, out=out[first:last])
+            else:
+                np.matmul(counts_UX, hosts_ER.astype(np.float64) / top_k, out=out[first:last])
 
 
 def _empty_rows(ids_U: np.ndarray, weight_U: np.ndarray, num_layers: int, candidates: int, num_ranks: int) -> ShareRows:
@@ -153,22 +190,23 @@ def _empty_rows(ids_U: np.ndarray, weight_U: np.ndarray, num_layers: int, candid
     return ShareRows(ids_U.astype(np.int32), weight_U.astype(np.float32), np.zeros(shape, np.float16), ranks_LUC)
 
 
-def _store(rows: ShareRows, layer: int, shares_UR: np.ndarray) -> None:
+def _store(rows: ShareRows, layer: int, made: _Smoothed) -> None:
     """Put one layer's shares into the rows, the best candidates where not all ranks are stored."""
-    if len(rows.ids_U) == 0:
-        return
-    if rows.ranks_LUC.size == 0:
-        rows.shares_LUC[layer] = shares_UR
-        return
     count = rows.shares_LUC.shape[2]
-    best_UC = np.sort(np.argpartition(-shares_UR, count - 1, axis=1)[:, :count], axis=1)
-    rows.ranks_LUC[layer] = best_UC
-    rows.shares_LUC[layer] = np.take_along_axis(shares_UR, best_UC, axis=1)
+    for first in range(0, len(rows.ids_U), STORED_IDS):
+        block = slice(first, first + STORED_IDS)
+        shares_UR = made.of(np.arange(len(rows.ids_U))[block])
+        if rows.ranks_LUC.size == 0:
+            rows.shares_LUC[layer, block] = shares_UR
+            continue
+        best_UC = np.sort(np.argpartition(-shares_UR, count - 1, axis=1)[:, :count], axis=1)
+        rows.ranks_LUC[layer, block] = best_UC
+        rows.shares_LUC[layer, block] = np.take_along_axis(shares_UR, best_UC, axis=1)
 
 
-def _traffic_prices(shares_UR: np.ndarray, weight_U: np.ndarray) -> tuple[np.ndarray, float]:
-    """Prices and temperature at which no rank gets more than TRAFFIC_CAP x the mean traffic of the
-    counted tokens.
+def _priced_ids(weight_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that prices and temperature are computed from, at which no rank gets more than
+    TRAFFIC_CAP x the mean traffic of the counted tokens, and the traffic of each.
 
     Of very many ids the heaviest and a regular sample of the others stand for all.
     """
@@ -176,9 +214,9 @@ def _traffic_prices(shares_UR: np.ndarray, weight_U: np.ndarray) -> tuple[np.nda
     head_U, tail_U = order_U[:PRICED_IDS], order_U[PRICED_IDS:]
     step = -(-len(tail_U) // PRICED_IDS) if len(tail_U) else 1
     chosen_U = np.concatenate([head_U, tail_U[::step]])
-    sample_UR, traffic_U = shares_UR[chosen_U], weight_U[chosen_U].copy()
+    traffic_U = weight_U[chosen_U].copy()
     traffic_U[len(head_U) :] *= step
-    return capped_prices(sample_UR, traffic_U, cap=TRAFFIC_CAP, sweeps=PRICE_SWEEPS, cooling=PRICE_COOLING)
+    return chosen_U, traffic_U
 
 
 @dataclass(frozen=True, eq=False)

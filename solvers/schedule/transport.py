@@ -20,6 +20,9 @@ import numpy as np
 TEMPERATURES = (1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
 ROUNDS = 8
 
+MANY_RANKS = 32  # above it rows are scaled by a kernel that is kept from step to step
+MOST_MOVED = 20.0  # temperatures that prices may be away from those of the kernel
+
 
 def softmax(scores_VR: np.ndarray, temperature: float) -> np.ndarray:
     """Rows (along the last axis) of non-negative shares that sum to 1, float [..., V, R]."""
@@ -49,10 +52,16 @@ def scaled(
         shares_RV: [R, V], of the dtype that was worked in
         prices_R: float64 [R]
     """
+    target = weight_V.sum() / scores_VR.shape[1]
+    if scores_VR.shape[1] > MANY_RANKS:
+        kernel, prices_R = _Kernel(scores_VR), np.zeros(scores_VR.shape[1])
+        for temperature in temperatures:
+            mass_R = kernel.masses_R(prices_R, weight_V, temperature)
+            prices_R += temperature * np.log(np.maximum(mass_R / target, least))
+        return kernel.shares_RV(), prices_R
     # Ranks first: sums and maxima over the few ranks then run along the rows, several times faster
     # in numpy.
     scores_RV = np.ascontiguousarray(scores_VR.T, np.float32 if single else None)
-    target = weight_V.sum() / len(scores_RV)
     weight_V = weight_V.astype(np.float32) if single else weight_V
     shares_RV, prices_R = np.empty_like(scores_RV), np.zeros(len(scores_RV))
     for temperature in temperatures:
@@ -67,6 +76,46 @@ def scaled(
         mass_R = (shares_RV @ weight_V).astype(np.float64)
         prices_R += temperature * np.log(np.maximum(mass_R / target, least))
     return shares_RV, prices_R
+
+
+class _Kernel:
+    """Scaling over many ranks, in float32: softmax((scores - prices) / temperature) as a kernel of
+    an earlier step's prices and factors that bring it to these.
+
+    A step at the same temperature is two products of the kernel with a vector, and one at another
+    temperature an exponential more. Prices that moved far are worked into the kernel, so that no
+    factor leaves the range of the numbers.
+    """
+
+    def __init__(self, scores_VR: np.ndarray) -> None:
+        self._scores_RV = np.ascontiguousarray(scores_VR.T, np.float32)
+        self._net_RV, self._kernel_RV = np.empty_like(self._scores_RV), np.empty_like(self._scores_RV)
+        self._prices_R, self._temperature = np.full(len(self._scores_RV), np.inf), 0.0
+        self._factor_R, self._sum_V = np.ones(len(self._scores_RV), np.float32), np.ones(len(scores_VR), np.float32)
+
+    def masses_R(self, prices_R: np.ndarray, weight_V: np.ndarray, temperature: float) -> np.ndarray:
+        """What each rank gets of the rows' weights, float64 [R]."""
+        moved_R = (prices_R - self._prices_R) / temperature
+        is_far = not np.abs(moved_R).max() <= MOST_MOVED
+        if is_far:
+            np.subtract(self._scores_RV, prices_R[:, None].astype(np.float32), out=self._net_RV)
+            self._net_RV -= self._net_RV.max(axis=0)
+            self._prices_R, moved_R = prices_R.copy(), np.zeros(len(prices_R))
+        if is_far or temperature != self._temperature:
+            np.multiply(self._net_RV, np.float32(1 / temperature), out=self._kernel_RV)
+            np.exp(self._kernel_RV, out=self._kernel_RV)
+            self._temperature = temperature
+        self._factor_R = np.exp(-moved_R).astype(np.float32)
+        self._sum_V = self._factor_R @ self._kernel_RV
+        weight_V = weight_V.astype(np.float32) / self._sum_V
+        return (self._kernel_RV @ weight_V).astype(np.float64) * self._factor_R
+
+    def shares_RV(self) -> np.ndarray:
+        """The shares that the last masses are made of, float32 [R, V]; the kernel is used up."""
+        shares_RV = self._kernel_RV
+        shares_RV *= self._factor_R[:, None]
+        shares_RV /= self._sum_V
+        return shares_RV
 
 
 def balanced_prices(
@@ -117,8 +166,12 @@ def capped_prices(
         Prices, float64 [R], and the temperature, in units of the scores.
     """
     prices_R, temperature = balanced_prices(scores_VR, weight_V, sweeps=sweeps, cooling=cooling)
+    kernel = _Kernel(scores_VR) if scores_VR.shape[1] > MANY_RANKS else None
     for _ in range(1000):
-        mass_R = weight_V @ softmax(scores_VR - prices_R, temperature)
+        if kernel is None:
+            mass_R = weight_V @ softmax(scores_VR - prices_R, temperature)
+        else:
+            mass_R = kernel.masses_R(prices_R, weight_V, temperature)
         if mass_R.max() <= cap * mass_R.mean():
             break
         prices_R = prices_R + temperature * np.log(np.maximum(mass_R / mass_R.mean(), 1e-6))

@@ -13,6 +13,7 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.split import split_requests
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace
+from semmoe.solvers import make_plan as make_plan_module
 from semmoe.solvers.demands import Demands
 from semmoe.solvers.evaluate.sums import MAX_GROUPS, resampling_groups
 from semmoe.solvers.make_plan import PlanOptions, make_plan, score_plan
@@ -65,6 +66,26 @@ def test_scores_are_held_out_and_refitting_changes_only_the_placement(trace, tmp
     assert again.rows == scored.scores.rows and "45 requests" in notes[0]
     again, notes = score_plan(refitted, trace, setting=SETTING)
     assert again == refitted.scores and "15 held-out requests" in notes[0]
+
+
+def test_a_refit_of_very_many_requests_counts_token_tables_alone(trace, monkeypatch):
+    scored = plan_of(trace, refit=False)
+    monkeypatch.setattr(make_plan_module, "AMPLE_IDS", 1)
+    plan = plan_of(trace)
+    np.testing.assert_array_equal(plan.placement.experts_LRS, scored.placement.experts_LRS)
+    assert plan.scores == scored.scores and make_plan_module.AMPLE in plan.notes
+    assert plan.load_LE.sum() == 60 * 64 * 4 * 4 and plan.split["refit"]
+    counted, before = (
+        plan.deployment.schedule.token.own.weight_U.sum(),
+        scored.deployment.schedule.token.own.weight_U.sum(),
+    )
+    assert counted == 60 * 64 and before == 45 * 64
+    np.testing.assert_array_equal(
+        plan.deployment.schedule.context.own_LDER, scored.deployment.schedule.context.own_LDER
+    )
+    # Requests of a domain that nothing was learned from are another matter.
+    plan = plan_of(trace, holdout_domains=[trace.requests().column("domain")[0].as_py()])
+    assert make_plan_module.AMPLE not in plan.notes
 
 
 def test_a_trace_that_was_learned_from_is_never_scored(trace, tmp_path):

@@ -125,16 +125,18 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, everything_ma
     assert replace(whole, phase_shares=one.phase_shares) == one
 
 
-def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, everything_mapped):
+@pytest.mark.parametrize("run", [None, map])
+def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, everything_mapped, run):
     write_synthetic(tmp_path / "t", SyntheticWorld(num_requests=40))
     trace = RoutingTrace.open(tmp_path / "t")
     held_out_B = np.arange(40) % 3 == 0
     seen: list[tuple[int, int]] = []
-    *parts, whole = profile_split([trace], [held_out_B], progress=lambda *step: seen.append(step))
+    *parts, whole = profile_split([trace], [held_out_B], progress=lambda *step: seen.append(step), run=run)
     for profile, keep_B in zip(parts, (~held_out_B, held_out_B), strict=True):
         alone = profile_traces([trace], [keep_B])
         assert profile.num_tokens == alone.num_tokens
         np.testing.assert_array_equal(profile.co_activation_LEE, alone.co_activation_LEE)
+        np.testing.assert_array_equal(profile.load_LE, alone.load_LE)
         np.testing.assert_array_equal(profile.sample.expert_ids_TLK, alone.sample.expert_ids_TLK)
         np.testing.assert_array_equal(profile.sample.token_ids_T, alone.sample.token_ids_T)
         assert profile.sample.request_ids == alone.sample.request_ids
@@ -145,7 +147,7 @@ def test_fitted_and_held_out_requests_are_profiled_in_one_reading(tmp_path, ever
     assert whole.sample.request_ids == parts[0].sample.request_ids + parts[1].sample.request_ids
     assert seen[-1] == (trace.num_tokens, trace.num_tokens)
     # Of a trace beyond the budget both parts are sampled, in proportion.
-    fitted, rest, whole = profile_split([trace], [held_out_B], sample_ids=20 * 64 * 16)
+    fitted, rest, whole = profile_split([trace], [held_out_B], sample_ids=20 * 64 * 16, run=run)
     assert whole.num_tokens == trace.num_tokens
     assert [p.sample.num_requests for p in (fitted, rest, whole)] == [13, 7, 20]
 

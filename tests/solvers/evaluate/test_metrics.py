@@ -1,11 +1,14 @@
 """Metrics equal a token-by-token loop, expectations equal the mean over all homes, intervals
 cover."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
 from semmoe.profiles.trace import RoutingTrace, TraceInfo
 from semmoe.profiles.trace_writer import TraceWriter
+from semmoe.solvers.evaluate import every_home
 from semmoe.solvers.evaluate.metrics import metrics_XL, resamples_XG, score, uniform_scores
 from semmoe.solvers.evaluate.sums import TrafficSums, traffic_sums
 from semmoe.solvers.placement import Topology
@@ -75,12 +78,20 @@ def test_metrics_of_given_homes_equal_the_loop(batch, dispatch, replicated):
         np.testing.assert_allclose(found[name][0], expected_L, err_msg=name)
 
 
+@pytest.mark.parametrize("dispatch", ["per-rank", "per-expert", "per-node"])
 @pytest.mark.parametrize("replicated", [False, True])
-def test_random_homes_are_the_mean_over_all_homes(batch, replicated):
+def test_random_homes_are_the_mean_over_all_homes(batch, dispatch, replicated, monkeypatch):
+    monkeypatch.setattr(every_home, "MAX_CELLS", 12)  # a few tokens at a time
     serving_LRE = serving_of(np.random.default_rng(2), replicated)
-    sums = traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch="per-rank")
-    found = metrics_XL(sums.resampled(np.ones((1, 4))), TOPOLOGY, "per-rank")
-    fixed = [loop_metrics(batch, serving_LRE, np.full((batch.num_tokens, 2), r), "per-rank") for r in range(4)]
+    sums = traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch=dispatch)
+    found = metrics_XL(sums.resampled(np.ones((1, 4))), TOPOLOGY, dispatch)
+    every = [np.full((batch.num_tokens, 2), rank) for rank in range(4)]
+    fixed = [loop_metrics(batch, serving_LRE, homes_TL, dispatch) for homes_TL in every]
+    # Sums of each rank and group, as if every fourth token lived on each rank.
+    homed = [traffic_sums(batch, serving_LRE, TOPOLOGY, dispatch=dispatch, homes_TL=homes_TL) for homes_TL in every]
+    for field in fields(TrafficSums):
+        expected = np.mean([getattr(sums_of_home, field.name) for sums_of_home in homed], axis=0)
+        np.testing.assert_allclose(getattr(sums, field.name), expected, atol=1e-12, err_msg=field.name)
     for name in ("lar", "rem", "node"):
         np.testing.assert_allclose(found[name][0], np.mean([f[name] for f in fixed], axis=0), err_msg=name)
     if not replicated:

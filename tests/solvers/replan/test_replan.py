@@ -16,6 +16,7 @@ from semmoe.solvers.demands import Demands
 from semmoe.solvers.make_plan import PlanOptions, make_plan
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.plan import Plan
+from semmoe.solvers.replan import decision
 from semmoe.solvers.replan.delta import read_delta
 from semmoe.solvers.replan.frontiers import Budget
 from semmoe.solvers.replan.replan import Replan, ReplanOptions, make_replan, price_of
@@ -59,6 +60,17 @@ def old_plan(trace: RoutingTrace, case: str) -> Plan:
 def replanned(traces, case: str, share: float = 0.25, **asked) -> tuple[Plan, Replan]:
     old = old_plan(traces(0), case)
     return old, make_replan([traces(1)], old, ReplanOptions(Budget(share), **asked), PlanOptions(refit=False))
+
+
+@pytest.mark.parametrize("budget", [Budget(0.25), Budget(moves=5)])
+def test_some_layers_of_a_large_model_decide_for_all(traces, budget, monkeypatch):
+    old = old_plan(traces(0), "flat")
+    monkeypatch.setattr(decision, "DECIDING_CELLS", 1)
+    monkeypatch.setattr(decision, "LEAST_LAYERS", 1)
+    found = make_replan([traces(1)], old, ReplanOptions(budget), PlanOptions(refit=False)).delta
+    assert found.decision.layers == 1 and found.decision.move
+    assert 0 < found.decision.moves / 2 <= max(round(5 / 2), 4)  # of its one layer; the delta's are of both
+    assert found.budget.used <= (budget.moves or 8) and found.to_json()["decision"]["layers"] == 1
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.sample import select_requests
+from semmoe.profiles.sample import rows_of, select_requests
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule import fit
+from semmoe.solvers.schedule import fit, token_fit
+from semmoe.solvers.schedule import simulate as simulate_module
 from semmoe.solvers.schedule.context import context_scores_TR, default_depth
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS, Seen, position_ids_TC, previous_experts_TLK
 from semmoe.solvers.schedule.fit import fit_schedule
@@ -19,7 +20,14 @@ from semmoe.solvers.schedule.learning import LEARN_EVERY, RIDGE, learned_scores_
 from semmoe.solvers.schedule.paper_table import build_sequence_table, needed_rank_T, paper_scores_TR
 from semmoe.solvers.schedule.request_scorer import fit_request_scorer, request_shares_BR
 from semmoe.solvers.schedule.schedule import PREFIX, Schedule
-from semmoe.solvers.schedule.simulate import SCHEDULES, available_schedules, simulate
+from semmoe.solvers.schedule.simulate import (
+    SCHEDULES,
+    Setting,
+    available_schedules,
+    rows_that_run,
+    simulate,
+    simulate_rows,
+)
 from semmoe.solvers.schedule.token_fit import build_token_table
 from semmoe.solvers.schedule.token_table import previous_token_ids_T
 
@@ -80,6 +88,37 @@ def test_capacities_hold_in_every_batch_and_window(planted, schedule, name):
         assert imbalance <= RANKS * np.ceil(120 / RANKS) / 120  # slices of the smallest batch, rounded up
     again = simulate(name, held_out, placement, schedule, **SIZES)
     np.testing.assert_array_equal(homes_TL, again.homes_TL)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name.startswith("tp-")])
+def test_some_rows_run_as_a_batch_of_fewer_tokens_does(planted, schedule, name, monkeypatch):
+    _, held_out, placement = planted
+    assert rows_that_run(name, held_out, placement, 0) is None  # small traces are looked at whole
+    monkeypatch.setattr(simulate_module, "MOST_CELLS", held_out.num_tokens // 2 * placement.num_layers * RANKS)
+    assert rows_that_run("dp-scorer", held_out, placement, 0) is None
+    rows = rows_that_run(name, held_out, placement, 0)
+    assert rows is not None and len(rows) == held_out.num_tokens // 2 and (np.diff(rows) > 0).all()
+    homes_TL, imbalance = simulate_rows(name, held_out, placement, schedule, Setting(128, 40), rows)
+    assert homes_TL.shape == (len(rows), placement.num_layers) and imbalance < 1.1
+    some = rows_of(held_out, np.isin(np.arange(held_out.num_tokens), rows))
+    np.testing.assert_array_equal(some.request_of_T, held_out.request_of_T[rows])
+    whole_TL = simulate(name, held_out, placement, schedule, **SIZES).homes_TL
+    shares = local_share(some, placement, homes_TL), local_share(held_out, placement, whole_TL)
+    assert shares[0] == pytest.approx(shares[1], abs=0.03)
+
+
+def test_copies_are_counted_by_rank_over_many_ranks_as_by_expert(planted, monkeypatch):
+    train, _, _ = planted
+    rng = np.random.default_rng(0)
+    hosts_LER = np.zeros((4, 32, 40), bool)
+    hosts_LER[:, np.arange(32), np.arange(32)] = True
+    hosts_LER[:, rng.integers(0, 32, 30), rng.integers(0, 40, 30)] = True
+    by_rank = build_token_table(train, hosts_LER)
+    monkeypatch.setattr(token_fit, "MANY_RANKS", 40)
+    by_expert = build_token_table(train, hosts_LER)
+    np.testing.assert_allclose(by_rank.own.shares_LUC, by_expert.own.shares_LUC, atol=1e-3)
+    np.testing.assert_allclose(by_rank.after.shares_LUC, by_expert.after.shares_LUC, atol=1e-3)
+    np.testing.assert_allclose(by_rank.rare_LR, by_expert.rare_LR, atol=1e-6)
 
 
 def test_context_reads_only_what_is_known_before_the_layer(planted, schedule):
@@ -256,6 +295,7 @@ def test_a_schedule_survives_the_plan_file(planted, schedule):
 def test_layers_fitted_apart_give_the_same_schedule(planted, schedule, monkeypatch):
     train, _, placement = planted
     whole = schedule.to_tables()
+    monkeypatch.setattr(fit, "SCORER_LAYERS", 2)  # the first process gets one layer of four
     monkeypatch.setattr(fit, "SMALL_TASK", 1)
     for name, array in fit_schedule(train, placement, seed=0, processes=2).to_tables().items():
         np.testing.assert_array_equal(array, whole[name], err_msg=name)

@@ -2,7 +2,9 @@
 one rank."""
 
 import numpy as np
+import pytest
 
+from semmoe.solvers.schedule import transport
 from semmoe.solvers.schedule.transport import (
     SlotPrices,
     balanced_homes,
@@ -41,6 +43,21 @@ def test_single_precision_gives_nearly_the_same_shares():
     np.testing.assert_allclose(once_RV, twice_RV, atol=1e-4)
     np.testing.assert_allclose(once_R, twice_R, atol=1e-4)
     np.testing.assert_allclose(twice_RV @ weight_V, weight_V.sum() / 4, rtol=0.02)
+
+
+@pytest.mark.parametrize("steps", [np.repeat([1.0, 0.3, 0.1], 8), np.geomspace(1.0, 0.02, 24)])
+def test_over_many_ranks_a_kept_kernel_gives_nearly_the_same(steps, monkeypatch):
+    rng = np.random.default_rng(3)
+    scores_VR = rng.normal(size=(400, 40)) + np.linspace(0, 6, 40)  # prices have a long way to go
+    weight_V = rng.pareto(1.5, 400) + 0.1
+    found_RV, found_R = scaled(scores_VR, weight_V, steps, least=1e-9)
+    capped_R, temperature = capped_prices(scores_VR, weight_V, cap=1.05, sweeps=6, cooling=0.2)
+    mass_R = weight_V @ softmax(scores_VR - capped_R, temperature)
+    assert mass_R.max() <= 1.0501 * mass_R.mean()
+    monkeypatch.setattr(transport, "MANY_RANKS", 40)
+    plain_RV, plain_R = scaled(scores_VR, weight_V, steps, least=1e-9)
+    np.testing.assert_allclose(found_R - found_R.mean(), plain_R - plain_R.mean(), atol=1e-4)
+    np.testing.assert_allclose(found_RV, plain_RV, atol=2e-3)
 
 
 def test_experts_fill_their_slots_and_keep_the_limits_of_load():
