@@ -16,7 +16,7 @@ from semmoe.solvers.placement import Topology
 from semmoe.solvers.time.batches import pool_of
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
 from semmoe.solvers.time.minimize import fit_of, links_of, prices_of
-from semmoe.solvers.time.swaps import mean_time
+from semmoe.solvers.time.swaps import LayerBatches, mean_time
 
 CHOICES = {"load_cap": (1.02, 1.05, 1.1, 1.2), "lar_weight": (0.0, 0.25, 0.5, 1.0)}  # by demand
 LEARNED_SHARE = 0.7  # of the requests that are placed by; the others are timed
@@ -44,7 +44,9 @@ def chosen_by_time(
         placed = solve_placement(part, topology, asked, method=method).placement.rank_of_LE
         total = 0.0
         for layer, rank_of_E in enumerate(placed):
-            batches = fit.of_layer(rest, layer, (info.num_experts, int(costing.values["experts.tile"])))
+            ids_TK = rest.expert_ids_TLK[:, layer][fit.rows_T].astype(np.int64)
+            sizes = (info.num_experts, int(costing.values["experts.tile"]))
+            batches = LayerBatches(ids_TK, fit.group_T, fit.weight_MG, *sizes)
             total += mean_time(batches, rank_of_E, levels_UR, prices, num_ranks=topology.num_ranks)
         return total
 

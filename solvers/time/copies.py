@@ -70,7 +70,7 @@ class _Measured(NamedTuple):
         rng = np.random.default_rng([task.seed, 37])
         rows = rng.permutation(len(batches.ids_TK))[:LINK_TOKENS]
         home_T = np.arange(len(rows)) % task.topology.num_ranks
-        n_ME = batches.activations_ME
+        n_ME = batches.activations_ME()
         return cls(n_ME, n_ME.mean(0), batches.ids_TK[rows], home_T, tokens_M)
 
 

@@ -3,16 +3,15 @@ layer by layer. Ways to place are told apart on requests that they were not fitt
 
 What was balanced on the fitted requests is to stay balanced on others, which draw experts
 otherwise: batches are filled from few resampled requests (REQUEST_SHARE of them), so that they
-differ from each other as much as the fitted requests and the ones to come do together. Small
-batches draw their tokens as well: a rank that holds experts of the same tokens is busy or idle.
+differ from each other as much as the fitted requests and the ones to come do together.
 
 Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, G groups of tokens, M batches, B
 requests.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,6 @@ import numpy as np
 from semmoe.profiles.counts import RoutingProfile, co_activation_EE
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, Stages, unshown, unshown_stages
-from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_load_on_nodes
 from semmoe.solvers.place.exact_counts import LEAST_REQUESTS, REQUEST_SHARE, in_linear_shares
@@ -29,7 +27,6 @@ from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
 from semmoe.solvers.place.solve import FILLING, PLACING, Filling, with_copies
 from semmoe.solvers.placement import Placement, Topology
-from semmoe.solvers.time.anneal import anneal_balance
 from semmoe.solvers.time.batches import Pool, pool_of
 from semmoe.solvers.time.copies import CopyTask, place_copies
 from semmoe.solvers.time.hardware import WAYS, Costing, TimeAsked, costing_of, nodes_of_ranks
@@ -39,10 +36,7 @@ from semmoe.solvers.workers import layer_map
 
 MOST_TOKENS = {"fast": 16_000, "default": 40_000, "max": 80_000}  # of a layer that swaps are counted on
 LEAST_TOKENS = 16  # of a request: more requests than that leaves are not looked at
-DRAWN_TOKENS = 4096  # of larger batches, which tokens they have says less than whose
-MORE_BATCHES = 4  # times as many where activations alone count, which is cheap
-ANNEALED = {"fast": 2000, "default": 8000, "max": 40_000}  # random swaps for balance
-TIE = 0.005  # of the time: what halves of the requests do not tell apart
+MORE_BATCHES = 4  # times as many where only activations count, which is cheap
 BATCHES = {"fast": 48, "default": 128, "max": 512}
 KICKS = {"fast": 0, "default": 1, "max": 8}
 COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
@@ -50,27 +44,13 @@ TRIED_LAYERS = {"fast": 4, "default": 8, "max": 8}  # that recipes are compared 
 LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
 
 
-class Fit(NamedTuple):
-    """Requests to place by, as batches of every layer are made of them."""
-
-    rows_T: np.ndarray  # int64: of the sample
-    group_T: np.ndarray  # int64: the request of each
-    weight_MG: np.ndarray  # float64: how often each token of a request is in a batch
-    drawn_MJ: np.ndarray | None  # int64: tokens of small batches, places in rows_T
-    counted_T: np.ndarray  # rows, each once: loads and pairs are counted on them
-
-    def of_layer(self, sample: TraceBatch, layer: int, sizes: tuple[int, int]) -> LayerBatches:
-        """Batches of a layer. `sizes`: experts, and the tile."""
-        ids_TK = sample.expert_ids_TLK[:, layer][self.rows_T].astype(np.int64)
-        return LayerBatches(ids_TK, self.group_T, self.weight_MG, *sizes, self.drawn_MJ)
-
-
 def batches_to_fit(
     pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int, most_tokens: int = 40_000
-) -> Fit:
-    """Batches as sums of requests: each counts as often as its tokens are in a batch, whole in
-    prefill, by its length in decode. Of more rows than `most_tokens` every second, third ... of a
-    request stands for the others."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of a trace, int64 [T], the request of each, int64 [T], and batches as sums of requests,
+    float64 [M, G]: each counts as often as its tokens are in a batch, whole in prefill, by its
+    length in decode. Of more rows than `most_tokens` every second, third ... of a request stands
+    for the others."""
     rng = np.random.default_rng([seed, 23])
     size = num_ranks * batch_tokens(costing)
     kept = np.sort(rng.permutation(pool.num_requests)[: max(1, most_tokens // LEAST_TOKENS)])
@@ -91,18 +71,7 @@ def batches_to_fit(
             part = min(1.0, left / tokens_B[request])
             weight_B[request] += part
             left -= part * tokens_B[request]
-    drawn_MJ = None
-    if size <= DRAWN_TOKENS:
-        drawn_MJ = np.stack([_drawn_tokens(w_B * tokens_B, counted_B, size, rng) for w_B in weight_MB])
-    group_T = np.repeat(np.arange(len(kept)), counted_B)
-    weight_MG = weight_MB * (tokens_B / counted_B)
-    return Fit(np.concatenate(rows_B), group_T, weight_MG, drawn_MJ, np.concatenate(pool.rows_B))
-
-
-def _drawn_tokens(share_B: np.ndarray, counted_B: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """`size` tokens, int64, of requests by their share of a batch."""
-    request_J = rng.choice(len(share_B), size, p=share_B / share_B.sum())
-    return (np.cumsum(counted_B) - counted_B)[request_J] + (rng.random(size) * counted_B[request_J]).astype(np.int64)
+    return np.concatenate(rows_B), np.repeat(np.arange(len(kept)), counted_B), weight_MB * (tokens_B / counted_B)
 
 
 class Links(NamedTuple):
@@ -164,8 +133,16 @@ def _total_us(links: np.ndarray, experts: np.ndarray, *, overlap: str, other_us:
     return links + experts if overlap == "none" else 2 * np.maximum(links, experts + other_us / 2)
 
 
-@dataclass(frozen=True, eq=False)
-class _Layer:
+class Fit(NamedTuple):
+    """Requests to place by, as batches of one layer are made of them."""
+
+    rows_T: np.ndarray  # of the sample
+    group_T: np.ndarray
+    weight_MG: np.ndarray
+    counted_T: np.ndarray  # rows, each once: loads and pairs are counted on them
+
+
+class _Layer(NamedTuple):
     """One layer and some requests; sent to a worker process."""
 
     batches: LayerBatches
@@ -175,32 +152,23 @@ class _Layer:
     levels_UR: list[np.ndarray]
     prices: Prices
     seed: int
-    effort: str
     kicks: int
 
     @property
     def num_ranks(self) -> int:
         return self.topology.num_ranks
 
-    @cached_property
-    def linked(self) -> LayerBatches:
-        """The batches that swaps count rows on."""
-        return self.batches.first(BATCHES[self.effort]) if self.levels_UR else self.batches
-
     def packed(self) -> np.ndarray:
         """Rank of each expert by load packing."""
         load_E = np.bincount(self.ids_TK.reshape(-1), minlength=self.batches.num_experts + 1)[:-1]
         return place_load_on_nodes(load_E[None], self.topology, self.num_groups)[0].astype(np.int64)
 
-    @cached_property
     def balanced(self) -> np.ndarray:
         """From there, with the experts' time alone in mind."""
-        prices = self.prices
+        levels, prices = self.levels_UR, self.prices
         if not prices.by_activation:
-            prices = prices._replace(links=_no_links)
-        options = {"num_ranks": self.num_ranks, "seed": self.seed}
-        found = anneal_balance(self.batches, self.packed(), prices, **options, steps=ANNEALED[self.effort])
-        return swap_layer(self.batches, found, [], prices, **options)[0]
+            levels, prices = [], prices._replace(links=_no_links)
+        return swap_layer(self.batches, self.packed(), levels, prices, num_ranks=self.num_ranks, seed=self.seed)[0]
 
     def near(self) -> np.ndarray:
         """By co-activation within ranks."""
@@ -210,7 +178,7 @@ class _Layer:
     def swapped(self, start_E: np.ndarray) -> np.ndarray:
         """With links and experts in mind, from a start."""
         options = {"num_ranks": self.num_ranks, "seed": self.seed, "kicks": self.kicks}
-        return swap_layer(self.linked, start_E, self.levels_UR, self.prices, **options)[0]
+        return swap_layer(self.batches, start_E, self.levels_UR, self.prices, **options)[0]
 
 
 def _no_links(busiest: list[np.ndarray]) -> float:
@@ -221,16 +189,15 @@ def _no_links(busiest: list[np.ndarray]) -> float:
 # not placed by.
 RECIPES: dict[str, Callable[[_Layer], np.ndarray]] = {
     "load packing": _Layer.packed,
-    "experts balanced over batches": lambda layer: layer.balanced,
-    "links and experts, from balanced experts": lambda layer: layer.swapped(layer.balanced),
+    "experts balanced over batches": _Layer.balanced,
+    "links and experts, from balanced experts": lambda layer: layer.swapped(layer.balanced()),
     "links and experts, from co-activation": lambda layer: layer.swapped(layer.near()),
 }
 BALANCE_ONLY = list(RECIPES)[:2]  # where no row is sent once, there is nothing else
 
 
 class _Placed(NamedTuple):
-    """A layer as a recipe places it, and the mean time on batches of the requests that it was
-    placed by."""
+    """A layer as a recipe places it, and the mean time on the batches that it was placed by."""
 
     rank_of_E: np.ndarray
     time: float
@@ -307,8 +274,7 @@ def place_for_time(
 
     Each of RECIPES places all layers by all requests, and some layers by one half of the requests,
     where it is timed on the other: the best is chosen by the time on all requests and more, as much
-    as it lost from half to half, halved, because twice as many requests promise better. Of recipes
-    whose times halves do not tell apart, the one that left the others' requests best balanced.
+    as it lost from half to half, halved, because twice as many requests promise better.
 
     Parameters:
         profile: counts of the requests to fit, and a sample of them.
@@ -327,11 +293,12 @@ def place_for_time(
     )
 
     def batches(fit: Fit, number: int) -> LayerBatches:
-        return fit.of_layer(profile.sample, number, (info.num_experts, tile))
+        ids_TK = profile.sample.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
+        return LayerBatches(ids_TK, fit.group_T, fit.weight_MG, info.num_experts, tile)
 
     def layer(fit: Fit, number: int, kicks: int) -> _Layer:
         ids_TK = profile.sample.expert_ids_TLK[:, number][fit.counted_T]
-        options = (shape.levels_UR, prices, demands.seed, demands.effort, kicks)
+        options = (shape.levels_UR, prices, demands.seed, kicks)
         return _Layer(batches(fit, number), ids_TK, topology, info.n_group, *options)
 
     pairs = [halves, halves[::-1]] if halves else []
@@ -344,26 +311,19 @@ def place_for_time(
             placed_LF.append(found)
             show(len(placed_LF), info.num_layers)
     time_F = np.array([[placed.time for placed in placed_F] for placed_F in placed_LF]).mean(0)
-    note, imbalance_F = "", time_F
+    note = ""
     if halves:
         own_F, others_F, imbalance_F = np.array(tried_XF).mean(0).T
         time_F *= 1 + (others_F / own_F - 1) / 2
-    best = chosen_recipe(time_F, imbalance_F)
-    if halves:
-        promised, packed = imbalance_F[[best, 0]]
+        promised, packed = imbalance_F[[int(np.argmin(time_F)), 0]]
         note = f"; placed by half of the requests, the busiest rank of the others has {promised:.3f} of the mean load"
         note += f" ({packed:.3f} by load packing)"
+    best = int(np.argmin(time_F))
     rank_of_LE = _labelled(np.stack([found[best].rank_of_E for found in placed_LF]), profile, topology, demands)
     if demands.spare == "empty":
         rank_of_LE = in_linear_shares(rank_of_LE, profile, profile.load_LE, topology.num_ranks, demands.load_cap)
     solved = Solved.from_ranks(rank_of_LE, profile.load_LE, topology.num_ranks)
     return replace(solved, notes=[f"placed for time: {recipes[best]}{note}"])
-
-
-def chosen_recipe(time_F: np.ndarray, imbalance_F: np.ndarray) -> int:
-    """The best balanced of the recipes that take least time, but for what nothing tells apart: the
-    machine's figures are less sure than that a busy rank costs."""
-    return int(np.argmin(np.where(time_F <= time_F.min() * (1 + TIE), imbalance_F, np.inf)))
 
 
 def _halves(pool: Pool, seed: int) -> list[Pool]:
@@ -376,9 +336,11 @@ def _halves(pool: Pool, seed: int) -> list[Pool]:
 
 
 def fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> Fit:
-    """Batches as many as the effort asks for."""
-    options = {"num_batches": BATCHES[demands.effort] * MORE_BATCHES, "most_tokens": MOST_TOKENS[demands.effort]}
-    return batches_to_fit(pool, costing, topology.num_ranks, **options, seed=demands.seed)
+    more = 1 if links_of(costing, topology).levels_UR else MORE_BATCHES
+    num_batches = BATCHES[demands.effort] * more
+    options = {"num_batches": num_batches, "most_tokens": MOST_TOKENS[demands.effort]}
+    fitted = batches_to_fit(pool, costing, topology.num_ranks, **options, seed=demands.seed)
+    return Fit(*fitted, np.concatenate(pool.rows_B))
 
 
 def copies_for_time(
@@ -406,7 +368,8 @@ def copies_for_time(
 
     def tasks() -> Iterator[tuple[CopyTask, list[np.ndarray]]]:
         for layer in range(info.num_layers):
-            batches = fitted.of_layer(profile.sample, layer, (info.num_experts, tile))
+            ids_TK = profile.sample.expert_ids_TLK[:, layer][fitted[0]].astype(np.int64)
+            batches = LayerBatches(ids_TK, fitted[1], fitted[2], info.num_experts, tile)
             trials = COPY_TRIALS[demands.effort]
             task = CopyTask(batches, profile.load_LE[layer], topology, levels_UR, prices, trials, demands.seed)
             yield task, [by_load.hosts_LER[layer], by_affinity.hosts_LER[layer]]

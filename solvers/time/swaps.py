@@ -12,8 +12,7 @@ row is sent to once (ranks or nodes), S experts of the rank whose swaps are trie
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,32 +23,21 @@ LEAST_GAIN = 1e-5  # of the time, that a swap has to save
 
 @dataclass(frozen=True, eq=False)
 class LayerBatches:
-    """Tokens of one layer in groups, and batches as weighted sums of groups; what experts get is
-    counted on drawn tokens of them where a batch is so small that it matters which."""
+    """Tokens of one layer in groups, and batches as weighted sums of groups."""
 
     ids_TK: np.ndarray  # integers, E for an empty slot
     group_T: np.ndarray  # int64
     weight_MG: np.ndarray  # float64
     num_experts: int
     tile: int
-    drawn_MJ: np.ndarray | None = None  # int64: tokens of each batch
-
-    def first(self, number: int) -> "LayerBatches":
-        """So many of the batches."""
-        drawn_MJ = None if self.drawn_MJ is None else self.drawn_MJ[:number]
-        return replace(self, weight_MG=self.weight_MG[:number], drawn_MJ=drawn_MJ)
 
     def summed(self, counts_G: np.ndarray) -> np.ndarray:
         """Sums over groups, [G, ...], by batch, [M, ...]."""
         return (self.weight_MG @ counts_G.reshape(len(counts_G), -1)).reshape(-1, *counts_G.shape[1:])
 
-    @cached_property
     def activations_ME(self) -> np.ndarray:
         """Activations of each expert by batch, float64 [M, E]."""
         width, groups = self.num_experts + 1, self.weight_MG.shape[1]
-        if self.drawn_MJ is not None:
-            counts = [np.bincount(self.ids_TK[rows].reshape(-1), minlength=width)[:-1] for rows in self.drawn_MJ]
-            return np.array(counts, np.float64)
         keys_TK = self.group_T[:, None] * width + self.ids_TK
         return self.summed(np.bincount(keys_TK.reshape(-1), minlength=groups * width).reshape(groups, width)[:, :-1])
 
@@ -192,7 +180,7 @@ def mean_time(
 
 def mean_imbalance(batches: LayerBatches, rank_of_E: np.ndarray, num_ranks: int) -> float:
     """Activations of the busiest rank over the mean, mean over batches."""
-    load_MR = batches.activations_ME @ np.eye(num_ranks)[rank_of_E]
+    load_MR = batches.activations_ME() @ np.eye(num_ranks)[rank_of_E]
     return float((load_MR.max(1) / np.maximum(load_MR.mean(1), 1e-300)).mean())
 
 
@@ -205,7 +193,7 @@ def _descend(
     steps: int = MOST_STEPS,
 ) -> tuple[np.ndarray, float]:
     rank_of_E = rank_of_E.copy()
-    n_ME = batches.activations_ME
+    n_ME = batches.activations_ME()
     work_FME = expert_work(n_ME, batches.tile)
     levels = [_Level(batches, unit_of_R, rank_of_E) for unit_of_R in levels_UR]
     time = np.inf

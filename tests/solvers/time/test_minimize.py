@@ -11,12 +11,11 @@ from semmoe.solvers.demands import Demands
 from semmoe.solvers.place.baselines import baselines, place_load
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.slots import Slots
-from semmoe.solvers.time.anneal import anneal_balance
 from semmoe.solvers.time.batches import pool_of
 from semmoe.solvers.time.copies import CopyTask, place_copies
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
-from semmoe.solvers.time.minimize import batches_to_fit, chosen_recipe, links_of, prices_of, solve_for_time
-from semmoe.solvers.time.swaps import LayerBatches, _Level, mean_imbalance, mean_time, swap_layer
+from semmoe.solvers.time.minimize import batches_to_fit, links_of, prices_of, solve_for_time
+from semmoe.solvers.time.swaps import LayerBatches, _Level, swap_layer
 
 ASKED = {"hardware": "h100", "hidden_size": 512, "expert_size": 256, "phase": "prompt", "tokens_per_rank": 128}
 
@@ -60,11 +59,11 @@ def profile(tmp_path_factory):
 def test_swaps_only_gain_and_keep_counts(profile, backend, nodes, phase):
     topology = Topology(4, nodes)
     costing = costing_of(TimeAsked(**(ASKED | {"backend": backend, "phase": phase})), profile.info, topology)
-    fit = batches_to_fit(pool_of(profile.sample, phase), costing, 4, num_batches=8, seed=0)
-    batches = fit.of_layer(profile.sample, 0, (16, int(costing.values["experts.tile"])))
+    rows, group, weight = batches_to_fit(pool_of(profile.sample, phase), costing, 4, num_batches=8, seed=0)
+    ids = profile.sample.expert_ids_TLK[rows, 0].astype(np.int64)
+    batches = LayerBatches(ids, group, weight, 16, int(costing.values["experts.tile"]))
     # Every batch is as large as it will run.
-    np.testing.assert_allclose(fit.weight_MG @ np.bincount(fit.group_T), 4 * 128)
-    assert batches.activations_ME.sum(1).tolist() == [4 * 128 * profile.info.top_k] * 8
+    np.testing.assert_allclose(weight @ np.bincount(group), 4 * 128)
     start = place_load(profile.load_LE[:1], 4)[0]
     levels, prices = links_of(costing, topology).levels_UR, prices_of(costing, topology)
     found, time = swap_layer(batches, start, levels, prices, num_ranks=4, seed=0)
@@ -77,28 +76,6 @@ def test_swaps_only_gain_and_keep_counts(profile, backend, nodes, phase):
         assert rows_now < rows_before  # the planted groups are found
 
 
-@pytest.mark.parametrize("backend", ["deepep-ll", "nccl-gather"])
-def test_annealed_experts_are_better_balanced_than_where_swaps_end(profile, backend):
-    topology = Topology(4)
-    costing = costing_of(TimeAsked(**(ASKED | {"backend": backend, "phase": "generated"})), profile.info, topology)
-    fit = batches_to_fit(pool_of(profile.sample, "generated"), costing, 4, num_batches=64, seed=0)
-    prices, options = prices_of(costing, topology), {"num_ranks": 4, "seed": 0}
-    for layer in range(2):
-        batches = fit.of_layer(profile.sample, layer, (16, int(costing.values["experts.tile"])))
-        start = place_load(profile.load_LE[layer : layer + 1], 4)[0]
-        annealed = anneal_balance(batches, start, prices, **options, steps=2000)
-        swapped, time = swap_layer(batches, start, [], prices, **options)
-        assert np.bincount(annealed).tolist() == [4] * 4
-        assert mean_time(batches, annealed, [], prices, num_ranks=4) <= time
-        assert mean_imbalance(batches, annealed, 4) <= mean_imbalance(batches, start, 4)
-        np.testing.assert_array_equal(anneal_balance(batches, start, prices, **options, steps=0), start)
-
-
-def test_balance_decides_between_recipes_that_take_the_same_time():
-    assert chosen_recipe(np.array([100.4, 100.0, 100.3]), np.array([1.2, 1.3, 1.1])) == 2
-    assert chosen_recipe(np.array([100.4, 99.0, 100.3]), np.array([1.2, 1.3, 1.1])) == 1
-
-
 @pytest.mark.parametrize("slots", [{"replicas": 1}, {"redundant": 4}])
 def test_copies_are_never_slower_than_load_packing_with_as_many(profile, slots):
     topology, demands = Topology(4), Demands(effort="fast", **slots)
@@ -106,10 +83,11 @@ def test_copies_are_never_slower_than_load_packing_with_as_many(profile, slots):
     solved = solve_for_time(profile, topology, demands, asked)
     assert solved.placement.slots_per_rank == 5 and not solved.placement.num_empty
     costing = costing_of(asked, profile.info, topology)
-    fit = batches_to_fit(pool_of(profile.sample, "prompt"), costing, 4, num_batches=32, seed=0)
+    rows, group, weight = batches_to_fit(pool_of(profile.sample, "prompt"), costing, 4, num_batches=32, seed=0)
     packed = baselines(profile.load_LE, topology, slots=Slots.of(solved.placement))["load"]
     for layer in range(2):
-        batches = fit.of_layer(profile.sample, layer, (16, 128))
+        ids = profile.sample.expert_ids_TLK[rows, layer].astype(np.int64)
+        batches = LayerBatches(ids, group, weight, 16, 128)
         task = CopyTask(batches, profile.load_LE[layer], topology, [], prices_of(costing, topology), 0, 0)
         times = [place_copies(task, p.hosts_LER[layer])[1] for p in (solved.placement, packed)]
         assert times[0] <= times[1]
