@@ -1,17 +1,20 @@
 """Predicted against measured microseconds of a MoE layer, on ranks behind shaped links. Needs root; prints one JSON object.
 
-    python tests/benchmarks/predicted_time.py GPT_OSS_TRACE [--rates 400mbit,2gbit] [--expert-size 512] [--layers 4] [--tokens 4096]
+    python tests/benchmarks/predicted_time.py GPT_OSS_TRACE [--rates 50mbit,200mbit] [--expert-us 400] [--layers 3] [--tokens 4096]
 
-Four ranks in network namespaces (tests/benchmarks/run.py). Half of the requests are placed on, the other half is replayed with random
-experts of the size that is asked for, so that balance counts as well as rows. A first replay measures exchanges and experts
+Four ranks in network namespaces (tests/benchmarks/run.py). Half of the requests are placed on, the other half is replayed; experts wait
+--expert-us microseconds for each of their rows, because four ranks on two cores would share what their experts compute, which ranks
+with accelerators do not (0: random experts of --expert-size on the cores). A first replay measures exchanges and experts
 (--write-hardware); a plan for time is placed by that file, and every placement and schedule is predicted by it (`semmoe report --hardware
-FILE`) and measured by a replay. For each rate: five rows with both times, the worst error, Kendall's tau of the two rankings, and the plan
-for time over load packing and over the plan for bytes, measured and predicted.
+FILE`) and measured by a replay. For each rate: five rows with both times, the worst error, Kendall's tau of the two rankings, the plan
+for time over load packing and over the plan for bytes, measured and predicted, and how far the two rows that both replays measure
+differ (`noise`).
 """
 
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +33,13 @@ class Sizes(NamedTuple):
 
     expert: int
     tokens: int
+    us: float  # that an expert waits for a row, 0: it computes
 
 
 def measure(work: Path, plan: str, hardware: Path, size: Sizes) -> dict[Key, float]:
     """Microseconds per layer of a replay, by placement and schedule; the measured machine goes to `hardware`."""
     sizes = {"batch_tokens": BATCH_TOKENS, "max_tokens": size.tokens, "expert_size": size.expert}
+    sizes |= {"expert_us": size.us} if size.us else {}
     task = {"kind": "replay", "trace": str(work / "replay-held"), "plan": str(work / plan), **sizes}
     found = run_ranks(work, task | {"write_hardware": str(hardware)})
     hardware.write_text(json.dumps(found["hardware"]))
@@ -63,6 +68,9 @@ def compared(work: Path, rate: str, size: Sizes) -> dict[str, Any]:
     again, name = work / f"again-{rate}.json", f"time-{rate}"
     make(work / name, "place", fit, "--ranks", str(RANKS), "--objective", "tp", *timed(hardware, size.expert))
     measured |= {("time", *key): us for key, us in measure(work, name, again, size).items()}
+    twice = [[measured[plan, key, "random"] for plan in ("bytes", "time")] for key in ("contiguous", "load")]
+    for key, both in zip(("contiguous", "load"), twice, strict=True):
+        measured["bytes", key, "random"] = sum(both) / 2
     predicted = {
         (plan, *key): us
         for plan, path in (("bytes", "bytes"), ("time", name))
@@ -90,6 +98,7 @@ def compared(work: Path, rate: str, size: Sizes) -> dict[str, Any]:
     return {
         "rate": rate,
         "rows": rows,
+        "noise": max(max(both) / min(both) - 1 for both in twice),
         "worst_error": max(abs(ratio - 1) for ratio in ratios),
         "kendall_tau": float(kendalltau([r["predicted_us"] for r in rows], [r["measured_us"] for r in rows]).statistic),
         "time_plan_measured_over_load": by_time["measured_us"] / load["measured_us"],
@@ -102,9 +111,10 @@ def compared(work: Path, rate: str, size: Sizes) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace")
-    parser.add_argument("--rates", default="400mbit,2gbit")
+    parser.add_argument("--rates", default="50mbit,200mbit")
     parser.add_argument("--expert-size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--expert-us", type=float, default=400.0)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=4096)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -113,11 +123,14 @@ def main() -> None:
         split_trace(str(work / "few"), work)
         open_network(RANKS)
         try:
-            size = Sizes(options.expert_size, options.tokens)
-            found = [compared(work, rate, size) for rate in options.rates.split(",")]
+            size = Sizes(options.expert_size, options.tokens, options.expert_us)
+            found = []
+            for rate in options.rates.split(","):
+                found.append(compared(work, rate, size))
+                print(json.dumps(found[-1]), file=sys.stderr, flush=True)
         finally:
             close_network(RANKS)
-    print(json.dumps({"hidden_size": HIDDEN, "expert_size": options.expert_size, "rates": found}))
+    print(json.dumps({"hidden_size": HIDDEN, "expert_us": options.expert_us, "rates": found}))
 
 
 if __name__ == "__main__":

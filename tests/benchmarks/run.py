@@ -31,6 +31,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +145,25 @@ def keep_in(completions: dict[int, list[int]]) -> Any:
 def replay(task: dict[str, Any]) -> Any:
     from semmoe.runtime.replay.cases import ReplayOptions
     from semmoe.runtime.replay.replay import replay_rank
+    from semmoe.runtime.transformers import random_experts
 
     sizes = {"hidden_size": 2880, "batch_tokens": task["batch_tokens"], "max_tokens": task["max_tokens"]}
     sizes |= {name: task[name] for name in ("expert_size", "write_hardware") if name in task}
+    if "expert_us" in task:
+        random_experts.random_experts = partial(waiting_experts, us=task["expert_us"])
     where = {"scheduler": "tp", "backend": "gloo", "device": "cpu", "dtype": "bfloat16", "timeout_s": 600.0}
     options = ReplayOptions(trace=task["trace"], plan=task["plan"], **sizes, **where)
     return replay_rank(options, None, lambda line: print(line, file=sys.stderr))
+
+
+def waiting_experts(slots: int, *, us: float, **_: Any) -> Any:
+    """Experts on a device of their own, as far as a machine with fewer cores than ranks can have them: a wait for each row."""
+
+    def run(rows_PD: Any, slot_P1: Any, weight_P1: Any) -> Any:
+        time.sleep(us * len(rows_PD) / 1e6)
+        return rows_PD * weight_P1.to(rows_PD.dtype)
+
+    return run
 
 
 def make(out: Path, *words: str) -> None:
