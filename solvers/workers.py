@@ -112,7 +112,7 @@ def keep_freed_memory() -> None:
             mallopt(option, size)
 
 
-def _start_worker(_: None) -> None:
+def _start_worker(_: object) -> None:
     """Ctrl-C is the main process's to handle; where that ends without a word, so does its
     worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -196,7 +196,7 @@ def as_rank(work: Callable[[], Any], tell: Callable[[str], None], kept: Callable
     sys.exit(1)
 
 
-def _rank_main(_: None, pipe: Connection, job: bytes, place: tuple[int, int, int]) -> None:
+def _rank_main(_: object, pipe: Connection, job: bytes, place: tuple[int, int, int]) -> None:
     """One rank: its result or the reason of its failure goes through the pipe. `job`: what to call,
     and with what. `place`: rank, number of ranks, port."""
     rank, num_ranks, port = place

@@ -5,6 +5,7 @@ The same sample, placement and seed give the same tables on any number of proces
 Shape letters: L MoE layers, E experts, R ranks, V vocabulary, D embedding size.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -150,7 +151,7 @@ def _layers_task(
     return LayersTask(part, view, hosts_LER[first:last], skip, learned, steps_path)
 
 
-def _fitted(tasks: list[LayersTask | ScorerTask], processes: int, num_experts: int) -> list[Any]:
+def _fitted(tasks: Sequence[LayersTask | ScorerTask], processes: int, num_experts: int) -> list[Any]:
     if processes == 1:
         return [fit_part(task) for task in tasks]
     with layer_map(processes, num_experts) as run:
