@@ -201,8 +201,13 @@ def plan_of_traffic(
     scored = None
     if options.refit:
         scored = ScoredPlacement(fitted.solved.placement, profile.load_LE)
-        again = _recounted if _is_ample(profile.sample.expert_ids_TLK.size, options) else _fit_again
-        fitted = again(fitted, whole, asked, embedding_VD, progress)
+        if _is_ample(profile.sample.expert_ids_TLK.size, options):
+            del deployment  # and with it rows as large as those that are counted now
+            rest = replace(fitted.schedule, token=fitted.schedule.token.without_rows())
+            fitted = fitted._replace(schedule=rest)
+            fitted = _recounted(fitted, whole, asked, embedding_VD, progress)
+        else:
+            fitted = _fit(whole, asked, embedding_VD, progress, again=AGAIN)
     keys = [request_keys(t.requests())[options.refit | ~h] for t, h in zip(traces, held_out, strict=True)]
     return Plan(
         placement=fitted.solved.placement,
@@ -293,13 +298,6 @@ def _is_ample(num_ids: int, options: PlanOptions) -> bool:
     """Whether requests of so many expert ids fill every bounded sample that a fit looks at, so that
     those held out, of the same kind, would change little."""
     return num_ids >= AMPLE_IDS and not options.holdout_domains
-
-
-def _fit_again(
-    fitted: _Fitted, whole: RoutingProfile, asked: Asked, embedding_VD: np.ndarray | None, progress: Stages
-) -> _Fitted:
-    """The same on all requests."""
-    return _fit(whole, asked, embedding_VD, progress, again=AGAIN)
 
 
 def _recounted(

@@ -14,7 +14,7 @@ after an unknown id is spread evenly.
 Shape letters: T tokens, L MoE layers, R ranks, U ids, C candidate ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +78,17 @@ class TokenTable:
     @property
     def num_ranks(self) -> int:
         return self.rare_LR.shape[1]
+
+    def without_rows(self) -> "TokenTable":
+        """The same of no id: little."""
+        none = slice(0, 0)
+        own, after = (
+            ShareRows(
+                rows.ids_U[none], rows.weight_U[none], rows.shares_LUC[:, none].copy(), rows.ranks_LUC[:, none].copy()
+            )
+            for rows in (self.own, self.after)
+        )
+        return replace(self, own=own, after=after)
 
     def lookup(self, token_ids_T: np.ndarray, previous_ids_T: np.ndarray) -> Lookup:
         """Rows of tokens and of the ids before them in their sequences (-1 unknown)."""
