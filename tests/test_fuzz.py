@@ -55,10 +55,10 @@ def test_direction_marks_are_no_part_of_a_line() -> None:
 def test_malformed_inputs_are_refused_in_one_line(tmp_path: Path) -> None:
     """A sample of every format, flipped bits among them; tests/benchmarks/fuzz.py runs all."""
     failures = tmp_path / "failures.json"
-    words = [sys.executable, str(BENCHMARK), "--sample", "180", "--processes", "1", "--failures", str(failures)]
+    words = [sys.executable, str(BENCHMARK), "--sample", "120", "--processes", "1", "--failures", str(failures)]
     ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert json.loads(ran.stdout)["inputs"] >= 150
+    assert json.loads(ran.stdout)["inputs"] >= 100
     found = [
         f"--only {f['number']}: {f['outcome']}: {f['damage']}: {f['command']}" for f in json.loads(failures.read_text())
     ]

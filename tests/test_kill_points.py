@@ -14,7 +14,7 @@ WALK = Path(__file__).parent / "support" / "kill_points.py"
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells open files by /proc")
 def test_a_killed_command_leaves_nothing_half_written(tmp_path: Path) -> None:
-    words = [sys.executable, str(WALK), str(tmp_path), "--sample", "2"]
+    words = [sys.executable, str(WALK), str(tmp_path), "--sample", "1"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
