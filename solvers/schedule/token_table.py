@@ -81,10 +81,9 @@ class TokenTable:
 
     def without_rows(self) -> "TokenTable":
         """The same of no id: little."""
-        none = slice(0, 0)
         own, after = (
             ShareRows(
-                rows.ids_U[none], rows.weight_U[none], rows.shares_LUC[:, none].copy(), rows.ranks_LUC[:, none].copy()
+                rows.ids_U[:0], rows.weight_U[:0], rows.shares_LUC[:, :0].copy(), rows.ranks_LUC.reshape(-1)[:0].copy()
             )
             for rows in (self.own, self.after)
         )
