@@ -168,17 +168,25 @@ def as_rank(work: Callable[[], Any], tell: Callable[[str], None], kept: Callable
     from semmoe.runtime.ranks.failures import ExchangeError
     from semmoe.runtime.ranks.watch import RankWatch
 
-    stopped = False
+    stopped, working = False, True
 
     def stop(*_: object) -> None:
         nonlocal stopped
         stopped = True
-        raise ExchangeError(f"rank {watch.rank} was stopped by SIGTERM: another rank has failed, or torchrun was ended")
+        if working:  # else it is ending already, and says why
+            raise ExchangeError(
+                f"rank {watch.rank} was stopped by SIGTERM: another rank has failed, or torchrun was ended"
+            )
 
     watch = RankWatch(tell, kept)
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        return work()
+        try:
+            result = work()
+        finally:
+            working = False
+        signal.signal(signal.SIGTERM, before)  # after a failure it could end this rank before it tells
+        return result
     except ExchangeError as error:
         show_traceback(error)
         failure = watch.cause(str(error), stopped=stopped)
@@ -189,7 +197,6 @@ def as_rank(work: Callable[[], Any], tell: Callable[[str], None], kept: Callable
         watch.publish("crashed", f"rank {watch.rank} failed: {type(error).__name__}")
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
         watch.close()
     if watch.tells(failure):
         raise InputError(f"{failure.line}{kept()}")
