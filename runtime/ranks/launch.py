@@ -246,8 +246,9 @@ def _outcome(job: bytes, rank: int, num_ranks: int) -> tuple[str, Any]:
     try:
         import torch
 
-        asked = os.environ.get("OMP_NUM_THREADS", "")  # else ranks share the cores of this machine
-        torch.set_num_threads(int(asked) if asked.isdigit() else max(1, (os.cpu_count() or 1) // num_ranks))
+        asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # "4,2": of the outer level
+        share = (os.cpu_count() or 1) // num_ranks  # ranks share the cores of this machine
+        torch.set_num_threads(max(1, int(asked) if asked.isdigit() else share))
         work, arguments = pickle.loads(job)
         return "done", work(*arguments)
     except InputError as error:

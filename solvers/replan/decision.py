@@ -42,7 +42,8 @@ class Decision(JsonRecord):
         gain, lo, hi: cost saved per token, mean over layers, and its 95 % interval, on requests
             that the re-placement was not fitted on; null where there were too few to halve.
         cost: what the moves cost in the same unit: price times moves, mean over layers.
-        moves: experts that each half's re-placement moves, mean of both.
+        moves: experts that each half's re-placement moves, mean of both; of all layers, also where
+            some decided.
         requests: that were halved.
         unit: of gain and cost.
         move: whether the lower bound exceeds the cost.
