@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.files import allocate
 
 SMALL_BYTES = 32_000_000  # arrays up to this size stay in memory
+ZEROS = 2**20  # bytes that are written at once
 
 
 class MappedView(NamedTuple):
@@ -33,29 +33,36 @@ def mapped_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array to fill, zeros at first: mapped from a temporary file that goes when the array does,
     or in memory where it is small.
 
-    Its blocks are allocated: a page of a file that the disk has no block for ends the process when
-    it is written (SIGBUS). Raises InputError where the temporary directory has no room for it.
+    Its blocks are written: a page of a file that the disk has no block for ends the process when it
+    is written (SIGBUS), and pages that the system has at hand are mapped ten times as fast as those
+    that were only allocated. Raises InputError where the temporary directory has no room for it.
     """
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if size <= SMALL_BYTES:
         return np.zeros(shape, dtype)
     directory = tempfile.gettempdir()
     descriptor, name = tempfile.mkstemp(prefix="semmoe-", dir=directory)
-    try:
-        allocate(descriptor, size)
-    except OSError as error:
-        _remove(descriptor, name)
-        raise InputError(
-            f"{directory} has no room for {size // 2**20} MiB of routing ({error.strerror}): set TMPDIR to a larger place"
-        ) from None
     path = f"/proc/{os.getpid()}/fd/{descriptor}"
     if os.path.exists(path):
         os.unlink(name)
     else:
         path = name
+    try:
+        _write_zeros(descriptor, size)
+    except OSError as error:
+        _remove(descriptor, name if path == name else None)
+        raise InputError(
+            f"{directory} has no room for {size // 2**20} MiB of routing ({error.strerror}): set TMPDIR to a larger place"
+        ) from None
     array = np.memmap(path, dtype, mode="r+", shape=shape)
-    weakref.finalize(array, _remove, descriptor, None if path != name else name)
+    weakref.finalize(array, _remove, descriptor, name if path == name else None)
     return array
+
+
+def _write_zeros(descriptor: int, size: int) -> None:
+    zeros = bytes(ZEROS)
+    while size > 0:
+        size -= os.write(descriptor, zeros[: min(size, ZEROS)])
 
 
 def mapped_copy(array: np.ndarray) -> np.ndarray:

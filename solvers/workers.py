@@ -19,6 +19,7 @@ from semmoe.solvers.processes import THREADS, Surroundings, copies_of, held_inte
 LOOK_SECONDS = 0.2  # between two looks at how far workers are
 IMPORTED = ("semmoe.solvers.make_plan", "pymetis", "scipy.linalg", "scipy.optimize", "scipy.sparse")  # by workers
 KEPT_BYTES = {-3: 64 * 2**20, -1: 128 * 2**20}  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+HUGE_PAGES = "NUMPY_MADVISE_HUGEPAGE"  # of numpy: whether it asks for them
 
 LayerMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -94,8 +95,12 @@ def compute_on_one_thread() -> None:
 
     Sums are then added in one order whatever the machine: the same input gives the same bytes on 2
     cores and on 64.
+
+    Nor does it ask the system for huge pages: arrays come and go, and a virtual machine may take
+    milliseconds to find each, which was a fifth of the time of a large plan (docs/experiments.md).
     """
     os.environ.update(dict.fromkeys(THREADS, "1"))
+    os.environ.setdefault(HUGE_PAGES, "0")
     keep_freed_memory()
 
 
