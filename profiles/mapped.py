@@ -91,8 +91,8 @@ def view_of(array: np.ndarray) -> MappedView | None:
     return MappedView(str(base.filename), array.dtype.str, array.shape, array.strides, int(base.offset + offset))
 
 
-def open_view(view: MappedView) -> np.ndarray:
-    """The same elements, read-only."""
+def open_view(view: MappedView, *, writable: bool = False) -> np.ndarray:
+    """The same elements, read-only unless they are to be filled."""
     # A transposed or sliced view may end before the file does, but never reaches beyond it.
-    flat = np.memmap(view.path, np.uint8, mode="r")
+    flat = np.memmap(view.path, np.uint8, mode="r+" if writable else "r")
     return np.ndarray(view.shape, np.dtype(view.dtype), flat, view.offset, view.strides)

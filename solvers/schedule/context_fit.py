@@ -17,6 +17,7 @@ import numpy as np
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.schedule.context import ContextPredictor
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS, Seen, choices_before
+from semmoe.solvers.schedule.ridge import solve_positive
 from semmoe.solvers.schedule.token_fit import RARE_TOKENS
 from semmoe.solvers.schedule.token_table import PRIOR_TOKENS, ShareRows, TokenTable, previous_token_ids_T
 from semmoe.solvers.schedule.transport import MANY_RANKS
@@ -127,8 +128,6 @@ def _solve_layer(
     pairs: "_PairCounts",
 ) -> np.ndarray:
     """Ridge weights, float64 [F, R]: dense features first, then those of each column."""
-    from scipy.linalg import solve
-
     num_dense = dense_TF.shape[1]
     ends = np.cumsum([num_dense] + [column.size for column in columns]).tolist()
     places = [slice(first, last) for first, last in zip(ends[:-1], ends[1:], strict=True)]
@@ -150,7 +149,7 @@ def _solve_layer(
             gram_FF[places[i], places[j]] = counts_XX
             gram_FF[places[j], places[i]] = counts_XX.T
     gram_FF[np.diag_indices(ends[-1])] += ridge_F
-    return solve(gram_FF, right_FR, assume_a="pos", overwrite_a=True, check_finite=False)
+    return solve_positive(gram_FF, right_FR)
 
 
 def _one_hot(ids_TK: np.ndarray, size: int) -> "csr_array":

@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.mapped import MappedView, open_view, view_of
+from semmoe.profiles.mapped import MappedView, mapped_empty, open_view, view_of
 from semmoe.profiles.progress import Progress
 from semmoe.profiles.trace import TraceBatch
 from semmoe.solvers.placement import Placement
 from semmoe.solvers.schedule.context import ContextPredictor, default_depth
 from semmoe.solvers.schedule.context_fit import fit_context, training_rows
+from semmoe.solvers.schedule.features import layers_first_rows
 from semmoe.solvers.schedule.paper_table import build_sequence_table
 from semmoe.solvers.schedule.request_scorer import fit_request_scorer
 from semmoe.solvers.schedule.schedule import Schedule
-from semmoe.solvers.schedule.token_fit import build_token_table
+from semmoe.solvers.schedule.token_fit import Shares, build_token_table, row_sizes
 from semmoe.solvers.schedule.token_table import TokenTable
 from semmoe.solvers.workers import layer_map, step_file, tell_step
 
@@ -47,6 +48,7 @@ class LayersTask(NamedTuple):
     skip: int
     learned: Learned
     steps_path: str | None = None  # of `step_file`
+    shares: tuple[MappedView | None, ...] = ()  # of `Shares`: where a worker process puts the token table's rows
 
 
 class ScorerTask(NamedTuple):
@@ -87,18 +89,22 @@ def fit_schedule(
     processes = _processes(sample, processes)
     with step_file(progress, 2 * num_layers) as steps_path:
         learned = Learned(seed, depth, embedding_VD)
-        shares = _layer_shares(num_layers, processes)
-        first, *others = [_layers_task(sample, hosts_LER, share, processes, learned, steps_path) for share in shares]
+        rows = _shared_rows(sample, placement, embedding_VD, processes)
+        parts = _layer_shares(num_layers, processes)
+        first, *others = [
+            _layers_task(sample, hosts_LER, part, processes, learned, steps_path)._replace(shares=_views(rows, part))
+            for part in parts
+        ]
         # The scorer comes before the share that leaves it room.
         scorer = ScorerTask(*_sendable(sample, slice(None), processes), hosts_LER, seed)
         *found, request, first_found = _fitted([*others, scorer, first], processes, placement.num_experts)
     parts = [first_found, *found]
-    rows = training_rows(sample, placement.num_ranks, seed)
+    chosen = training_rows(sample, placement.num_ranks, seed)
     return Schedule(
-        token=_joined([token for token, _ in parts]),
+        token=_with_rows(_joined([token for token, _ in parts]), rows),
         context=_joined([context for _, context in parts]),
         request=request,
-        sequence=build_sequence_table(sample.expert_ids_TLK[rows], hosts_LER),
+        sequence=build_sequence_table(layers_first_rows(sample.expert_ids_TLK, chosen), hosts_LER),
     )
 
 
@@ -115,12 +121,17 @@ def recount_tokens(
     of `fit_schedule`."""
     num_layers, processes = placement.num_layers, _processes(sample, processes)
     with step_file(progress, num_layers) as steps_path:
-        bounds = np.linspace(0, num_layers, processes + 1).astype(int)
-        shares = zip(bounds[:-1], bounds[1:], strict=True)
+        rows = _shared_rows(sample, placement, embedding_VD, processes)
+        bounds = np.linspace(0, num_layers, processes + 1).astype(int).tolist()
         counted = Learned(0, 0, embedding_VD)
-        tasks = [_layers_task(sample, placement.hosts_LER, share, processes, counted, steps_path) for share in shares]
+        tasks = [
+            _layers_task(sample, placement.hosts_LER, part, processes, counted, steps_path)._replace(
+                shares=_views(rows, part)
+            )
+            for part in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
         found = _fitted(tasks, processes, placement.num_experts)
-    return replace(schedule, token=_joined([token for token, _ in found]))
+    return replace(schedule, token=_with_rows(_joined([token for token, _ in found]), rows))
 
 
 def _processes(sample: TraceBatch, processes: int) -> int:
@@ -135,6 +146,39 @@ def _layer_shares(num_layers: int, processes: int) -> list[tuple[int, int]]:
     bounds = np.linspace(-spared, num_layers, processes + 1).astype(int)
     bounds[0] = 0
     return list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+
+
+def _shared_rows(
+    sample: TraceBatch, placement: Placement, embedding_VD: np.ndarray | None, processes: int
+) -> Shares | None:
+    """Where all processes put the rows of a token table, in one mapped file; None for one process,
+    and for rows that are few."""
+    if processes == 1:
+        return None
+    layers_ranks, sizes_U = (placement.num_layers, placement.num_ranks), row_sizes(sample, embedding_VD)
+    kinds = Shares.of(layers_ranks, sizes_U, lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape))
+    ends = np.cumsum([kind.size * kind.itemsize for kind in kinds]).tolist()
+    held = mapped_empty((ends[-1],), np.dtype(np.uint8))
+    if view_of(held) is None:
+        return None
+    held = np.asarray(held)
+    parts = zip([0, *ends[:-1]], ends, kinds, strict=True)
+    return Shares(*(held[start:end].view(kind.dtype).reshape(kind.shape) for start, end, kind in parts))
+
+
+def _views(rows: Shares | None, layers: tuple[int, int]) -> tuple[MappedView | None, ...]:
+    """Where the rows of some layers, first and one after the last, lie."""
+    return () if rows is None else tuple(view_of(array[slice(*layers)]) for array in rows)
+
+
+def _with_rows(token: TokenTable, rows: Shares | None) -> TokenTable:
+    """The table whose rows were put there."""
+    if rows is None:
+        return token
+    own = replace(token.own, shares_LUC=rows.own_LUC, ranks_LUC=rows.own_ranks_LUC)
+    return replace(
+        token, own=own, after=replace(token.after, shares_LUC=rows.after_LUC, ranks_LUC=rows.after_ranks_LUC)
+    )
 
 
 def _layers_task(
@@ -175,14 +219,20 @@ def fit_part(task: LayersTask | ScorerTask) -> Any:
 
 
 def fit_layers(task: LayersTask) -> tuple[TokenTable, ContextPredictor | None]:
-    """Token table and context predictor of a task's layers."""
+    """Token table and context predictor of a task's layers; a table whose rows have a place
+    elsewhere comes without them."""
     sample = task.sample if task.ids_view is None else replace(task.sample, expert_ids_TLK=open_view(task.ids_view))
     fitted = replace(sample, expert_ids_TLK=sample.expert_ids_TLK[:, task.skip :])
     step, (seed, depth, embedding_VD) = partial(tell_step, task.steps_path), task.learned
-    token = build_token_table(fitted, task.hosts_LER, embedding_VD=embedding_VD, step=step)
-    if not depth:
-        return token, None
-    return token, fit_context(sample, token, task.hosts_LER, seed=seed, depth=depth, skip=task.skip, step=step)
+    into, context = None, None
+    if task.shares:
+        into = Shares(*(open_view(view, writable=True) for view in task.shares if view is not None))
+    token = build_token_table(fitted, task.hosts_LER, embedding_VD=embedding_VD, into=into, step=step)
+    if depth:
+        context = fit_context(sample, token, task.hosts_LER, seed=seed, depth=depth, skip=task.skip, step=step)
+    if into is not None:
+        token = replace(token, own=token.own.of_no_layer(), after=token.after.of_no_layer())
+    return token, context
 
 
 def _joined(records: list[Any]) -> Any:

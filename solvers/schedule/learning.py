@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from semmoe.profiles.trace import TraceBatch
+from semmoe.solvers.schedule.ridge import solve_positive
 
 LEARNED_EXPERTS = 384  # earlier layers that learn, times experts: bounds the F * F equations
 LEARNED_LAYERS = 6
@@ -57,7 +58,6 @@ def learned_scores_TR(
         num_features: of all columns.
         groups: rows, integers, in order of time.
     """
-    from scipy.linalg import solve
     from scipy.sparse import csr_array
 
     num_tokens, num_columns = ids_TX.shape
@@ -74,7 +74,7 @@ def learned_scores_TR(
         kept, new_TF = 0.5 ** (len(rows) / HALF_LIFE), features_TF[rows]
         missed_TR = served_TR[rows] - scores_TR[rows]
         if number:
-            correction_TR = new_TF @ solve(gram_FF + ridge_FF, right_FR, assume_a="pos", overwrite_a=True)
+            correction_TR = new_TF @ solve_positive(gram_FF + ridge_FF, right_FR)
             learned_TR[rows] += trust_in(agreed, corrected) * correction_TR
             # What all ranks share decides nothing.
             correction_TR -= correction_TR.mean(axis=1, keepdims=True)

@@ -25,6 +25,7 @@ import numpy as np
 
 from semmoe.profiles.counts import request_expert_BE, request_rows
 from semmoe.profiles.trace import TraceBatch
+from semmoe.solvers.schedule.ridge import solve_positive
 
 Sparse = Any  # scipy.sparse.csr_array, most of whose methods its type stubs lack
 RIDGE = 0.6
@@ -105,8 +106,6 @@ def fit_request_scorer(batch: TraceBatch, hosts_LER: np.ndarray, *, seed: int, r
         seed: of the choice of requests, where there are more than MAX_REQUESTS.
         ridge: of the regression.
     """
-    from scipy.linalg import solve
-
     known = [
         b for b in range(batch.num_requests) if batch.starts_B1[b + 1] > batch.starts_B1[b] and batch.prompt(b).size
     ]
@@ -128,13 +127,20 @@ def fit_request_scorer(batch: TraceBatch, hosts_LER: np.ndarray, *, seed: int, r
     lengths_Q = np.maximum(np.linalg.norm(topics_QD, axis=1), 1e-12)
     # 2. Their manner, against the average document of their own kind (prompts, sequences).
     manner_QV = powers(counts_QV)
-    manner_QQ = centred(centred((manner_QV @ manner_QV.T).toarray()).T)
-    norms_Q = np.sqrt(np.maximum(np.diagonal(manner_QQ), 1e-24))
+    gram_QQ = (manner_QV @ manner_QV.T).toarray()
+    for half in (slice(len(known)), slice(len(known), None)):
+        gram_QQ[half] -= gram_QQ[half].mean(axis=0)
+    for half in (slice(len(known)), slice(len(known), None)):
+        gram_QQ[:, half] -= gram_QQ[:, half].mean(axis=1, keepdims=True)
+    norms_Q = np.sqrt(np.maximum(np.diagonal(gram_QQ), 1e-24))
+    gram_QQ /= norms_Q
+    gram_QQ /= norms_Q[:, None]
     # 3. A request's share is an average over its tokens: long requests are known better.
     noise_Q = np.tile(tokens_B.mean() / tokens_B, 2)
-    gram_QQ = unit(topics_QD) @ unit(topics_QD).T + manner_QQ / np.outer(norms_Q, norms_Q)
+    topics_unit_QD = unit(topics_QD)
+    gram_QQ += topics_unit_QD @ topics_unit_QD.T
     gram_QQ[np.diag_indices(len(gram_QQ))] += ridge * noise_Q
-    dual_QR = solve(gram_QQ, np.tile(target_BR, (2, 1)), assume_a="pos", overwrite_a=True, check_finite=False)
+    dual_QR = solve_positive(gram_QQ, np.tile(target_BR, (2, 1)))
     return RequestScorer(
         ids_V=ids_V.astype(np.int32),
         topic_VD=topic_VD.astype(np.float32),

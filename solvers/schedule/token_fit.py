@@ -15,7 +15,7 @@ Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, U ids, C can
 embedding size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,9 +31,8 @@ PRICE_SWEEPS = 24
 PRICE_COOLING = 0.1  # last temperature over the spread of the shares
 RARE_TOKENS = 64  # successor rows are counted from ids with at most this many occurrences: others need no prior
 PRICED_IDS = 4_096  # ids that prices are computed from, and as many for all others
-BLOCK_IDS = 16_384  # ids counted at a time: bounds the memory of [ids, E] counts
-STORED_IDS = 4_096  # ids whose shares are made at a time
-BLOCK_ROWS = 32_768  # rows whose keys stay in the cache of one core
+BLOCK_IDS = 4_096  # ids counted, or whose shares are made, at a time: what is kept of them stays in the cache
+BLOCK_ROWS = 32_768  # rows whose keys do
 
 
 def build_token_table(
@@ -42,6 +41,7 @@ def build_token_table(
     *,
     embedding_VD: np.ndarray | None = None,
     max_candidates: int = MAX_CANDIDATES,
+    into: "Shares | None" = None,
     step: Callable[[], None] = lambda: None,
 ) -> TokenTable:
     """Table counted on the rows of the batch whose token id is known.
@@ -50,37 +50,34 @@ def build_token_table(
         hosts_LER: bool [L, E, R], whether a rank hosts an expert
         embedding_VD: float [V, D], the model's input embedding; all V ids then get a row
         max_candidates: ranks that are stored for each row, at most
+        into: arrays of `Shares.of` that the shares are put in; None: new ones
         step: called at every layer that is done
     """
     num_layers, _, num_ranks = hosts_LER.shape
-    token_ids_T, previous_T = batch.token_ids_T, previous_token_ids_T(batch)
-    known_T = np.flatnonzero(token_ids_T >= 0)
-    counted = _Groups.of(token_ids_T, known_T, None)
-    tokens_U = counted.weight_U.astype(np.float64)
-    tokens_T = tokens_U[np.searchsorted(counted.ids_U, token_ids_T[known_T])]
-    rare_T = (previous_T[known_T] >= 0) & (tokens_T <= RARE_TOKENS)
-    after = _Groups.of(previous_T, known_T[rare_T], tokens_T[rare_T] ** -0.5)
-    ids_U = counted.ids_U
-    if embedding_VD is not None:
-        ids_U = np.union1d(ids_U, np.arange(len(embedding_VD)))
-    place_U = np.searchsorted(ids_U, counted.ids_U)
+    counted, after, ids_U = _rows_of(batch, embedding_VD)
+    tokens_U, place_U = counted.weight_U, np.searchsorted(ids_U, counted.ids_U)
     weight_U = np.zeros(len(ids_U))
     weight_U[place_U] = tokens_U
     ridge = None if embedding_VD is None else EmbeddingRidge.fit(embedding_VD, counted.ids_U, tokens_U)
 
-    candidates = min(num_ranks, max_candidates)
-    own = _empty_rows(ids_U, weight_U, num_layers, candidates, num_ranks)
-    successors = _empty_rows(after.ids_U, after.weight_U, num_layers, candidates, num_ranks)
+    if into is None:
+        into = Shares.of((num_layers, num_ranks), (len(ids_U), len(after.ids_U)), np.zeros, max_candidates)
+    own = ShareRows(ids_U.astype(np.int32), weight_U.astype(np.float32), into.own_LUC, into.own_ranks_LUC)
+    successors = ShareRows(
+        after.ids_U.astype(np.int32), after.weight_U.astype(np.float32), into.after_LUC, into.after_ranks_LUC
+    )
     rare_LR = np.full((num_layers, num_ranks), 1 / num_ranks, np.float32)
     prices_LR = np.zeros((num_layers, num_ranks), np.float32)
     temperature_L = np.ones(num_layers, np.float32)
     priced_U, traffic_U = _priced_ids(weight_U)
-    sums_UR, after_UR = (np.empty((len(groups.ids_U), num_ranks)) for groups in (counted, after))
+    # Over many ranks sums take long to move: counts are whole numbers in single precision too.
+    dtype = np.float32 if num_ranks > MANY_RANKS else np.float64
+    sums_UR, after_UR = (np.empty((len(groups.ids_U), num_ranks), dtype) for groups in (counted, after))
     for layer in range(num_layers):
         ids_TK, hosts_ER = batch.expert_ids_TLK[:, layer], hosts_LER[layer]
         counted.share_sums_UR(ids_TK, hosts_ER, out=sums_UR)
         if len(tokens_U):
-            rare_LR[layer] = tokens_U**-0.5 @ sums_UR / (tokens_U**0.5).sum()
+            rare_LR[layer] = (tokens_U**-0.5).astype(dtype) @ sums_UR / (tokens_U**0.5).sum()
         rare_R = rare_LR[layer]
         prior = rare_R if ridge is None else ridge.prior_UR(sums_UR / tokens_U[:, None], rare_R, ids_U)
         rows = _Smoothed(sums_UR, place_U, weight_U, prior)
@@ -95,10 +92,49 @@ def build_token_table(
     return TokenTable(own, successors, rare_LR, prices_LR, temperature_L)
 
 
-def smoothed(sums_UR: np.ndarray, weight_U: np.ndarray, prior_UR: np.ndarray) -> np.ndarray:
-    """Averages with the weight of PRIOR_TOKENS tokens on the prior ([R] or [U, R]), float64 [U,
-    R]."""
-    return (sums_UR + PRIOR_TOKENS * prior_UR) / (weight_U + PRIOR_TOKENS)[:, None]
+class Shares(NamedTuple):
+    """The arrays of a table's rows, to be filled: float16 and uint16 [L, U, C]. Where all ranks are
+    stored, in order, arrays of ranks are empty."""
+
+    own_LUC: np.ndarray
+    own_ranks_LUC: np.ndarray
+    after_LUC: np.ndarray
+    after_ranks_LUC: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        shape_LR: tuple[int, int],
+        sizes_U: tuple[int, int],
+        new: Callable[..., np.ndarray],
+        max_candidates: int = MAX_CANDIDATES,
+    ) -> "Shares":
+        """Of L layers and R ranks, and as many rows by id and after ids; `new` makes an array of a
+        shape and type."""
+        (num_layers, num_ranks), arrays = shape_LR, []
+        for size in sizes_U:
+            shape = (num_layers, size, min(num_ranks, max_candidates))
+            arrays += [new(shape, np.float16), new(shape if shape[2] < num_ranks else (0,), np.uint16)]
+        return cls(*arrays)
+
+
+def row_sizes(batch: TraceBatch, embedding_VD: np.ndarray | None) -> tuple[int, int]:
+    """Rows that `build_token_table` will have, by id and after ids."""
+    _, after, ids_U = _rows_of(batch, embedding_VD)
+    return len(ids_U), len(after.ids_U)
+
+
+def _rows_of(batch: TraceBatch, embedding_VD: np.ndarray | None) -> "tuple[_Groups, _Groups, np.ndarray]":
+    """Rows of the batch by id and, rare ones, by the id before them; ids of the table, ascending
+    int64 [U]."""
+    token_ids_T, previous_T = batch.token_ids_T, previous_token_ids_T(batch)
+    known_T = np.flatnonzero(token_ids_T >= 0)
+    counted = _Groups.of(token_ids_T, known_T, None)
+    tokens_T = counted.weight_U[np.searchsorted(counted.ids_U, token_ids_T[known_T])]
+    rare_T = (previous_T[known_T] >= 0) & (tokens_T <= RARE_TOKENS)
+    after = _Groups.of(previous_T, known_T[rare_T], tokens_T[rare_T] ** -0.5)
+    ids_U = counted.ids_U
+    return counted, after, ids_U if embedding_VD is None else np.union1d(ids_U, np.arange(len(embedding_VD)))
 
 
 class _Smoothed(NamedTuple):
@@ -110,16 +146,19 @@ class _Smoothed(NamedTuple):
     prior: np.ndarray  # [R] or [U, R]
 
     def of(self, chosen_U: np.ndarray) -> np.ndarray:
-        """Shares of some ids (int, any order), float64."""
-        at_U = np.searchsorted(self.place_V, chosen_U)
-        counted_U = at_U < len(self.place_V)
-        counted_U[counted_U] = self.place_V[at_U[counted_U]] == chosen_U[counted_U]
-        if counted_U.all():
-            sums_UR = self.sums_VR[at_U]
+        """Averages of some ids (int, any order) with the weight of PRIOR_TOKENS tokens on the
+        prior, of the sums' dtype."""
+        if len(self.place_V) == len(self.weight_U):
+            shares_UR = self.sums_VR.take(chosen_U, axis=0)
         else:
-            sums_UR = np.zeros((len(chosen_U), self.sums_VR.shape[1]))
-            sums_UR[counted_U] = self.sums_VR[at_U[counted_U]]
-        return smoothed(sums_UR, self.weight_U[chosen_U], self.prior if self.prior.ndim == 1 else self.prior[chosen_U])
+            at_U = np.searchsorted(self.place_V, chosen_U)
+            counted_U = at_U < len(self.place_V)
+            counted_U[counted_U] = self.place_V[at_U[counted_U]] == chosen_U[counted_U]
+            shares_UR = np.zeros((len(chosen_U), self.sums_VR.shape[1]), self.sums_VR.dtype)
+            shares_UR[counted_U] = self.sums_VR[at_U[counted_U]]
+        shares_UR += PRIOR_TOKENS * (self.prior if self.prior.ndim == 1 else self.prior[chosen_U])
+        shares_UR /= (self.weight_U[chosen_U] + PRIOR_TOKENS)[:, None].astype(shares_UR.dtype)
+        return shares_UR
 
 
 class _Groups(NamedTuple):
@@ -141,67 +180,96 @@ class _Groups(NamedTuple):
 
     def share_sums_UR(self, ids_TK: np.ndarray, hosts_ER: np.ndarray, out: np.ndarray) -> None:
         """Weighted sum over each group's rows of the share of their activations on each rank, into
-        `out`, float64 [U, R]."""
-        (num_experts, num_ranks), top_k = hosts_ER.shape, ids_TK.shape[1]
-        ids_TK = np.ascontiguousarray(ids_TK)
-        copies_E = np.append(hosts_ER.sum(axis=1), 0)
-        by_rank = (copies_E[:-1] == 1).all() or num_ranks > MANY_RANKS
-        if by_rank:
-            # Ranks are counted at once, a column more for empty slots; copies one after the other.
-            column_of_E, width = np.append(hosts_ER.argmax(axis=1), num_ranks).astype(np.int16), num_ranks + 1
-            copy_EC = np.argsort(~hosts_ER, axis=1, kind="stable")[:, 1 : copies_E.max()].astype(np.int16)
-        else:
-            column_of_E, width = np.arange(num_experts + 1, dtype=np.int32), num_experts + 1
-        for first in range(0, len(self.ids_U), BLOCK_IDS):
-            last = min(first + BLOCK_IDS, len(self.ids_U))
+        `out`, float [U, R]."""
+        ids_TK, top_k, columns = np.ascontiguousarray(ids_TK), ids_TK.shape[1], _Columns.of(hosts_ER)
+        for first, last in self._blocks():
             begin, end = np.searchsorted(self.group_T, [first, last]).tolist()
-            counts = np.zeros((last - first) * width)
+            counts = np.zeros((last - first) * columns.width)
             for start in range(begin, end, BLOCK_ROWS):
-                # The counts of a run of rows, which are in order of their groups, reach over few
-                # groups.
                 rows = slice(start, min(start + BLOCK_ROWS, end))
-                group_T = self.group_T[rows]
-                chosen_TK, place_T = ids_TK.take(self.rows_T[rows], axis=0), (group_T - group_T[0]) * width
+                place_T = (self.group_T[rows] - first) * columns.width
                 weight_T = None if self.weight_T is None else self.weight_T[rows]
-                at = int(group_T[0] - first) * width
-                found = np.bincount(
-                    (column_of_E.take(chosen_TK) + place_T[:, None]).reshape(-1),
-                    None if weight_T is None else np.repeat(weight_T, top_k),
-                )
-                counts[at : at + len(found)] += found
-                if by_rank and copy_EC.shape[1]:
-                    token, choice = np.nonzero(copies_E.take(chosen_TK) > 1)
-                    for copy in range(copy_EC.shape[1]):
-                        kept = copies_E[chosen_TK[token, choice]] > copy + 1
-                        token, choice = token[kept], choice[kept]
-                        column = copy_EC[chosen_TK[token, choice], copy]
-                        found = np.bincount(column + place_T[token], None if weight_T is None else weight_T[token])
-                        counts[at : at + len(found)] += found
-            counts_UX = counts.reshape(last - first, width)[:, : width - 1]
-            if by_rank:
-                np.multiply(counts_UX, 1 / top_k, out=out[first:last])
+                counts += columns.counts(ids_TK.take(self.rows_T[rows], axis=0), place_T, weight_T, len(counts))
+            counts_UX = counts.reshape(last - first, columns.width)[:, : columns.width - 1]
+            if columns.by_rank:
+                np.multiply(counts_UX, 1 / top_k, out=out[first:last], casting="same_kind")
             else:
                 np.matmul(counts_UX, hosts_ER.astype(np.float64) / top_k, out=out[first:last])
 
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """Groups that are counted at once, first and one after the last: of few rows, or one."""
+        ends_U, first = np.searchsorted(self.group_T, np.arange(len(self.ids_U)), side="right"), 0
+        while first < len(self.ids_U):
+            begin = int(ends_U[first - 1]) if first else 0
+            last = int(np.searchsorted(ends_U, begin + BLOCK_ROWS, side="right"))
+            yield first, (last := min(max(last, first + 1), first + BLOCK_IDS))
+            first = last
 
-def _empty_rows(ids_U: np.ndarray, weight_U: np.ndarray, num_layers: int, candidates: int, num_ranks: int) -> ShareRows:
-    shape = (num_layers, len(ids_U), candidates)
-    ranks_LUC = np.zeros(shape if candidates < num_ranks else (0,), np.uint16)
-    return ShareRows(ids_U.astype(np.int32), weight_U.astype(np.float32), np.zeros(shape, np.float16), ranks_LUC)
+
+class _Columns(NamedTuple):
+    """What a group's choices are counted by: ranks, where each has a copy of few experts or ranks
+    are many; else experts. The last column is for what is none."""
+
+    by_rank: bool
+    width: int
+    column_E: np.ndarray  # int64 [E + 1]: of each expert, and of an empty slot
+    copies_E: np.ndarray  # int64 [E + 1]
+    copy_CE: np.ndarray  # int64 [C, E + 1]: further columns
+
+    @classmethod
+    def of(cls, hosts_ER: np.ndarray) -> "_Columns":
+        (num_experts, num_ranks), copies_E = hosts_ER.shape, np.append(hosts_ER.sum(axis=1), 0)
+        if not ((copies_E[:-1] == 1).all() or num_ranks > MANY_RANKS):
+            return cls(False, num_experts + 1, np.arange(num_experts + 1), copies_E, np.zeros((0, 0), np.int64))
+        order_EC = np.argsort(~hosts_ER, axis=1, kind="stable")[:, : max(int(copies_E.max()), 1)]
+        order_CE = np.append(order_EC, np.full((1, order_EC.shape[1]), num_ranks), axis=0).T
+        return cls(True, num_ranks + 1, order_CE[0].copy(), copies_E, np.ascontiguousarray(order_CE[1:]))
+
+    def counts(self, ids_TK: np.ndarray, place_T: np.ndarray, weight_T: np.ndarray | None, size: int) -> np.ndarray:
+        """Counts by place and column, [size] in all; `place_T`: of each row."""
+        top_k, ids = ids_TK.shape[1], ids_TK.reshape(-1).astype(np.intp)
+        keys = self.column_E.take(ids)
+        keys.reshape(ids_TK.shape)[...] += place_T[:, None]
+        parts, choices, copied = [keys], [np.arange(len(ids))], np.flatnonzero(self.copies_E.take(ids) > 1)
+        for copy, column_E in enumerate(self.copy_CE):
+            copied = copied[self.copies_E.take(ids.take(copied)) > copy + 1]
+            parts.append(column_E.take(ids.take(copied)) + place_T.take(copied // top_k))
+            choices.append(copied)
+        keys = np.concatenate(parts) if len(parts) > 1 else keys
+        weights = None if weight_T is None else weight_T.take(np.concatenate(choices) // top_k)
+        return np.bincount(keys, weights, size)
 
 
 def _store(rows: ShareRows, layer: int, made: _Smoothed) -> None:
     """Put one layer's shares into the rows, the best candidates where not all ranks are stored."""
     count = rows.shares_LUC.shape[2]
-    for first in range(0, len(rows.ids_U), STORED_IDS):
-        block = slice(first, first + STORED_IDS)
+    for first in range(0, len(rows.ids_U), BLOCK_IDS):
+        block = slice(first, first + BLOCK_IDS)
         shares_UR = made.of(np.arange(len(rows.ids_U))[block])
         if rows.ranks_LUC.size == 0:
             rows.shares_LUC[layer, block] = shares_UR
             continue
-        best_UC = np.sort(np.argpartition(-shares_UR, count - 1, axis=1)[:, :count], axis=1)
+        best_UC = best_ranks(shares_UR, count)
         rows.ranks_LUC[layer, block] = best_UC
         rows.shares_LUC[layer, block] = np.take_along_axis(shares_UR, best_UC, axis=1)
+
+
+def best_ranks(shares_UR: np.ndarray, count: int) -> np.ndarray:
+    """The ranks of the `count` largest shares of each row, int64 [U, count], ascending.
+
+    Shares, none below 0, are compared without their last bits, which hold the rank: to a part in
+    2^23 / R, finer than they are stored. Whole numbers are divided ten times as fast as places.
+    """
+    num_ranks = shares_UR.shape[1]
+    bits = np.uint32((num_ranks - 1).bit_length())
+    keys_UR = shares_UR.astype(np.float32).view(np.uint32)
+    keys_UR >>= bits
+    keys_UR <<= bits
+    keys_UR |= np.arange(num_ranks, dtype=np.uint32)
+    keys_UR.partition(num_ranks - count, axis=1)
+    best_UC = keys_UR[:, num_ranks - count :] & np.uint32((1 << int(bits)) - 1)
+    best_UC.sort(axis=1)
+    return best_UC.astype(np.int64)
 
 
 def _priced_ids(weight_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

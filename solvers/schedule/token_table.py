@@ -43,6 +43,10 @@ class ShareRows:
     shares_LUC: np.ndarray  # float16 [L, U, C]
     ranks_LUC: np.ndarray  # uint16 [L, U, C]; no values where all ranks are stored, in order
 
+    def of_no_layer(self) -> "ShareRows":
+        """The same ids without their shares."""
+        return replace(self, shares_LUC=self.shares_LUC[:0].copy(), ranks_LUC=self.ranks_LUC[:0].copy())
+
     def index(self, ids_T: np.ndarray) -> np.ndarray:
         """Row of each id, int64 [T]; -1 where there is none."""
         if len(self.ids_U) == 0:
