@@ -8,7 +8,6 @@ machine or a path.
 Shape letters: L MoE layers, E experts, R ranks, S slots per rank.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,7 +39,7 @@ from semmoe.profiles.document import (
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import check_directory_target, inside, new_directory, write_file
 from semmoe.profiles.hub.urls import fetched, is_url
-from semmoe.profiles.safetensors_file import read_shard
+from semmoe.profiles.safetensors_file import read_shard, write_arrays
 from semmoe.profiles.trace import MAX_LAYERS, TraceInfo, hash_file
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Report
@@ -294,18 +293,15 @@ class Plan:
         """Write the plan directory, with texts `beside` its own files by name; a plan that is there
         already is replaced. Raises InputError for any other file or directory, and where it cannot
         be written."""
-        from safetensors.numpy import save
-
         path = Path(path)
         check_plan_target(path)
         arrays = {"expert_load": self.load_LE.astype(np.int64), "fitted_requests": self.fitted_keys, **self.tables}
         if self.scored:
             arrays |= {"scored_placement": self.scored.placement.experts_LRS}
             arrays |= {"scored_expert_load": self.scored.load_LE.astype(np.int64)}
-        tables = save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())})
         with new_directory(path, what=f"the plan {path}") as folder:
-            (folder / "plan.json").write_text(line_per_key(signed(self.to_json(), tables)), encoding="utf-8")
-            (folder / TABLES).write_bytes(tables)
+            facts = signed(self.to_json(), write_arrays(folder / TABLES, arrays))
+            (folder / "plan.json").write_text(line_per_key(facts), encoding="utf-8")
             for name, content in (beside or {}).items():
                 (folder / name).write_text(content, encoding="utf-8")
 
@@ -400,9 +396,9 @@ def check_plan_target(path: Path) -> None:
     check_directory_target(path, what=f"the plan {path}")
 
 
-def signed(facts: dict[str, Any], tables: bytes) -> dict[str, Any]:
+def signed(facts: dict[str, Any], tables_sha256: str) -> dict[str, Any]:
     """plan.json with the hash of its tables, and its own."""
-    facts = json.loads(json.dumps(facts)) | {"tables_sha256": hashlib.sha256(tables).hexdigest()}
+    facts = json.loads(json.dumps(facts)) | {"tables_sha256": tables_sha256}
     return {**facts, "digest": digest_of(facts)}
 
 
@@ -442,7 +438,7 @@ def sign_again(path: str | Path) -> Plan:
     path = Path(path)
     plan = Plan.load(path, accept_edits=True)
     facts = {**read_facts(path, accept_edits=True)[0], "outputs": plan.outputs}
-    write_file(path / "plan.json", line_per_key(signed(facts, (path / TABLES).read_bytes())))
+    write_file(path / "plan.json", line_per_key(signed(facts, hash_file(path / TABLES))))
     return plan
 
 

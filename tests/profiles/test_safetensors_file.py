@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from semmoe.profiles.embedding import MAX_FEATURES, input_embedding
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.safetensors_file import INTEGERS, make_header, read_index, read_shard
+from semmoe.profiles.safetensors_file import INTEGERS, make_header, read_index, read_shard, write_arrays
+from semmoe.profiles.trace import hash_file
 
 
 def test_mapped_values_are_the_library_s(tmp_path: Path) -> None:
@@ -84,3 +85,16 @@ def test_a_number_type_that_can_be_none_is_refused(tmp_path: Path, dtype: str) -
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
     with pytest.raises(InputError, match="its safetensors header cannot be read"):
         read_shard(tmp_path / "a.safetensors")
+
+
+def test_arrays_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
+    names = ("bool", "uint8", "int8", "int16", "uint16", "float16", "int32", "uint32", "float32", "float64", "int64")
+    shapes = ((3, 2), (0,), (0, 4), (1, 5, 2))
+    arrays = {f"{name} {shape}": np.ones(shape, name) for name in (*names, "uint64") for shape in shapes}
+    arrays["turned"] = np.arange(6, dtype=np.uint16).reshape(2, 3).T
+    digest = write_arrays(tmp_path / "own", arrays)
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, tmp_path / "library")
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "library").read_bytes()
+    assert digest == hash_file(tmp_path / "own")
+    with pytest.raises(FileExistsError):
+        write_arrays(tmp_path / "own", arrays)
