@@ -19,6 +19,8 @@ numbers allow.
 Shape letters: B requests, L MoE layers, E experts, R ranks, J load vectors.
 """
 
+from typing import Any
+
 import numpy as np
 
 from semmoe.profiles.counts import RoutingProfile, request_expert_BE, request_rows
@@ -112,10 +114,49 @@ class _Experts:
         return np.stack([rank_of_S[linear_sum_assignment(-net_ER[:, rank_of_S])[1]] for net_ER in self.net_LER])
 
 
-def part_usage_BLR(rank_of_LE: np.ndarray, request_expert_LBE: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Activations of request b on part r of layer l, float64 [B, L, R]."""
-    parts = zip(request_expert_LBE, rank_of_LE, strict=True)
-    return np.stack([part_counts_BR(usage_BE, rank_of_E, num_ranks) for usage_BE, rank_of_E in parts], axis=1)
+class _PartUsage:
+    """Activations of requests on the parts of all layers, both ways round: what homes and labels
+    add up of it is the product with a matrix of few ones.
+
+    Sums of counts are exact in any order in double precision, and in single where they stay below
+    2^24.
+    """
+
+    def __init__(self, rank_of_LE: np.ndarray, request_expert_LBE: np.ndarray, num_ranks: int) -> None:
+        most = max(float(usage_BE.sum(dtype=np.float64)) for usage_BE in request_expert_LBE)
+        dtype = np.float32 if most < 2**24 else np.float64
+        num_layers, num_requests, _ = request_expert_LBE.shape
+        self.shape_LR = num_layers, num_ranks
+        self.usage_BX = np.empty((num_requests, num_layers * num_ranks), dtype)  # X: layer and part
+        for layer, (usage_BE, rank_of_E) in enumerate(zip(request_expert_LBE, rank_of_LE, strict=True)):
+            parts = slice(layer * num_ranks, (layer + 1) * num_ranks)
+            self.usage_BX[:, parts] = part_counts_BR(usage_BE, rank_of_E, num_ranks)
+        self.usage_XB = np.ascontiguousarray(self.usage_BX.T)
+
+    def of_layer(self, layer: int) -> np.ndarray:
+        """One layer's, [R, B]."""
+        num_ranks = self.shape_LR[1]
+        return self.usage_XB[layer * num_ranks : (layer + 1) * num_ranks]
+
+    def labelled_BR(self, label_LR: np.ndarray) -> np.ndarray:
+        """Activations of each request on each rank where parts are labelled so, float64 [B, R]."""
+        label_X = label_LR.reshape(-1)
+        return np.ascontiguousarray((_ones(label_X, self.shape_LR[1]) @ self.usage_XB).T, np.float64)
+
+    def at_homes_LRR(self, home_B: np.ndarray) -> np.ndarray:
+        """Activations of each layer's parts from the requests of each rank, float64 [L, part,
+        rank]."""
+        worth_RX = _ones(home_B, self.shape_LR[1]) @ self.usage_BX
+        return worth_RX.reshape(-1, *self.shape_LR).transpose(1, 2, 0).astype(np.float64)
+
+
+def _ones(row_of_C: np.ndarray, num_rows: int) -> Any:
+    """Sparse float32 [rows, C]: a one in each column."""
+    from scipy.sparse import csr_array
+
+    ends = np.cumsum(np.bincount(row_of_C, minlength=num_rows))
+    columns = np.argsort(row_of_C, kind="stable")
+    return csr_array((np.ones(len(row_of_C), np.float32), columns, np.append(0, ends)), (num_rows, len(row_of_C)))
 
 
 def align_labels(
@@ -142,10 +183,10 @@ def align_labels(
     Returns:
         Rank of each expert, int64 [L, E], and of each request, int64 [B].
     """
-    usage_BLR = part_usage_BLR(rank_of_LE, request_expert_LBE, num_ranks)
+    usage = _PartUsage(rank_of_LE, request_expert_LBE, num_ranks)
     best: tuple[float, np.ndarray, np.ndarray] | None = None
     for start in range(starts):
-        value, label_LR, home_B = _align_from(usage_BLR, weight_B, num_nodes, np.random.default_rng([seed, start]))
+        value, label_LR, home_B = _align_from(usage, weight_B, num_nodes, np.random.default_rng([seed, start]))
         if best is None or value > best[0]:
             best = value, label_LR, home_B
     assert best is not None
@@ -153,33 +194,27 @@ def align_labels(
 
 
 def _align_from(
-    usage_BLR: np.ndarray, weight_B: np.ndarray, num_nodes: int, rng: np.random.Generator
+    usage: _PartUsage, weight_B: np.ndarray, num_nodes: int, rng: np.random.Generator
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Local activations reached from one random order of layers, the new label of every part [L,
     R], and the homes [B]."""
-    num_requests, num_layers, num_ranks = usage_BLR.shape
+    (num_layers, num_ranks), num_requests = usage.shape_LR, len(weight_B)
     label_LR = np.tile(np.arange(num_ranks), (num_layers, 1))
     # Layers are matched one after the other to what the layers so far agree on.
-    score_BR = np.zeros((num_requests, num_ranks))
+    score_RB = np.zeros((num_ranks, num_requests))
     for layer in rng.permutation(num_layers):
-        if score_BR.any():
-            centred_BR = score_BR - score_BR.mean(axis=1, keepdims=True)
-            label_LR[layer] = best_labels(usage_BLR[:, layer].T @ centred_BR, num_nodes)
-        score_BR[:, label_LR[layer]] += usage_BLR[:, layer]
+        usage_RB = usage.of_layer(layer)
+        if score_RB.any():
+            centred_RB = score_RB - score_RB.mean(axis=0)
+            label_LR[layer] = best_labels(usage_RB @ centred_RB.T, num_nodes)
+        score_RB[label_LR[layer]] += usage_RB
+    score_BR = np.ascontiguousarray(score_RB.T)
     value, home_B = -np.inf, np.zeros(num_requests, np.int64)
     for _ in range(MAX_ROUNDS):
         unit_BR = score_BR / np.maximum(weight_B, 1)[:, None]
         homes_B = balanced_homes(unit_BR, weight_B.astype(np.float64))
-        # Counts are exact in any order: all layers in one product.
-        worth_RLR = (np.eye(num_ranks)[homes_B].T @ usage_BLR.reshape(num_requests, -1)).reshape(
-            num_ranks, -1, num_ranks
-        )
-        labels_LR = label_LR.copy()
-        for layer in range(num_layers):
-            labels_LR[layer] = best_labels(worth_RLR[:, layer].T, num_nodes)
-        score_BR = np.zeros((num_requests, num_ranks))
-        for layer in range(num_layers):
-            score_BR[:, labels_LR[layer]] += usage_BLR[:, layer]
+        labels_LR = np.stack([best_labels(worth_RR, num_nodes) for worth_RR in usage.at_homes_LRR(homes_B)])
+        score_BR = usage.labelled_BR(labels_LR)
         reached = float(score_BR[np.arange(num_requests), homes_B].sum())
         if reached <= value + 1e-9:
             break
