@@ -28,6 +28,7 @@ from semmoe.profiles.files import shortened, wrong_name
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 PAGE_BYTES = 4096
+PIECE_BYTES = 2**20  # that are hashed and written at once
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
@@ -194,8 +195,10 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> str:
         header = np.frombuffer(make_header(tuple(tensors), {}), np.uint8)
         for array in (header, *(arrays[name] for name in order)):
             content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-            digest.update(content)
-            file.write(content)
+            # For a large write some systems look for huge pages, which can take them seconds.
+            for piece in (content[at : at + PIECE_BYTES] for at in range(0, len(content), PIECE_BYTES)):
+                digest.update(piece)
+                file.write(piece)
     return digest.hexdigest()
 
 
