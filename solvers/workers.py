@@ -19,7 +19,8 @@ from semmoe.solvers.processes import THREADS, Surroundings, copies_of, held_inte
 LOOK_SECONDS = 0.2  # between two looks at how far workers are
 IMPORTED = ("semmoe.solvers.make_plan", "pymetis", "scipy.linalg", "scipy.optimize", "scipy.sparse")  # by workers
 KEPT_BYTES = {-3: 64 * 2**20, -1: 128 * 2**20}  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-HUGE_PAGES = "NUMPY_MADVISE_HUGEPAGE"  # of numpy: whether it asks for them
+# Neither numpy nor pyarrow asks for huge pages then.
+SMALL_PAGES = {"NUMPY_MADVISE_HUGEPAGE": "0", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 
 LayerMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -100,7 +101,7 @@ def compute_on_one_thread() -> None:
     milliseconds to find each, which was a fifth of the time of a large plan (docs/experiments.md).
     """
     os.environ.update(dict.fromkeys(THREADS, "1"))
-    os.environ.setdefault(HUGE_PAGES, "0")
+    os.environ.update({name: value for name, value in SMALL_PAGES.items() if name not in os.environ})
     keep_freed_memory()
 
 

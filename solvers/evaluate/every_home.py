@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from semmoe.solvers.evaluate.reached import reached_of
+
 MAX_CELLS = 2**24  # of tokens by targets at once
 
 
@@ -46,10 +48,12 @@ def rows_of_homes(
     for start in range(0, len(ids_TK), size):
         ids, group = ids_TK[start : start + size].astype(np.intp), group_T[start : start + size]
         # Step 1: targets that the token reaches wherever it lives; one more for what is none.
+        target_TK = sets.always_E[ids]
         always_TP = np.zeros((len(ids), num_targets + 1), bool)
-        always_TP[np.arange(len(ids))[:, None], sets.always_E[ids]] = True
-        token, target = np.nonzero(always_TP[:, :num_targets])
-        count_GP = np.bincount(group[token] * num_targets + target, minlength=num_groups * num_targets)
+        always_TP[np.arange(len(ids))[:, None], target_TK] = True
+        target_KT, first_KT = reached_of(target_TK, num_targets)
+        keys_KT = np.where(first_KT, group * num_targets + target_KT, num_groups * num_targets)
+        count_GP = np.bincount(keys_KT.reshape(-1), minlength=num_groups * num_targets + 1)[:-1]
         count_GP = count_GP.reshape(num_groups, num_targets)
         received_GP += count_GP * away_PR.sum(axis=1)
         sent_GR += count_GP @ away_PR.astype(np.int64)

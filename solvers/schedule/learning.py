@@ -30,6 +30,7 @@ from semmoe.solvers.schedule.ridge import solve_positive
 
 LEARNED_EXPERTS = 384  # earlier layers that learn, times experts: bounds the F * F equations
 LEARNED_LAYERS = 6
+BLOCK_TOKENS = 2_048  # whose pairs are counted at once
 LEARN_EVERY = 512  # new tokens that are worth a step
 MOST_STEPS = 16  # of a simulation; larger traces learn in larger groups, which understates a little
 RIDGE = 100.0  # in tokens; locality is flat from 30 to 200
@@ -80,9 +81,20 @@ def learned_scores_TR(
             correction_TR -= correction_TR.mean(axis=1, keepdims=True)
             agreed = agreed * kept + float((correction_TR * missed_TR).sum())
             corrected = corrected * kept + float((correction_TR**2).sum())
-        gram_FF = gram_FF * kept + (new_TF.T @ new_TF).toarray()
+        gram_FF *= np.float32(kept)
+        gram_FF += pair_counts_FF(ids_TX[rows], num_features)
         right_FR = right_FR * kept + new_TF.T @ missed_TR
     return learned_TR
+
+
+def pair_counts_FF(ids_TX: np.ndarray, num_features: int) -> np.ndarray:
+    """Tokens that have both features, counted for every pair of columns, int64 [F, F]."""
+    counts = np.zeros(num_features**2, np.int64)
+    for start in range(0, len(ids_TX), BLOCK_TOKENS):
+        block_TX = ids_TX[start : start + BLOCK_TOKENS].astype(np.int64)
+        keys_TXX = block_TX[:, :, None] * num_features + block_TX[:, None, :]
+        counts += np.bincount(keys_TXX.reshape(-1), minlength=len(counts))
+    return counts.reshape(num_features, num_features)
 
 
 def trust_in(agreed: float, corrected: float) -> float:

@@ -343,9 +343,10 @@ def _paper_ranks(arrivals: Arrivals, placement: Placement, schedule: Schedule) -
     row_Q = token.own.index(np.concatenate(prompts)) if prompts else np.zeros(0, np.int64)
     request_Q, row_Q = request_Q[row_Q >= 0], row_Q[row_Q >= 0]
     scores_BR = np.zeros((len(prompts), placement.num_ranks))
-    for layer in range(placement.num_layers):
+    known_B, starts = np.unique(request_Q, return_index=True)
+    for layer in range(placement.num_layers if len(starts) else 0):
         shares_QR = token.own.shares_TR(layer, row_Q, token.rare_LR[layer])
-        scores_BR += np.stack([np.bincount(request_Q, share_Q, len(scores_BR)) for share_Q in shares_QR.T], axis=1)
+        scores_BR[known_B] += np.add.reduceat(shares_QR, starts, axis=0, dtype=np.float64)
     return assign_masked_round_robin(scores_BR)
 
 
