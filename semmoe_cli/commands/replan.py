@@ -125,9 +125,9 @@ def replace_plan(
         refuse_mixed("--from-plan", [f"--{options.auto[0].replace('_', '-')} auto"])
     opened = [RoutingTrace.open(path) for path in traces]
     kept = replace(kept, **{name: getattr(demands, name) for name in OWN})
-    kept_slots = usual_stages(
-        options, Demands(spare="empty"), replan.old.model.num_experts, replan.old.topology.num_ranks
-    )
+    old, info = replan.old, opened[0].info
+    num_ids = sum(trace.num_tokens for trace in opened) * info.num_layers * info.top_k
+    kept_slots = usual_stages(options, Demands(spare="empty"), old.model.num_experts, old.topology.num_ranks, num_ids)
     with stages(usual={READING: 1.0, DECIDING: 10.0} | kept_slots) as show:
         found = make_replan(opened, replan.old, replan.asked, options, demands=kept, progress=show)
     found.plan.save(output, beside={DELTA_FILE: line_per_key(found.delta.to_json())})

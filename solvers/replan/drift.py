@@ -20,7 +20,6 @@ from semmoe.solvers.plan import Plan
 from semmoe.solvers.replan.decision import DECIDING_IDS, LEAST_REQUESTS, profile_of
 from semmoe.solvers.replan.frontiers import Budget
 from semmoe.solvers.replan.replan import Solver, demands_of
-from semmoe.solvers.workers import layer_map
 
 
 def drift_of(
@@ -37,8 +36,7 @@ def drift_of(
     batch = sample_requests([trace], [unseen_B], max_tokens=most, seed=seed)
     none_LEE = np.zeros((info.num_layers, info.num_experts, info.num_experts), np.int64)
     profile = profile_of(RoutingProfile(info, batch.num_tokens, none_LEE[:, 0], none_LEE, batch), batch)
-    with layer_map(1, info.num_experts) as run:
-        found = Solver(plan, demands_of(plan), budget, run).decision(profile, forced=False, progress=progress)
+    found = Solver(plan, demands_of(plan), budget).decision(profile, forced=False, progress=progress)
     assert found.gain is not None and found.lo is not None and found.hi is not None
     share = found.moves / int((plan.placement.experts_LRS >= 0).sum())
     command = shlex.join(["semmoe", "place", trace.path, "--from-plan", plan_path, "-o", f"{plan_path}-next"])

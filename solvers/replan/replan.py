@@ -34,7 +34,7 @@ from semmoe.solvers.replan.tasks import NewTraffic
 from semmoe.solvers.replan.timed import TimeGain
 from semmoe.solvers.replan.worth import Worth
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
-from semmoe.solvers.workers import LayerMap, layer_map
+from semmoe.solvers.workers import layer_map
 
 BYTES_PER_WEIGHT = 2.0  # of a checkpoint whose identity tells sizes and no number type: BF16
 ROW_BYTES = 2 * BYTES_PER_WEIGHT  # of one element of a row, out and back
@@ -118,22 +118,21 @@ def make_replan(
     demands = demands or demands_of(old)
     traffic = read_traffic(traces, options, demands, progress)
     profile = traffic.whole if options.refit else traffic.profile
-    with layer_map(demands.processes, old.model.num_experts) as run:
-        # Step 3: whether to move at all.
-        timed = None
-        if options.time is not None:
-            timed = TimeGain.of(options.time, profile.info, old.deployment, profile.sample, demands.seed)
-        solver = Solver(old, demands, replace(asked.budget, price=price_of(old, asked, timed)), run, timed)
-        decision = solver.decision(profile, forced=asked.force, progress=progress)
-        # Step 4: the plan, with schedules and scores; or scores of the old one.
-        if decision.move or decision.forced:
-            wanted = Asked(old.topology, demands, solver.solve)
-            plan = plan_of_traffic(traces, traffic, wanted, options, progress)
-            told = {"from": old.fingerprint, "moves": asked.asked_as, "decision": decision.to_json()}
-            plan = replace(plan, method="replan", options=plan.options | {"replan": told})
-            scores = plan.scores
-        else:
-            plan, scores = old, score_held_out(old.deployment, traffic, options, demands.processes, progress)
+    # Step 3: whether to move at all.
+    timed = None
+    if options.time is not None:
+        timed = TimeGain.of(options.time, profile.info, old.deployment, profile.sample, demands.seed)
+    solver = Solver(old, demands, replace(asked.budget, price=price_of(old, asked, timed)), timed)
+    decision = solver.decision(profile, forced=asked.force, progress=progress)
+    # Step 4: the plan, with schedules and scores; or scores of the old one.
+    if decision.move or decision.forced:
+        wanted = Asked(old.topology, demands, solver.solve)
+        plan = plan_of_traffic(traces, traffic, wanted, options, progress)
+        told = {"from": old.fingerprint, "moves": asked.asked_as, "decision": decision.to_json()}
+        plan = replace(plan, method="replan", options=plan.options | {"replan": told})
+        scores = plan.scores
+    else:
+        plan, scores = old, score_held_out(old.deployment, traffic, options, demands.processes, progress)
     # Step 5: what leads there.
     return Replan(plan, delta_between(old, plan, asked, decision, profile, timed), scores)
 
@@ -193,7 +192,6 @@ class Solver:
     old: Plan
     demands: Demands
     budget: Budget
-    run: LayerMap
     timed: TimeGain | None = None
 
     def replaced(
@@ -208,7 +206,8 @@ class Solver:
             worth, unit = self.timed.slopes(profile.sample, self.old.deployment)
         traffic = NewTraffic(profile, placement, self.old.topology, self.demands, worth, most)
         budget = replace(self.budget, price=self.budget.price / unit)
-        return search_frontiers(traffic, self.run, progress).within(budget)
+        with layer_map(self.demands.processes, placement.num_experts) as run:
+            return search_frontiers(traffic, run, progress).within(budget)
 
     def solve(self, profile: RoutingProfile, progress: Stages) -> Solved:
         """The same as a method of placement gives it."""
