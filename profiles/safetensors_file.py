@@ -194,7 +194,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> str:
     with path.open("xb") as file:
         header = np.frombuffer(make_header(tuple(tensors), {}), np.uint8)
         for array in (header, *(arrays[name] for name in order)):
-            content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             # For a large write some systems look for huge pages, which can take them seconds.
             for piece in (content[at : at + PIECE_BYTES] for at in range(0, len(content), PIECE_BYTES)):
                 digest.update(piece)

@@ -28,7 +28,7 @@ from semmoe.solvers.schedule.token_table import TokenTable
 from semmoe.solvers.workers import layer_map, step_file, tell_step
 
 SMALL_TASK = 20_000_000  # expert ids that one more process is worth starting for
-SCORER_LAYERS = 10  # that take as long as the request scorer does
+SCORER_LAYERS = 8  # that take as long as the request scorer does
 
 
 class Learned(NamedTuple):

@@ -54,7 +54,8 @@ def build_token_table(
         step: called at every layer that is done
     """
     num_layers, _, num_ranks = hosts_LER.shape
-    counted, after, ids_U = _rows_of(batch, embedding_VD)
+    counted, after = _Known.of(batch).groups(batch)
+    ids_U = _table_ids(counted.ids_U, embedding_VD)
     tokens_U, place_U = counted.weight_U, np.searchsorted(ids_U, counted.ids_U)
     weight_U = np.zeros(len(ids_U))
     weight_U[place_U] = tokens_U
@@ -120,21 +121,39 @@ class Shares(NamedTuple):
 
 def row_sizes(batch: TraceBatch, embedding_VD: np.ndarray | None) -> tuple[int, int]:
     """Rows that `build_token_table` will have, by id and after ids."""
-    _, after, ids_U = _rows_of(batch, embedding_VD)
-    return len(ids_U), len(after.ids_U)
+    known = _Known.of(batch)
+    num_after = len(np.unique(known.previous_T[known.is_rare_T]))
+    return len(_table_ids(known.ids_U, embedding_VD)), num_after
 
 
-def _rows_of(batch: TraceBatch, embedding_VD: np.ndarray | None) -> "tuple[_Groups, _Groups, np.ndarray]":
-    """Rows of the batch by id and, rare ones, by the id before them; ids of the table, ascending
-    int64 [U]."""
-    token_ids_T, previous_T = batch.token_ids_T, previous_token_ids_T(batch)
-    known_T = np.flatnonzero(token_ids_T >= 0)
-    counted = _Groups.of(token_ids_T, known_T, None)
-    tokens_T = counted.weight_U[np.searchsorted(counted.ids_U, token_ids_T[known_T])]
-    rare_T = (previous_T[known_T] >= 0) & (tokens_T <= RARE_TOKENS)
-    after = _Groups.of(previous_T, known_T[rare_T], tokens_T[rare_T] ** -0.5)
-    ids_U = counted.ids_U
-    return counted, after, ids_U if embedding_VD is None else np.union1d(ids_U, np.arange(len(embedding_VD)))
+def _table_ids(ids_U: np.ndarray, embedding_VD: np.ndarray | None) -> np.ndarray:
+    """Ids of a table, ascending: those that were counted, and all that have an embedding."""
+    return ids_U if embedding_VD is None else np.union1d(ids_U, np.arange(len(embedding_VD)))
+
+
+class _Known(NamedTuple):
+    """Rows of a batch whose token id is known."""
+
+    rows_T: np.ndarray  # int64
+    previous_T: np.ndarray  # id before each of them, -1 unknown
+    tokens_T: np.ndarray  # float64: how often its own id occurs
+    is_rare_T: np.ndarray  # bool: its id is rare enough to count in a successor row, and follows a known one
+    ids_U: np.ndarray  # int64, ascending
+
+    @classmethod
+    def of(cls, batch: TraceBatch) -> "_Known":
+        rows_T = np.flatnonzero(batch.token_ids_T >= 0)
+        token_ids_T, previous_T = batch.token_ids_T[rows_T], previous_token_ids_T(batch)[rows_T]
+        ids_U, tokens_U = np.unique(token_ids_T, return_counts=True)
+        tokens_T = tokens_U.astype(np.float64)[np.searchsorted(ids_U, token_ids_T)]
+        is_rare_T = (previous_T >= 0) & (tokens_T <= RARE_TOKENS)
+        return cls(rows_T, previous_T, tokens_T, is_rare_T, ids_U.astype(np.int64))
+
+    def groups(self, batch: TraceBatch) -> "tuple[_Groups, _Groups]":
+        """The rows by id and, rare ones, by the id before them."""
+        rare_T = self.rows_T[self.is_rare_T]
+        after = _Groups.of(self.previous_T[self.is_rare_T], rare_T, self.tokens_T[self.is_rare_T] ** -0.5)
+        return _Groups.of(batch.token_ids_T[self.rows_T], self.rows_T, None), after
 
 
 class _Smoothed(NamedTuple):
@@ -171,8 +190,8 @@ class _Groups(NamedTuple):
     weight_T: np.ndarray | None  # None: 1 each
 
     @classmethod
-    def of(cls, key_of_row: np.ndarray, rows_T: np.ndarray, weight_T: np.ndarray | None) -> "_Groups":
-        ids_U, group_T = np.unique(key_of_row[rows_T], return_inverse=True)
+    def of(cls, key_T: np.ndarray, rows_T: np.ndarray, weight_T: np.ndarray | None) -> "_Groups":
+        ids_U, group_T = np.unique(key_T, return_inverse=True)
         order_T = np.argsort(group_T, kind="stable")
         sums_U = np.bincount(group_T, weight_T, len(ids_U)).astype(np.float64)
         weight_T = None if weight_T is None else weight_T[order_T]

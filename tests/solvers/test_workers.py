@@ -297,3 +297,11 @@ def large_trace(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("traces") / "t"
     write_synthetic(path, SyntheticWorld(num_layers=8, num_experts=64, num_requests=1000))
     return path
+
+
+def test_large_plans_ask_for_no_huge_pages_unless_told_to() -> None:
+    code = "import os; from semmoe.solvers.workers import *; compute_on_one_thread(); print(*map(os.environ.get, SMALL_PAGES))"
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}
+    environment.pop("NUMPY_MADVISE_HUGEPAGE", None)
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["0", "mimalloc"]

@@ -206,6 +206,16 @@ def test_align_finds_shared_labels() -> None:
     assert len(set(zip(home_B.tolist(), topic_B.tolist(), strict=True))) == 4
 
 
+def test_labels_do_not_depend_on_how_counts_are_held() -> None:
+    rng = np.random.default_rng(1)
+    rank_of_LE = np.stack([rng.permutation(np.repeat(np.arange(4), 8)) for _ in range(6)])
+    usage_LBE = rng.poisson(3, (6, 50, 32)).astype(np.float64)
+    # Twice as large often enough, sums pass what single precision counts exactly.
+    found = [align_labels(rank_of_LE, usage_LBE * size, np.full(50, 9.0), 4, seed=0, starts=2) for size in (1, 2**20)]
+    for few, many in zip(*found, strict=True):
+        np.testing.assert_array_equal(few, many)
+
+
 def test_annealing_finds_planted_requests_under_caps_and_equal_counts() -> None:
     rng = np.random.default_rng(0)
     topic_B = rng.permutation(np.repeat(np.arange(4), 6))

@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from semmoe.profiles import mapped as mapped_module
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.sample import rows_of, select_requests
 from semmoe.profiles.synthetic import SyntheticWorld, write_synthetic
 from semmoe.profiles.trace import RoutingTrace, TraceBatch, TraceInfo, concat_batches
 from semmoe.solvers.placement import Placement
-from semmoe.solvers.schedule import fit, token_fit
+from semmoe.solvers.schedule import fit, learning, token_fit
 from semmoe.solvers.schedule import simulate as simulate_module
 from semmoe.solvers.schedule.context import context_scores_TR, default_depth
 from semmoe.solvers.schedule.features import NUM_POSITION_IDS, Seen, position_ids_TC, previous_experts_TLK
@@ -185,7 +186,8 @@ def test_noise_is_not_trusted():
     assert found["noise"] < 0.02 < 0.5 < found["structure"]
 
 
-def test_learning_is_ridge_regression_of_what_was_missed():
+def test_learning_is_ridge_regression_of_what_was_missed(monkeypatch):
+    monkeypatch.setattr(learning, "BLOCK_TOKENS", 64)  # pairs of a group are counted in parts
     ids_TX, scores_TR, served_TR = learnable(400)
     features_TF = np.eye(20)[ids_TX].sum(1)
     seen, new = np.arange(300), np.arange(300, 400)
@@ -292,8 +294,11 @@ def test_a_schedule_survives_the_plan_file(planted, schedule):
         Schedule.from_tables(tables)
 
 
-def test_layers_fitted_apart_give_the_same_schedule(planted, schedule, monkeypatch):
+@pytest.mark.parametrize("where", ["sent", "mapped"])
+def test_layers_fitted_apart_give_the_same_schedule(planted, schedule, monkeypatch, where):
     train, _, placement = planted
+    if where == "mapped":  # as rows of a large table are
+        monkeypatch.setattr(mapped_module, "SMALL_BYTES", 0)
     whole = schedule.to_tables()
     monkeypatch.setattr(fit, "SCORER_LAYERS", 2)  # the first process gets one layer of four
     monkeypatch.setattr(fit, "SMALL_TASK", 1)
