@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from semmoe.profiles.errors import InputError
+from semmoe.profiles.files import write_by_pages
 
 SMALL_BYTES = 32_000_000  # arrays up to this size stay in memory
-ZEROS = 2**20  # bytes that are written at once
+ZEROS = 2**20  # bytes of them that are made at a time
 
 
 class MappedView(NamedTuple):
@@ -34,8 +35,8 @@ def mapped_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     or in memory where it is small.
 
     Its blocks are written: a page of a file that the disk has no block for ends the process when it
-    is written (SIGBUS), and pages that the system has at hand are mapped ten times as fast as those
-    that were only allocated. Raises InputError where the temporary directory has no room for it.
+    is written (SIGBUS), and it maps pages that were written ten times as fast as blocks that were
+    allocated. Raises InputError where the temporary directory has no room for it.
     """
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if size <= SMALL_BYTES:
@@ -48,7 +49,8 @@ def mapped_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     else:
         path = name
     try:
-        _write_zeros(descriptor, size)
+        for left in range(size, 0, -ZEROS):
+            write_by_pages(descriptor, memoryview(bytes(min(left, ZEROS))))
     except OSError as error:
         _remove(descriptor, name if path == name else None)
         raise InputError(
@@ -57,12 +59,6 @@ def mapped_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     array = np.memmap(path, dtype, mode="r+", shape=shape)
     weakref.finalize(array, _remove, descriptor, name if path == name else None)
     return array
-
-
-def _write_zeros(descriptor: int, size: int) -> None:
-    zeros = bytes(ZEROS)
-    while size > 0:
-        size -= os.write(descriptor, zeros[: min(size, ZEROS)])
 
 
 def mapped_copy(array: np.ndarray) -> np.ndarray:

@@ -23,11 +23,10 @@ import numpy as np
 
 from semmoe.profiles.document import parse_json, read_bounded
 from semmoe.profiles.errors import InputError
-from semmoe.profiles.files import shortened, wrong_name
+from semmoe.profiles.files import PAGE_BYTES, shortened, write_by_pages, wrong_name
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-PAGE_BYTES = 4096
 PIECE_BYTES = 2**20  # that are hashed and written at once
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -178,6 +177,14 @@ def make_header(tensors: tuple[Tensor, ...], metadata: dict[str, str], *, header
     return struct.pack("<Q", total - 8) + text.ljust(total - 8)
 
 
+def map_arrays(shard: Shard) -> dict[str, np.ndarray]:
+    """All arrays of a file by name, read-only: large ones mapped and not read. Raises KeyError for
+    a type that `write_arrays` does not write."""
+    types = {stored: dtype for dtype, stored in STORED.items()}
+    mapped = {tensor.name: shard.map(tensor, types[tensor.dtype]) for tensor in shard.tensors}
+    return {name: array if array.nbytes > PIECE_BYTES else np.array(array) for name, array in mapped.items()}
+
+
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> str:
     """A new file with these arrays, byte for byte what the safetensors library writes, and its
     SHA-256 in hexadecimal. The library makes two copies of all arrays before it writes; this, none.
@@ -191,14 +198,13 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> str:
         tensors.append(Tensor(name, STORED[array.dtype.name], array.shape, begin, begin + array.nbytes))
         begin += array.nbytes
     digest = hashlib.sha256()
-    with path.open("xb") as file:
+    with path.open("xb", buffering=0) as file:
         header = np.frombuffer(make_header(tuple(tensors), {}), np.uint8)
         for array in (header, *(arrays[name] for name in order)):
             content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            # For a large write some systems look for huge pages, which can take them seconds.
             for piece in (content[at : at + PIECE_BYTES] for at in range(0, len(content), PIECE_BYTES)):
                 digest.update(piece)
-                file.write(piece)
+                write_by_pages(file.fileno(), piece)
     return digest.hexdigest()
 
 

@@ -39,7 +39,7 @@ from semmoe.profiles.document import (
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.files import check_directory_target, inside, new_directory, write_file
 from semmoe.profiles.hub.urls import fetched, is_url
-from semmoe.profiles.safetensors_file import read_shard, write_arrays
+from semmoe.profiles.safetensors_file import map_arrays, read_shard, write_arrays
 from semmoe.profiles.trace import MAX_LAYERS, TraceInfo, hash_file
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.evaluate.report import Report
@@ -306,10 +306,14 @@ class Plan:
                 (folder / name).write_text(content, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path, *, accept_edits: bool = False) -> "Plan":
+    def load(cls, path: str | Path, *, accept_edits: bool = False, mapped: bool = False) -> "Plan":
         """Read and check a plan directory. Raises InputError where it is none, damaged, or not as
         it was written; with `accept_edits` a plan.json that was edited passes where all else does,
-        with a note of it. A URL that fsspec knows (hf://datasets/OWNER/NAME) is fetched first."""
+        with a note of it. A URL that fsspec knows (hf://datasets/OWNER/NAME) is fetched first.
+
+        `mapped`: large tables of a local plan stay in their file until they are looked at, for work
+        that may never do so; the file must stay as it is (a plan that replaces it leaves it so).
+        """
         if is_url(path):
             with fetched(str(path), ("plan.json", TABLES)) as folder:
                 return cls.load(folder, accept_edits=accept_edits)
@@ -321,7 +325,8 @@ class Plan:
             cost = np.asarray(topology["cost"], np.float64) if topology.get("cost") else None
             may_waste = bool(facts["options"].get("wasted_slots"))
             placement = Placement(np.asarray(facts["placement"], np.int32), model.num_experts, may_waste)
-            tables = _read_tables(path, (placement.num_layers, placement.num_experts), placement.experts_LRS.shape)
+            shapes = (placement.num_layers, placement.num_experts), placement.experts_LRS.shape
+            tables = _read_tables(path, *shapes, mapped=mapped)
             scored = None
             if (scored_LRS := tables.pop("scored_placement", None)) is not None:
                 scored_placement = Placement(scored_LRS, model.num_experts)
@@ -442,14 +447,17 @@ def sign_again(path: str | Path) -> Plan:
     return plan
 
 
-def _read_tables(path: Path, load_shape: tuple[int, int], placement_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+def _read_tables(
+    path: Path, load_shape: tuple[int, int], placement_shape: tuple[int, ...], *, mapped: bool
+) -> dict[str, np.ndarray]:
     """The arrays beside a placement of that shape, with the types and shapes of all that every
     plan has."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     where = path / TABLES
-    found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in read_shard(where).tensors}
+    shard = read_shard(where)
+    found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {"expert_load": ("I64", load_shape)}
     if "scored_placement" in found:
         wanted |= {"scored_placement": ("I32", placement_shape), "scored_expert_load": ("I64", load_shape)}
@@ -462,7 +470,7 @@ def _read_tables(path: Path, load_shape: tuple[int, int], placement_shape: tuple
                 f"{where}: {name} is {found[name][0]} {list(found[name][1])}, expected {dtype} {list(shape)}"
             )
     try:
-        tables = load_file(where)
+        tables = map_arrays(shard) if mapped else load_file(where)
     except (SafetensorError, OSError, TypeError, KeyError) as error:
         raise InputError(f"{where} is damaged: {error}") from None
     for name, table in tables.items():
@@ -470,4 +478,4 @@ def _read_tables(path: Path, load_shape: tuple[int, int], placement_shape: tuple
             raise InputError(f"{where}: {name} holds values that are no finite numbers")
         if name.endswith("expert_load") and table.size and table.min() < 0:
             raise InputError(f"{where}: {name} holds {table.min()}, expected counts from 0")
-    return tables
+    return map_arrays(shard) if mapped else tables  # in new mappings nothing was looked at yet

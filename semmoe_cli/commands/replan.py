@@ -68,7 +68,7 @@ class Replacing:
 
         assert self.from_plan is not None
         asked = self.options(force)  # a wrong option is told before a plan is read
-        return From(self.from_plan, Plan.load(self.from_plan), asked)
+        return From(self.from_plan, Plan.load(self.from_plan, mapped=True), asked)
 
     def options(self, force: bool) -> "ReplanOptions":
         """The budget, as solvers read it."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from semmoe.profiles import safetensors_file
 from semmoe.profiles.counts import profile_traces
 from semmoe.profiles.errors import InputError
 from semmoe.profiles.split import split_requests
@@ -302,6 +303,17 @@ def test_an_edited_plan_is_refused_and_can_be_signed_again(stored, tmp_path, cha
     with pytest.raises(InputError, match="is on no rank"):
         sign_again(path)
     assert (path / "plan.json").read_bytes() == before
+
+
+def test_mapped_tables_are_the_same_and_outlive_the_plan_that_replaces_them(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_file, "PIECE_BYTES", 1000)
+    shutil.copytree(stored, tmp_path / "p")
+    read, mapped = Plan.load(tmp_path / "p"), Plan.load(tmp_path / "p", mapped=True)
+    assert sum(isinstance(table, np.memmap) for table in mapped.tables.values()) > 3
+    replace(read, tables={name: np.zeros_like(table) for name, table in read.tables.items()}).save(tmp_path / "p")
+    assert mapped.to_json() == read.to_json() and mapped.tables.keys() == read.tables.keys()
+    for name, table in read.tables.items():
+        np.testing.assert_array_equal(mapped.tables[name], table)
 
 
 def test_tables_of_another_plan_are_refused(stored, tmp_path):
