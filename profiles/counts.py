@@ -271,7 +271,8 @@ def _profile_parts(
                     rows = slice(filled[p], filled[p] + taken.num_tokens)
                     ids_LTK[:, rows] = taken.expert_ids_TLK.transpose(1, 0, 2)
                     filled[p] = rows.stop
-                    kept[p].append(replace(taken, expert_ids_TLK=taken.expert_ids_TLK[:0]))
+                    # A copy of nothing: a view would keep the batch.
+                    kept[p].append(replace(taken, expert_ids_TLK=taken.expert_ids_TLK[:0].copy()))
             done += batch.num_tokens
             if progress is not None:
                 progress(done, sum(wanted))
