@@ -36,6 +36,7 @@ KICKS = {"fast": 0, "default": 1, "max": 8}
 COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}  # of COPIED_EXPERTS; up to MORE_TRIALS times as many of fewer
 COPIED_EXPERTS, MORE_TRIALS = 128, 4
 TRIED_LAYERS = {"fast": 4, "default": 8, "max": 8}  # that recipes are compared on
+SAME_TIME = 0.002  # of the time: what a few layers of half of the requests do not tell apart
 LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
 
 
@@ -224,7 +225,8 @@ def place_for_time(
 
     Each of RECIPES places all layers by all requests, and some layers by one half of the requests,
     where it is timed on the other. Over load packing, a recipe promises too much on the requests
-    that it placed by, and too little from half of them: the best is chosen by the mean of both.
+    that it placed by, and too little from half of them: the best is chosen by the mean of both,
+    and of several that are as good the one that balances best.
 
     Parameters:
         profile: counts of the requests to fit, and a sample of them.
@@ -261,15 +263,16 @@ def place_for_time(
         for found in run(_place, work):
             placed_LF.append(found)
             show(len(placed_LF), info.num_layers)
-    time_F = np.array([[placed.time for placed in placed_F] for placed_F in placed_LF]).mean(0)
+    cost_F = np.array([[placed.time for placed in placed_F] for placed_F in placed_LF]).mean(0)
     note = ""
     if halves:
         others_F, imbalance_F = np.array(tried_XF).mean(0).T
-        time_F = time_F / time_F[0] + others_F / others_F[0]
-        promised, packed = imbalance_F[[int(np.argmin(time_F)), 0]]
+        time_F = cost_F / cost_F[0] + others_F / others_F[0]
+        cost_F = np.where(time_F <= time_F.min() * (1 + SAME_TIME), imbalance_F, np.inf)
+        promised, packed = imbalance_F[[int(np.argmin(cost_F)), 0]]
         note = f"; placed by half of the requests, the busiest rank of the others has {promised:.3f} of the mean load"
         note += f" ({packed:.3f} by load packing)"
-    best = int(np.argmin(time_F))
+    best = int(np.argmin(cost_F))
     rank_of_LE = _labelled(np.stack([found[best].rank_of_E for found in placed_LF]), profile, topology, demands)
     if demands.spare == "empty":
         rank_of_LE = in_linear_shares(rank_of_LE, profile, profile.load_LE, topology.num_ranks, demands.load_cap)
