@@ -14,9 +14,10 @@ from semmoe.solvers.place.exact_counts import LEAST_REQUESTS
 from semmoe.solvers.place.solve import solve_placement
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.time.batches import pool_of
+from semmoe.solvers.time.fit import fit_of
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
-from semmoe.solvers.time.minimize import fit_of, links_of, prices_of
-from semmoe.solvers.time.swaps import LayerBatches, mean_time
+from semmoe.solvers.time.minimize import links_of, prices_of
+from semmoe.solvers.time.swaps import mean_time
 
 CHOICES = {"load_cap": (1.02, 1.05, 1.1, 1.2), "lar_weight": (0.0, 0.25, 0.5, 1.0)}  # by demand
 LEARNED_SHARE = 0.7  # of the requests that are placed by; the others are timed
@@ -36,7 +37,7 @@ def chosen_by_time(
     learned, rest = select_requests(sample, keep_B), select_requests(sample, ~keep_B)
     part = RoutingProfile(info, *count_batches([learned], info), learned)
     costing = costing_of(asked, info, topology, prompts=float(sample.is_prompt_T.mean()))
-    fit = fit_of(pool_of(rest, costing.phase), costing, topology, demands)
+    fit = fit_of(pool_of(rest, costing.phase), costing, topology.num_ranks, demands)
     levels_UR, prices = links_of(costing, topology).levels_UR, prices_of(costing, topology)
     once = replace(demands, effort="fast", slots=0, replicas=0, redundant=None, spare="empty")
 
@@ -44,9 +45,7 @@ def chosen_by_time(
         placed = solve_placement(part, topology, asked, method=method).placement.rank_of_LE
         total = 0.0
         for layer, rank_of_E in enumerate(placed):
-            ids_TK = rest.expert_ids_TLK[:, layer][fit.rows_T].astype(np.int64)
-            sizes = (info.num_experts, int(costing.values["experts.tile"]))
-            batches = LayerBatches(ids_TK, fit.group_T, fit.weight_MG, *sizes)
+            batches = fit.layer(rest.expert_ids_TLK[:, layer], info.num_experts, int(costing.values["experts.tile"]))
             total += mean_time(batches, rank_of_E, levels_UR, prices, num_ranks=topology.num_ranks)
         return total
 

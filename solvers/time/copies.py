@@ -17,6 +17,7 @@ from semmoe.solvers.place.replicas import serving_LRE
 from semmoe.solvers.placement import Topology
 from semmoe.solvers.time.swaps import LayerBatches, Prices, expert_work
 
+MOST_BATCHES = 512  # that activations are counted in
 LINK_TOKENS = 4096  # that rows are counted on
 
 
@@ -70,8 +71,8 @@ class _Measured(NamedTuple):
         rng = np.random.default_rng([task.seed, 37])
         rows = rng.permutation(len(batches.ids_TK))[:LINK_TOKENS]
         home_T = np.arange(len(rows)) % task.topology.num_ranks
-        n_ME = batches.activations_ME()
-        return cls(n_ME, n_ME.mean(0), batches.ids_TK[rows], home_T, tokens_M)
+        n_ME = batches.n_XE[:MOST_BATCHES].astype(np.float64)
+        return cls(n_ME, n_ME.mean(0), batches.ids_TK[rows], home_T, np.resize(tokens_M, len(n_ME)))
 
 
 def _measure(task: CopyTask, measured: _Measured, hosts_ER: np.ndarray) -> _State:

@@ -96,7 +96,7 @@ def _saved(
 def _decision(share: float, ci: tuple[float, float]) -> str:
     if ci[0] >= WORTH_TIME or (ci[0] > 0 and share >= 2 * WORTH_TIME):
         return RECOMMEND
-    return NOT_WORTH_IT if ci[1] < 2 * WORTH_TIME or share <= 0 else INSUFFICIENT
+    return NOT_WORTH_IT if ci[1] < 2 * WORTH_TIME or share < WORTH_TIME else INSUFFICIENT
 
 
 def _ends(parameter: Parameter, pair: _Pair, costing: Costing, num_ranks: int, resamples: int) -> Ends:

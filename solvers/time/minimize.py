@@ -1,17 +1,13 @@
 """Placement for the predicted time: swaps of experts on batches as they will run (`swaps.py`),
 layer by layer. Ways to place are told apart on requests that they were not fitted on.
 
-What was balanced on the fitted requests is to stay balanced on others, which draw experts
-otherwise: batches are filled from few resampled requests (REQUEST_SHARE of them), so that they
-differ from each other as much as the fitted requests and the ones to come do together.
-
 Shape letters: T tokens, L MoE layers, K top-k, E experts, R ranks, G groups of tokens, M batches, B
 requests.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,57 +17,27 @@ from semmoe.profiles.errors import InputError
 from semmoe.profiles.progress import Progress, Stages, unshown, unshown_stages
 from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.place.baselines import baselines, place_load_on_nodes
-from semmoe.solvers.place.exact_counts import LEAST_REQUESTS, REQUEST_SHARE, in_linear_shares
+from semmoe.solvers.place.exact_counts import LEAST_REQUESTS, in_linear_shares
 from semmoe.solvers.place.graph import place_quickly
 from semmoe.solvers.place.replicas import served_load_R, serving_LRE
 from semmoe.solvers.place.request_homes import align_labels, chosen_requests, request_usage_LBE
 from semmoe.solvers.place.solve import FILLING, PLACING, Filling, with_copies
 from semmoe.solvers.placement import Placement, Topology
+from semmoe.solvers.time.balance import balance_layer
 from semmoe.solvers.time.batches import Pool, pool_of
 from semmoe.solvers.time.copies import CopyTask, place_copies
+from semmoe.solvers.time.fit import Fit, fit_of
 from semmoe.solvers.time.hardware import WAYS, Costing, TimeAsked, costing_of, nodes_of_ranks
-from semmoe.solvers.time.moe_layer import batch_tokens, experts_us, way_us
+from semmoe.solvers.time.moe_layer import experts_us, way_us
 from semmoe.solvers.time.swaps import LayerBatches, Prices, mean_imbalance, mean_time, swap_layer
 from semmoe.solvers.workers import layer_map
 
-MOST_TOKENS = {"fast": 16_000, "default": 40_000, "max": 80_000}  # of a layer that swaps are counted on
-LEAST_TOKENS = 16  # of a request: more requests than that leaves are not looked at
-MORE_BATCHES = 4  # times as many where only activations count, which is cheap
-BATCHES = {"fast": 48, "default": 128, "max": 512}
 KICKS = {"fast": 0, "default": 1, "max": 8}
-COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}
+COPY_TRIALS = {"fast": 150, "default": 400, "max": 1600}  # of COPIED_EXPERTS; up to MORE_TRIALS times as many of fewer
+COPIED_EXPERTS, MORE_TRIALS = 128, 4
 TRIED_LAYERS = {"fast": 4, "default": 8, "max": 8}  # that recipes are compared on
+SAME_TIME = 0.002  # of the time: what a few layers of half of the requests do not tell apart
 LABEL_STARTS = {"fast": 4, "default": 16, "max": 16}
-
-
-def batches_to_fit(
-    pool: Pool, costing: Costing, num_ranks: int, *, num_batches: int, seed: int, most_tokens: int = 40_000
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of a trace, int64 [T], the request of each, int64 [T], and batches as sums of requests,
-    float64 [M, G]: each counts as often as its tokens are in a batch, whole in prefill, by its
-    length in decode. Of more rows than `most_tokens` every second, third ... of a request stands
-    for the others."""
-    rng = np.random.default_rng([seed, 23])
-    size = num_ranks * batch_tokens(costing)
-    kept = np.sort(rng.permutation(pool.num_requests)[: max(1, most_tokens // LEAST_TOKENS)])
-    tokens_B = np.array([len(pool.rows_B[b]) for b in kept], np.float64)
-    step = max(1, int(np.ceil(tokens_B.sum() / most_tokens)))
-    rows_B = [pool.rows_B[b][::step] for b in kept]
-    counted_B = np.array([len(rows) for rows in rows_B])
-    few = max(1, round(REQUEST_SHARE * pool.num_requests))
-    weight_MB = np.zeros((num_batches, len(kept)))
-    for weight_B in weight_MB:
-        drawn = rng.integers(0, len(kept), few)
-        if costing.phase == "generated":
-            np.add.at(weight_B, drawn, size / tokens_B[drawn].sum())
-            continue
-        left = float(size)
-        while left > 0:  # whole requests; the last one in part
-            request = rng.choice(drawn)
-            part = min(1.0, left / tokens_B[request])
-            weight_B[request] += part
-            left -= part * tokens_B[request]
-    return np.concatenate(rows_B), np.repeat(np.arange(len(kept)), counted_B), weight_MB * (tokens_B / counted_B)
 
 
 class Links(NamedTuple):
@@ -133,16 +99,8 @@ def _total_us(links: np.ndarray, experts: np.ndarray, *, overlap: str, other_us:
     return links + experts if overlap == "none" else 2 * np.maximum(links, experts + other_us / 2)
 
 
-class Fit(NamedTuple):
-    """Requests to place by, as batches of one layer are made of them."""
-
-    rows_T: np.ndarray  # of the sample
-    group_T: np.ndarray
-    weight_MG: np.ndarray
-    counted_T: np.ndarray  # rows, each once: loads and pairs are counted on them
-
-
-class _Layer(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Layer:
     """One layer and some requests; sent to a worker process."""
 
     batches: LayerBatches
@@ -152,6 +110,7 @@ class _Layer(NamedTuple):
     levels_UR: list[np.ndarray]
     prices: Prices
     seed: int
+    effort: str
     kicks: int
 
     @property
@@ -163,12 +122,10 @@ class _Layer(NamedTuple):
         load_E = np.bincount(self.ids_TK.reshape(-1), minlength=self.batches.num_experts + 1)[:-1]
         return place_load_on_nodes(load_E[None], self.topology, self.num_groups)[0].astype(np.int64)
 
+    @cached_property
     def balanced(self) -> np.ndarray:
-        """From there, with the experts' time alone in mind."""
-        levels, prices = self.levels_UR, self.prices
-        if not prices.by_activation:
-            levels, prices = [], prices._replace(links=_no_links)
-        return swap_layer(self.batches, self.packed(), levels, prices, num_ranks=self.num_ranks, seed=self.seed)[0]
+        """From there, with the busiest rank's activations alone in mind."""
+        return balance_layer(self.batches.n_XE, self.packed(), self.num_ranks, effort=self.effort, seed=self.seed)
 
     def near(self) -> np.ndarray:
         """By co-activation within ranks."""
@@ -181,19 +138,15 @@ class _Layer(NamedTuple):
         return swap_layer(self.batches, start_E, self.levels_UR, self.prices, **options)[0]
 
 
-def _no_links(busiest: list[np.ndarray]) -> float:
-    return 0.0
-
-
 # Ways to place a layer; which one is best for a trace and a setting is asked of requests that were
 # not placed by.
 RECIPES: dict[str, Callable[[_Layer], np.ndarray]] = {
     "load packing": _Layer.packed,
-    "experts balanced over batches": _Layer.balanced,
-    "links and experts, from balanced experts": lambda layer: layer.swapped(layer.balanced()),
+    "experts balanced over batches": lambda layer: layer.balanced,
+    "links and experts, from balanced experts": lambda layer: layer.swapped(layer.balanced),
     "links and experts, from co-activation": lambda layer: layer.swapped(layer.near()),
 }
-BALANCE_ONLY = list(RECIPES)[:2]  # where no row is sent once, there is nothing else
+BALANCE_ONLY = list(RECIPES)[:3]  # where no row is sent once, co-activation says nothing
 
 
 class _Placed(NamedTuple):
@@ -212,23 +165,21 @@ def _place(work: tuple[list[str], _Layer]) -> list[_Placed]:
 
 
 class _Tried(NamedTuple):
-    """A recipe on half of the requests: mean time on them and on the others, and the busiest rank's
-    activations over the mean on the others."""
+    """A recipe on half of the requests: mean time on the others, and the activations of their
+    busiest rank over the mean."""
 
-    own: float
-    others: float
+    time: float
     imbalance: float
 
 
 def _try(work: tuple[list[str], _Layer, LayerBatches]) -> list[_Tried]:
-    """What each recipe gives on the layer's requests, and on batches of others."""
+    """What each recipe that places the layer gives on batches of other requests."""
     recipes, layer, others = work
-    num_ranks = layer.num_ranks
+    options = {"num_ranks": layer.num_ranks}
     return [
         _Tried(
-            placed.time,
-            mean_time(others, placed.rank_of_E, layer.levels_UR, layer.prices, num_ranks=num_ranks),
-            mean_imbalance(others, placed.rank_of_E, num_ranks),
+            mean_time(others, placed.rank_of_E, layer.levels_UR, layer.prices, **options),
+            mean_imbalance(others, placed.rank_of_E, **options),
         )
         for placed in _place((recipes, layer))
     ]
@@ -273,8 +224,9 @@ def place_for_time(
     """The placement of least predicted time that is found, every expert once.
 
     Each of RECIPES places all layers by all requests, and some layers by one half of the requests,
-    where it is timed on the other: the best is chosen by the time on all requests and more, as much
-    as it lost from half to half, halved, because twice as many requests promise better.
+    where it is timed on the other. Over load packing, a recipe promises too much on the requests
+    that it placed by, and too little from half of them: the best is chosen by the mean of both,
+    and of several that are as good the one that balances best.
 
     Parameters:
         profile: counts of the requests to fit, and a sample of them.
@@ -282,9 +234,11 @@ def place_for_time(
         costing: the machine, backend and batches.
         progress: told of every layer that is done.
     """
-    info, show = profile.info, progress or unshown
+    info, show, num_ranks = profile.info, progress or unshown, topology.num_ranks
     pool = pool_of(profile.sample, costing.phase)
-    whole, *halves = (fit_of(part, costing, topology, demands) for part in (pool, *_halves(pool, demands.seed)))
+    parts = _halves(pool, demands.seed)
+    whole, *halves = (fit_of(part, costing, num_ranks, demands) for part in (pool, *parts))
+    judges = [fit_of(part, costing, num_ranks, demands, resampled=False) for part in parts[::-1]]
     shape = links_of(costing, topology)
     prices, tile = prices_of(costing, topology), int(costing.values["experts.tile"])
     recipes = list(RECIPES) if shape.levels_UR else BALANCE_ONLY
@@ -293,16 +247,15 @@ def place_for_time(
     )
 
     def batches(fit: Fit, number: int) -> LayerBatches:
-        ids_TK = profile.sample.expert_ids_TLK[:, number][fit.rows_T].astype(np.int64)
-        return LayerBatches(ids_TK, fit.group_T, fit.weight_MG, info.num_experts, tile)
+        return fit.layer(profile.sample.expert_ids_TLK[:, number], info.num_experts, tile)
 
     def layer(fit: Fit, number: int, kicks: int) -> _Layer:
         ids_TK = profile.sample.expert_ids_TLK[:, number][fit.counted_T]
-        options = (shape.levels_UR, prices, demands.seed, kicks)
+        options = (shape.levels_UR, prices, demands.seed, demands.effort, kicks)
         return _Layer(batches(fit, number), ids_TK, topology, info.n_group, *options)
 
-    pairs = [halves, halves[::-1]] if halves else []
     with layer_map(demands.processes, info.num_experts) as run:
+        pairs = zip(halves, judges, strict=True)
         trials = ((recipes, layer(fit, n, 0), batches(others, n)) for fit, others in pairs for n in tried)
         tried_XF = list(run(_try, trials))
         work = ((recipes, layer(whole, number, KICKS[demands.effort])) for number in range(info.num_layers))
@@ -310,15 +263,16 @@ def place_for_time(
         for found in run(_place, work):
             placed_LF.append(found)
             show(len(placed_LF), info.num_layers)
-    time_F = np.array([[placed.time for placed in placed_F] for placed_F in placed_LF]).mean(0)
+    cost_F = np.array([[placed.time for placed in placed_F] for placed_F in placed_LF]).mean(0)
     note = ""
     if halves:
-        own_F, others_F, imbalance_F = np.array(tried_XF).mean(0).T
-        time_F *= 1 + (others_F / own_F - 1) / 2
-        promised, packed = imbalance_F[[int(np.argmin(time_F)), 0]]
+        others_F, imbalance_F = np.array(tried_XF).mean(0).T
+        time_F = cost_F / cost_F[0] + others_F / others_F[0]
+        cost_F = np.where(time_F <= time_F.min() * (1 + SAME_TIME), imbalance_F, np.inf)
+        promised, packed = imbalance_F[[int(np.argmin(cost_F)), 0]]
         note = f"; placed by half of the requests, the busiest rank of the others has {promised:.3f} of the mean load"
         note += f" ({packed:.3f} by load packing)"
-    best = int(np.argmin(time_F))
+    best = int(np.argmin(cost_F))
     rank_of_LE = _labelled(np.stack([found[best].rank_of_E for found in placed_LF]), profile, topology, demands)
     if demands.spare == "empty":
         rank_of_LE = in_linear_shares(rank_of_LE, profile, profile.load_LE, topology.num_ranks, demands.load_cap)
@@ -333,14 +287,6 @@ def _halves(pool: Pool, seed: int) -> list[Pool]:
     order = np.random.default_rng([seed, 29]).permutation(pool.num_requests)
     parts = np.array_split(order, 2)
     return [Pool([pool.rows_B[b] for b in part], pool.request_of_pool[part], pool.note) for part in parts]
-
-
-def fit_of(pool: Pool, costing: Costing, topology: Topology, demands: Demands) -> Fit:
-    more = 1 if links_of(costing, topology).levels_UR else MORE_BATCHES
-    num_batches = BATCHES[demands.effort] * more
-    options = {"num_batches": num_batches, "most_tokens": MOST_TOKENS[demands.effort]}
-    fitted = batches_to_fit(pool, costing, topology.num_ranks, **options, seed=demands.seed)
-    return Fit(*fitted, np.concatenate(pool.rows_B))
 
 
 def copies_for_time(
@@ -362,15 +308,14 @@ def copies_for_time(
     by_affinity = with_copies(placement, profile, topology, slots, Filling(demands.load_cap, demands.processes))
     by_load = baselines(profile.load_LE, topology, info.n_group, slots=slots)["load"]
     pool = pool_of(profile.sample, costing.phase)
-    fitted = batches_to_fit(pool, costing, num_ranks, num_batches=BATCHES[demands.effort], seed=demands.seed)
+    fit = fit_of(pool, costing, num_ranks, demands)
     tile = int(costing.values["experts.tile"])
     prices, levels_UR = prices_of(costing, topology), links_of(costing, topology).levels_UR
 
     def tasks() -> Iterator[tuple[CopyTask, list[np.ndarray]]]:
         for layer in range(info.num_layers):
-            ids_TK = profile.sample.expert_ids_TLK[:, layer][fitted[0]].astype(np.int64)
-            batches = LayerBatches(ids_TK, fitted[1], fitted[2], info.num_experts, tile)
-            trials = COPY_TRIALS[demands.effort]
+            batches = fit.layer(profile.sample.expert_ids_TLK[:, layer], info.num_experts, tile)
+            trials = COPY_TRIALS[demands.effort] * min(MORE_TRIALS, max(1, COPIED_EXPERTS // info.num_experts))
             task = CopyTask(batches, profile.load_LE[layer], topology, levels_UR, prices, trials, demands.seed)
             yield task, [by_load.hosts_LER[layer], by_affinity.hosts_LER[layer]]
 

@@ -19,6 +19,7 @@ import numpy as np
 
 MOST_STEPS = 400  # swaps of a layer
 LEAST_GAIN = 1e-5  # of the time, that a swap has to save
+SWAP_CELLS = 2**18  # batches by swaps that are priced at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class LayerBatches:
     ids_TK: np.ndarray  # integers, E for an empty slot
     group_T: np.ndarray  # int64
     weight_MG: np.ndarray  # float64
+    n_XE: np.ndarray  # activations of each expert, float32, in more batches
     num_experts: int
     tile: int
 
@@ -35,21 +37,11 @@ class LayerBatches:
         """Sums over groups, [G, ...], by batch, [M, ...]."""
         return (self.weight_MG @ counts_G.reshape(len(counts_G), -1)).reshape(-1, *counts_G.shape[1:])
 
-    def activations_ME(self) -> np.ndarray:
-        """Activations of each expert by batch, float64 [M, E]."""
-        width, groups = self.num_experts + 1, self.weight_MG.shape[1]
-        keys_TK = self.group_T[:, None] * width + self.ids_TK
-        return self.summed(np.bincount(keys_TK.reshape(-1), minlength=groups * width).reshape(groups, width)[:, :-1])
-
 
 def expert_work(n: np.ndarray, tile: int) -> np.ndarray:
-    """Padded activations, active experts and activations, [3, ...], of experts with n activations.
-
-    Each active expert is taken to be padded by half a tile: which experts end just above a tile in
-    the batches at hand says nothing of batches to come, and balance of activations does.
-    """
-    active = -np.expm1(-n)  # where tokens come independently
-    return np.stack([n + tile / 2 * active, active, n])
+    """Activations rounded up to tiles, active experts and activations, [3, ...], of experts with n
+    activations."""
+    return np.stack([np.ceil(n / tile) * tile, n > 0, n])
 
 
 class Prices(NamedTuple):
@@ -180,8 +172,8 @@ def mean_time(
 
 def mean_imbalance(batches: LayerBatches, rank_of_E: np.ndarray, num_ranks: int) -> float:
     """Activations of the busiest rank over the mean, mean over batches."""
-    load_MR = batches.activations_ME() @ np.eye(num_ranks)[rank_of_E]
-    return float((load_MR.max(1) / np.maximum(load_MR.mean(1), 1e-300)).mean())
+    load_XR = batches.n_XE @ np.eye(num_ranks)[rank_of_E]
+    return float((load_XR.max(1) / np.maximum(load_XR.mean(1), 1e-300)).mean())
 
 
 def _descend(
@@ -193,15 +185,14 @@ def _descend(
     steps: int = MOST_STEPS,
 ) -> tuple[np.ndarray, float]:
     rank_of_E = rank_of_E.copy()
-    n_ME = batches.activations_ME()
-    work_FME = expert_work(n_ME, batches.tile)
+    work_FME = expert_work(batches.n_XE[: _worth_counting(batches, num_ranks) if steps else None], batches.tile)
     levels = [_Level(batches, unit_of_R, rank_of_E) for unit_of_R in levels_UR]
     time = np.inf
     waiting: list[int] = []
     for step in range(steps + 1):
         work_FMR = work_FME @ np.eye(num_ranks)[rank_of_E]
         us_MR = prices.experts(*work_FMR)
-        link_M = prices.links(_busiest(levels, work_FMR, prices))
+        link_M = np.resize(prices.links(_busiest(levels, work_FMR, prices)), len(us_MR))
         now = float(prices.total(link_M, us_MR.max(1)).mean())
         if now < time - LEAST_GAIN * now:  # a swap was made: ask the ranks again, those that cost most first
             waiting = _by_cost(us_MR, levels)
@@ -218,6 +209,13 @@ def _descend(
             if level.unit_of_R[rank_of_E[i]] != level.unit_of_R[rank_of_E[j]]:
                 level.place(rank_of_E)
     return rank_of_E, time
+
+
+def _worth_counting(batches: LayerBatches, num_ranks: int) -> int:
+    """Batches that activations are counted in while swaps are tried: as many as rows are, or more
+    where a rank has few experts to swap."""
+    per_swap = -(-batches.num_experts // num_ranks) * batches.num_experts
+    return max(len(batches.weight_MG), SWAP_CELLS // per_swap)
 
 
 def _by_cost(us_MR: np.ndarray, levels: list[_Level]) -> list[int]:
@@ -260,7 +258,10 @@ def _best_swap(
             here_MSJ, there_MSJ = level.after_swaps(own, unit)
             rest = _rest(level.reach_MU, unit)[:, level.unit_of_E[:-1]]
             rows.append(np.maximum(np.maximum(here_MSJ, there_MSJ), rest[:, None]))
-    time_SJ = prices.total(prices.links(rows), experts_MSJ).mean(0)
+    links_MSJ = prices.links(rows)
+    if links_MSJ.ndim:
+        links_MSJ = np.resize(links_MSJ, experts_MSJ.shape)
+    time_SJ = prices.total(links_MSJ, experts_MSJ).mean(0)
     time_SJ[:, rank_of_E == rank] = np.inf
     best = int(np.argmin(time_SJ))
     i, j = divmod(best, time_SJ.shape[1])

@@ -13,8 +13,9 @@ from semmoe.solvers.placement import Topology
 from semmoe.solvers.slots import Slots
 from semmoe.solvers.time.batches import pool_of
 from semmoe.solvers.time.copies import CopyTask, place_copies
+from semmoe.solvers.time.fit import fit_of
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
-from semmoe.solvers.time.minimize import batches_to_fit, links_of, prices_of, solve_for_time
+from semmoe.solvers.time.minimize import links_of, prices_of, solve_for_time
 from semmoe.solvers.time.swaps import LayerBatches, _Level, swap_layer
 
 ASKED = {"hardware": "h100", "hidden_size": 512, "expert_size": 256, "phase": "prompt", "tokens_per_rank": 128}
@@ -24,7 +25,8 @@ def random_batches(rng, num_experts=12, num_tokens=200, top_k=3, groups=5):
     ids = np.argsort(rng.random((num_tokens, num_experts)), axis=1)[:, :top_k]
     ids[rng.random(num_tokens) < 0.1, -1] = num_experts  # empty slots
     group = rng.integers(0, groups, num_tokens)
-    return LayerBatches(ids, group, rng.random((4, groups)), num_experts, 4)
+    weight = rng.random((4, groups))
+    return LayerBatches(ids, group, weight, rng.random((6, num_experts)).astype(np.float32), num_experts, 4)
 
 
 @pytest.mark.parametrize("units", [[0, 1, 2, 3], [0, 0, 1, 1]])
@@ -59,11 +61,13 @@ def profile(tmp_path_factory):
 def test_swaps_only_gain_and_keep_counts(profile, backend, nodes, phase):
     topology = Topology(4, nodes)
     costing = costing_of(TimeAsked(**(ASKED | {"backend": backend, "phase": phase})), profile.info, topology)
-    rows, group, weight = batches_to_fit(pool_of(profile.sample, phase), costing, 4, num_batches=8, seed=0)
-    ids = profile.sample.expert_ids_TLK[rows, 0].astype(np.int64)
-    batches = LayerBatches(ids, group, weight, 16, int(costing.values["experts.tile"]))
-    # Every batch is as large as it will run.
-    np.testing.assert_allclose(weight @ np.bincount(group), 4 * 128)
+    fit = fit_of(pool_of(profile.sample, phase), costing, 4, Demands(effort="fast"))
+    batches = fit.layer(profile.sample.expert_ids_TLK[:, 0], 16, int(costing.values["experts.tile"]))
+    # Every batch is as large as it will run, and of tokens one by one in decode.
+    np.testing.assert_allclose(fit.weight_XG @ np.bincount(fit.group_T), 4 * 128)
+    top_k = profile.info.top_k
+    np.testing.assert_allclose(batches.n_XE.sum(1), 4 * 128 * top_k, rtol=1e-5)
+    assert phase == "prompt" or np.array_equal(batches.n_XE, np.round(batches.n_XE))
     start = place_load(profile.load_LE[:1], 4)[0]
     levels, prices = links_of(costing, topology).levels_UR, prices_of(costing, topology)
     found, time = swap_layer(batches, start, levels, prices, num_ranks=4, seed=0)
@@ -83,11 +87,10 @@ def test_copies_are_never_slower_than_load_packing_with_as_many(profile, slots):
     solved = solve_for_time(profile, topology, demands, asked)
     assert solved.placement.slots_per_rank == 5 and not solved.placement.num_empty
     costing = costing_of(asked, profile.info, topology)
-    rows, group, weight = batches_to_fit(pool_of(profile.sample, "prompt"), costing, 4, num_batches=32, seed=0)
+    fit = fit_of(pool_of(profile.sample, "prompt"), costing, 4, demands)
     packed = baselines(profile.load_LE, topology, slots=Slots.of(solved.placement))["load"]
     for layer in range(2):
-        ids = profile.sample.expert_ids_TLK[rows, layer].astype(np.int64)
-        batches = LayerBatches(ids, group, weight, 16, 128)
+        batches = fit.layer(profile.sample.expert_ids_TLK[:, layer], 16, 128)
         task = CopyTask(batches, profile.load_LE[layer], topology, [], prices_of(costing, topology), 0, 0)
         times = [place_copies(task, p.hosts_LER[layer])[1] for p in (solved.placement, packed)]
         assert times[0] <= times[1]
