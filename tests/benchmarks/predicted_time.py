@@ -36,25 +36,27 @@ class Sizes(NamedTuple):
     us: float  # that an expert waits for a row, 0: it computes
 
 
-def measure(work: Path, plan: str, hardware: Path, size: Sizes) -> dict[Key, float]:
-    """Microseconds per layer of a replay, by placement and schedule; the measured machine goes to `hardware`."""
+def measure(work: Path, plan: str, hardware: Path, size: Sizes) -> tuple[dict[Key, float], int]:
+    """Microseconds per layer of a replay, by placement and schedule, and the tokens of a rank in its batches, which share what
+    is replayed evenly; the measured machine goes to `hardware`."""
     sizes = {"batch_tokens": BATCH_TOKENS, "max_tokens": size.tokens, "expert_size": size.expert}
     sizes |= {"expert_us": size.us} if size.us else {}
     task = {"kind": "replay", "trace": str(work / "replay-held"), "plan": str(work / plan), **sizes}
     found = run_ranks(work, task | {"write_hardware": str(hardware)})
     hardware.write_text(json.dumps(found["hardware"]))
-    return {(row["placement"], row["schedule"]): 1000 * row["ms_per_layer"] for row in found["rows"]}
+    us = {(row["placement"], row["schedule"]): 1000 * row["ms_per_layer"] for row in found["rows"]}
+    return us, round(found["tokens"] / -(-found["tokens"] // BATCH_TOKENS) / RANKS)
 
 
-def timed(hardware: Path, expert_size: int) -> list[str]:
+def timed(hardware: Path, expert_size: int, tokens_per_rank: int) -> list[str]:
     """Options that ask for the times of such batches."""
     sizes = ["--hidden-size", str(HIDDEN), "--expert-size", str(expert_size), "--weights", "bf16"]
-    batches = ["--tokens-per-rank", str(BATCH_TOKENS // RANKS), "--phase", "generated", "--backend", "deepep-normal"]
+    batches = ["--tokens-per-rank", str(tokens_per_rank), "--phase", "generated", "--backend", "deepep-normal"]
     return ["--hardware", str(hardware), *batches, *sizes]
 
 
-def predict(work: Path, plan: str, hardware: Path, expert_size: int) -> dict[Key, float]:
-    words = [*SEMMOE, "report", str(work / plan), str(work / "replay-held"), *timed(hardware, expert_size), "--json"]
+def predict(work: Path, plan: str, asked: list[str]) -> dict[Key, float]:
+    words = [*SEMMOE, "report", str(work / plan), str(work / "replay-held"), *asked, "--json"]
     report = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
     return {(row["placement"], row["schedule"]): row["us"]["total"] for row in report["time"]["rows"]}
 
@@ -64,17 +66,21 @@ def compared(work: Path, rate: str, size: Sizes) -> dict[str, Any]:
     shape_network(RANKS, rate)
     hardware, fit = work / f"hardware-{rate}.json", str(work / "replay-fit")
     make(work / "bytes", "place", fit, "--ranks", str(RANKS), "--objective", "tp")
-    measured = {("bytes", *key): us for key, us in measure(work, "bytes", hardware, size).items()}
+    us, tokens_per_rank = measure(work, "bytes", hardware, size)
+    measured, asked = (
+        {("bytes", *key): value for key, value in us.items()},
+        timed(hardware, size.expert, tokens_per_rank),
+    )
     again, name = work / f"again-{rate}.json", f"time-{rate}"
-    make(work / name, "place", fit, "--ranks", str(RANKS), "--objective", "tp", *timed(hardware, size.expert))
-    measured |= {("time", *key): us for key, us in measure(work, name, again, size).items()}
+    make(work / name, "place", fit, "--ranks", str(RANKS), "--objective", "tp", *asked)
+    measured |= {("time", *key): value for key, value in measure(work, name, again, size)[0].items()}
     twice = [[measured[plan, key, "random"] for plan in ("bytes", "time")] for key in ("contiguous", "load")]
     for key, both in zip(("contiguous", "load"), twice, strict=True):
         measured["bytes", key, "random"] = sum(both) / 2
     predicted = {
         (plan, *key): us
         for plan, path in (("bytes", "bytes"), ("time", name))
-        for key, us in predict(work, path, hardware, size.expert).items()
+        for key, us in predict(work, path, asked).items()
     }
     wanted = [
         ("bytes", "contiguous", "random"),
