@@ -6,7 +6,7 @@ differ from each other as much as the fitted requests and the ones to come do to
 are sent once are counted in some of the batches, activations, which add up, in many more: the
 busiest of several ranks that are nearly even is a matter of few tokens.
 
-Shape letters: T tokens, L MoE layers, K top-k, E experts, G groups of tokens (requests), M batches
+Shape letters: T tokens, K top-k, E experts, G groups of tokens (requests), B requests, M batches
 that rows are counted in, X those that activations are, J tokens drawn of each.
 """
 
