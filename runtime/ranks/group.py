@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # not after a group is open, which it would keep in defaults of its functions
 
 from semmoe.profiles.errors import InputError
 from semmoe.runtime.ranks.failures import ExchangeError, is_out_of_memory, naming, short_reason
@@ -25,9 +26,9 @@ BACKENDS = ("auto", "nccl", "gloo")
 Shared = TypeVar("Shared")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Group:
-    """This process in the group of all ranks."""
+    """This process in the group of all ranks. `handle` is there until the group is closed."""
 
     rank: int
     size: int
@@ -112,16 +113,19 @@ def open_group(*, backend: str = "auto", device: str = "auto", timeout_s: float 
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"rank {rank} cannot join the group of {size}: {short_reason(str(error))}") from None
-    handle = dist.group.WORLD
-    assert handle is not None, "init_process_group has just made it"
+    assert dist.group.WORLD is not None, "init_process_group has just made it"
+    group = Group(rank, size, chosen, backend, dist.group.WORLD)
     try:
-        yield Group(rank, size, chosen, backend, handle)
+        yield group
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise InputError(f"rank {rank} is out of memory: {short_reason(str(error))}") from error
     # Not after an exception: with peers gone, an orderly end can block.
     dist.destroy_process_group()
+    # The placed model keeps the Group for good, and gloo's threads are to be gone before the
+    # interpreter is: one that gives up a tensor then aborts the process (PyTorch's issue 190489).
+    del group.handle
 
 
 def meet(rank: int, size: int, refusal: str, timeout_s: float) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]

@@ -6,6 +6,7 @@ Under torchrun the agent starts the ranks, and `as_rank` tells their failures.
 Shape letters: R ranks.
 """
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -195,12 +196,21 @@ def as_rank(work: Callable[[], Any], tell: Callable[[str], None], kept: Callable
         failure = watch.publish("refused", str(error))
     except Exception as error:
         watch.publish("crashed", f"rank {watch.rank} failed: {type(error).__name__}")
+        atexit.register(_leave)
         raise
     finally:
         watch.close()
+    atexit.register(_leave)
     if watch.tells(failure):
         raise InputError(f"{failure.line}{kept()}")
     sys.exit(1)
+
+
+def _leave() -> None:
+    """End this process before its interpreter does: threads of an open group could abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _rank_main(_: object, pipe: Connection, job: bytes, place: tuple[int, int, int]) -> None:
@@ -225,10 +235,8 @@ def _rank_main(_: object, pipe: Connection, job: bytes, place: tuple[int, int, i
     with turn:
         pipe.send(message)
         pipe.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if message[0] != "done":
-        os._exit(1)  # a group whose peers are gone can block an orderly exit
+        _leave()  # a group whose peers are gone can block an orderly exit
 
 
 def _beat(pipe: Connection, turn: threading.Lock, ended: threading.Event) -> None:

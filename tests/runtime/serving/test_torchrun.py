@@ -43,8 +43,21 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(words: list[str], folder: Path) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# What a rank's interpreter finds at start: at its end it writes down which threads are left.
+NAME_THREADS = """
+import atexit, os, pathlib
+
+def write():
+    names = [task.joinpath("comm").read_text().strip() for task in pathlib.Path("/proc/self/task").iterdir()]
+    pathlib.Path(f"threads{os.environ['RANK']}.txt").write_text(" ".join(names))
+
+if "RANK" in os.environ:
+    atexit.register(write)
+"""
+
+
+def start(words: list[str], folder: Path, **more: str) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
     pipe = subprocess.PIPE
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
@@ -64,7 +77,10 @@ def run_words(prompts: str, output: str, *more: str) -> list[str]:
 def test_torchrun_gives_what_locally_started_ranks_give(demo: Path) -> None:
     few = ("--max-new-tokens", "4")
     local = start([sys.executable, *run_words("few", "local.jsonl", *few)], demo)
-    one_node = start([*TORCHRUN, "--nproc-per-node", "2", *run_words("few", "one.jsonl", "--check", *few)], demo)
+    (demo / "hook").mkdir()
+    (demo / "hook" / "sitecustomize.py").write_text(NAME_THREADS)
+    words = [*TORCHRUN, "--nproc-per-node", "2", *run_words("few", "one.jsonl", "--check", *few)]
+    one_node = start(words, demo, PYTHONPATH=str(demo / "hook"))
     where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     nodes = [
         start([*TORCHRUN, *where, "--node-rank", str(node), *run_words("few", "two.jsonl", *few)], demo)
@@ -75,6 +91,9 @@ def test_torchrun_gives_what_locally_started_ranks_give(demo: Path) -> None:
         outputs[name], errors = process.communicate(timeout=MOST_S)
         assert process.returncode == 0, errors
     assert outputs.pop("other node") == ""  # rank 0 speaks
+    for rank in range(2):
+        left = (demo / f"threads{rank}.txt").read_text()
+        assert left and "gloo" not in left, "a thread of gloo can abort an interpreter that ends"
     metrics = {name: json.loads(output) for name, output in outputs.items()}
     assert metrics["one"].pop("check") == {"ok": True, "compared": 5, "mismatches": [], "ties": []}
     lines = (demo / "local.jsonl").read_text()
