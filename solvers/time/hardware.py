@@ -165,7 +165,7 @@ def resolve(
     engine = _entry(facts["engines"], asked.engine, "--engine") if asked.engine else None
     machine, found, usual = _machine(asked.hardware)
     name = asked.backend or (engine or {}).get(phase) or usual or facts["phases"][phase]["backend"]
-    chosen = _entry(facts["backends"], name, "--backend")
+    chosen = _entry(facts["backends"], name, f"{asked.hardware}: backend" if name == usual else "--backend")
     shape = _shape(asked, model)
     weights = asked.weights or shape.weights
     kernel = _entry(facts["experts"], weights, "--weights")

@@ -232,5 +232,9 @@ def test_ranks_that_begin_with_their_own_tokens(tmp_path):
         times = layer_times(counted, costing, costing.values, 2)
         assert times.total_ML[0, 0] == waited + 30
         assert (times.dispatch_ML[0, 0], times.experts_ML[0, 0], times.combine_ML[0, 0]) == (30, 100, 30)
+    file.write_text(json.dumps(own | {"backend": "smoke"}), encoding="utf-8")
+    with pytest.raises(InputError, match="mine.json: backend smoke: known are"):
+        resolve(asked, V3, num_ranks=2, num_nodes=1, prompts=1)
+    file.write_text(json.dumps(own), encoding="utf-8")
     with pytest.raises(InputError, match="--overlap two-batch: --backend semmoe runs one batch at a time"):
         resolve(replace(asked, overlap="two-batch", other_us=5.0), V3, num_ranks=2, num_nodes=1, prompts=1)
