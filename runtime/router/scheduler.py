@@ -135,10 +135,10 @@ class Scheduler:
         free_G = self.fleet.free_G(without)
         if asked.pin is not None:
             return self._pinned(asked, asked.pin, free_G)
-        if (rank := self.sessions.rank(asked.sessions)) is not None:
-            # Alone with a score it is chosen exactly if it is free and in the band.
-            alone_G = [float(r == rank) for r in range(self.fleet.ranks)]
-            if self.band.choose(alone_G, self.fleet.tokens_G, free_G, tokens=asked.tokens).rank == rank:
+        rank = self.sessions.rank(asked.sessions)
+        if rank is not None and free_G[rank]:
+            load = [tokens for tokens, free in zip(self.fleet.tokens_G, free_G, strict=True) if free]
+            if self.fleet.tokens_G[rank] <= self.band.limit(load, asked.tokens):
                 return self._at(asked, rank, SESSION)
         rank, decision = self.band.choose(asked.scores_G, self.fleet.tokens_G, free_G, tokens=asked.tokens)
         if rank >= 0:
