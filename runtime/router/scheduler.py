@@ -7,7 +7,7 @@ Shape letters: T ids of a prompt, G data-parallel ranks.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,8 +56,7 @@ class Asked:
         self.data, self.body, self.ids_T = b"", None, None
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """Where a request goes.
 
     Fields:
@@ -97,28 +96,27 @@ class Scheduler:
         """What a request asks. Raises Refused for a rank that is not there."""
         if method != "POST" or path not in ROUTES:
             return Asked(path, headers, data)
-        encoded = any(name == b"content-encoding" for name, _ in headers)
-        body = None if encoded else read_body(data)
+        named = dict(reversed(headers))  # the first of each name
+        body = None if b"content-encoding" in named else read_body(data)
         pin = client_pin(self.engine, path, headers, body, self.fleet.ranks)
         prompt = None if body is None else read_prompt(path, body)
         if body is None or prompt is None:
             self.unknown["no_prompt"] += 1
             nothing_G, size = [0.0] * self.fleet.ranks, len(data) // CHARACTERS
             return Asked(path, headers, data, body, True, scores_G=nothing_G, tokens=size, pin=pin)
-        ids_T = await self._ids(prompt, body.get("model"))
+        ids_T = prompt.ids_T
+        if ids_T is None:
+            ids_T = await self._ids(prompt, body.get("model"))
         scores_G = [0.0] * self.fleet.ranks if ids_T is None else self.scorer.scores(ids_T).tolist()
         if ids_T is not None and not any(scores_G):
             self.unknown["unseen_ids"] += 1
         length = len(data) // CHARACTERS if ids_T is None else len(ids_T)
-        header = next((value for name, value in headers if name == HEADER), b"")
-        keys = self.sessions.keys(header, body.get("user"), ids_T)
+        keys = self.sessions.keys(named.get(HEADER, b""), body.get("user"), ids_T)
         longest, answers = answer_limits(body)
         tokens = int(request_tokens(0, longest) * answers) + length
         return Asked(path, headers, data, body, True, ids_T, scores_G, tokens, pin, keys)
 
     async def _ids(self, prompt: Prompt, model: object) -> np.ndarray | None:
-        if prompt.ids_T is not None:
-            return prompt.ids_T
         try:
             if self.tokenizer is None:
                 raise Untokenised("no_tokenizer")

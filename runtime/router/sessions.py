@@ -55,8 +55,9 @@ class Sessions:
         if size > len(self.weights_T):
             more = np.frombuffer(os.urandom(8 * size), np.uint64)[len(self.weights_T) :]
             self.weights_T = np.concatenate([self.weights_T, more])
-        values_T = ids_T[:size].astype(np.uint64) + 1  # else zeros at the end would say nothing
-        values_T *= self.weights_T[:size]
+        weights_T = self.weights_T[:size]
+        values_T = ids_T[:size].view(np.uint64) * weights_T
+        values_T += weights_T  # else zeros at the end would say nothing
         return values_T.cumsum()[BLOCK - 1 :: BLOCK].tolist()
 
     def rank(self, keys: Sequence[Key]) -> int | None:
