@@ -10,8 +10,7 @@ before the first byte of its answer, on a connection error or a 503.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,12 +62,16 @@ class UpstreamCut(Exception):
 class Connection:
     """A client's connection, which the server puts into the scope of each of its requests.
 
+    As a context: a block that ends with ClientGone as soon as the client goes.
+
     Fields:
         whole: whether all of the latest request is here.
+        full: whether the client reads more slowly than it is written to.
         task: which works for the client, and ends when the connection is lost.
     """
 
     whole: bool = False
+    full: bool = False
     task: asyncio.Task[None] | None = None
     is_lost: bool = False
 
@@ -77,20 +80,15 @@ class Connection:
         if self.task is not None:
             self.task.cancel()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """A block that ends with ClientGone as soon as the client goes."""
+    def __enter__(self) -> None:
         if self.is_lost:
             raise ClientGone
-        task = self.task = asyncio.current_task()
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self.is_lost or task is None or task.uncancel():
-                raise
+        self.task = asyncio.current_task()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        task, self.task = self.task, None
+        if kind is asyncio.CancelledError and self.is_lost and task is not None and not task.uncancel():
             raise ClientGone from None
-        finally:
-            self.task = None
 
 
 class Passing(Protocol):
@@ -117,6 +115,7 @@ class Answer:
     """The answer to a client: how far it is."""
 
     send: Send
+    connection: Connection
     started: bool = False
     complete: bool = False
     upstream: Upstream | None = None  # whose answer it is
@@ -130,6 +129,17 @@ class Answer:
         if self.upstream is not None:
             self.upstream.heard = time.monotonic()
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
+
+    def is_full(self) -> bool:
+        return self.connection.full
+
+    def push(self, data: bytes) -> None:
+        """`body` without waiting, of a client that is not full, and not the end."""
+        try:
+            self.body(data).send(None)
+        except StopIteration:
+            return
+        raise RuntimeError("the server made a client wait that is not full")
 
     async def refuse(self, refused: Refused) -> None:
         await self.start(refused.status, refused.headers)
@@ -152,7 +162,7 @@ class Proxy:
         return self.scheduler.fleet
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        answer = Answer(send)
+        answer = Answer(send, scope[CONNECTION])
         try:
             await self._serve(scope, receive, answer)
         except Refused as refused:
@@ -182,7 +192,7 @@ class Proxy:
             kept = end_to_end(headers, REWRITTEN)
             asked = await self.scheduler.read(exchange.method, scope["path"], kept, data)
             del data
-            with scope[CONNECTION].watched():
+            with answer.connection:
                 await self._work(exchange, asked, answer)
         finally:
             self._release(exchange)
@@ -330,6 +340,7 @@ class Exchange:
 async def pass_on(response: Response, answer: Answer) -> None:
     """Pass an answer on, piece by piece as it comes. Raises UpstreamCut where it is cut."""
     await answer.start(response.status, answer_headers(response))
+    response.pass_to(answer)
     try:
         while piece := await response.piece():
             await answer.body(piece, more=not response.at_end)

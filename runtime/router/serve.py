@@ -156,6 +156,14 @@ class ClientProtocol(HttpToolsProtocol):
         self.in_head = False
         super().on_headers_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.line.full = True
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.line.full = False
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.in_head:
