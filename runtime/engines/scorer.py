@@ -68,19 +68,20 @@ class PlanScorer:
 
         `ids`: token ids of the prompt, integers [T].
         """
-        rows_N, counts_N = self._known(ids)
-        if not len(rows_N):
+        rows_N, counts_N, known = self._known(ids)
+        if not known:
             return np.zeros(self.ranks)
         weight_2N = np.empty((2, len(rows_N)), np.float32)  # of a row in the topics, and in the weights
-        weight_2N[0], power_N = 1, np.power(counts_N, POWER, out=weight_2N[1])
-        sums_2X, num_topics = self._summed(weight_2N, rows_N), self._topic_DG.shape[0]
-        topics_D, scale = sums_2X[0, :num_topics], float(counts_N.sum()) ** -POWER
+        weight_2N[0], power_N = 1, np.power(counts_N, np.float32(POWER), out=weight_2N[1])
+        sums_2X, topic_DG = self._summed(weight_2N, rows_N), self._topic_DG
+        topics_D, (mean, *manner_G) = sums_2X[0, : len(topic_DG)], sums_2X[1, len(topic_DG) :].tolist()
+        scale = known**-POWER
         length = max(math.sqrt(topics_D @ topics_D), 1e-12)
-        square = (
-            scale * scale * float(power_N @ power_N) - 2 * scale * float(sums_2X[1, num_topics]) + self._mean_square
-        )
-        manner_G = scale * sums_2X[1, num_topics + 1 :] - self._mean_G
-        return topics_D @ self._topic_DG / length + manner_G / math.sqrt(max(square, 1e-24))
+        square = scale * scale * float(power_N @ power_N) - 2 * scale * mean + self._mean_square
+        spread = math.sqrt(max(square, 1e-24))
+        # Numbers of Python: for a few ranks half of the time that numpy takes.
+        pairs = zip((topics_D @ topic_DG).tolist(), manner_G, self._mean_G, strict=True)
+        return np.array([topic / length + (scale * manner - usual) / spread for topic, manner, usual in pairs])
 
     def _summed(self, weight_2N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
         """Rows of the table times both weights, added up: [2, D + 1 + G]."""
@@ -107,30 +108,28 @@ class PlanScorer:
         total_L = np.maximum(load_LE.sum(axis=1), 1)
         return (np.einsum("le,leg->lg", load_LE, hosts_LEG) / total_L[:, None]).mean(axis=0)
 
-    def _known(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the distinct known ids, int32 [N] ascending, and how often each occurs, float32
-        [N]."""
-        row_of_id, ids_T = self._row_of_id, np.asarray(ids)
+    def _known(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Rows of the distinct known ids, int32 [N] ascending, how often each occurs, float32 [N],
+        and how many that are in all."""
+        ids_T = np.asarray(ids)
         if not ids_T.size or ids_T.dtype.kind not in "iu":
-            return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        # The last place, like every id without a row, is -1; negative ids come out above it. One -1
-        # stands in front, so that every known row has another one before it.
+            return np.zeros(0, np.int32), np.zeros(0, np.float32), 0
+        # One -1 stands in front of them: before every known row there is another one.
         rows_T1 = np.empty(len(ids_T) + 1, np.int32)
         rows_T1[0] = -1
-        places_T = np.minimum(ids_T.astype(np.uint64, copy=False), len(row_of_id) - 1)
-        row_of_id.take(places_T, out=rows_T1[1:], mode="clip")
+        self._row_of_next.take(ids_T.astype(np.int64, copy=False) + 1, out=rows_T1[1:], mode="clip")
         rows_T1.sort()
-        first_N = (rows_T1[1:] != rows_T1[:-1]).nonzero()[0]
-        counts_N = np.empty(len(first_N), np.float32)
-        counts_N[:-1], counts_N[-1:] = first_N[1:], len(ids_T)
-        counts_N -= first_N
-        return rows_T1.take(first_N + 1), counts_N
+        is_first_T = rows_T1[1:] != rows_T1[:-1]
+        counts_N1 = np.bincount(is_first_T.cumsum())  # the unknown ones are the first
+        return rows_T1[1:][is_first_T], counts_N1[1:].astype(np.float32), len(ids_T) - int(counts_N1[0])
 
     @cached_property
-    def _row_of_id(self) -> np.ndarray:
+    def _row_of_next(self) -> np.ndarray:
+        """Row of each id at the place behind it, int32; -1 where it has none, which both ends say
+        of all ids beyond them."""
         ids_V = self.plan.tables["ids_V"]
-        rows = np.full(int(ids_V[-1]) + 2, -1, np.int32)
-        rows[ids_V] = np.arange(len(ids_V))
+        rows = np.full(int(ids_V[-1]) + 3, -1, np.int32)
+        rows[ids_V + 1] = np.arange(len(ids_V))
         return rows
 
     @cached_property
@@ -155,8 +154,8 @@ class PlanScorer:
         return float(mean_V @ mean_V)
 
     @cached_property
-    def _mean_G(self) -> np.ndarray:
-        return self.plan.tables["mean_V"].astype(np.float64) @ self._by_group(self.plan.tables["weight_VR"])
+    def _mean_G(self) -> list[float]:
+        return (self.plan.tables["mean_V"].astype(np.float64) @ self._by_group(self.plan.tables["weight_VR"])).tolist()
 
     def _by_group(self, values_XR: np.ndarray) -> np.ndarray:
         """Scores of the ranks of a group, added up: float64 [X, G]."""

@@ -213,6 +213,11 @@ class Response:
         """Whether all of the body was handed out."""
         return self._line.complete and not self._line.parts
 
+    @property
+    def has_piece(self) -> bool:
+        """Whether a piece of the body is here."""
+        return bool(self._line.parts)
+
     def pass_to(self, sink: Sink) -> None:
         """While `piece` waits, hand what comes to `sink`, unless it is full; the last piece is never
         handed there."""

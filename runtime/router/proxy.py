@@ -18,7 +18,7 @@ from semmoe.runtime.router.client import Client, NoHttp, NotConnected, Response,
 from semmoe.runtime.router.fleet import Fleet, Upstream
 from semmoe.runtime.router.metrics import Metrics
 from semmoe.runtime.router.pins import Pinned, with_pin, without_pin
-from semmoe.runtime.router.refusals import HOP_BY_HOP, REWRITTEN, Refused, end_to_end, refuse_ambiguous
+from semmoe.runtime.router.refusals import HOP_BY_HOP, REWRITTEN, Refused, end_to_end, stated_length
 from semmoe.runtime.router.scheduler import PASSED, Asked, Chosen, Scheduler
 
 LOG = logging.getLogger("semmoe.route")
@@ -67,11 +67,13 @@ class Connection:
     Fields:
         whole: whether all of the latest request is here.
         full: whether the client reads more slowly than it is written to.
+        holds: whether what is written next, a head, waits for what is written behind it.
         task: which works for the client, and ends when the connection is lost.
     """
 
     whole: bool = False
     full: bool = False
+    holds: bool = False
     task: asyncio.Task[None] | None = None
     is_lost: bool = False
 
@@ -183,8 +185,9 @@ class Proxy:
 
     async def _serve(self, scope: Message, receive: Receive, answer: Answer) -> None:
         headers = scope["headers"]
-        refuse_ambiguous(headers, scope["raw_path"])
-        data = await self._body(scope, receive)
+        if stated_length(headers, scope["raw_path"]) > self.limits.body:
+            raise self._too_large()
+        data = await self._body(answer.connection, receive)
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
         exchange = Exchange(scope["method"], target, time.perf_counter(), len(data))
@@ -201,16 +204,13 @@ class Proxy:
         self.buffered -= exchange.held
         exchange.held = 0
 
-    async def _body(self, scope: Message, receive: Receive) -> bytes:
+    async def _body(self, connection: Connection, receive: Receive) -> bytes:
         """The whole body of a request, counted in `buffered`. Raises Refused where it is too large
         or too slow."""
-        stated = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
-        if stated > self.limits.body:
-            raise self._too_large()
         parts, size, more = [], 0, True
         try:
             while more:
-                message = await self._next(scope[CONNECTION], receive)
+                message = await (receive() if connection.whole else self._in_time(receive))
                 if message["type"] == "http.disconnect":
                     raise ClientGone
                 part, more = message.get("body", b""), message.get("more_body", False)
@@ -226,10 +226,8 @@ class Proxy:
             self.buffered -= size
             raise
 
-    async def _next(self, connection: "Connection", receive: Receive) -> Message:
+    async def _in_time(self, receive: Receive) -> Message:
         """The next piece of a request. Raises Refused where it does not come in time."""
-        if connection.whole:
-            return await receive()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 return await receive()
@@ -339,6 +337,7 @@ class Exchange:
 
 async def pass_on(response: Response, answer: Answer) -> None:
     """Pass an answer on, piece by piece as it comes. Raises UpstreamCut where it is cut."""
+    answer.connection.holds = response.has_piece  # head and piece in one packet
     await answer.start(response.status, answer_headers(response))
     response.pass_to(answer)
     try:

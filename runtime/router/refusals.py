@@ -38,9 +38,9 @@ class Refused(Exception):
         return json.dumps({"error": {"message": str(self), "type": self.kind, "code": self.status}}).encode()
 
 
-def refuse_ambiguous(headers: Headers, raw_path: bytes) -> None:
-    """Raise Refused (400) where the head does not say in one way where the request ends or where it
-    goes."""
+def stated_length(headers: Headers, raw_path: bytes) -> int:
+    """Bytes of the body that a head states, 0 where it does not. Raises Refused (400) where it does
+    not say in one way where the request ends or where it goes."""
     named = dict(headers)
     if len(named) < len(headers):
         names = [name for name, _ in headers]
@@ -54,6 +54,7 @@ def refuse_ambiguous(headers: Headers, raw_path: bytes) -> None:
         raise _malformed("Transfer-Encoding must be chunked, once, and without Content-Length")
     if not raw_path.startswith(b"/"):
         raise _malformed("the request target is not a path")
+    return int(length or 0)
 
 
 def _malformed(message: str) -> Refused:

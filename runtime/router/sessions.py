@@ -62,7 +62,10 @@ class Sessions:
 
     def rank(self, keys: Sequence[Key]) -> int | None:
         """The rank of the longest prefix that is known."""
-        return next((rank for key in reversed(keys) if (rank := self.rank_of.get(key)) is not None), None)
+        for key in reversed(keys):
+            if (rank := self.rank_of.get(key)) is not None:
+                return rank
+        return None
 
     def stay(self, keys: Sequence[Key], rank: int) -> None:
         """Remember where the conversation is."""
