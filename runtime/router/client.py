@@ -219,8 +219,8 @@ class Response:
         return bool(self._line.parts)
 
     def pass_to(self, sink: Sink) -> None:
-        """While `piece` waits, hand what comes to `sink`, unless it is full; the last piece is never
-        handed there."""
+        """While `piece` waits, hand what comes to `sink`, unless it is full; never the last
+        piece."""
         self._line.sink = sink
 
     async def piece(self) -> bytes:

@@ -86,8 +86,13 @@ def _ids(value: Any) -> np.ndarray | None:
         return None
     if isinstance(value[0], list) and all(isinstance(part, list) for part in value):
         value = [number for part in value for number in part]
+    return whole_numbers(value)
+
+
+def whole_numbers(values: list[Any]) -> np.ndarray | None:
+    """A list of JSON as int64; None where something else is in it, or nothing."""
     try:
-        numbers = array("q", value)  # half the time of numpy, which looks for the type of all of them first
+        numbers = array("q", values)  # half the time of numpy, which looks for the type of all of them first
     except (TypeError, OverflowError):
         return None
     return np.frombuffer(numbers, np.int64) if numbers else None

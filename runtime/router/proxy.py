@@ -128,9 +128,9 @@ class Answer:
 
     async def body(self, data: bytes, *, more: bool = True) -> None:
         self.complete = not more
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
         if self.upstream is not None:
             self.upstream.heard = time.monotonic()
-        await self.send({"type": "http.response.body", "body": data, "more_body": more})
 
     def is_full(self) -> bool:
         return self.connection.full
@@ -247,7 +247,8 @@ class Proxy:
             try:
                 response = await self._open(exchange, asked, chosen, again=left > 0)
                 if response is not None:
-                    self._opened(asked, chosen)
+                    # Counted behind what is passed on now: nobody waits for that.
+                    asyncio.get_running_loop().call_soon(self._opened, exchange, asked, chosen)
                     answer.upstream = chosen.upstream
                     self._release(exchange)
                     try:
@@ -270,8 +271,9 @@ class Proxy:
         if not others:
             await asyncio.sleep(self.limits.pause * 2 ** len(failed))
 
-    def _opened(self, asked: Asked, chosen: Chosen) -> None:
+    def _opened(self, exchange: "Exchange", asked: Asked, chosen: Chosen) -> None:
         metrics = self.metrics
+        metrics.added.add(exchange.sent - exchange.begin)
         metrics.requests[chosen.decision, -1 if chosen.rank is None else chosen.rank] += 1
         if chosen.expected is not None:
             metrics.expected.add(time.time(), chosen.expected)
@@ -284,10 +286,7 @@ class Proxy:
         Refused (502) where the upstream gives none."""
         upstream = chosen.upstream
         sent = self._sent(asked, chosen)
-        begin = time.perf_counter()
-        if exchange.begin:
-            self.metrics.added.add(begin - exchange.begin)
-            exchange.begin = 0.0
+        exchange.sent = exchange.sent or time.perf_counter()
         repeatable = asked.generates or exchange.method in SAFE
         try:
             response = await self.client.request(
@@ -326,13 +325,14 @@ class Proxy:
 
 @dataclass(eq=False)
 class Exchange:
-    """A request on its way. `begin`: when it was all here, 0 once it was sent; `held`: bytes of it
-    that are in memory."""
+    """A request on its way. `begin`: when it was all here; `held`: bytes of it that are in memory;
+    `sent`: when it was first sent, 0 before."""
 
     method: str
     target: bytes
     begin: float
     held: int
+    sent: float = 0.0
 
 
 async def pass_on(response: Response, answer: Answer) -> None:
