@@ -244,6 +244,7 @@ class Proxy:
         for left in reversed(range(self.limits.tries)):
             chosen = self.scheduler.choose(asked, failed)
             self.fleet.hold(chosen.upstream, chosen.rank, asked.tokens)
+            asyncio.get_running_loop().call_soon(self.scheduler.expect, asked, chosen)
             try:
                 response = await self._open(exchange, asked, chosen, again=left > 0)
                 if response is not None:
