@@ -357,7 +357,7 @@ class Timing:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Exchange of the engine: deepep-normal, deepep-ll, nvlink-onesided, nccl-a2a, nccl-gather, self-balancing, cpu-proxy.",
+            help="Exchange: deepep-normal, deepep-ll, nvlink-onesided, nccl-a2a, nccl-gather, self-balancing, cpu-proxy, semmoe.",
         ),
     ] = None
     tokens_per_rank: Annotated[

@@ -45,6 +45,14 @@ class Finished(NamedTuple):
     ids_TLK: np.ndarray
 
 
+def returns_routed_experts(config: Any) -> bool:
+    """Whether a server was started with --enable-return-routed-experts, by its VllmConfig; 0.32
+    keeps that elsewhere than 0.30. True where neither place is there."""
+    parts = (getattr(config, name, None) for name in ("model_config", "aux_output_config"))
+    said = [part.enable_return_routed_experts for part in parts if hasattr(part, "enable_return_routed_experts")]
+    return any(said) or not said
+
+
 class Recorder:
     """Writes what it is given; `expect`, `sent` and `put` never wait and never raise."""
 
@@ -76,7 +84,7 @@ class Recorder:
         from semmoe.profiles.trace_writer import TraceWriter
 
         model = client.vllm_config.model_config
-        if not getattr(model, "enable_return_routed_experts", True):
+        if not returns_routed_experts(client.vllm_config):
             raise InputError("SEMMOE_RECORD needs a server started with --enable-return-routed-experts")
         ranks = max(client.vllm_config.parallel_config.data_parallel_size, 1)
         served = {"ranks": ranks, "plan": settings.plan.fingerprint if settings.plan else None}

@@ -21,7 +21,7 @@ from semmoe.runtime.engines.band import Band
 from semmoe.runtime.engines.chooser import RankChooser, Settings, check_model, is_strict, request_tokens
 from semmoe.runtime.engines.counters import Counters
 from semmoe.runtime.engines.plan_files import PlanFacts, read_plan_facts
-from semmoe.runtime.engines.recorder import Recorder, finished_of
+from semmoe.runtime.engines.recorder import Recorder, finished_of, returns_routed_experts
 from semmoe.runtime.engines.scorer import PlanScorer
 from semmoe.runtime.engines.variables import LOAD_FORMAT, REPLAN
 
@@ -311,7 +311,7 @@ async def _called(plugin: Plugin, original: Any, llm: Any, method: Any, *args: A
         return answers
     plugin.replanned(new, llm.engine_core)
     plugin.era += 1
-    if llm.vllm_config.model_config.enable_return_routed_experts:
+    if returns_routed_experts(llm.vllm_config):
         # Experts of tokens in the cache are kept under the labels of the old plan.
         await llm.reset_prefix_cache(reset_running_requests=True)
     return answers
@@ -320,7 +320,7 @@ async def _called(plugin: Plugin, original: Any, llm: Any, method: Any, *args: A
 def _called_here(plugin: Plugin, original: Any, engine: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
     if method != REPLAN or not plugin.placed:
         return original(engine, method, *args, **kwargs)
-    returns = engine.vllm_config.model_config.enable_return_routed_experts
+    returns = returns_routed_experts(engine.vllm_config)
     if returns and engine.has_unfinished_requests():
         return _refused("requests are under way, whose routed experts would be in two numberings")
     new, reason = _plan_asked(*args, **kwargs)

@@ -181,6 +181,7 @@ def measured_hardware(replay: Replay, timed: Timed, prepared: Prepared) -> dict[
         "format": "semmoe-hardware",
         "version": 1,
         "name": f"{ranks} ranks on {replay.group.device.type}",
+        "backend": "semmoe",
         **{name: max(tflops, 1e-6) for name in ("bf16", "fp8")},
         "hbm": {"value": 1.0, "source": "not measured apart from the experts"},
         **{name: max(gb_per_s, 1e-6) for name in ("nvl", "nic")},
@@ -299,8 +300,8 @@ def own_rows(replay: Replay, case: Case, number: int) -> Iterator[torch.Tensor]:
 
 
 def predict(replay: Replay, case: Case, network: Network, seconds_per_activation: float) -> dict[str, float]:
-    """Milliseconds per layer and batch by the cost model, from the evaluator's LINK and load of
-    every batch."""
+    """Milliseconds per layer and batch by the cost model, from the evaluator's LINK, load and LAR
+    of every batch."""
     seconds = []
     for number in range(int(case.batch_of_T.max()) + 1):
         rows_T = case.batch_of_T == number
@@ -313,8 +314,8 @@ def predict(replay: Replay, case: Case, network: Network, seconds_per_activation
             top_k=replay.top_k,
             seconds_per_activation=seconds_per_activation,
         )
-        links_and_loads = zip(metrics["link"], metrics["load_imbalance"], strict=True)
-        seconds += [layer_seconds(link, load, work, network) for link, load in links_and_loads]
+        layers = zip(metrics["link"], metrics["load_imbalance"], metrics["lar"], strict=True)
+        seconds += [layer_seconds(link, load, work, network, lar) for link, load, lar in layers]
     return {"predicted_ms_per_layer": 1000 * float(np.mean(seconds))}
 
 

@@ -144,4 +144,5 @@ def _with_load(counted: Counted, factor: float) -> Counted:
         padded_MLR=counted.padded_MLR * factor,
         active_MLR=counted.active_MLR * factor,
         rows_MLR=counted.rows_MLR * factor,
+        own_MLR=counted.own_MLR * factor,
     )

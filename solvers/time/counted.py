@@ -32,6 +32,7 @@ class Counted:
     padded_MLR: np.ndarray  # float64: activations of a rank, each expert's rounded up to tiles
     active_MLR: np.ndarray  # experts of a rank that get a token
     rows_MLR: np.ndarray  # activations of a rank
+    own_MLR: np.ndarray  # of those, of tokens that live there; 0 where `Served.own_first` is not set
 
     def chosen(self, batches: np.ndarray) -> "Counted":
         """Some of the batches."""
@@ -52,6 +53,7 @@ class Served(NamedTuple):
     kind: str  # per-rank, per-node, per-expert or gather
     tile: int
     moving: MovingRule | None = None  # what chooses copies token by token, in place of serving_LRE
+    own_first: bool = False  # whether experts begin with the rank's own tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ def count_batches(served: Served, rows_MJ: np.ndarray, homes: HomesOfLayer | Non
     num_batches, num_tokens = rows_MJ.shape
     top_k = served.ids_LTK.shape[2]
     links = np.zeros((4, num_batches, num_layers))
-    work = np.zeros((3, num_batches, num_layers, num_ranks))
+    work = np.zeros((4, num_batches, num_layers, num_ranks))
     step = max(1, CHUNK_IDS // max(num_tokens * top_k, 1))
     own_J = np.arange(num_tokens) * num_ranks // num_tokens
     for layer in range(num_layers):
@@ -111,23 +113,31 @@ def count_drawn(served: Served, drawn: Drawn) -> Counted:
     (num_batches, num_tokens), (num_layers, num_ranks, _) = drawn.rows_MJ.shape, serving_LRE.shape
     node_RN = served.node_R[:, None] == np.arange(served.node_R[-1] + 1)
     links = np.zeros((4, num_batches, num_layers))
-    work = np.zeros((3, num_batches, num_layers, num_ranks))
+    work = np.zeros((4, num_batches, num_layers, num_ranks))
     for layer, (ids_TK, serving_RE) in enumerate(zip(served.ids_LTK, serving_LRE, strict=True)):
-        work[:, :, layer] = _work_of_experts(drawn.n_MLE[:, layer], serving_RE[0], served)
+        work[:3, :, layer] = _work_of_experts(drawn.n_MLE[:, layer], serving_RE[0], served)
+        if served.own_first:
+            chosen_TR = _choices_TR(ids_TK, serving_RE[0], num_ranks)
+            work[3, :, layer] = np.diagonal(_summed(drawn, chosen_TR), axis1=1, axis2=2)
         if served.kind == "gather":
             links[:, :, layer] = _gathered(served, num_tokens / num_ranks)[:, None]
             continue
         if served.kind == "per-expert":
-            ranks_TK = np.append(serving_RE[0], num_ranks).astype(np.int64)[ids_TK]
-            keys_TK = np.arange(len(ids_TK))[:, None] * (num_ranks + 1) + ranks_TK
-            count = np.bincount(keys_TK.reshape(-1), minlength=len(ids_TK) * (num_ranks + 1))
-            sent_TR = count.reshape(-1, num_ranks + 1)[:, :num_ranks]
+            sent_TR = _choices_TR(ids_TK, serving_RE[0], num_ranks)
         else:
             sent_TR = reached_TR(ids_TK, serving_RE[0], num_ranks)
         rows_MRR = _summed(drawn, sent_TR)
         rows_MRN = _summed(drawn, sent_TR @ node_RN) if served.kind == "per-node" else None
         links[:, :, layer] = _busiest_links(served, rows_MRR, rows_MRN)
     return Counted(*links, *work)
+
+
+def _choices_TR(ids_TK: np.ndarray, rank_of_E: np.ndarray, num_ranks: int) -> np.ndarray:
+    """How many of its choices each token has on each rank, int64."""
+    ranks_TK = np.append(rank_of_E, num_ranks).astype(np.int64)[ids_TK]
+    keys_TK = np.arange(len(ids_TK))[:, None] * (num_ranks + 1) + ranks_TK
+    count = np.bincount(keys_TK.reshape(-1), minlength=len(ids_TK) * (num_ranks + 1))
+    return count.reshape(-1, num_ranks + 1)[:, :num_ranks]
 
 
 def _summed(drawn: Drawn, sent_TX: np.ndarray) -> np.ndarray:
@@ -147,24 +157,30 @@ def _work_of_experts(n_ME: np.ndarray, rank_of_E: np.ndarray, served: Served) ->
 
 
 def _work(served: Served, layer: int, ids_XK: np.ndarray, home_X: np.ndarray, num_batches: int) -> np.ndarray:
-    """Padded activations, active experts and activations, [3, M, R]."""
+    """Padded activations, active experts, activations and those of own tokens, [4, M, R]."""
     serving_RE = served.serving_LRE[layer]
     num_ranks, num_experts = serving_RE.shape
     batch_X = np.repeat(np.arange(num_batches), len(ids_XK) // num_batches)
     width = num_experts + 1
-    if served.moving is None and (serving_RE == serving_RE[0]).all():
+    own_MR = np.zeros((num_batches, num_ranks))
+    if served.moving is None and not served.own_first and (serving_RE == serving_RE[0]).all():
         keys_XK = batch_X[:, None] * width + ids_XK
         n_ME = np.bincount(keys_XK.reshape(-1), minlength=num_batches * width).reshape(-1, width)[:, :num_experts]
-        return _work_of_experts(n_ME, serving_RE[0], served)
+        return np.stack([*_work_of_experts(n_ME, serving_RE[0], served), own_MR])
     if served.moving is not None:
         rank_XK = np.minimum(served.moving.ranks_TK(layer, ids_XK, home_X), num_ranks - 1)  # empty slots are cut off
     else:
         padded_RE = np.pad(serving_RE, ((0, 0), (0, 1))).astype(np.int64)
         rank_XK = padded_RE.reshape(-1).take(home_X[:, None] * width + ids_XK)
+    if served.own_first:
+        own_X = ((rank_XK == home_X[:, None]) & (ids_XK < num_experts)).sum(1)
+        own = np.bincount(batch_X * num_ranks + home_X, own_X, num_batches * num_ranks)
+        own_MR = own.reshape(num_batches, num_ranks)
     keys_XK = (batch_X[:, None] * num_ranks + rank_XK) * width + ids_XK
     n_MRE = np.bincount(keys_XK.reshape(-1), minlength=num_batches * num_ranks * width)
     n_MRE = n_MRE.reshape(num_batches, num_ranks, width)[:, :, :num_experts]
-    return np.stack([(np.ceil(n_MRE / served.tile) * served.tile).sum(2), (n_MRE > 0).sum(2), n_MRE.sum(2)])
+    padded_MR = (np.ceil(n_MRE / served.tile) * served.tile).sum(2)
+    return np.stack([padded_MR, (n_MRE > 0).sum(2), n_MRE.sum(2), own_MR])
 
 
 def _links(served: Served, layer: int, ids_XK: np.ndarray, home_X: np.ndarray, num_batches: int) -> np.ndarray:

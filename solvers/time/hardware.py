@@ -107,6 +107,7 @@ class Costing:
     domain: int  # ranks that one fast network joins
     header: int = 0  # bytes of a row beside its values
     balances: bool = False
+    own_first: bool = False  # whether experts begin with the rank's own tokens, while others' travel
     schedules: tuple[str, ...] | None = None  # that the engine runs; None: no engine is named
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # measured: size, us
     notes: tuple[str, ...] = ()
@@ -162,9 +163,9 @@ def resolve(
     facts = table()
     phase = asked.phase or ("prompt" if prompts > 0.5 else "generated")
     engine = _entry(facts["engines"], asked.engine, "--engine") if asked.engine else None
-    name = asked.backend or (engine or {}).get(phase) or facts["phases"][phase]["backend"]
-    chosen = _entry(facts["backends"], name, "--backend")
-    machine, found = _machine(asked.hardware)
+    machine, found, usual = _machine(asked.hardware)
+    name = asked.backend or (engine or {}).get(phase) or usual or facts["phases"][phase]["backend"]
+    chosen = _entry(facts["backends"], name, f"{asked.hardware}: backend" if name == usual else "--backend")
     shape = _shape(asked, model)
     weights = asked.weights or shape.weights
     kernel = _entry(facts["experts"], weights, "--weights")
@@ -177,7 +178,12 @@ def resolve(
         raise InputError(f"--backend {name} works inside one NVLink domain of {domain} GPUs, not on {num_ranks} ranks")
     curves = _curves(asked, shape)
     if variant.get("needs_measured") and not curves.keys() >= set(WAYS):
-        raise InputError(f"--backend {name} is bound by messages, not by bytes: give measured rows with --measured")
+        measured = (
+            "give measured rows with --measured, or --hardware with a file of semmoe run --replay --write-hardware"
+        )
+        raise InputError(f"--backend {name} {chosen['unknown']}: {measured}")
+    if variant.get("own_first") and asked.overlap != "none":
+        raise InputError(f"--overlap {asked.overlap}: --backend {name} runs one batch at a time")
     parameters = dict(found)
     for way in ("dispatch", "combine"):
         given = variant.get(way) or variant["dispatch"]
@@ -214,6 +220,7 @@ def resolve(
         domain=domain,
         header=variant.get("header", 0),
         balances=variant.get("balances", False),
+        own_first=variant.get("own_first", False),
         schedules=tuple(engine["schedules"]) if engine else None,
         curves=curves,
         notes=notes,
@@ -259,11 +266,12 @@ def _variant(chosen: dict[str, Any], machine: str, *, several: bool) -> dict[str
     return variant
 
 
-def _machine(name: str) -> tuple[str, dict[str, Parameter]]:
-    """Name and numbers of a machine of the table, or of a file."""
+def _machine(name: str) -> tuple[str, dict[str, Parameter], str]:
+    """Name and numbers of a machine of the table, or of a file, and the backend that a file was
+    measured with."""
     known = table()["machines"]
     if name in known:
-        return name, {key: _parameter(key, value) for key, value in known[name].items()}
+        return name, {key: _parameter(key, value) for key, value in known[name].items()}, ""
     path = Path(name)
     if not path.is_file():
         raise InputError(f"--hardware {name}: no file, and known machines are {', '.join(known)}")
@@ -282,7 +290,7 @@ def _machine(name: str) -> tuple[str, dict[str, Parameter]]:
         source = None if assumed else str(plain.get("source", path.name))
         low, high = ends if assumed else (None, None)
         found[key] = Parameter(key, float(plain["value"]), source, assumed, low, high)
-    return str(given.get("name", path.stem)), found
+    return str(given.get("name", path.stem)), found, str(given.get("backend", ""))
 
 
 def _own_machine(path: Path) -> dict[str, Any]:

@@ -4,8 +4,7 @@ latency, and the busiest rank's experts.
 An all-to-all ends when the busiest rank has sent and received everything, so its time is a latency
 plus that rank's bytes over the bandwidth of its link (each direction on its own). A layer has three
 exchanges: split sizes (latency only), dispatch, combine. The experts take as long as the rank with
-the most activations. What overlaps (local experts run while rows travel) is not subtracted: an
-upper bound.
+the most activations, which begins with those of its own tokens while rows travel.
 
 Shape letters: X measurements.
 """
@@ -59,7 +58,7 @@ class LayerWork:
     seconds_per_activation: float = 0.0  # of one (token, expert) pair on one rank
 
 
-def layer_seconds(link: float, load_imbalance: float, work: LayerWork, network: Network) -> float:
+def layer_seconds(link: float, load_imbalance: float, work: LayerWork, network: Network, lar: float = 0.0) -> float:
     """Seconds of one expert layer on a batch.
 
     Parameters:
@@ -67,10 +66,10 @@ def layer_seconds(link: float, load_imbalance: float, work: LayerWork, network: 
             `semmoe.solvers.evaluate.metrics`).
         load_imbalance: activations of the busiest rank over the mean.
         work: of the batch. network: one rank's link.
+        lar: share of a rank's activations that are its own tokens'; 0: it waits for all rows.
     """
     rows = link * work.tokens / work.num_ranks
-    communication = network.latency_s * (EXCHANGES - 2)
-    there_and_back = (exchange_seconds(rows, size, network) for size in (work.row_bytes, work.result_bytes))
-    communication += sum(there_and_back)
-    activations = load_imbalance * work.tokens * work.top_k / work.num_ranks
-    return communication + activations * work.seconds_per_activation
+    dispatch, combine = (exchange_seconds(rows, size, network) for size in (work.row_bytes, work.result_bytes))
+    experts = load_imbalance * work.tokens * work.top_k / work.num_ranks * work.seconds_per_activation
+    sizes = network.latency_s * (EXCHANGES - 2)
+    return sizes + max(dispatch, lar * experts) + (1 - lar) * experts + combine

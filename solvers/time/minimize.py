@@ -72,7 +72,7 @@ def prices_of(costing: Costing, topology: Topology) -> Prices:
     return Prices(
         partial(_links_us, shares=shares, costing=costing, num_ranks=topology.num_ranks),
         partial(_experts_us, costing=costing),
-        partial(_total_us, overlap=costing.asked.overlap, other_us=costing.asked.other_us),
+        partial(_total_us, costing=costing, away=1 - 1 / topology.num_ranks),
         costing.kind == "per-expert",
     )
 
@@ -95,8 +95,13 @@ def _experts_us(padded: np.ndarray, active: np.ndarray, rows: np.ndarray, *, cos
     return experts_us((padded, active, rows), costing, costing.values)
 
 
-def _total_us(links: np.ndarray, experts: np.ndarray, *, overlap: str, other_us: float) -> np.ndarray:
-    return links + experts if overlap == "none" else 2 * np.maximum(links, experts + other_us / 2)
+def _total_us(links: np.ndarray, experts: np.ndarray, *, costing: Costing, away: float) -> np.ndarray:
+    """`away`: of a rank's activations at random homes, the share that other ranks send."""
+    if costing.asked.overlap == "two-batch":
+        return 2 * np.maximum(links, experts + costing.asked.other_us / 2)
+    if costing.own_first:
+        return links / 2 + np.maximum(links / 2 + away * experts, experts)
+    return links + experts
 
 
 @dataclass(frozen=True, eq=False)

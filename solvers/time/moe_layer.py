@@ -4,6 +4,7 @@ experts, combine.
 An exchange takes `(a^p + X^p)^(1/p)`, X the slower of the busiest fast link and the busiest network
 card. Experts are two grouped GEMMs, each `a + sqrt(c^2 + d^2)`: c by arithmetic, d by memory. Two
 batches that overlap take twice the longer of exchanges and everything else, at half the tokens.
+Where ranks begin with their own tokens while others' travel, each waits for the longer of the two.
 Sources and errors: hardware.json, docs/method.md.
 
 Shape letters: M batches, L MoE layers, R ranks.
@@ -51,6 +52,10 @@ def layer_times(counted: Counted, costing: Costing, values: Mapping[str, float],
     experts_ML = even_ML if costing.balances else experts_MLR.max(2) + shared
     latency = setup + _start(values, "dispatch") + _start(values, "combine") + 2 * values.get("experts.a", 0.0)
     total_ML = dispatch_ML + experts_ML + combine_ML
+    if costing.own_first:
+        own_MLR = experts_MLR * counted.own_MLR / np.maximum(counted.rows_MLR, 1)
+        ready_MLR = np.maximum(dispatch_ML[..., None], own_MLR)
+        total_ML = (ready_MLR + experts_MLR - own_MLR).max(2) + shared + combine_ML
     if costing.asked.overlap == "two-batch":
         beside_ML = experts_ML + costing.asked.other_us / 2
         total_ML = 2 * np.maximum(dispatch_ML + combine_ML, beside_ML)

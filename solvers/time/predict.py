@@ -241,7 +241,8 @@ def served(deployment: Deployment, sampled: Sampled, costing: Costing) -> Served
     moving = deployment.moving
     if moving is not None:
         moving = MovingRule(moving.name, moving.hosts_LER[sampled.layers], moving.serving_LRE[sampled.layers])
-    return Served(sampled.ids_LTK, deployment.serving_LRE[sampled.layers], node_R, costing.kind, tile, moving)
+    serving_LRE = deployment.serving_LRE[sampled.layers]
+    return Served(sampled.ids_LTK, serving_LRE, node_R, costing.kind, tile, moving, costing.own_first)
 
 
 def _scheduled(

@@ -1,12 +1,12 @@
 """Predicted time of plans for time, plans for bytes and load packing, on the half of the requests that none saw. One JSON object.
 
-    python tests/benchmarks/place_for_time.py TRACE [--ranks 8] [--nodes 8] [--settings nvlink,nics] [--replicas 1] [--bytes] [--split 0]
-        [--layers 6]
+    python tests/benchmarks/place_for_time.py TRACE [--ranks 8] [--nodes 8] [--settings nvlink,nics] [--replicas 1] [--bytes] [--even]
+        [--split 0] [--layers 6]
 
 Settings are those of docs/experiments.md, "Time": h100, 4096 prompt tokens a rank inside one node, on as many nodes as --nodes says, or
 with two batches that overlap; 64 or 128 generated tokens, in DeepEP's normal and low-latency modes. `ratio`: over load packing with as
 many slots, in the same batches. `excess`: activations of the busiest rank over the mean, less 1; `excess_ratio`: over load packing's.
---bytes also places at cap 1.05. --split: seed of the halves; --layers: on so many of the layers.
+--bytes also places at cap 1.05, --even for even activations alone. --split: seed of the halves; --layers: on so many of the layers.
 """
 
 import argparse
@@ -17,18 +17,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from common.few_layers import few_layers
 
-from semmoe.profiles.counts import profile_traces
+from semmoe.profiles.counts import RoutingProfile, profile_traces
 from semmoe.profiles.trace import RoutingTrace
-from semmoe.solvers.demands import Demands
+from semmoe.solvers.demands import Demands, Solved
 from semmoe.solvers.deployment import Deployment
 from semmoe.solvers.make_plan import split_requests
 from semmoe.solvers.place.baselines import baselines
 from semmoe.solvers.place.solve import solve_placement
-from semmoe.solvers.placement import Topology
+from semmoe.solvers.placement import Placement, Topology
 from semmoe.solvers.schedule.simulate import Setting
 from semmoe.solvers.slots import Slots
+from semmoe.solvers.time.balance import balance_layer
+from semmoe.solvers.time.batches import pool_of
+from semmoe.solvers.time.fit import fit_of
 from semmoe.solvers.time.hardware import TimeAsked, costing_of
 from semmoe.solvers.time.minimize import solve_for_time
 from semmoe.solvers.time.predict import predict
@@ -54,6 +58,7 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--replicas", type=int, default=0)
     parser.add_argument("--bytes", action="store_true")
+    parser.add_argument("--even", action="store_true")
     parser.add_argument("--effort", default="default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", type=int, default=0)
@@ -61,6 +66,24 @@ def main() -> None:
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         print(json.dumps(placed_and_timed(options, Path(folder))))
+
+
+def even_placement(profile: RoutingProfile, packed: Placement, asked: TimeAsked, demands: Demands) -> Placement:
+    """Load packing's experts swapped until the busiest rank of batches has the fewest activations, without copies."""
+    num_ranks, info = packed.num_ranks, profile.info
+    costing = costing_of(asked, info, Topology(num_ranks))
+    fit = fit_of(pool_of(profile.sample, costing.phase), costing, num_ranks, demands)
+    rank_of_LE = [
+        balance_layer(
+            fit.layer(profile.sample.expert_ids_TLK[:, layer], info.num_experts, 1).n_XE,
+            hosts_ER.argmax(1),
+            num_ranks,
+            effort=demands.effort,
+            seed=demands.seed,
+        )
+        for layer, hosts_ER in enumerate(packed.hosts_LER)
+    ]
+    return Solved.from_ranks(np.array(rank_of_LE), profile.load_LE, num_ranks).placement
 
 
 def placed_and_timed(options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -86,6 +109,8 @@ def placed_and_timed(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         solved = solve_for_time(profile, topology, demands, asked)
         seconds = time.process_time() - begun
         beside = baselines(profile.load_LE, topology, profile.info.n_group, slots=Slots.of(solved.placement))
+        if options.even:
+            beside["even"] = even_placement(profile, beside["load"], asked, demands)
         placements = {"plan": solved.placement, **beside, **found_by_bytes}
         deployed = {key: Deployment(placed, profile.load_LE, topology) for key, placed in placements.items()}
         report = predict(deployed, batch, trace.info.model, asked, setting=Setting(), against="load")

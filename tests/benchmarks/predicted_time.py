@@ -51,7 +51,7 @@ def measure(work: Path, plan: str, hardware: Path, size: Sizes) -> tuple[dict[Ke
 def timed(hardware: Path, expert_size: int, tokens_per_rank: int) -> list[str]:
     """Options that ask for the times of such batches."""
     sizes = ["--hidden-size", str(HIDDEN), "--expert-size", str(expert_size), "--weights", "bf16"]
-    batches = ["--tokens-per-rank", str(tokens_per_rank), "--phase", "generated", "--backend", "deepep-normal"]
+    batches = ["--tokens-per-rank", str(tokens_per_rank), "--phase", "generated"]
     return ["--hardware", str(hardware), *batches, *sizes]
 
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What tests/engines/all does to a server that runs: live.py streams|faults|kill URL MODEL TEXTS PLAN LOG.
+"""What tests/engines/all does to a server that runs: live.py streams|faults|replan|kill URL MODEL TEXTS PLAN LOG.
 
 `streams`: 200 at once, of which every fourth client leaves, every fifth names its rank, and every
 tenth has a prompt that the plan knows nothing of. `faults`: requests in which the plug-in fails
-(faults.py; `live.py plugin FOLDER` puts it there beforehand). `kill`: the process of rank 1 is
-killed while streams run. Each prints a row per claim and fails where one does not hold. LOG is what
+(faults.py; `live.py plugin FOLDER` puts it there beforehand). `replan`: both ranks are given the
+re-placement PLAN-next in the middle of requests. `kill`: the process of rank 1 is killed while
+streams run. Each prints a row per claim and fails where one does not hold. LOG is what
 the server writes.
 """
 
@@ -140,6 +141,47 @@ async def break_hooks(live: Live) -> bool:
     )
 
 
+async def replan(live: Live) -> bool:
+    from semmoe.runtime.engines.plan_files import read_plan_facts
+
+    new = f"{live.plan}-next"
+
+    async def one(number: int, tokens: int) -> list[int]:
+        body = {"model": live.model, "prompt": live.texts[number][:300], "max_tokens": tokens, "ignore_eos": True}
+        body |= {"temperature": 0, "return_token_ids": True}
+        headers = {"X-data-parallel-rank": str(number % 2)}
+        async with live.client.post(live.url + "/v1/completions", json=body, headers=headers) as response:
+            return (await response.json())["choices"][0]["token_ids"]
+
+    async def post(route: str, **body: Any) -> Any:
+        async with live.client.post(live.url + route, json=body) as response:
+            return await response.json()
+
+    async def change(*words: str) -> dict[str, Any]:
+        return (await post("/collective_rpc", method="semmoe_replan", args=[new, *words]))["results"][0]
+
+    long = await asyncio.gather(*(one(number, 150) for number in range(24)))
+    too_early = await change()
+    asking = [asyncio.ensure_future(one(number, 150)) for number in range(24)]
+    await asyncio.sleep(1)
+    await post("/pause?mode=keep")
+    waiting = sum(not each.done() for each in asking)
+    done = await change("yes")
+    await post("/resume")
+    under_way = await asyncio.gather(*asking)
+    await post("/reset_prefix_cache")
+    after = await asyncio.gather(*(one(number, 150) for number in range(24)))
+    served, moved = done["plan"] == read_plan_facts(new).fingerprint, done["moved"]
+    return told(
+        [
+            ("another plan without a pause: refused", too_early["reason"][:30], not too_early["applied"]),
+            ("24 requests pause, another plan is served", f"{moved} experts moved", served and moved and waiting == 24),
+            ("their tokens, as without it", sum(map(list.__eq__, long, under_way)), under_way == long),
+            ("tokens of requests that come later", sum(map(list.__eq__, long, after)), after == long),
+        ]
+    )
+
+
 def descendants(pid: int) -> list[int]:
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -227,13 +269,13 @@ async def main(name: str, words: list[str]) -> bool:
     async with opened(*words) as live:
         if name == "streams":
             return await check_pins(live) & await streams(live)
-        return await {"faults": break_hooks, "kill": kill}[name](live)
+        return await {"faults": break_hooks, "replan": replan, "kill": kill}[name](live)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["plugin"]:
         plugin(Path(sys.argv[2]))
-    elif sys.argv[1:2] and sys.argv[1] in ("streams", "faults", "kill") and len(sys.argv) == 7:
+    elif sys.argv[1:2] and sys.argv[1] in ("streams", "faults", "replan", "kill") and len(sys.argv) == 7:
         sys.exit(0 if asyncio.run(main(sys.argv[1], sys.argv[2:])) else 1)
     else:
         sys.exit(__doc__)

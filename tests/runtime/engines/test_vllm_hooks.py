@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,7 +312,8 @@ def test_what_is_served_is_recorded_with_rank_and_decision(core, folder, prompts
     assert trace.info.notes["served"] == {"ranks": 4, "plan": read_plan_facts(folder / "p").fingerprint}
 
 
-def test_after_another_plan_ids_and_ranks_are_told_by_it(core, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["model_config", "aux_output_config"])  # until 0.30, from 0.32
+def test_after_another_plan_ids_and_ranks_are_told_by_it(where, core, folder, tmp_path, monkeypatch):
     """What the front end does with the workers' answers; the workers themselves: tests/engines."""
     from stepped_plans import save_stepped
     from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore
@@ -334,7 +336,9 @@ def test_after_another_plan_ids_and_ranks_are_told_by_it(core, folder, tmp_path,
     served = client(core, folder, load_format="semmoe")
     llm = AsyncLLM()
     llm.engine_core, llm.vllm_config = served, served.vllm_config
-    llm.vllm_config.model_config.enable_return_routed_experts = True
+    config = getattr(llm.vllm_config, where, SimpleNamespace())
+    config.enable_return_routed_experts = True
+    setattr(llm.vllm_config, where, config)
     own_TLK = np.random.default_rng(0).integers(0, 16, (7, 3, 4)).astype(np.uint8)
 
     def served_ids(plan):

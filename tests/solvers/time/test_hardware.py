@@ -2,14 +2,15 @@
 grouped GEMMs of DeepGEMM; and what a user may say of hardware."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from semmoe.profiles.errors import InputError
-from semmoe.solvers.time.counted import Served, count_batches
+from semmoe.solvers.time.counted import Counted, Served, count_batches
 from semmoe.solvers.time.hardware import TimeAsked, resolve, table
-from semmoe.solvers.time.moe_layer import exchange_us, gemm_us
+from semmoe.solvers.time.moe_layer import exchange_us, gemm_us, layer_times
 
 V3 = ("", 58, 256, 8)
 H = 7168
@@ -190,6 +191,7 @@ def test_a_file_of_ones_own(tmp_path):
         ({"hardware": "h900"}, "known machines are a100"),
         ({"hardware": "h100", "backend": "carrier-pigeon"}, "known are deepep-normal"),
         ({"hardware": "h100", "backend": "cpu-proxy"}, "bound by messages"),
+        ({"hardware": "h100", "backend": "semmoe"}, "semmoe has no published figures: give measured rows"),
         ({"hardware": "a100", "weights": "fp8"}, "no fp8 peak"),
         ({"hardware": "h100", "overlap": "two-batch"}, "needs --other-us"),
         ({"hardware": "h100", "engine": "llamacpp"}, "known are sglang"),
@@ -212,3 +214,27 @@ def test_measured_rows_take_the_place_of_parameters(tmp_path):
     rows.write_text("bytes,us\n1,x\n", encoding="utf-8")
     with pytest.raises(InputError, match="expected columns bytes and us"):
         resolve(TimeAsked(hardware="h100", measured=rows), V3, num_ranks=8, num_nodes=1, prompts=0)
+
+
+def test_ranks_that_begin_with_their_own_tokens(tmp_path):
+    """10 us an activation, 30 us an exchange: a rank whose own tokens take longer than the exchange
+    does not wait for it, the other one does."""
+    measured = {"exchange": [[0, 30], [1e6, 30]], "experts": [[1, 10], [100, 1000]], "experts_of": [64, 32]}
+    own = {"backend": "semmoe", "bf16": 1, "fp8": 1, "hbm": 1, "nvl": 1, "nic": 1, "measured": measured}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(own), encoding="utf-8")
+    asked = TimeAsked(hardware=str(file), hidden_size=64, expert_size=32)
+    costing = resolve(asked, V3, num_ranks=2, num_nodes=1, prompts=1)
+    assert costing.backend == "semmoe" and costing.own_first
+    rows, links = np.array([[[10.0, 9.0]]]), np.ones((1, 1))
+    for own_R, waited in (([4.0, 1.0], 30 + 80), ([9.0, 9.0], 90 + 10), ([0.0, 0.0], 30 + 100)):
+        counted = Counted(links, links, links, links, rows, rows, rows, np.array([[own_R]]))
+        times = layer_times(counted, costing, costing.values, 2)
+        assert times.total_ML[0, 0] == waited + 30
+        assert (times.dispatch_ML[0, 0], times.experts_ML[0, 0], times.combine_ML[0, 0]) == (30, 100, 30)
+    file.write_text(json.dumps(own | {"backend": "smoke"}), encoding="utf-8")
+    with pytest.raises(InputError, match="mine.json: backend smoke: known are"):
+        resolve(asked, V3, num_ranks=2, num_nodes=1, prompts=1)
+    file.write_text(json.dumps(own), encoding="utf-8")
+    with pytest.raises(InputError, match="--overlap two-batch: --backend semmoe runs one batch at a time"):
+        resolve(replace(asked, overlap="two-batch", other_us=5.0), V3, num_ranks=2, num_nodes=1, prompts=1)

@@ -23,13 +23,12 @@ def test_an_exchange_is_latency_and_bytes() -> None:
 def test_a_layer_is_three_exchanges_and_the_busiest_experts() -> None:
     # 2 rows per token on the busiest of 4 ranks: 200 rows out (100 bytes each) and back (50).
     # 400 * 2 / 4 activations per rank, 1.5 times that on the busiest.
-    seconds = layer_seconds(
-        2.0,
-        1.5,
-        LayerWork(tokens=400, num_ranks=4, row_bytes=100, result_bytes=50, top_k=2, seconds_per_activation=1e-5),
-        Network(1e6, 0.001),
-    )
-    assert seconds == pytest.approx(3 * 0.001 + 0.02 + 0.01 + 300 * 1e-5)
+    work = LayerWork(tokens=400, num_ranks=4, row_bytes=100, result_bytes=50, top_k=2, seconds_per_activation=1e-4)
+    network = Network(1e6, 0.001)
+    assert layer_seconds(2.0, 1.5, work, network) == pytest.approx(3 * 0.001 + 0.02 + 0.01 + 300 * 1e-4)
+    # Its own tokens' take 15 ms of the 21 that rows travel; or 24, longer than those.
+    assert layer_seconds(2.0, 1.5, work, network, 0.5) == pytest.approx(2 * 0.001 + 0.021 + 0.01 + 150 * 1e-4)
+    assert layer_seconds(2.0, 1.5, work, network, 0.8) == pytest.approx(2 * 0.001 + 0.03 + 0.01)
 
 
 def test_a_network_is_found_again() -> None:

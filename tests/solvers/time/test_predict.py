@@ -183,7 +183,8 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["per-rank", "per-expert", "per-node", "gather"])
 @pytest.mark.parametrize(("replicas", "rule"), [(0, OWN_RULE), (1, OWN_RULE), (1, "cover"), (1, "vllm"), (1, "sglang")])
-def test_counts_are_those_of_a_plain_loop(world, kind, replicas, rule):
+@pytest.mark.parametrize("own_first", [False, True])
+def test_counts_are_those_of_a_plain_loop(world, kind, replicas, rule, own_first):
     rng = np.random.default_rng(3)
     own = np.stack([rng.permutation(16).reshape(4, 4) for _ in range(2)])
     copies = (own[:, [1, 2, 3, 0], :1]) if replicas else own[:, :, :0]
@@ -193,7 +194,7 @@ def test_counts_are_those_of_a_plain_loop(world, kind, replicas, rule):
     ids_LTK = world.expert_ids_TLK.transpose(1, 0, 2)
     rows = random_homes(pool_of(world, "prompt"), np.arange(40), (4, 8), "prompt", rng)
     moving = deployment.moving
-    where = Served(ids_LTK, deployment.serving_LRE, node_R, kind, 4, moving)
+    where = Served(ids_LTK, deployment.serving_LRE, node_R, kind, 4, moving, own_first)
     found, again = count_batches(where, rows[None]), count_drawn(where, Drawn.of(rows[None], ids_LTK, 4, 16))
     for field in fields(found):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(found, field.name))
@@ -202,11 +203,12 @@ def test_counts_are_those_of_a_plain_loop(world, kind, replicas, rule):
         ranks_TK = deployment.serving_LRE[layer][home[:, None], world.expert_ids_TLK[rows, layer]]
         if moving is not None:
             ranks_TK = moving.ranks_TK(layer, world.expert_ids_TLK[rows, layer], home)
-        sent, to_node, n = np.zeros((4, 4)), np.zeros((4, 2)), np.zeros((4, 16))
+        sent, to_node, n, own = np.zeros((4, 4)), np.zeros((4, 2)), np.zeros((4, 16)), np.zeros(4)
         for row, source, targets in zip(rows, home, ranks_TK.tolist(), strict=True):
             experts = world.expert_ids_TLK[row, layer]
             for target, expert in zip(targets, experts, strict=True):
                 n[target, expert] += 1
+                own[target] += own_first and target == source
             for target in targets if kind == "per-expert" else set(targets):
                 sent[source, target] += 1
             for node in {node_R[t] for t in targets} - {node_R[source]}:
@@ -224,6 +226,7 @@ def test_counts_are_those_of_a_plain_loop(world, kind, replicas, rule):
             assert found.nvl_ML[0, layer] == max(fast.sum(0).max(), fast.sum(1).max())
             assert found.nic_ML[0, layer] == max(cards.sum(0).max(), cards.sum(1).max())
         np.testing.assert_array_equal(found.rows_MLR[0, layer], n.sum(1))
+        np.testing.assert_array_equal(found.own_MLR[0, layer], own)
         np.testing.assert_array_equal(found.active_MLR[0, layer], (n > 0).sum(1))
         np.testing.assert_array_equal(found.padded_MLR[0, layer], (np.ceil(n / 4) * 4).sum(1))
 
