@@ -125,12 +125,15 @@ class Scheduler:
 
     def scores(self, asked: Asked) -> Sequence[float]:
         """Scores of a request's prompt, computed when they are first asked for."""
-        if asked.scores_G is None:
-            known = asked.ids_T is not None
-            asked.scores_G = self.scorer.scores(asked.ids_T).tolist() if known else [0.0] * self.fleet.ranks
-            if known and not any(asked.scores_G):
+        if asked.scores_G is not None:
+            return asked.scores_G
+        scores_G = [0.0] * self.fleet.ranks
+        if asked.ids_T is not None:
+            scores_G = self.scorer.scores(asked.ids_T).tolist()
+            if not any(scores_G):
                 self.unknown["unseen_ids"] += 1
-        return asked.scores_G
+        asked.scores_G = scores_G
+        return scores_G
 
     def expect(self, asked: Asked, chosen: Chosen) -> None:
         """Fill in what a choice promises. Apart from the choice: a client's pin and a conversation
