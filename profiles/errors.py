@@ -14,7 +14,7 @@ from unicodedata import category
 # Packages that the base install lacks, by the extra of pyproject.toml that brings them.
 EXTRAS = {
     "models": ("torch", "transformers", "datasets", "accelerate", "tokenizers", "huggingface_hub"),
-    "route": ("starlette", "uvicorn", "httptools", "uvloop"),
+    "route": ("starlette", "uvicorn", "httptools", "uvloop", "orjson"),
 }
 DEBUG = "SEMMOE_DEBUG"  # environment variable; `semmoe --debug` sets it, for ranks and workers too
 

@@ -139,5 +139,5 @@ def test_what_needs_an_extra_says_so_in_one_line(light, plans, folder, words, re
 
 def test_a_router_needs_its_own_extra(light, plans, folder):
     done = outside(light, "semmoe", "route", plans[0], "--upstream", "http://127.0.0.1:9", cwd=folder)
-    reason = "semmoe route needs starlette and uvicorn and httptools and uvloop: pip install 'semmoe[route]'"
+    reason = "semmoe route needs starlette and uvicorn and httptools and uvloop and orjson: pip install 'semmoe[route]'"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"semmoe: {reason}\n")

@@ -72,13 +72,20 @@ class Band:
         Of equal scores the less loaded rank wins, then the lower one. With no allowed rank, or
         nothing known of the prompt, the engine chooses ("unknown").
         """
-        # Numbers of Python: over a few ranks a call of numpy takes longer than all of this.
-        scores, load = np.asarray(scores_R).tolist(), np.asarray(tokens_in_flight_R).tolist()
+        scores, load = as_list(scores_R), as_list(tokens_in_flight_R)
         ranks = [r for r in range(self.ranks) if allowed_R is None or allowed_R[r]]
         if not ranks or not any(scores):
             return Choice(-1, "unknown")
-        mean = (sum(load[r] for r in ranks) + tokens) / len(ranks)
-        limit = max(min(load[r] for r in ranks), self.band * mean)
-        rank = min((r for r in ranks if load[r] <= limit), key=lambda r: (-scores[r], load[r]))
-        best = max(scores[r] for r in ranks)
-        return Choice(rank, "affine" if scores[rank] == best else "spilled")
+        limit = self.limit([load[r] for r in ranks], tokens)
+        score, _, place = max([(scores[r], -load[r], -r) for r in ranks if load[r] <= limit])
+        return Choice(-place, "affine" if score == max([scores[r] for r in ranks]) else "spilled")
+
+    def limit(self, load: Sequence[float], tokens: float) -> float:
+        """Tokens in flight up to which a rank is a candidate. `load`: those of the ranks that are
+        up."""
+        return max(min(load), self.band * ((sum(load) + tokens) / len(load)))
+
+
+def as_list(values_R: Sequence[float] | np.ndarray) -> list[float]:
+    """Numbers of Python: over a few ranks a call of numpy takes longer than all of the rule."""
+    return values_R if isinstance(values_R, list) else np.asarray(values_R).tolist()

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httptools
@@ -75,6 +75,14 @@ def address_of(url: str) -> Address:
     return Address(host, where, parts.scheme == "https", parts.path.encode(), (named + port).encode())
 
 
+class Sink(Protocol):
+    """Who takes pieces of an answer in the very callback that reads them."""
+
+    def is_full(self) -> bool: ...
+
+    def push(self, data: bytes) -> None: ...
+
+
 class Line(asyncio.Protocol):
     """A connection to a server, and the answer that is read from it."""
 
@@ -92,6 +100,7 @@ class Line(asyncio.Protocol):
         self.parts: list[bytes] = []
         self.size = 0
         self.error: UpstreamError | None = None
+        self.sink: Sink | None = None
         self.paused = self.complete = self.reusable = self.until_close = False
         self.only_head, self.asked = only_head, True
         self.transport.writelines((head, data)) if data else self.transport.write(head)
@@ -119,8 +128,12 @@ class Line(asyncio.Protocol):
         self.transport.abort()
 
     def _wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
+        if self.waiter is None or self.waiter.done():
+            return
+        if self.sink is None or self.complete or self.error is not None or not self.status or self.sink.is_full():
             self.waiter.set_result(None)
+        elif self.parts:
+            self.sink.push(self.take())
 
     # What the event loop calls.
 
@@ -199,6 +212,16 @@ class Response:
     def at_end(self) -> bool:
         """Whether all of the body was handed out."""
         return self._line.complete and not self._line.parts
+
+    @property
+    def has_piece(self) -> bool:
+        """Whether a piece of the body is here."""
+        return bool(self._line.parts)
+
+    def pass_to(self, sink: Sink) -> None:
+        """While `piece` waits, hand what comes to `sink`, unless it is full; never the last
+        piece."""
+        self._line.sink = sink
 
     async def piece(self) -> bytes:
         """What of the body has come since the last call, at least a byte; b"" at its end. Raises

@@ -9,8 +9,7 @@ Which routers in between lose what: docs/engines.md.
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from semmoe.runtime.router.prompts import GENERATE
 from semmoe.runtime.router.refusals import Refused
@@ -26,8 +25,7 @@ ENGINES = tuple(BODY_PINS)
 HeaderList = list[tuple[bytes, bytes]]
 
 
-@dataclass(frozen=True)
-class Pinned:
+class Pinned(NamedTuple):
     """A request with its pin: what is sent on."""
 
     headers: HeaderList
@@ -46,12 +44,13 @@ def client_pin(engine: str, path: str, headers: HeaderList, body: dict[str, Any]
 
     Raises Refused (400) for a rank that is not there: on SGLang it would stop the server.
     """
-    values: list[Any] = [value.decode("latin-1") for name, value in headers if name == header_of(engine, path)]
+    wanted = header_of(engine, path)
+    values: list[Any] = [value.decode("latin-1") for name, value in headers if name == wanted]
     values += [body[key] for key in BODY_PINS[engine] if body and body.get(key) is not None]
     for value in values:
         try:
             rank = int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue  # vLLM ignores it; SGLang refuses it itself
         if not 0 <= rank < ranks:
             raise Refused(400, "malformed", f"data-parallel rank {rank} is not one of 0..{ranks - 1}")
@@ -62,11 +61,10 @@ def client_pin(engine: str, path: str, headers: HeaderList, body: dict[str, Any]
 def without_pin(engine: str, path: str, headers: HeaderList, data: bytes, body: dict[str, Any] | None) -> Pinned:
     """The request without what its client had named: where the rank is the URL, the server behind
     it has no rank of that number."""
-    kept = [(name, value) for name, value in headers if name != header_of(engine, path)]
     if body and any(key in body for key in BODY_PINS[engine]):
         left_out = {*BODY_PINS[engine], "attention_dp_relax"}
-        data = _dumped({key: value for key, value in body.items() if key not in left_out})
-    return Pinned(kept, data)
+        data = _dumped({key: value for key, value in _exact(data).items() if key not in left_out})
+    return Pinned(_without(header_of(engine, path), headers), data)
 
 
 def with_pin(
@@ -74,23 +72,31 @@ def with_pin(
 ) -> Pinned:
     """The request with the number of its rank at the upstream."""
     if engine == "vllm":
-        return Pinned([*((n, v) for n, v in headers if n != VLLM_HEADER), (VLLM_HEADER, b"%d" % rank)], data)
+        return Pinned([*_without(VLLM_HEADER, headers), (VLLM_HEADER, b"%d" % rank)], data)
     if body is None:
         return Pinned(headers, data)
     fields: dict[str, Any] = {BODY_PINS[engine][0]: rank}
     if engine == "trtllm":
         fields["attention_dp_relax"] = False
-    kept = [(name, value) for name, value in headers if name != header_of(engine, path)]
-    return Pinned(kept, with_fields(data, body, fields))
+    return Pinned(_without(header_of(engine, path), headers), with_fields(data, body, fields))
+
+
+def _without(dropped: bytes, headers: HeaderList) -> HeaderList:
+    return [header for header in headers if header[0] != dropped]
 
 
 def with_fields(data: bytes, body: dict[str, Any], fields: dict[str, Any]) -> bytes:
     """A JSON object with fields more, in front; where it has one of them already, in its place."""
     if fields.keys() & body.keys():
-        return _dumped({**body, **fields})
+        return _dumped({**_exact(data), **fields})
     brace = data.index(b"{") + 1
     inserted = json.dumps(fields)[1:-1].encode() + (b"," if body else b"")
     return data[:brace] + inserted + data[brace:]
+
+
+def _exact(data: bytes) -> dict[str, Any]:
+    """The JSON object of a request with its whole numbers as they are, of any length."""
+    return json.loads(data.decode("utf-8", "surrogatepass"))
 
 
 def _dumped(body: dict[str, Any]) -> bytes:

@@ -10,8 +10,7 @@ before the first byte of its answer, on a connection error or a 503.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +18,7 @@ from semmoe.runtime.router.client import Client, NoHttp, NotConnected, Response,
 from semmoe.runtime.router.fleet import Fleet, Upstream
 from semmoe.runtime.router.metrics import Metrics
 from semmoe.runtime.router.pins import Pinned, with_pin, without_pin
-from semmoe.runtime.router.refusals import HOP_BY_HOP, REWRITTEN, Refused, end_to_end, refuse_ambiguous
+from semmoe.runtime.router.refusals import HOP_BY_HOP, REWRITTEN, Refused, end_to_end, stated_length
 from semmoe.runtime.router.scheduler import PASSED, Asked, Chosen, Scheduler
 
 LOG = logging.getLogger("semmoe.route")
@@ -63,12 +62,18 @@ class UpstreamCut(Exception):
 class Connection:
     """A client's connection, which the server puts into the scope of each of its requests.
 
+    As a context: a block that ends with ClientGone as soon as the client goes.
+
     Fields:
         whole: whether all of the latest request is here.
+        full: whether the client reads more slowly than it is written to.
+        holds: whether what is written next, a head, waits for what is written behind it.
         task: which works for the client, and ends when the connection is lost.
     """
 
     whole: bool = False
+    full: bool = False
+    holds: bool = False
     task: asyncio.Task[None] | None = None
     is_lost: bool = False
 
@@ -77,20 +82,15 @@ class Connection:
         if self.task is not None:
             self.task.cancel()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """A block that ends with ClientGone as soon as the client goes."""
+    def __enter__(self) -> None:
         if self.is_lost:
             raise ClientGone
-        task = self.task = asyncio.current_task()
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self.is_lost or task is None or task.uncancel():
-                raise
+        self.task = asyncio.current_task()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        task, self.task = self.task, None
+        if kind is asyncio.CancelledError and self.is_lost and task is not None and not task.uncancel():
             raise ClientGone from None
-        finally:
-            self.task = None
 
 
 class Passing(Protocol):
@@ -117,6 +117,7 @@ class Answer:
     """The answer to a client: how far it is."""
 
     send: Send
+    connection: Connection
     started: bool = False
     complete: bool = False
     upstream: Upstream | None = None  # whose answer it is
@@ -127,9 +128,20 @@ class Answer:
 
     async def body(self, data: bytes, *, more: bool = True) -> None:
         self.complete = not more
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
         if self.upstream is not None:
             self.upstream.heard = time.monotonic()
-        await self.send({"type": "http.response.body", "body": data, "more_body": more})
+
+    def is_full(self) -> bool:
+        return self.connection.full
+
+    def push(self, data: bytes) -> None:
+        """`body` without waiting, of a client that is not full, and not the end."""
+        try:
+            self.body(data).send(None)
+        except StopIteration:
+            return
+        raise RuntimeError("the server made a client wait that is not full")
 
     async def refuse(self, refused: Refused) -> None:
         await self.start(refused.status, refused.headers)
@@ -152,7 +164,7 @@ class Proxy:
         return self.scheduler.fleet
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        answer = Answer(send)
+        answer = Answer(send, scope[CONNECTION])
         try:
             await self._serve(scope, receive, answer)
         except Refused as refused:
@@ -173,8 +185,9 @@ class Proxy:
 
     async def _serve(self, scope: Message, receive: Receive, answer: Answer) -> None:
         headers = scope["headers"]
-        refuse_ambiguous(headers, scope["raw_path"])
-        data = await self._body(scope, receive)
+        if stated_length(headers, scope["raw_path"]) > self.limits.body:
+            raise self._too_large()
+        data = await self._body(answer.connection, receive)
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
         exchange = Exchange(scope["method"], target, time.perf_counter(), len(data))
@@ -182,7 +195,7 @@ class Proxy:
             kept = end_to_end(headers, REWRITTEN)
             asked = await self.scheduler.read(exchange.method, scope["path"], kept, data)
             del data
-            with scope[CONNECTION].watched():
+            with answer.connection:
                 await self._work(exchange, asked, answer)
         finally:
             self._release(exchange)
@@ -191,16 +204,13 @@ class Proxy:
         self.buffered -= exchange.held
         exchange.held = 0
 
-    async def _body(self, scope: Message, receive: Receive) -> bytes:
+    async def _body(self, connection: Connection, receive: Receive) -> bytes:
         """The whole body of a request, counted in `buffered`. Raises Refused where it is too large
         or too slow."""
-        stated = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
-        if stated > self.limits.body:
-            raise self._too_large()
         parts, size, more = [], 0, True
         try:
             while more:
-                message = await self._next(scope[CONNECTION], receive)
+                message = await (receive() if connection.whole else self._in_time(receive))
                 if message["type"] == "http.disconnect":
                     raise ClientGone
                 part, more = message.get("body", b""), message.get("more_body", False)
@@ -216,10 +226,8 @@ class Proxy:
             self.buffered -= size
             raise
 
-    async def _next(self, connection: "Connection", receive: Receive) -> Message:
+    async def _in_time(self, receive: Receive) -> Message:
         """The next piece of a request. Raises Refused where it does not come in time."""
-        if connection.whole:
-            return await receive()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 return await receive()
@@ -236,10 +244,12 @@ class Proxy:
         for left in reversed(range(self.limits.tries)):
             chosen = self.scheduler.choose(asked, failed)
             self.fleet.hold(chosen.upstream, chosen.rank, asked.tokens)
+            asyncio.get_running_loop().call_soon(self.scheduler.expect, asked, chosen)
             try:
                 response = await self._open(exchange, asked, chosen, again=left > 0)
                 if response is not None:
-                    self._opened(asked, chosen)
+                    # Counted behind what is passed on now: nobody waits for that.
+                    asyncio.get_running_loop().call_soon(self._opened, exchange, asked, chosen)
                     answer.upstream = chosen.upstream
                     self._release(exchange)
                     try:
@@ -262,8 +272,9 @@ class Proxy:
         if not others:
             await asyncio.sleep(self.limits.pause * 2 ** len(failed))
 
-    def _opened(self, asked: Asked, chosen: Chosen) -> None:
+    def _opened(self, exchange: "Exchange", asked: Asked, chosen: Chosen) -> None:
         metrics = self.metrics
+        metrics.added.add(exchange.sent - exchange.begin)
         metrics.requests[chosen.decision, -1 if chosen.rank is None else chosen.rank] += 1
         if chosen.expected is not None:
             metrics.expected.add(time.time(), chosen.expected)
@@ -276,10 +287,7 @@ class Proxy:
         Refused (502) where the upstream gives none."""
         upstream = chosen.upstream
         sent = self._sent(asked, chosen)
-        begin = time.perf_counter()
-        if exchange.begin:
-            self.metrics.added.add(begin - exchange.begin)
-            exchange.begin = 0.0
+        exchange.sent = exchange.sent or time.perf_counter()
         repeatable = asked.generates or exchange.method in SAFE
         try:
             response = await self.client.request(
@@ -318,18 +326,21 @@ class Proxy:
 
 @dataclass(eq=False)
 class Exchange:
-    """A request on its way. `begin`: when it was all here, 0 once it was sent; `held`: bytes of it
-    that are in memory."""
+    """A request on its way. `begin`: when it was all here; `held`: bytes of it that are in memory;
+    `sent`: when it was first sent, 0 before."""
 
     method: str
     target: bytes
     begin: float
     held: int
+    sent: float = 0.0
 
 
 async def pass_on(response: Response, answer: Answer) -> None:
     """Pass an answer on, piece by piece as it comes. Raises UpstreamCut where it is cut."""
+    answer.connection.holds = response.has_piece  # head and piece in one packet
     await answer.start(response.status, answer_headers(response))
+    response.pass_to(answer)
     try:
         while piece := await response.piece():
             await answer.body(piece, more=not response.at_end)

@@ -7,9 +7,8 @@ length whatever it was given, so nothing hides behind it; what is ambiguous is r
 """
 
 import json
-from collections.abc import Iterable
 
-Headers = Iterable[tuple[bytes, bytes]]
+Headers = list[tuple[bytes, bytes]]
 
 
 class Refused(Exception):
@@ -39,21 +38,23 @@ class Refused(Exception):
         return json.dumps({"error": {"message": str(self), "type": self.kind, "code": self.status}}).encode()
 
 
-def refuse_ambiguous(headers: Headers, raw_path: bytes) -> None:
-    """Raise Refused (400) where the head does not say in one way where the request ends or where it
-    goes."""
-    lengths, encodings, hosts = (
-        [value for name, value in headers if name == wanted]
-        for wanted in (b"content-length", b"transfer-encoding", b"host")
-    )
-    if len(lengths) > 1 or any(not value.isdigit() for value in lengths):
-        raise _malformed("Content-Length stands twice or is no number")
-    if encodings and (lengths or encodings != [b"chunked"]):
+def stated_length(headers: Headers, raw_path: bytes) -> int:
+    """Bytes of the body that a head states, 0 where it does not. Raises Refused (400) where it does
+    not say in one way where the request ends or where it goes."""
+    named = dict(headers)
+    if len(named) < len(headers):
+        names = [name for name, _ in headers]
+        for name in (b"content-length", b"transfer-encoding", b"host"):
+            if names.count(name) > 1:
+                raise _malformed(f"{name.decode().title()} stands twice")
+    length, encoding = named.get(b"content-length"), named.get(b"transfer-encoding")
+    if length is not None and not length.isdigit():
+        raise _malformed("Content-Length is no number")
+    if encoding is not None and (length is not None or encoding != b"chunked"):
         raise _malformed("Transfer-Encoding must be chunked, once, and without Content-Length")
-    if len(hosts) > 1:
-        raise _malformed("Host stands twice")
     if not raw_path.startswith(b"/"):
         raise _malformed("the request target is not a path")
+    return int(length or 0)
 
 
 def _malformed(message: str) -> Refused:
@@ -68,10 +69,9 @@ HOP_BY_HOP = frozenset(
 REWRITTEN = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 
 
-def end_to_end(headers: Headers, dropped: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
-    """Headers without those in `dropped` (lower-case names) and those that Connection names."""
-    headers = list(headers)
-    named = [value for name, value in headers if name.lower() == b"connection"]
-    if named:
+def end_to_end(headers: Headers, dropped: frozenset[bytes]) -> Headers:
+    """Headers without those in `dropped` and those that Connection names. All names are in small
+    letters."""
+    if named := [value for name, value in headers if name == b"connection"]:
         dropped = dropped | {word.strip().lower() for value in named for word in value.split(b",")}
-    return [(name, value) for name, value in headers if name.lower() not in dropped]
+    return [header for header in headers if header[0] not in dropped]

@@ -34,7 +34,8 @@ class Asked:
         body: the JSON object in `data`; None where it is none.
         generates: whether it is a request to one of ROUTES.
         ids_T: token ids of its prompt, int64 [T]; None where they are not known.
-        scores_G: of its prompt, a number for each rank; zeros where nothing is known of it.
+        scores_G: of its prompt, a number for each rank; zeros where nothing is known of it. Read
+            them by `Scheduler.scores`.
         tokens: what it counts as on a rank: its prompt and the longest answer.
         pin: the client's own rank; None for none.
         sessions: keys of its conversation.
@@ -46,7 +47,7 @@ class Asked:
     body: dict[str, Any] | None = None
     generates: bool = False
     ids_T: np.ndarray | None = None
-    scores_G: Sequence[float] = ()
+    scores_G: Sequence[float] | None = None
     tokens: int = 0
     pin: int | None = None
     sessions: Sequence[Key] = ()
@@ -56,7 +57,7 @@ class Asked:
         self.data, self.body, self.ids_T = b"", None, None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Chosen:
     """Where a request goes.
 
@@ -64,8 +65,8 @@ class Chosen:
         upstream: the server.
         rank: the data-parallel rank; None: the engine's own choice.
         decision: why, one of ALL_DECISIONS.
-        expected: share of its activations that the rank should serve itself; None where nothing is
-            known.
+        expected: share of its activations that the rank should serve itself, of
+            `Scheduler.expect`; None before, and where nothing is known.
     """
 
     upstream: Upstream
@@ -97,28 +98,23 @@ class Scheduler:
         """What a request asks. Raises Refused for a rank that is not there."""
         if method != "POST" or path not in ROUTES:
             return Asked(path, headers, data)
-        encoded = any(name == b"content-encoding" for name, _ in headers)
-        body = None if encoded else read_body(data)
+        named = dict(reversed(headers))  # the first of each name
+        body = None if b"content-encoding" in named else read_body(data)
         pin = client_pin(self.engine, path, headers, body, self.fleet.ranks)
         prompt = None if body is None else read_prompt(path, body)
         if body is None or prompt is None:
             self.unknown["no_prompt"] += 1
-            nothing_G, size = [0.0] * self.fleet.ranks, len(data) // CHARACTERS
-            return Asked(path, headers, data, body, True, scores_G=nothing_G, tokens=size, pin=pin)
-        ids_T = await self._ids(prompt, body.get("model"))
-        scores_G = [0.0] * self.fleet.ranks if ids_T is None else self.scorer.scores(ids_T).tolist()
-        if ids_T is not None and not any(scores_G):
-            self.unknown["unseen_ids"] += 1
+            return Asked(path, headers, data, body, True, tokens=len(data) // CHARACTERS, pin=pin)
+        ids_T = prompt.ids_T
+        if ids_T is None:
+            ids_T = await self._ids(prompt, body.get("model"))
         length = len(data) // CHARACTERS if ids_T is None else len(ids_T)
-        header = next((value for name, value in headers if name == HEADER), b"")
-        keys = self.sessions.keys(header, body.get("user"), ids_T)
+        keys = self.sessions.keys(named.get(HEADER, b""), body.get("user"), ids_T)
         longest, answers = answer_limits(body)
         tokens = int(request_tokens(0, longest) * answers) + length
-        return Asked(path, headers, data, body, True, ids_T, scores_G, tokens, pin, keys)
+        return Asked(path, headers, data, body, True, ids_T, None, tokens, pin, keys)
 
     async def _ids(self, prompt: Prompt, model: object) -> np.ndarray | None:
-        if prompt.ids_T is not None:
-            return prompt.ids_T
         try:
             if self.tokenizer is None:
                 raise Untokenised("no_tokenizer")
@@ -127,6 +123,24 @@ class Scheduler:
             self.unknown[str(why)] += 1
             return None
 
+    def scores(self, asked: Asked) -> Sequence[float]:
+        """Scores of a request's prompt, computed when they are first asked for."""
+        if asked.scores_G is not None:
+            return asked.scores_G
+        scores_G = [0.0] * self.fleet.ranks
+        if asked.ids_T is not None:
+            scores_G = self.scorer.scores(asked.ids_T).tolist()
+            if not any(scores_G):
+                self.unknown["unseen_ids"] += 1
+        asked.scores_G = scores_G
+        return scores_G
+
+    def expect(self, asked: Asked, chosen: Chosen) -> None:
+        """Fill in what a choice promises. Apart from the choice: a client's pin and a conversation
+        that stays need no score, which can be computed while the request is under way."""
+        if chosen.rank is not None and chosen.decision != PASSED and any(scores_G := self.scores(asked)):
+            chosen.expected = self.scorer.expected_lar(scores_G, chosen.rank)
+
     def choose(self, asked: Asked, without: set[str]) -> Chosen:
         """The place of a request, which the URLs `without` had failed to serve. Raises Refused
         where there is none."""
@@ -134,27 +148,26 @@ class Scheduler:
             return Chosen(self.fleet.least_loaded(without), None, PASSED)
         free_G = self.fleet.free_G(without)
         if asked.pin is not None:
-            return self._pinned(asked, asked.pin, free_G)
-        if (rank := self.sessions.rank(asked.sessions)) is not None:
-            # Alone with a score it is chosen exactly if it is free and in the band.
-            alone_G = [float(r == rank) for r in range(self.fleet.ranks)]
-            if self.band.choose(alone_G, self.fleet.tokens_G, free_G, tokens=asked.tokens).rank == rank:
-                return self._at(asked, rank, SESSION)
-        rank, decision = self.band.choose(asked.scores_G, self.fleet.tokens_G, free_G, tokens=asked.tokens)
+            return self._pinned(asked.pin, free_G)
+        rank = self.sessions.rank(asked.sessions)
+        if rank is not None and free_G[rank]:
+            load = [tokens for tokens, free in zip(self.fleet.tokens_G, free_G, strict=True) if free]
+            if self.fleet.tokens_G[rank] <= self.band.limit(load, asked.tokens):
+                return self._at(rank, SESSION)
+        rank, decision = self.band.choose(self.scores(asked), self.fleet.tokens_G, free_G, tokens=asked.tokens)
         if rank >= 0:
-            return self._at(asked, rank, decision)
+            return self._at(rank, decision)
         upstream = self.fleet.least_loaded(without)
         return Chosen(upstream, None if self.fleet.inner else upstream.first, decision)
 
-    def _pinned(self, asked: Asked, pin: int, free_G: list[bool]) -> Chosen:
+    def _pinned(self, pin: int, free_G: list[bool]) -> Chosen:
         if not self.fleet.upstream_of(pin).up:
             # The client's rank is gone: the least loaded takes its place.
             free = [rank for rank, there in enumerate(free_G) if there]
-            return self._at(asked, min(free, key=self.fleet.tokens_G.__getitem__), "spilled")
+            return self._at(min(free, key=self.fleet.tokens_G.__getitem__), "spilled")
         if not free_G[pin]:
             raise full()
-        return self._at(asked, pin, "pinned")
+        return self._at(pin, "pinned")
 
-    def _at(self, asked: Asked, rank: int, decision: str) -> Chosen:
-        expected = self.scorer.expected_lar(asked.scores_G, rank) if any(asked.scores_G) else None
-        return Chosen(self.fleet.upstream_of(rank), rank, decision, expected)
+    def _at(self, rank: int, decision: str) -> Chosen:
+        return Chosen(self.fleet.upstream_of(rank), rank, decision)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -124,6 +125,25 @@ async def recording(
         await asyncio.get_running_loop().run_in_executor(None, recorder.close)
 
 
+class JoinedWrites:
+    """The transport to a client, which writes a head together with the first of its body."""
+
+    def __init__(self, transport: asyncio.Transport, line: Connection) -> None:
+        self.transport, self.line, self.held = transport, line, b""
+        self.is_closing, self.close = transport.is_closing, transport.close
+
+    def write(self, data: bytes) -> None:
+        if self.line.holds:
+            self.line.holds, self.held = False, data
+            return
+        if self.held:
+            data, self.held = self.held + data, b""
+        self.transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+
 class ClientProtocol(HttpToolsProtocol):
     """A client's connection: the head of a request has a bound, since the parser itself has none,
     and who works for the client hears at once that it has gone."""
@@ -132,7 +152,7 @@ class ClientProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.line = Connection()
-        super().connection_made(transport)
+        super().connection_made(JoinedWrites(transport, self.line))  # pyright: ignore[reportArgumentType]
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -155,6 +175,14 @@ class ClientProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self.in_head = False
         super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.line.full = True
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.line.full = False
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -55,13 +55,17 @@ class Sessions:
         if size > len(self.weights_T):
             more = np.frombuffer(os.urandom(8 * size), np.uint64)[len(self.weights_T) :]
             self.weights_T = np.concatenate([self.weights_T, more])
-        values_T = ids_T[:size].astype(np.uint64) + 1  # else zeros at the end would say nothing
-        values_T *= self.weights_T[:size]
+        weights_T = self.weights_T[:size]
+        values_T = ids_T[:size].view(np.uint64) * weights_T
+        values_T += weights_T  # else zeros at the end would say nothing
         return values_T.cumsum()[BLOCK - 1 :: BLOCK].tolist()
 
     def rank(self, keys: Sequence[Key]) -> int | None:
         """The rank of the longest prefix that is known."""
-        return next((rank for key in reversed(keys) if (rank := self.rank_of.get(key)) is not None), None)
+        for key in reversed(keys):
+            if (rank := self.rank_of.get(key)) is not None:
+                return rank
+        return None
 
     def stay(self, keys: Sequence[Key], rank: int) -> None:
         """Remember where the conversation is."""

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
 from semmoe.profiles.errors import InputError, require_extra
 from semmoe.runtime.router.client import Client, UpstreamError
 from semmoe.runtime.router.fleet import Fleet
-from semmoe.runtime.router.prompts import Message, Prompt
+from semmoe.runtime.router.prompts import Message, Prompt, whole_numbers
 
 LONG_HEAD = 2_000  # characters of a system prompt from which on its ids are worth a look-up
 KEPT_IDS = 4_000_000  # ids of system prompts in all: 32 MB
@@ -118,8 +119,8 @@ class EngineTokenizer:
         try:
             async with asyncio.timeout(TIMEOUT):
                 status, told = await self.client.fetch(upstream.url, "POST", b"/tokenize", JSON, asked)
-            answer = json.loads(told) if status == 200 else None
-        except (UpstreamError, TimeoutError, ValueError, RecursionError):
+            answer = orjson.loads(told) if status == 200 else None
+        except (UpstreamError, TimeoutError, ValueError):
             raise Untokenised("no_answer") from None
         if status in (404, 405, 501):
             self.rests_until = now + REST
@@ -131,12 +132,9 @@ class EngineTokenizer:
 
 def ids_of(value: Any) -> np.ndarray:
     """Token ids that somebody answered with, int64 [T]. Raises Untokenised where they are none."""
-    try:
-        ids_T = np.asarray(value)
-    except (ValueError, OverflowError):
-        raise Untokenised("no_answer") from None
-    if ids_T.ndim != 1 or not ids_T.size or ids_T.dtype != np.int64:
-        raise Untokenised("empty" if ids_T.shape == (0,) else "no_answer")
+    ids_T = whole_numbers(value) if isinstance(value, list) else None
+    if ids_T is None:
+        raise Untokenised("empty" if value == [] else "no_answer")
     return ids_T
 
 

@@ -90,7 +90,7 @@ def route(
 
     Example: semmoe route p --upstream http://127.0.0.1:8001 --port 8000
     """
-    require_extra("semmoe route", "starlette", "uvicorn", "httptools", "uvloop")
+    require_extra("semmoe route", "starlette", "uvicorn", "httptools", "uvloop", "orjson")
     from semmoe.runtime.router.serve import RouteOptions, run
     from semmoe.terminal.decision import next_step
     from semmoe.terminal.tables import note

@@ -12,7 +12,8 @@ from stand_ins.standin_engine import engine
 from yarl import URL
 
 from semmoe.runtime.router.fleet import Upstream
-from semmoe.runtime.router.proxy import Limits
+from semmoe.runtime.router.proxy import Connection, Limits
+from semmoe.runtime.router.serve import JoinedWrites
 
 IDS = list(range(10, 60))
 COMPLETIONS = "/v1/completions"
@@ -337,6 +338,83 @@ async def test_a_slow_reader_holds_nothing_but_itself_up(plan):
         writer.transport.abort()
         await until(lambda: one.seen[0].end == "aborted")
         assert reader is not None
+
+
+@in_loop
+async def test_a_reader_that_stops_and_goes_on_has_every_byte_in_its_order(plan):
+    async with engine(tokens=300, width=20_000) as one, router(plan, one.url) as served:  # 12 MB
+        asked = {"prompt": IDS, "stream": True}
+        async with served.client.post(served.url + COMPLETIONS, json=asked) as response:
+            found = b""
+            while piece := await response.content.readany():
+                found += piece
+                if len(found) % 5 == 0:
+                    await asyncio.sleep(0.02)
+        assert found == b"".join(one.events({}))
+
+
+class Written(asyncio.Transport):
+    """Keeps what is written, write by write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(bytes(data))
+
+
+def test_a_head_that_is_held_goes_with_what_follows():
+    transport, line = Written(), Connection()
+    joined = JoinedWrites(transport, line)
+    for holds in (True, False):
+        line.holds = holds
+        for part in (b"head", b"piece", b"end"):
+            joined.write(part)
+    assert transport.writes == [b"headpiece", b"end", b"head", b"piece", b"end"]
+
+
+@in_loop
+async def test_a_head_waits_for_no_piece_that_is_not_there(plan):
+    body = b'{"prompt": [10, 11]}'
+    sent = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    has_head = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET"):  # a probe
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n")
+        await has_head.wait()
+        writer.write(b"abc")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with router(plan, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(sent)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        has_head.set()
+        assert await reader.readexactly(3) == b"abc"
+        writer.close()
+    server.close()
+
+
+async def status_of(served: Router, data: bytes) -> int:
+    async with served.client.post(served.url + COMPLETIONS, data=data) as response:
+        return response.status
+
+
+@in_loop
+async def test_numbers_of_any_length_arrive_as_they_were(plan):
+    long = b'{"prompt": [10, 11], "seed": 123456789012345678901234567890, "bias": NaN, "routed_dp_rank": 1}'
+    exact = b'{"prompt": [10, 11], "seed": 123456789012345678901234567890}'
+    async with engine() as one, engine() as two, router(plan, one.url, two.url, engine="sglang") as served:
+        for data in (long, exact):
+            assert await status_of(served, data) == 200
+        assert [each.body["seed"] for each in one.generations + two.generations] == [123456789012345678901234567890] * 2
+        assert served.status.to_json()["unknown"].get("no_prompt", 0) == 0
+        infinite = b'{"prompt": [10, 11], "routed_dp_rank": 1e999}'
+        assert await status_of(served, infinite) == 200
 
 
 @in_loop
