@@ -49,7 +49,7 @@ def returns_routed_experts(config: Any) -> bool:
     """Whether a server was started with --enable-return-routed-experts, by its VllmConfig; 0.32
     keeps that elsewhere than 0.30. True where neither place is there."""
     parts = (getattr(config, name, None) for name in ("model_config", "aux_output_config"))
-    said = [part.enable_return_routed_experts for part in parts if hasattr(part, "enable_return_routed_experts")]
+    said = [flag for part in parts if (flag := getattr(part, "enable_return_routed_experts", None)) is not None]
     return any(said) or not said
 
 
