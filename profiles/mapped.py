@@ -6,7 +6,9 @@ same pages of the file, and a view's own strides go along. Where the system allo
 file has no name, so nothing is left even by a kill.
 """
 
+import errno
 import os
+import shutil
 import tempfile
 import weakref
 from typing import NamedTuple
@@ -49,6 +51,8 @@ def mapped_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     else:
         path = name
     try:
+        if size > shutil.disk_usage(directory).free:  # known without filling the disk first
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for left in range(size, 0, -ZEROS):
             write_by_pages(descriptor, memoryview(bytes(min(left, ZEROS))))
     except OSError as error:

@@ -4,6 +4,8 @@ need."""
 import glob
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,8 +86,18 @@ def test_nothing_is_left_of_a_mapped_array(everything_mapped):
 
 
 def test_no_room_for_a_mapped_array_is_told(everything_mapped):
-    with pytest.raises(InputError, match="set TMPDIR"):
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    with pytest.raises(InputError, match="No space left.*set TMPDIR"):
         mapped_empty((2**50,), np.dtype(np.int64))
+    assert free - shutil.disk_usage(tempfile.gettempdir()).free < 2**33, "the disk was filled to find out"
+    # Room that goes while it is written.
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, bounds[1]))
+    try:
+        with pytest.raises(InputError, match="File too large.*set TMPDIR"):
+            mapped_empty((2**20,), np.dtype(np.int64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
 
 
 def test_a_mapped_sample_gives_the_same_plan_in_any_number_of_processes(tmp_path, monkeypatch):
